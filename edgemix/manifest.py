@@ -1,0 +1,235 @@
+"""What a bundle says of itself: the manifest of a folder with the tokenizer's files and each member's graph.
+
+BUNDLE/
+  edgemix.json                           the manifest below
+  tokenizer/tokenizer.json               and chat_template.jinja where the tokenizer has one
+  members/NAME/model.onnx, model.onnx.data
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from edgemix import safe_paths
+from edgemix.formats import Format, Target
+from edgemix.graph_io import GraphFacts
+
+SCHEMA = 1
+MANIFEST = "edgemix.json"
+TOKENIZER = "tokenizer/tokenizer.json"
+CHAT_TEMPLATE = "tokenizer/chat_template.jinja"
+MEMBER_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,62}[A-Za-z0-9_-])?")
+"""A member's name is also its folder's, on every system."""
+
+
+class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of every part of the manifest: immutable, and an unknown key is an error."""
+
+
+class FileEntry(_Record):
+    """One file of the bundle: its size in bytes and its sha256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+class Source(_Record):
+    """Where a member comes from.
+
+    Attributes:
+        model: The recipe's `model` (a folder's or file's name without its parents, or a hub id).
+        adapter: The adapter folder's name, if one was merged.
+        model_type: Hugging Face's `model_type`.
+        parameters: Number of weights.
+        licence: As the model's card or GGUF metadata states it, if it does.
+        sha256: Of the weights as they were read.
+    """
+
+    model: str
+    model_type: str
+    parameters: int
+    sha256: str
+    adapter: str | None = None
+    licence: str | None = None
+
+
+class GraphParity(_Record):
+    """The fp32 graph against torch: largest difference of log-probabilities (nats) by case, and its limit."""
+
+    prefill: float
+    decode: float
+    padded_batch: float
+    limit: float
+
+
+class QuantizationParity(_Record):
+    """The stored graph against the fp32 graph, on `tokens` tokens of text.
+
+    Attributes:
+        kl: Mean KL divergence from the fp32 distribution, in nats a token; `kl_limit` its limit.
+        flips: Share of positions whose most probable token differs; `flips_limit` its limit.
+        perplexity_ratio: Perplexity of the stored graph over that of the fp32 graph; with its limit.
+    """
+
+    tokens: int
+    kl: float
+    kl_limit: float
+    flips: float
+    flips_limit: float
+    perplexity_ratio: float
+    perplexity_ratio_limit: float
+
+
+class MemberEntry(_Record):
+    """One member: its graph (a path inside the bundle), where it came from, and how close it stayed.
+
+    Attributes:
+        fallbacks: Exporter paths tried before `facts.exporter`, each with why it was refused.
+        quantization: None for fp32.
+        forced: True if a gate was over its limit and `--force` let it pass.
+    """
+
+    name: str
+    format: Format
+    graph: str
+    source: Source
+    facts: GraphFacts
+    parity: GraphParity
+    quantization: QuantizationParity | None = None
+    fallbacks: tuple[str, ...] = ()
+    forced: bool = False
+    kind: Literal["decoder"] = "decoder"
+
+
+class TokenizerEntry(_Record):
+    """The tokenizer that all members share.
+
+    Attributes:
+        sha256: Of its canonical vocabulary, merges and added tokens (not of a file's bytes).
+        vocabulary: Number of token ids; members' logits beyond it are padding and never mixed.
+        bos: Beginning-of-text token id, if the model family starts texts with one; `adds_bos` whether encoding puts it.
+        eos: Ids that end a generation.
+    """
+
+    sha256: str
+    vocabulary: int
+    eos: tuple[int, ...]
+    bos: int | None = None
+
+
+class Weights(_Record):
+    """The mixture's weights, each mapping member name -> share, summing to one.
+
+    Attributes:
+        method: How `default` was found.
+        default: The weights used unless a call gives others.
+        domains: For `fit`: the best weights for each validation file's domain alone.
+    """
+
+    method: Literal["uniform", "given", "fit"]
+    default: dict[str, float]
+    domains: dict[str, dict[str, float]] = {}
+
+
+class Manifest(_Record):
+    """All of `edgemix.json`. `files` maps every other file's path in the bundle to its size and checksum."""
+
+    schema: int
+    edgemix: str
+    target: Target
+    seed: int
+    members: tuple[MemberEntry, ...]
+    weights: Weights
+    tokenizer: TokenizerEntry
+    files: dict[str, FileEntry]
+    versions: dict[str, str] = {}
+
+
+# Far beyond every model there is, and small enough that nothing sized by them exhausts memory.
+MAX_LAYERS = 1 << 12
+MAX_VOCABULARY = 1 << 24
+MAX_CONTEXT = 1 << 26
+_SUM_TOLERANCE = 1e-6
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def faults(manifest: Manifest) -> list[str]:
+    """What is wrong with a manifest of the right structure, a line each; empty if it is sound."""
+    return [
+        *_member_faults(manifest),
+        *_weight_faults(manifest),
+        *_tokenizer_faults(manifest),
+        *_file_faults(manifest),
+        *(f"{where} is not a finite number" for where in _not_finite(msgspec.to_builtins(manifest), "")),
+    ]
+
+
+def _member_faults(manifest: Manifest) -> Iterator[str]:
+    if not manifest.members:
+        yield "members: there are none"
+    counts = Counter(member.name.casefold() for member in manifest.members)
+    for member in manifest.members:
+        where = f"members: {member.name!r}"
+        if not MEMBER_NAME.fullmatch(member.name):
+            yield f"{where} is no name for a member"
+        if counts[member.name.casefold()] > 1:
+            yield f"{where} is there more than once"
+        limits = {"layers": MAX_LAYERS, "vocabulary": MAX_VOCABULARY, "context": MAX_CONTEXT}
+        for name, limit in limits.items():
+            value = getattr(member.facts, name)
+            if not 1 <= value <= limit:
+                yield f"{where}: {name} is {value}, and may be 1 to {limit}"
+
+
+def _weight_faults(manifest: Manifest) -> Iterator[str]:
+    names = {member.name for member in manifest.members}
+    vectors = {"weights.default": manifest.weights.default}
+    vectors |= {f"weights.domains[{name!r}]": weights for name, weights in manifest.weights.domains.items()}
+    for where, weights in vectors.items():
+        if weights.keys() != names:
+            yield f"{where} is not over the members: {', '.join(sorted(weights.keys() ^ names))}"
+        elif not all(weight >= 0 for weight in weights.values()):
+            yield f"{where} has a weight that is not >= 0"
+        elif not abs(math.fsum(weights.values()) - 1) <= _SUM_TOLERANCE:
+            yield f"{where} does not sum to 1"
+
+
+def _tokenizer_faults(manifest: Manifest) -> Iterator[str]:
+    tokenizer = manifest.tokenizer
+    narrowest = min((member.facts.vocabulary for member in manifest.members), default=MAX_VOCABULARY)
+    if not 1 <= tokenizer.vocabulary <= narrowest:
+        yield f"tokenizer: vocabulary is {tokenizer.vocabulary}, and the members' logits are {narrowest} wide"
+    special = tokenizer.eos if tokenizer.bos is None else (tokenizer.bos, *tokenizer.eos)
+    if not all(0 <= token < tokenizer.vocabulary for token in special):
+        yield f"tokenizer: a special token lies outside its vocabulary: {special}"
+
+
+def _file_faults(manifest: Manifest) -> Iterator[str]:
+    for name, entry in manifest.files.items():
+        if reason := safe_paths.fault(name):
+            yield f"files: the path {name!r} {reason}"
+        if entry.size < 0:
+            yield f"files: {name!r} has a negative size"
+        if not _SHA256.fullmatch(entry.sha256):
+            yield f"files: {name!r} has a sha256 that is none"
+    if MANIFEST in manifest.files:
+        yield f"files: {MANIFEST} cannot list itself"
+    needed = [TOKENIZER, *(member.graph for member in manifest.members)]
+    yield from (f"files: {name!r} is not listed" for name in needed if name not in manifest.files)
+
+
+def _not_finite(value: Any, where: str) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _not_finite(item, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _not_finite(item, f"{where}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield where

@@ -1,0 +1,117 @@
+"""When two tokenizers are one: a fingerprint of what decides the token ids, and the first difference in words.
+
+Works on the parsed `tokenizer.json` of the tokenizers library, so that the exporter, which compares members, and the
+runtime, which checks a bundle, need nothing more. Byte layout, version fields, padding and truncation settings and
+decoders play no part: they never change the ids of a text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from edgemix.errors import InputError
+
+_MODEL_SETTINGS = (
+    "byte_fallback",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+    "ignore_merges",
+    "unk_token",
+)
+"""Settings of a BPE, WordPiece or Unigram model that change ids; empty and absent mean the same."""
+
+
+class TokenizerIdentity(msgspec.Struct, frozen=True):
+    """What decides the token ids of a text, in canonical form.
+
+    Attributes:
+        kind: The model's algorithm: BPE, WordPiece, Unigram or WordLevel.
+        vocabulary: Token -> id, added tokens included.
+        merges: BPE's merge rules in order, each as "left right"; for Unigram each piece's score.
+        added: Added token -> how it is matched (special, normalised, stripped, whole word).
+        settings: The remaining settings: normaliser, pre-tokenizer and the model's own.
+    """
+
+    kind: str
+    vocabulary: dict[str, int]
+    merges: tuple[str, ...]
+    added: dict[str, str]
+    settings: dict[str, Any]
+
+    @property
+    def size(self) -> int:
+        """Number of token ids, gaps included: one more than the greatest id."""
+        return max(self.vocabulary.values(), default=-1) + 1
+
+    def sha256(self) -> str:
+        """Hexadecimal digest over all attributes."""
+        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()
+
+    @classmethod
+    def parse(cls, text: str | bytes) -> TokenizerIdentity:
+        """Read a `tokenizer.json`.
+
+        Raises:
+            InputError: It is not JSON or not a tokenizer that the tokenizers library writes.
+        """
+        try:
+            parsed = json.loads(text)
+            model = parsed["model"]
+            listed = model["vocab"]
+            scores: list[str] = []
+            if isinstance(listed, Mapping):
+                vocabulary = {str(token): int(number) for token, number in listed.items()}
+            else:  # Unigram: [piece, score] pairs, the id is the place
+                vocabulary = {str(piece): place for place, (piece, _) in enumerate(listed)}
+                scores = [f"{piece} {score!r}" for piece, score in listed]
+            merges = [m if isinstance(m, str) else f"{m[0]} {m[1]}" for m in model.get("merges") or ()]
+            added = {}
+            for token in parsed.get("added_tokens") or ():
+                vocabulary[str(token["content"])] = int(token["id"])
+                flags = [f for f in ("special", "normalized", "lstrip", "rstrip", "single_word") if token.get(f)]
+                added[str(token["content"])] = " ".join(flags)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise InputError(
+                f"not a tokenizer.json: {type(error).__name__} {error}",
+                "Export the tokenizer with the tokenizers library (a fast tokenizer of transformers).",
+            ) from None
+        settings = {name: model[name] for name in _MODEL_SETTINGS if model.get(name)}
+        for part in ("normalizer", "pre_tokenizer"):
+            if parsed.get(part):
+                settings[part] = parsed[part]
+        return cls(str(model.get("type", "BPE")), vocabulary, tuple(scores or merges), added, settings)
+
+
+def first_difference(a: TokenizerIdentity, b: TokenizerIdentity) -> str | None:
+    """The first thing that can give one text different ids, in words ("a" and "b" stand for the two); None if none.
+
+    Normaliser and pre-tokenizer are left to a comparison of encoded text: two descriptions may do the same.
+    """
+    if a.kind != b.kind:
+        return f"one is {a.kind}, the other {b.kind}"
+    for token in sorted(a.vocabulary.keys() | b.vocabulary.keys(), key=lambda t: _place(t, a, b)):
+        left, right = a.vocabulary.get(token), b.vocabulary.get(token)
+        if left != right:
+            return f"token {token!r} is {_number(left)} in one and {_number(right)} in the other"
+    if a.merges != b.merges:
+        for place, (left_rule, right_rule) in enumerate(zip(a.merges, b.merges, strict=False)):
+            if left_rule != right_rule:
+                return f"rule {place} is {left_rule!r} in one and {right_rule!r} in the other"
+        return f"one has {len(a.merges)} merges, the other {len(b.merges)}"
+    for token in sorted(a.added.keys() | b.added.keys()):
+        if (token in a.added) != (token in b.added):
+            return f"{token!r} is an added token of one only"
+    return None
+
+
+def _place(token: str, a: TokenizerIdentity, b: TokenizerIdentity) -> tuple[int, str]:
+    return min(identity.vocabulary.get(token, 1 << 62) for identity in (a, b)), token
+
+
+def _number(value: int | None) -> str:
+    return "absent" if value is None else f"id {value}"

@@ -1,7 +1,7 @@
 """The names, axes and dtypes of a decoder graph's tensors: what exporters write and the runtime binds.
 
     input_ids                    int64 [batch, sequence]
-    attention_mask               int64 [batch, past + sequence], 1 for a real token; rows are padded on the right
+    attention_mask               int64 [batch, past + sequence], 1 for a slot that holds a token, 0 for padding
     position_ids                 int64 [batch, sequence]; absent where the graph derives positions from the mask
     past_key_values.{i}.key      float [batch, kv_heads, past, head_size], and .value
     logits                       float [batch, sequence, vocabulary]
@@ -28,7 +28,8 @@ CacheKind = Literal["shared", "growing"]
 """`shared` (GroupQueryAttention): past and present are one buffer [batch, kv_heads, capacity, head_size], written in
 place; row b's tokens lie without gaps in slots 0..length_b-1, and the count of ones in row b of the mask is length_b.
 Several new tokens after a past: for a batch of one only. `growing` (plain Attention): present is a new tensor, past
-with the new tokens appended; pad slots stay in it and are masked out, so positions come through `position_ids`."""
+with the new tokens appended. The mask says which slots count, so the runtime aligns rows of unequal length at their
+end, and positions come through `position_ids`."""
 
 
 def past_key(layer: int) -> str:

@@ -32,14 +32,14 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of every part of the manifest: immutable, and an unknown key is an error."""
 
 
-class FileEntry(_Record):
+class FileEntry(_Record, frozen=True):
     """One file of the bundle: its size in bytes and its sha256 in hexadecimal."""
 
     size: int
     sha256: str
 
 
-class Source(_Record):
+class Source(_Record, frozen=True):
     """Where a member comes from.
 
     Attributes:
@@ -59,7 +59,7 @@ class Source(_Record):
     licence: str | None = None
 
 
-class GraphParity(_Record):
+class GraphParity(_Record, frozen=True):
     """The fp32 graph against torch: largest difference of log-probabilities (nats) by case, and its limit."""
 
     prefill: float
@@ -68,7 +68,7 @@ class GraphParity(_Record):
     limit: float
 
 
-class QuantizationParity(_Record):
+class QuantizationParity(_Record, frozen=True):
     """The stored graph against the fp32 graph, on `tokens` tokens of text.
 
     Attributes:
@@ -86,7 +86,7 @@ class QuantizationParity(_Record):
     perplexity_ratio_limit: float
 
 
-class MemberEntry(_Record):
+class MemberEntry(_Record, frozen=True):
     """One member: its graph (a path inside the bundle), where it came from, and how close it stayed.
 
     Attributes:
@@ -107,7 +107,7 @@ class MemberEntry(_Record):
     kind: Literal["decoder"] = "decoder"
 
 
-class TokenizerEntry(_Record):
+class TokenizerEntry(_Record, frozen=True):
     """The tokenizer that all members share.
 
     Attributes:
@@ -123,7 +123,7 @@ class TokenizerEntry(_Record):
     bos: int | None = None
 
 
-class Weights(_Record):
+class Weights(_Record, frozen=True):
     """The mixture's weights, each mapping member name -> share, summing to one.
 
     Attributes:
@@ -137,7 +137,7 @@ class Weights(_Record):
     domains: dict[str, dict[str, float]] = {}
 
 
-class Manifest(_Record):
+class Manifest(_Record, frozen=True):
     """All of `edgemix.json`. `files` maps every other file's path in the bundle to its size and checksum."""
 
     schema: int
@@ -162,6 +162,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 def faults(manifest: Manifest) -> list[str]:
     """What is wrong with a manifest of the right structure, a line each; empty if it is sound."""
     return [
+        *([] if manifest.schema == SCHEMA else [f"schema is {manifest.schema}, and this edgemix knows {SCHEMA}"]),
         *_member_faults(manifest),
         *_weight_faults(manifest),
         *_tokenizer_faults(manifest),
@@ -180,6 +181,8 @@ def _member_faults(manifest: Manifest) -> Iterator[str]:
             yield f"{where} is no name for a member"
         if counts[member.name.casefold()] > 1:
             yield f"{where} is there more than once"
+        if not member.graph.endswith(".onnx"):
+            yield f"{where}: its graph {member.graph!r} is no .onnx file"
         limits = {"layers": MAX_LAYERS, "vocabulary": MAX_VOCABULARY, "context": MAX_CONTEXT}
         for name, limit in limits.items():
             value = getattr(member.facts, name)
@@ -193,7 +196,7 @@ def _weight_faults(manifest: Manifest) -> Iterator[str]:
     vectors |= {f"weights.domains[{name!r}]": weights for name, weights in manifest.weights.domains.items()}
     for where, weights in vectors.items():
         if weights.keys() != names:
-            yield f"{where} is not over the members: {', '.join(sorted(weights.keys() ^ names))}"
+            yield f"{where} is not over the members: {', '.join(map(repr, sorted(weights.keys() ^ names)))}"
         elif not all(weight >= 0 for weight in weights.values()):
             yield f"{where} has a weight that is not >= 0"
         elif not abs(math.fsum(weights.values()) - 1) <= _SUM_TOLERANCE:
@@ -213,7 +216,7 @@ def _tokenizer_faults(manifest: Manifest) -> Iterator[str]:
 def _file_faults(manifest: Manifest) -> Iterator[str]:
     for name, entry in manifest.files.items():
         if reason := safe_paths.fault(name):
-            yield f"files: the path {name!r} {reason}"
+            yield f"files: the path {name[:200]!r} {reason}"
         if entry.size < 0:
             yield f"files: {name!r} has a negative size"
         if not _SHA256.fullmatch(entry.sha256):

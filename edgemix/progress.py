@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class Task(Protocol):
@@ -32,7 +34,7 @@ class _Silence:
     """Listens to nothing; the default of every library call."""
 
     @contextmanager
-    def stage(self, title: str, total: float | None = None) -> Iterator[Task]:
+    def stage(self, title: str, total: float | None = None) -> Iterator[Task]:  # noqa: ARG002
         yield self
 
     def advance(self, amount: float = 1.0, note: str = "") -> None:

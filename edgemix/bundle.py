@@ -1,0 +1,230 @@
+"""Reading, checking and writing a bundle: what can be known of it without running it.
+
+Nothing that a manifest says is believed before it is checked, so that a damaged or hostile bundle is refused before
+any memory is allocated by its numbers or any file outside it is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from edgemix.errors import BundleError, EdgemixError, storage_errors
+from edgemix.external_data import external_files
+from edgemix.manifest import (
+    CHAT_TEMPLATE,
+    MANIFEST,
+    SCHEMA,
+    TOKENIZER,
+    FileEntry,
+    GraphParity,
+    Manifest,
+    MemberEntry,
+    QuantizationParity,
+    Source,
+    TokenizerEntry,
+    Weights,
+    faults,
+)
+from edgemix.progress import SILENT, Progress, Task
+from edgemix.safe_paths import resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = [
+    "CHAT_TEMPLATE",
+    "MANIFEST",
+    "SCHEMA",
+    "TOKENIZER",
+    "FileEntry",
+    "GraphParity",
+    "Manifest",
+    "MemberEntry",
+    "QuantizationParity",
+    "Source",
+    "TokenizerEntry",
+    "Weights",
+    "files_in",
+    "hash_file",
+    "read_manifest",
+    "resolve",
+    "sync_folder",
+    "verify_bundle",
+    "write_atomically",
+    "write_manifest",
+]
+
+MAX_MANIFEST_BYTES = 16 << 20
+_CHUNK = 1 << 20
+_MOST_LINES, _LONGEST_LINE = 20, 300  # of what is said about a manifest that may be hostile
+# Files that ONNX Runtime or a tokenizer would open if something led there; others (a README, .DS_Store) harm nobody.
+_LOADABLE = frozenset({".onnx", ".data", ".json", ".jinja"})
+_EXPORT_AGAIN = "Export or download the bundle again."
+
+
+class _Header(msgspec.Struct):
+    """What every version of the manifest has."""
+
+    schema: int
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """Read `edgemix.json` and check that it is sound and that every file it lists is there in its full size.
+
+    What it does not do is read those files: see `verify_bundle`.
+
+    Raises:
+        BundleError: There is no bundle, it is from a newer edgemix, or it is damaged or unsafe.
+    """
+    path = bundle / MANIFEST
+    data = _read_manifest_bytes(bundle, path)
+    try:
+        schema = msgspec.json.decode(data, type=_Header).schema
+        if schema > SCHEMA:
+            raise BundleError(
+                f"{bundle} was made by a newer edgemix (schema {schema}; this one reads up to {SCHEMA})",
+                "Upgrade: pip install --upgrade edgemix",
+            )
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is damaged: {error}", _EXPORT_AGAIN) from None
+    if problems := faults(manifest):
+        lines = [problem[:_LONGEST_LINE] for problem in problems[:_MOST_LINES]]
+        raise BundleError("\n  ".join([f"{path} cannot be trusted:", *lines]), _EXPORT_AGAIN)
+    _check_sizes(bundle, manifest)
+    return manifest
+
+
+def verify_bundle(bundle: Path, manifest: Manifest, *, checksums: bool = True, progress: Progress = SILENT) -> None:
+    """Check the bundle's files against its manifest.
+
+    Args:
+        bundle: The folder that `manifest` was read from.
+        manifest: From `read_manifest`.
+        checksums: Read every file and compare its sha256. Without it: sizes, paths, and that the graphs' external
+            data is listed and lies within its files.
+        progress: Hears of the bytes read.
+
+    Raises:
+        BundleError: A file is missing, changed, not listed though it could be loaded, or outside the bundle.
+    """
+    _check_sizes(bundle, manifest)
+    _check_unlisted(bundle, manifest)
+    if checksums:
+        total = sum(entry.size for entry in manifest.files.values())
+        with progress.stage("verify checksums", total) as task:
+            for name, entry in manifest.files.items():
+                if hash_file(resolve(bundle, name), task) != entry:
+                    raise BundleError(f"{bundle}: {name} has changed: its sha256 is not the manifest's", _EXPORT_AGAIN)
+    for member in manifest.members:
+        folder = PurePosixPath(member.graph).parent
+        for location in sorted(external_files(resolve(bundle, member.graph))):
+            if str(folder / location) not in manifest.files:
+                raise BundleError(f"{bundle}: {member.graph} takes weights from {location!r}, which is not listed")
+
+
+def write_manifest(bundle: Path, manifest: Manifest) -> None:
+    """Put `manifest` in the bundle, in one step: a reader sees the old one or the new one, whatever happens.
+
+    Raises:
+        EdgemixError: The manifest is unsound, or cannot be written (full disk, read-only folder).
+    """
+    if problems := faults(manifest):
+        raise EdgemixError("\n  ".join([f"{bundle / MANIFEST} would be unsound, and is not written:", *problems]))
+    data = msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=2)
+    write_atomically(bundle / MANIFEST, data + b"\n")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace the file at `path` by one with `data`, in one step and safe from a power cut.
+
+    Raises:
+        EdgemixError: It cannot be written; the old file is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(f"writing {path}"):
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, where the system can do that (not on Windows)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def hash_file(path: Path, task: Task | None = None) -> FileEntry:
+    """Size and sha256 of a file, read in small pieces; `task` advances by the bytes read.
+
+    Raises:
+        EdgemixError: The file cannot be read.
+    """
+    digest, size, buffer = hashlib.sha256(), 0, memoryview(bytearray(_CHUNK))
+    with storage_errors(f"reading {path}"), path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+            if task is not None:
+                task.advance(count)
+    return FileEntry(size=size, sha256=digest.hexdigest())
+
+
+def files_in(folder: Path) -> Iterator[Path]:
+    """Every file under a folder, links to folders not followed; none if it does not exist."""
+    for parent, _, names in os.walk(folder):
+        yield from (Path(parent) / name for name in names)
+
+
+def _read_manifest_bytes(bundle: Path, path: Path) -> bytes:
+    with storage_errors(f"reading {path}"):
+        if not bundle.exists():
+            raise BundleError(f"{bundle}: there is no such bundle", "Make one with: edgemix export RECIPE -o BUNDLE")
+        if not bundle.is_dir():
+            raise BundleError(f"{bundle}: is not a folder, and a bundle is one")
+        if not path.is_file():
+            raise BundleError(f"{bundle}: is not a bundle, it has no {MANIFEST}")
+        with resolve(bundle, MANIFEST).open("rb") as file:
+            data = file.read(MAX_MANIFEST_BYTES + 1)
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{path} has more than {MAX_MANIFEST_BYTES:,} bytes: it is no manifest")
+    return data
+
+
+def _check_sizes(bundle: Path, manifest: Manifest) -> None:
+    for name, entry in manifest.files.items():
+        path = resolve(bundle, name)
+        with storage_errors(f"reading {path}"):
+            try:
+                status = path.stat()
+            except (FileNotFoundError, NotADirectoryError):
+                raise BundleError(f"{bundle}: {name} is missing", _EXPORT_AGAIN) from None
+        if not stat.S_ISREG(status.st_mode):
+            raise BundleError(f"{bundle}: {name} is not a regular file")
+        if status.st_size != entry.size:
+            raise BundleError(
+                f"{bundle}: {name} has {status.st_size:,} bytes, and should have {entry.size:,}", _EXPORT_AGAIN
+            )
+
+
+def _check_unlisted(bundle: Path, manifest: Manifest) -> None:
+    for path in files_in(bundle):
+        name = path.relative_to(bundle).as_posix()
+        if name not in manifest.files and name != MANIFEST and path.suffix in _LOADABLE:
+            raise BundleError(f"{bundle}: {name} is not listed in {MANIFEST}", "Remove it if you know what it is.")

@@ -1,0 +1,288 @@
+"""Reading, verifying and writing bundles: what is sound passes, and every damage is named."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import onnx
+import pytest
+
+from edgemix import bundle as bundle_module
+from edgemix.bundle import (
+    MANIFEST,
+    TOKENIZER,
+    FileEntry,
+    hash_file,
+    read_manifest,
+    resolve,
+    verify_bundle,
+    write_atomically,
+    write_manifest,
+)
+from edgemix.errors import BundleError, EdgemixError, InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+GRAPH = "members/math/model.onnx"
+DATA = "members/math/model.onnx.data"
+
+
+@pytest.fixture
+def with_data(own_bundle: Path) -> Path:
+    """A bundle whose first graph keeps its weights beside it."""
+    model = onnx.load(own_bundle / GRAPH)
+    onnx.save(model, own_bundle / GRAPH, save_as_external_data=True, location=Path(DATA).name, size_threshold=0)
+    change(own_bundle, lambda it: it["files"].update({name: entry(own_bundle / name) for name in (GRAPH, DATA)}))
+    return own_bundle
+
+
+def entry(path: Path) -> dict[str, Any]:
+    built: dict[str, Any] = msgspec.to_builtins(hash_file(path))
+    return built
+
+
+def change(bundle: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads((bundle / MANIFEST).read_text())
+    edit(content)
+    (bundle / MANIFEST).write_text(json.dumps(content))
+
+
+def verify(bundle: Path, *, checksums: bool = True) -> None:
+    verify_bundle(bundle, read_manifest(bundle), checksums=checksums)
+
+
+def test_what_is_written_is_read_back(with_data: Path) -> None:
+    manifest = read_manifest(with_data)
+    verify_bundle(with_data, manifest)
+    before = (with_data / MANIFEST).stat().st_mode
+    write_manifest(with_data, manifest)
+    assert read_manifest(with_data) == manifest
+    assert (with_data / MANIFEST).stat().st_mode == before
+    assert hash_file(with_data / GRAPH).sha256 == hashlib.sha256((with_data / GRAPH).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("prepare", "reason"),
+    [
+        (shutil.rmtree, "no such bundle"),
+        (lambda bundle: (shutil.rmtree(bundle), bundle.write_text("")), "not a folder"),
+        (lambda bundle: (bundle / MANIFEST).unlink(), "it has no edgemix.json"),
+        (lambda bundle: ((bundle / MANIFEST).unlink(), os.mkfifo(bundle / MANIFEST)), "it has no edgemix.json"),
+        (lambda bundle: (bundle / MANIFEST).write_bytes(b" " * (16 << 20) + b"{}"), "no manifest"),
+        (lambda bundle: (bundle / MANIFEST).write_bytes(b""), "truncated"),
+        (lambda bundle: (bundle / MANIFEST).write_bytes(b'{"schema": 1, "\xff": 2}'), "damaged"),
+        (lambda bundle: (bundle / MANIFEST).write_bytes(b'{"schema": 1,}'), r"damaged: .*byte \d+"),
+        (lambda bundle: (bundle / MANIFEST).write_bytes(b'{"schema": 1, "files": ' + b"[" * 10**6), "damaged"),
+        (lambda bundle: (bundle / MANIFEST).write_bytes(b'{"schema": ' + b"9" * 10**4 + b"}"), "damaged"),
+        (lambda bundle: (bundle / MANIFEST).write_bytes(b"[]"), "damaged"),
+        (lambda bundle: os.truncate(bundle / MANIFEST, 700), "damaged"),
+        (lambda bundle: (bundle / GRAPH).unlink(), "model.onnx is missing"),
+        (lambda bundle: os.truncate(bundle / GRAPH, 100), "model.onnx has 100 bytes, and should have"),
+        (lambda bundle: (bundle / GRAPH).open("ab").write(b"more"), "and should have"),
+        (lambda bundle: ((bundle / GRAPH).unlink(), (bundle / GRAPH).mkdir()), "not a regular file"),
+        (lambda bundle: ((bundle / GRAPH).unlink(), (bundle / GRAPH).symlink_to("/etc/passwd")), "leaves the folder"),
+    ],
+)
+def test_damaged_bundles_are_refused(own_bundle: Path, prepare: Callable[[Path], object], reason: str) -> None:
+    prepare(own_bundle)
+    with pytest.raises(BundleError, match=reason):
+        read_manifest(own_bundle)
+
+
+def test_a_newer_schema_is_told_before_its_unknown_fields(own_bundle: Path) -> None:
+    change(own_bundle, lambda it: it.update(schema=2, novelty=True))
+    with pytest.raises(BundleError, match=r"newer edgemix \(schema 2.*\n.*pip install --upgrade"):
+        read_manifest(own_bundle)
+    change(own_bundle, lambda it: it.update(schema=1))
+    with pytest.raises(BundleError, match="novelty"):
+        read_manifest(own_bundle)
+
+
+def member(it: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = it["members"][0]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (lambda it: it.update(schema=0), "schema"),
+        (lambda it: it.update(members=[]), "there are none"),
+        (lambda it: it["members"].append(member(it)), "more than once"),
+        (lambda it: member(it).update(name="CODE"), "more than once"),
+        (lambda it: member(it).update(name="../x"), "no name for a member"),
+        (lambda it: member(it).update(name=""), "no name for a member"),
+        (lambda it: member(it).update(format="int3"), "format"),
+        (lambda it: member(it).update(graph="model.onnx"), "not listed"),
+        (lambda it: member(it).update(graph="../model.onnx"), "not listed"),
+        (lambda it: member(it).update(graph=TOKENIZER), "no .onnx file"),
+        (lambda it: member(it)["facts"].update(layers=0), "layers is 0"),
+        (lambda it: member(it)["facts"].update(layers=10**9), "layers is"),
+        (lambda it: member(it)["facts"].update(vocabulary=10**12), "vocabulary is"),
+        (lambda it: member(it)["facts"].update(context=-1), "context is"),
+        (lambda it: member(it)["facts"].update(context=2**62), "context is"),
+        (lambda it: member(it)["facts"].update(context=2**70), "context"),
+        (lambda it: it["weights"].update(default={"math": 1.0}), "not over the members: 'code'"),
+        (lambda it: it["weights"].update(default={"math": 0.5, "code": 0.5, "x": 0}), "not over the members: 'x'"),
+        (lambda it: it["weights"].update(default={"math": 1.5, "code": -0.5}), "not >= 0"),
+        (lambda it: it["weights"].update(default={"math": 0.5, "code": 0.4}), "sum to 1"),
+        (lambda it: it["weights"].update(default={"math": 0.5, "code": None}), "damaged"),
+        (lambda it: it["weights"]["domains"].update(x={"math": 0.0, "code": 0.0}), r"domains\['x'\] does not sum"),
+        (lambda it: it["tokenizer"].update(vocabulary=0), "vocabulary is 0"),
+        (lambda it: it["tokenizer"].update(vocabulary=10**6), "logits are"),
+        (lambda it: it["tokenizer"].update(eos=[10**6]), "special token"),
+        (lambda it: it["tokenizer"].update(bos=-1), "special token"),
+        (lambda it: it["files"].pop(GRAPH), "not listed"),
+        (lambda it: it["files"].pop(TOKENIZER), "not listed"),
+        (lambda it: it["files"].update({MANIFEST: it["files"][GRAPH]}), "cannot list itself"),
+        (lambda it: it["files"].update({"/etc/passwd": it["files"][GRAPH]}), "is absolute"),
+        (lambda it: it["files"].update({"a/../../b": it["files"][GRAPH]}), r"contains \.\."),
+        (lambda it: it["files"].update({"a\\b": it["files"][GRAPH]}), "not allowed"),
+        (lambda it: it["files"].update({"c:b": it["files"][GRAPH]}), "not allowed"),
+        (lambda it: it["files"].update({"a\0b": it["files"][GRAPH]}), "not allowed"),
+        (lambda it: it["files"].update({"\ud800": it["files"][GRAPH]}), "damaged|not allowed"),
+        (lambda it: it["files"].update({"x" * 2000: it["files"][GRAPH]}), "too long"),
+        (lambda it: it["files"].update({"": it["files"][GRAPH]}), "is empty"),
+        (lambda it: it["files"][GRAPH].update(size=-1), "negative size"),
+        (lambda it: it["files"][GRAPH].update(size=2**62), "and should have"),
+        (lambda it: it["files"][GRAPH].update(sha256="0" * 63), "sha256 that is none"),
+    ],
+)
+def test_hostile_manifests_are_refused(own_bundle: Path, edit: Callable[[dict[str, Any]], object], reason: str) -> None:
+    change(own_bundle, edit)
+    with pytest.raises(BundleError, match=reason):
+        read_manifest(own_bundle)
+
+
+def test_one_flipped_byte_in_any_file_is_found(with_data: Path) -> None:
+    for name in read_manifest(with_data).files:
+        content = (with_data / name).read_bytes()
+        for place in (0, len(content) // 2, len(content) - 1):
+            flipped = bytearray(content)
+            flipped[place] ^= 1
+            (with_data / name).write_bytes(flipped)
+            with pytest.raises(BundleError, match=f"{name} has changed"):
+                verify(with_data)
+        (with_data / name).write_bytes(content)
+    verify(with_data)
+
+
+def test_external_data_must_be_listed_and_whole_even_without_checksums(with_data: Path) -> None:
+    verify(with_data, checksums=False)
+    content = (with_data / DATA).read_bytes()
+    change(with_data, lambda it: it["files"].pop(DATA))
+    with pytest.raises(BundleError, match=r"model\.onnx\.data is not listed"):
+        verify(with_data, checksums=False)
+    (with_data / DATA).write_bytes(content[:-1])
+    change(with_data, lambda it: it["files"].update({DATA: entry(with_data / DATA)}))
+    with pytest.raises(BundleError, match="a tensor at bytes"):
+        verify(with_data)
+    (with_data / DATA).rename(with_data / "weights")
+    (with_data / DATA).symlink_to(with_data / "weights")
+    change(with_data, lambda it: it["files"].pop(DATA))
+    with pytest.raises(BundleError, match="not listed"):
+        verify(with_data, checksums=False)
+
+
+def test_unlisted_files_that_could_be_loaded_are_refused_and_others_ignored(own_bundle: Path) -> None:
+    for name in (".DS_Store", "README.md", "members/math/Thumbs.db"):
+        (own_bundle / name).write_text("x")
+    verify(own_bundle)
+    for name in ("extra.onnx", "members/math/more.data", "tokenizer/added.json", "tokenizer/chat.jinja"):
+        (own_bundle / name).write_text("x")
+        with pytest.raises(BundleError, match=f"{name} is not listed"):
+            verify(own_bundle, checksums=False)
+        (own_bundle / name).unlink()
+
+
+def test_verifying_tells_its_progress(own_bundle: Path) -> None:
+    class Listener:
+        total: float | None = 0.0
+        seen = 0.0
+
+        def stage(self, title: str, total: float | None = None) -> Listener:
+            self.total = total
+            return self
+
+        def __enter__(self) -> Listener:
+            return self
+
+        def __exit__(self, *exception: object) -> None:
+            pass
+
+        def advance(self, amount: float = 1.0, note: str = "") -> None:
+            self.seen += amount
+
+        def say(self, line: str) -> None:
+            pass
+
+    listener = Listener()
+    manifest = read_manifest(own_bundle)
+    verify_bundle(own_bundle, manifest, progress=listener)
+    assert listener.seen == listener.total == sum(file.size for file in manifest.files.values())
+
+
+def test_resolve_keeps_to_the_bundle(tmp_path: Path) -> None:
+    (tmp_path / "bundle/inner").mkdir(parents=True)
+    (tmp_path / "bundle/out").symlink_to(tmp_path)
+    (tmp_path / "bundle/in").symlink_to("inner")
+    bundle = tmp_path / "bundle"
+    assert resolve(bundle, "inner/file") == bundle / "inner/file"
+    assert resolve(bundle, "in/file") == bundle / "in/file"
+    for path in ("..", "out/file", "out", "/etc", "inner//x", "./x", "", "a" * 300, "a\nb"):
+        with pytest.raises(BundleError):
+            resolve(bundle, path)
+
+
+def test_an_unsound_manifest_is_not_written(own_bundle: Path) -> None:
+    manifest = read_manifest(own_bundle)
+    weights = msgspec.structs.replace(manifest.weights, default={"math": float("nan"), "code": 1.0})
+    parity = msgspec.structs.replace(manifest.members[0].parity, decode=float("inf"))
+    members = (msgspec.structs.replace(manifest.members[0], parity=parity), manifest.members[1])
+    for fault, changed in {
+        "weights.default": msgspec.structs.replace(manifest, weights=weights),
+        r"members\[0\].parity.decode is not a finite number": msgspec.structs.replace(manifest, members=members),
+        "negative size": msgspec.structs.replace(manifest, files={**manifest.files, "x": FileEntry(-1, "0" * 64)}),
+    }.items():
+        with pytest.raises(EdgemixError, match=fault):
+            write_manifest(own_bundle, changed)
+    assert read_manifest(own_bundle) == manifest
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (errno.ENOSPC, EdgemixError("no space left on device", "Free some space there, or choose another disk.")),
+        (errno.EROFS, InputError("read-only file system", "Change the permissions, or choose another folder.")),
+        (errno.EIO, EdgemixError("input/output error")),
+    ],
+)
+def test_a_disk_that_refuses_leaves_the_old_manifest(
+    own_bundle: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int, expected: EdgemixError
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    before = (own_bundle / MANIFEST).read_bytes()
+    manifest = read_manifest(own_bundle)
+    monkeypatch.setattr(bundle_module.os if call == "fsync" else Path, call, refuse)
+    with pytest.raises(EdgemixError, match=expected.message) as error:
+        write_manifest(own_bundle, manifest)
+    assert type(error.value) is type(expected)
+    assert error.value.remedy == expected.remedy
+    assert (own_bundle / MANIFEST).read_bytes() == before
+    assert [path.name for path in own_bundle.iterdir() if "tmp" in path.name] == []
+
+
+def test_writing_where_there_is_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(EdgemixError, match="no such file"):
+        write_atomically(tmp_path / "missing/file", b"")

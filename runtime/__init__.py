@@ -1,0 +1,11 @@
+"""Bundle in, text out: the runtime that apps embed.
+
+with Mixture.load("bundle") as mixture:
+    print(mixture.generate("Once upon a time").text)
+"""
+
+from edgemix.runtime.mixture import Mixture
+from edgemix.runtime.options import GenerateOptions, WeightChoice
+from edgemix.runtime.results import Chunk, Completion, Score, Timings
+
+__all__ = ["Chunk", "Completion", "GenerateOptions", "Mixture", "Score", "Timings", "WeightChoice"]

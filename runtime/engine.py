@@ -1,0 +1,204 @@
+"""Prefill and decode: token ids in, token ids out. Text is somebody else's concern."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from edgemix.runtime.mixing import check_numbers, combine_log_probabilities, log_softmax
+from edgemix.runtime.sampling import choose_token
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from numpy.typing import NDArray
+
+    from edgemix.runtime.member import Member, Tokens
+    from edgemix.runtime.mixing import Combine
+    from edgemix.runtime.sampling import Sampling
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Blend:
+    """Members and how they are mixed.
+
+    Attributes:
+        members: Those with a weight above zero; the others need not be evaluated.
+        weights: float64 [members], sum one.
+        combine: See `mixing`.
+        vocabulary: The tokenizer's; logits beyond it are cut off.
+    """
+
+    members: tuple[Member, ...]
+    weights: NDArray[np.float64]
+    combine: Combine
+    vocabulary: int
+
+    @classmethod
+    def of(cls, members: Sequence[Member], weights: NDArray[np.float64], combine: Combine, vocabulary: int) -> Blend:
+        """The blend of those members that weigh something."""
+        heavy = np.flatnonzero(weights).tolist()
+        return cls(tuple(members[i] for i in heavy), weights[heavy], combine, vocabulary)
+
+
+class State:
+    """A batch of sequences as every member of a blend has read them."""
+
+    def __init__(self, blend: Blend, batch: int) -> None:
+        self._blend = blend
+        self._caches = [member.new_cache(batch) for member in blend.members]
+        self._parts = self._buffer(batch)
+
+    def extend(self, tokens: Tokens) -> NDArray[np.float32]:
+        """Read at least one new token a row: the mixture's log-probabilities [batch, vocabulary] of what follows.
+
+        They may lie in a buffer that the next call overwrites.
+
+        Raises:
+            EdgemixError: A graph fails, or computes something that is not a number.
+        """
+        blend = self._blend
+        for member, cache, part in zip(blend.members, self._caches, self._parts, strict=True):
+            log_softmax(member.extend(cache, tokens)[:, : blend.vocabulary], out=part)
+        mixed = combine_log_probabilities(self._parts, blend.weights, blend.combine)
+        check_numbers(mixed.max())
+        return mixed
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only these rows, in ascending order."""
+        for cache in self._caches:
+            cache.select(rows)
+        self._parts = self._buffer(len(rows))
+
+    def close(self) -> None:
+        """Free the caches."""
+        for cache in self._caches:
+            cache.free()
+
+    def _buffer(self, batch: int) -> NDArray[np.float32]:
+        """Room for each member's log-probabilities; used at every step, as fresh memory costs more than arithmetic."""
+        return np.empty((len(self._blend.members), batch, self._blend.vocabulary), np.float32)
+
+
+class Token(NamedTuple):
+    """One new token of one sequence.
+
+    Attributes:
+        sequence: Index of the prompt.
+        log_probability: Under the mixture, before temperature and filters.
+        finish_reason: Why it is the last one; None if it is not.
+    """
+
+    sequence: int
+    id: int
+    log_probability: float
+    finish_reason: FinishReason | None
+
+
+@dataclass(slots=True)
+class _Sequence:
+    index: int
+    generator: np.random.Generator
+    budget: int
+    seen: NDArray[np.int64]
+    last: int = -1
+    finished: bool = False
+
+
+class Decoding:
+    """Generation of a batch under way: every `step` gives each sequence that is not finished its next token.
+
+    Finished sequences leave the batch. The result of a sequence does not depend on the others, but for members whose
+    activations are quantised as a whole (int8-dynamic): there the rows of a call share one scale.
+
+    Args:
+        blend: What generates.
+        prompts: Token ids, at least one each.
+        sampling: How tokens are chosen.
+        seeds: One a prompt; None draws from the system's entropy.
+        max_new_tokens: Most tokens for each.
+        context: Most tokens that are read of a sequence; what would follow ends with finish reason "length".
+        eos: Ids that finish a sequence with "stop"; the id itself is the last token.
+    """
+
+    def __init__(
+        self,
+        blend: Blend,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        seeds: Sequence[int | None],
+        max_new_tokens: int,
+        context: int,
+        eos: Iterable[int],
+    ) -> None:
+        self._sampling = sampling
+        self._eos = frozenset(eos)
+        self._prompts: list[NDArray[np.int64]] | None = [np.asarray(prompt, np.int64) for prompt in prompts]
+        self._state = State(blend, len(prompts))
+        self._active = [
+            _Sequence(
+                index,
+                np.random.default_rng(seed),
+                # The last token is never read, so it may lie one beyond the context.
+                budget=min(max_new_tokens, context - len(prompt) + 1),
+                seen=np.unique(prompt),
+            )
+            for index, (prompt, seed) in enumerate(zip(self._prompts, seeds, strict=True))
+        ]
+
+    def step(self) -> list[Token]:
+        """The next token of each unfinished sequence; the first step reads the prompts. Empty when all are finished."""
+        self._drop_finished()
+        if not self._active:
+            return []
+        if self._prompts is not None:
+            log_probabilities = self._state.extend(self._prompts)
+            self._prompts = None
+        else:
+            log_probabilities = self._state.extend(np.array([[sequence.last] for sequence in self._active]))
+        chosen = self._choose(log_probabilities)
+        return [
+            self._advance(sequence, token, float(row[token]))
+            for sequence, token, row in zip(self._active, chosen, log_probabilities, strict=True)
+        ]
+
+    def finish(self, sequence: int) -> None:
+        """Take a sequence out, whatever it may still have had to say."""
+        for active in self._active:
+            active.finished |= active.index == sequence
+
+    def close(self) -> None:
+        """Free the caches."""
+        self._state.close()
+        self._active = []
+
+    def _drop_finished(self) -> None:
+        keep = [row for row, sequence in enumerate(self._active) if not sequence.finished]
+        if len(keep) < len(self._active):
+            self._active = [self._active[row] for row in keep]
+            if keep:
+                self._state.select(keep)
+            else:
+                self._state.close()
+
+    def _choose(self, log_probabilities: NDArray[np.float32]) -> list[int]:
+        if self._sampling.greedy:
+            return [int(token) for token in log_probabilities.argmax(axis=-1)]
+        return [
+            choose_token(row, self._sampling, sequence.generator, sequence.seen)
+            for row, sequence in zip(log_probabilities, self._active, strict=True)
+        ]
+
+    def _advance(self, sequence: _Sequence, token: int, log_probability: float) -> Token:
+        sequence.last = token
+        sequence.budget -= 1
+        if self._sampling.repetition_penalty != 1:
+            sequence.seen = np.union1d(sequence.seen, [token])
+        reason: FinishReason | None = "stop" if token in self._eos else "length" if sequence.budget == 0 else None
+        sequence.finished = reason is not None
+        return Token(sequence.index, token, log_probability, reason)

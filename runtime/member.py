@@ -1,0 +1,246 @@
+"""One ONNX session with what it takes to read tokens into a KV cache and get logits out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgemix import graph_io
+from edgemix.errors import BundleError, EdgemixError, InputError
+from edgemix.runtime.kv_cache import KINDS, CacheLayout, KVCache, Slot
+from edgemix.runtime.providers import PROVIDERS, onnxruntime_errors, open_session, plain
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from edgemix.graph_io import GraphFacts
+    from edgemix.runtime.providers import Provider
+
+    Tokens = Sequence[Sequence[int]] | Sequence[NDArray[np.int64]] | NDArray[np.int64]
+
+MAX_CHUNK = 256
+"""Most tokens read in one call."""
+LOGITS_BYTES = 64 << 20
+"""About how many bytes of logits one call may return."""
+MAX_STATE = 1 << 20
+"""Most numbers a layer may keep of a token: far beyond every model there is, and nothing that exhausts memory."""
+
+_ELEMENT_TYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A binding for one shape of call, with the buffer [batch, new, vocabulary] that its logits are written to."""
+
+    binding: Any
+    logits: NDArray[Any]
+
+
+class Member:
+    """One decoder graph, loaded.
+
+    It holds no state between calls: several threads may use one member at once, each with its own cache.
+
+    Attributes:
+        facts: What the manifest says of the graph.
+        vocabulary: Width of the logits, padding included.
+        context: Most tokens that a sequence can have.
+        chunk: Most tokens that one call should read, so that its logits stay within `LOGITS_BYTES`.
+    """
+
+    def __init__(self, session: Any, facts: GraphFacts, provider: Provider, name: str) -> None:
+        self.facts, self.provider, self.name = facts, provider, name
+        self._session = session
+        self._inputs = {tensor.name: tensor for tensor in session.get_inputs()}
+        self._outputs = {tensor.name: tensor for tensor in session.get_outputs()}
+        self._check()
+        logits = self._outputs[graph_io.LOGITS]
+        self._logits_dtype = _ELEMENT_TYPES[logits.type]
+        self.vocabulary: int = logits.shape[-1]
+        self.context = facts.context
+        self.chunk = int(np.clip(LOGITS_BYTES // (4 * self.vocabulary), 16, MAX_CHUNK))
+        slots = tuple(
+            Slot(tensor.name, graph_io.present_of(tensor.name), tensor.shape[1], tensor.shape[3])
+            for tensor in self._inputs.values()
+            if tensor.name.startswith(graph_io.PAST_PREFIX)
+        )
+        dtype = _ELEMENT_TYPES[self._inputs[graph_io.past_key(0)].type]
+        self._layout = CacheLayout(slots, dtype, provider, facts.context)
+
+    @classmethod
+    def load(
+        cls,
+        graph: Path,
+        facts: GraphFacts,
+        provider: Provider | None = None,
+        threads: int | None = None,
+        *,
+        sessions: int = 1,
+        name: str = "",
+    ) -> Member:
+        """Open a graph.
+
+        Args:
+            graph: The .onnx file.
+            facts: As the exporter wrote them.
+            provider: Where it runs; the CPU by default.
+            threads: Threads within an operator; physical cores by default.
+            sessions: How many sessions share the cores.
+            name: For messages; the graph's folder by default.
+
+        Raises:
+            BundleError: The graph does not load, or is not the decoder that `facts` describe.
+        """
+        provider = provider or PROVIDERS["cpu"]
+        session = open_session(graph, provider, threads=threads, sessions=sessions)
+        return cls(session, facts, provider, name or graph.parent.name)
+
+    def new_cache(self, batch: int = 1) -> KVCache:
+        """An empty cache for `batch` sequences; it takes memory only as tokens are read."""
+        return KINDS[self.facts.cache](self._layout, batch)
+
+    def extend(self, cache: KVCache, tokens: Tokens) -> NDArray[np.float32]:
+        """Read new tokens, and say what may follow each row's last one.
+
+        Args:
+            cache: The state to continue; it is updated.
+            tokens: For each row at least one token id; rows may differ in number.
+
+        Returns:
+            Logits float32 [batch, vocabulary]. They lie in the cache's buffer: the next call overwrites them.
+
+        Raises:
+            InputError: A sequence would become longer than the context.
+            EdgemixError: ONNX Runtime fails (most often for want of memory).
+        """
+        rows = self._rows(tokens, cache)
+        if not cache.reads_together(counts := [len(row) for row in rows]):
+            parts = cache.split(counts)
+            logits = [self.extend(part, [row]) for part, row in zip(parts, rows, strict=True)]
+            cache.join(parts)
+            return np.concatenate(logits)
+        together = np.stack(rows)
+        step = max(1, self.chunk // cache.batch)
+        for start in range(0, together.shape[1], step):
+            last = self._run(cache, together[:, start : start + step])[:, -1]
+        return last.astype(np.float32, copy=False)
+
+    def extend_all(self, cache: KVCache, tokens: Tokens) -> list[NDArray[np.float32]]:
+        """Read new tokens, and say what may follow every one of them.
+
+        The caller bounds the memory: rows of at most `chunk` tokens keep to `LOGITS_BYTES` a row.
+
+        Returns:
+            For each row, logits float32 [its tokens, vocabulary]. They lie in a buffer that the next call overwrites.
+
+        Raises:
+            InputError, EdgemixError: As `extend`.
+        """
+        rows = self._rows(tokens, cache)
+        if cache.reads_together(counts := [len(row) for row in rows]):
+            return list(self._run(cache, np.stack(rows)).astype(np.float32, copy=False))
+        parts = cache.split(counts)
+        logits = [self.extend_all(part, [row])[0] for part, row in zip(parts, rows, strict=True)]
+        cache.join(parts)
+        return logits
+
+    def forward(self, tokens: Tokens) -> list[NDArray[np.float32]]:
+        """One call of the graph on whole sequences, padded on the right to equal length, without a past.
+
+        Returns:
+            For each row, logits float32 [its tokens, vocabulary].
+        """
+        cache = self.new_cache(len(tokens))
+        rows = self._rows(tokens, cache)
+        counts = np.array([len(row) for row in rows])
+        ids = np.zeros((len(rows), counts.max()), np.int64)
+        for padded, row in zip(ids, rows, strict=True):
+            padded[: len(row)] = row
+        mask = (np.arange(counts.max()) < counts[:, None]).astype(np.int64)
+        logits = self._run(cache, ids, mask).astype(np.float32, copy=False)
+        return [row[:count] for row, count in zip(logits, counts, strict=True)]
+
+    def _run(self, cache: KVCache, ids: NDArray[np.int64], mask: NDArray[np.int64] | None = None) -> NDArray[Any]:
+        """Call the graph on ids [batch, new]: logits [batch, new, vocabulary], which the next call overwrites."""
+        new = ids.shape[1]
+        call: _Call | None = cache.call
+        if call is None or call.logits.shape[:2] != ids.shape:
+            call = cache.call = self._new_call(*ids.shape)
+        binding = call.binding
+        # Bound anew each time: a provider with memory of its own copies them when they are bound.
+        binding.bind_cpu_input(graph_io.INPUT_IDS, np.ascontiguousarray(ids))
+        binding.bind_cpu_input(graph_io.ATTENTION_MASK, cache.mask(new) if mask is None else mask)
+        if graph_io.POSITION_IDS in self._inputs:
+            binding.bind_cpu_input(graph_io.POSITION_IDS, cache.lengths[:, None] + np.arange(new))
+        cache.bind(binding, new)
+        try:
+            self._session.run_with_iobinding(binding)
+        except onnxruntime_errors() as error:
+            raise EdgemixError(f"member {self.name!r} failed on {self.provider.name}: {plain(error)}") from error
+        cache.advance(binding, new)
+        return call.logits
+
+    def _new_call(self, batch: int, new: int) -> _Call:
+        binding = self._session.io_binding()
+        logits = np.empty((batch, new, self.vocabulary), self._logits_dtype)
+        binding.bind_output(graph_io.LOGITS, "cpu", 0, logits.dtype, list(logits.shape), logits.ctypes.data)
+        return _Call(binding, logits)
+
+    def _rows(self, tokens: Tokens, cache: KVCache) -> list[NDArray[np.int64]]:
+        """The new tokens as arrays, once it is clear that the cache can take them."""
+        rows = [np.asarray(row, np.int64) for row in tokens]
+        counts = [len(row) for row in rows]
+        if len(rows) != cache.batch or not all(counts):
+            raise ValueError(f"{cache.batch} rows of at least one token are needed, not {counts}")
+        longest = int((cache.lengths + counts).max())
+        if longest > self.context:
+            raise InputError(
+                f"{longest} tokens are more than the context of {self.name!r}, {self.context} tokens",
+                "Shorten the text.",
+            )
+        return rows
+
+    def _check(self) -> None:
+        """Refuse a graph that is not what `graph_io` and the facts say, before anything is sized by it."""
+        layers = range(self.facts.layers)
+        pasts = {name(i) for i in layers for name in (graph_io.past_key, graph_io.past_value)}
+        wanted = {graph_io.INPUT_IDS, graph_io.ATTENTION_MASK, *pasts}
+        presents = {graph_io.LOGITS, *map(graph_io.present_of, pasts)}
+        problems = [
+            *(f"it has no input {name}" for name in sorted(wanted - self._inputs.keys())),
+            *(
+                f"its input {name} is unknown"
+                for name in sorted(self._inputs.keys() - wanted - {graph_io.POSITION_IDS})
+            ),
+            *(f"it has no output {name}" for name in sorted(presents - self._outputs.keys())),
+        ]
+        if not problems:
+            problems = [*self._misshapen(pasts)]
+        if problems:
+            raise BundleError(
+                f"the graph of member {self.name!r} is not the decoder that it should be: {'; '.join(problems)}",
+                "Export the bundle again.",
+            )
+
+    def _misshapen(self, pasts: Iterable[str]) -> Iterable[str]:
+        logits = self._outputs[graph_io.LOGITS]
+        if len(logits.shape) != 3 or logits.shape[-1] != self.facts.vocabulary:
+            yield f"its logits are {logits.shape}, the manifest says vocabulary {self.facts.vocabulary}"
+        if logits.type not in _ELEMENT_TYPES:
+            yield f"its logits are {logits.type}"
+        for tensor in (self._inputs[name] for name in pasts):
+            axes = tensor.shape
+            if len(axes) != 4 or not isinstance(axes[1], int) or not isinstance(axes[3], int):
+                yield f"{tensor.name} is {axes}, not [batch, heads, past, head_size]"
+            elif not 0 < axes[1] * axes[3] <= MAX_STATE:
+                yield f"{tensor.name} has {axes[1]} heads of size {axes[3]}"
+            if tensor.type != f"tensor({self.facts.dtype.removesuffix('32')})":
+                yield f"{tensor.name} is {tensor.type}, the manifest says {self.facts.dtype}"

@@ -1,0 +1,338 @@
+"""`Mixture`: the one object that an app embeds. A bundle goes in, text comes out."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, Unpack, overload
+
+import numpy as np
+
+from edgemix.bundle import read_manifest, resolve, verify_bundle
+from edgemix.errors import EdgemixError, InputError
+from edgemix.progress import SILENT
+from edgemix.runtime.engine import Blend, Decoding, State
+from edgemix.runtime.member import Member
+from edgemix.runtime.mixing import check_combine, normalise
+from edgemix.runtime.options import GenerateOptions, Settings, WeightChoice
+from edgemix.runtime.providers import choose
+from edgemix.runtime.results import Chunk, Completion, Score
+from edgemix.runtime.scoring import score_tokens
+from edgemix.runtime.tokenizer import Tokenizer
+from edgemix.runtime.writer import Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from edgemix.bundle import Manifest
+    from edgemix.progress import Progress
+    from edgemix.runtime.mixing import Combine
+    from edgemix.runtime.providers import Provider
+
+
+class Mixture:
+    """Several language models that answer as one:  P(y | x) = sum_i w_i P_i(y | x).
+
+    A loaded mixture does not change, and every call has caches of its own: threads may share one mixture and call it at
+    the same time. They also share the cores, so for throughput give one call a batch. Only `close` must come after all
+    calls have ended.
+
+    Interrupting a call (Ctrl-C, closing a stream) frees its caches and leaves the mixture as it was.
+
+    Attributes:
+        manifest: What the bundle says of itself.
+        members: The members' names, in the manifest's order.
+        weights: Member name -> share: the bundle's own weights.
+        tokenizer: Text to token ids and back.
+        vocabulary: Number of token ids.
+        context: Most tokens of a sequence: the smallest of the members' contexts.
+        provider: Where the graphs run, "cpu" or "cuda".
+    """
+
+    def __init__(self, manifest: Manifest, members: Sequence[Member], tokenizer: Tokenizer, provider: Provider) -> None:
+        self.manifest = manifest
+        self.tokenizer = tokenizer
+        self.members = tuple(entry.name for entry in manifest.members)
+        self.weights: Mapping[str, float] = dict(manifest.weights.default)
+        self.vocabulary = manifest.tokenizer.vocabulary
+        self.context = min(member.context for member in members)
+        self.provider = provider.name
+        self._loaded = tuple(members)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        provider: str = "auto",
+        threads: int | None = None,
+        verify: bool = True,
+    ) -> Self:
+        """Open a bundle.
+
+        Args:
+            path: The bundle's folder.
+            provider: "cpu", "cuda", or "auto": CUDA where it works, else the CPU; `provider` then tells which.
+            threads: Threads within an operator; as many as there are physical cores by default.
+            verify: Compare the checksums of all files. Without it only structure, paths and sizes are checked.
+
+        Raises:
+            BundleError: The bundle is missing, damaged, unsafe, or its graphs do not load.
+            EdgemixError: The provider asked for does not work here.
+        """
+        bundle = Path(path)
+        manifest = read_manifest(bundle)
+        verify_bundle(bundle, manifest, checksums=verify)
+        return cls.assemble(bundle, manifest, provider, threads)
+
+    @classmethod
+    def assemble(cls, bundle: Path, manifest: Manifest, provider: str = "auto", threads: int | None = None) -> Self:
+        """Open the files of a bundle whose manifest is at hand: one that is being made.
+
+        Raises:
+            BundleError: A file is damaged, or a graph does not load.
+            EdgemixError: The provider asked for does not work here.
+        """
+        if threads is not None and threads < 1:
+            raise InputError(f"threads must be at least 1, not {threads}")
+        chosen = choose(provider)
+        tokenizer = Tokenizer.load(bundle, manifest.tokenizer)
+        members = [
+            Member.load(
+                resolve(bundle, entry.graph),
+                entry.facts,
+                chosen,
+                threads,
+                sessions=len(manifest.members),
+                name=entry.name,
+            )
+            for entry in manifest.members
+        ]
+        return cls(manifest, members, tokenizer, chosen)
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self, prompts: str, **options: Unpack[GenerateOptions]
+    ) -> Completion: ...
+
+    @overload
+    def generate(self, prompts: Sequence[str], **options: Unpack[GenerateOptions]) -> list[Completion]: ...
+
+    def generate(
+        self, prompts: str | Sequence[str], **options: Unpack[GenerateOptions]
+    ) -> Completion | list[Completion]:
+        """Continue one prompt, or several of any lengths as a batch.
+
+        Args:
+            prompts: One text, or several.
+            options: See `GenerateOptions`.
+
+        Returns:
+            A completion, or a list of them in the prompts' order.
+
+        Raises:
+            InputError: A prompt is empty or longer than the context, or an option makes no sense.
+        """
+        settings = Settings.of(**options)
+        started = time.perf_counter()
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        completions: dict[int, Completion] = {}
+        with closing(self._decode([self.tokenizer.encode(text) for text in texts], settings, started)) as decoded:
+            for index, chunk in decoded:
+                if chunk.completion is not None:
+                    completions[index] = chunk.completion
+        ordered = [completions[index] for index in range(len(texts))]
+        return ordered[0] if isinstance(prompts, str) else ordered
+
+    def stream(self, prompt: str, **options: Unpack[GenerateOptions]) -> Iterator[Chunk]:
+        """Continue one prompt, and give the text as it comes: whole characters, and never a piece of a stop string.
+
+        Arguments are checked at once. The last chunk carries the completion. Closing the iterator ends the work.
+        """
+        return self._stream(self.tokenizer.encode(prompt), Settings.of(**options))
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerateOptions]) -> Completion:
+        """The assistant's next message in a conversation, written down with the tokenizer's chat template.
+
+        Args:
+            messages: Mappings with `role` ("system", "user", "assistant") and `content`.
+            options: See `GenerateOptions`.
+
+        Raises:
+            InputError: The bundle has no chat template, or it refuses the messages; as `generate`.
+        """
+        *_, last = self.stream_chat(messages, **options)
+        if last.completion is None:
+            raise EdgemixError("generation ended without a completion")
+        return last.completion
+
+    def stream_chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerateOptions]) -> Iterator[Chunk]:
+        """As `chat`, chunk by chunk as `stream`."""
+        return self._stream(self.tokenizer.render(messages), Settings.of(**options))
+
+    @overload
+    def score(  # type: ignore[overload-overlap]
+        self,
+        texts: str,
+        weights: WeightChoice = None,
+        combine: Combine = "linear",
+        *,
+        window: int | None = None,
+        progress: Progress = SILENT,
+    ) -> Score: ...
+
+    @overload
+    def score(
+        self,
+        texts: Sequence[str],
+        weights: WeightChoice = None,
+        combine: Combine = "linear",
+        *,
+        window: int | None = None,
+        progress: Progress = SILENT,
+    ) -> list[Score]: ...
+
+    def score(
+        self,
+        texts: str | Sequence[str],
+        weights: WeightChoice = None,
+        combine: Combine = "linear",
+        *,
+        window: int | None = None,
+        progress: Progress = SILENT,
+    ) -> Score | list[Score]:
+        """How probable texts are, under the mixture and under each member.
+
+        A text longer than `window` is read in windows of that many tokens, each with an empty past; the first token of
+        a window is scored as the continuation of the window before, so every token but the text's first is scored.
+        The memory needed does not grow with the text. All members are evaluated, whatever they weigh.
+
+        Args:
+            texts: One text, or several; each at least two tokens (a beginning-of-text token counts).
+            weights: As in `GenerateOptions`; so is `combine`.
+            combine: How the members are mixed.
+            window: Most tokens that are read with one past; the context by default, and at most.
+            progress: Hears of the tokens scored.
+
+        Raises:
+            InputError: A text is too short, or an argument makes no sense.
+        """
+        shares = self._shares(weights)
+        check_combine(combine)
+        window = self.context if window is None else window
+        if not 1 <= window <= self.context:
+            raise InputError(f"window must be between 1 and the context, {self.context} tokens, not {window}")
+        encoded = [
+            self.tokenizer.encode_for_scoring(text) for text in ([texts] if isinstance(texts, str) else list(texts))
+        ]
+        scores = []
+        with progress.stage("scoring", sum(len(ids) - 1 for ids, _ in encoded)) as task:
+            for token_ids, scored_bytes in encoded:
+                ids = np.array(token_ids, np.int64)
+                mixed, own = score_tokens(
+                    self._open_members(),
+                    shares,
+                    ids,
+                    combine=combine,
+                    vocabulary=self.vocabulary,
+                    window=window,
+                    advance=task.advance,
+                )
+                scores.append(Score(ids, mixed, own, scored_bytes))
+        return scores[0] if isinstance(texts, str) else scores
+
+    def next_token_distribution(
+        self, text: str, weights: WeightChoice = None, combine: Combine = "linear"
+    ) -> NDArray[np.float64]:
+        """Probability of every token id to come next after a text: float64 [vocabulary], sum one.
+
+        Raises:
+            InputError: The text is empty or longer than the context, or an argument makes no sense.
+        """
+        ids = self.tokenizer.encode(text)
+        self._check_length(ids, "the text")
+        with closing(State(self._blend(weights, combine), 1)) as state:
+            probabilities = np.exp(state.extend([ids])[0].astype(np.float64))
+        return np.asarray(probabilities / probabilities.sum())
+
+    def close(self) -> None:
+        """Free the graphs; the mixture is of no more use."""
+        self._loaded = ()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _stream(self, prompt: list[int], settings: Settings) -> Generator[Chunk]:
+        return _chunks(self._decode([prompt], settings, time.perf_counter()))
+
+    def _decode(self, prompts: list[list[int]], settings: Settings, started: float) -> Generator[tuple[int, Chunk]]:
+        """Check what is left to check, then generate: yields the index of a prompt with its next chunk."""
+        for index, prompt in enumerate(prompts):
+            self._check_length(prompt, "the prompt" if len(prompts) == 1 else f"prompt {index + 1}")
+        blend = self._blend(settings.weights, settings.combine)
+        seeds = settings.seeds(len(prompts))
+        return self._run(blend, prompts, settings, seeds, started)
+
+    def _run(
+        self,
+        blend: Blend,
+        prompts: list[list[int]],
+        settings: Settings,
+        seeds: list[int | None],
+        started: float,
+    ) -> Generator[tuple[int, Chunk]]:
+        prompt_tokens = sum(map(len, prompts))
+        writers = [Writer(self.tokenizer, prompt, settings.stop, prompt_tokens, started) for prompt in prompts]
+        decoding = Decoding(
+            blend,
+            prompts,
+            settings.sampling,
+            seeds=seeds,
+            max_new_tokens=settings.max_new_tokens,
+            context=self.context,
+            eos=self.manifest.tokenizer.eos,
+        )
+        with closing(decoding):
+            while tokens := decoding.step():
+                for token in tokens:
+                    chunk = writers[token.sequence].add(token)
+                    if chunk is None:
+                        continue
+                    if chunk.completion is not None:
+                        decoding.finish(token.sequence)
+                    yield token.sequence, chunk
+
+    def _blend(self, weights: WeightChoice, combine: Combine) -> Blend:
+        check_combine(combine)
+        return Blend.of(self._open_members(), self._shares(weights), combine, self.vocabulary)
+
+    def _shares(self, weights: WeightChoice) -> NDArray[np.float64]:
+        if isinstance(weights, str):
+            domains = self.manifest.weights.domains
+            if weights not in domains:
+                raise InputError(
+                    f"this bundle has no weights for a domain {weights!r}",
+                    f"Domains: {', '.join(domains)}." if domains else "It has no domains: give weights by member name.",
+                )
+            weights = domains[weights]
+        return normalise(self.weights if weights is None else weights, self.members)
+
+    def _check_length(self, ids: Sequence[int], what: str) -> None:
+        if len(ids) > self.context:
+            raise InputError(f"{what} has {len(ids)} tokens, more than the context of {self.context}", "Shorten it.")
+
+    def _open_members(self) -> tuple[Member, ...]:
+        if not self._loaded:
+            raise EdgemixError("this mixture is closed", "Load the bundle again.")
+        return self._loaded
+
+
+def _chunks(decoded: Generator[tuple[int, Chunk]]) -> Generator[Chunk]:
+    with closing(decoded):
+        for _, chunk in decoded:
+            yield chunk

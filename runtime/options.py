@@ -1,0 +1,112 @@
+"""What a call may say about generation, checked before any work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypedDict
+
+from edgemix.errors import InputError
+from edgemix.runtime.mixing import Combine, check_combine
+from edgemix.runtime.sampling import Sampling
+
+if TYPE_CHECKING:
+    from typing import Self, Unpack
+
+WeightChoice = Mapping[str, float] | str | None
+"""The weights of one call: member name -> number (normalised; a missing name weighs nothing), the name of one of the
+bundle's domains, or None for the bundle's own."""
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Options of `generate`, `stream`, `chat` and `stream_chat`, with their defaults.
+
+    Attributes:
+        max_new_tokens: 128. Most tokens to generate.
+        temperature: 0: the most probable token. Above 0 tokens are drawn, the wilder the higher.
+        top_k: 0: all tokens. Else only the k most probable ones.
+        top_p: 1: all tokens. Else the smallest set of most probable tokens that holds this share.
+        min_p: 0: all tokens. Else those at least this share as probable as the most probable one.
+        repetition_penalty: 1: none. Above 1, tokens of the text so far become less probable.
+        stop: None. A text or texts; generation ends before the first one that appears.
+        seed: None: from the system's entropy. An integer for all prompts, or one a prompt; what a prompt yields does
+            not depend on the others in its batch, so equal prompts with equal seeds yield equal texts.
+        weights: None: the bundle's own. See `WeightChoice`.
+        combine: "linear" (weighted mean of probabilities) or "log-linear" (normalised weighted geometric mean).
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    stop: str | Sequence[str]
+    seed: int | Sequence[int] | None
+    weights: WeightChoice
+    combine: Combine
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """`GenerateOptions` with the defaults filled in and checked."""
+
+    sampling: Sampling
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    seed: int | Sequence[int] | None
+    weights: WeightChoice
+    combine: Combine
+
+    @classmethod
+    def of(cls, **options: Unpack[GenerateOptions]) -> Self:
+        """Check options and fill in what is missing.
+
+        Raises:
+            InputError: A value makes no sense.
+            TypeError: There is no such option.
+        """
+        if unknown := options.keys() - GenerateOptions.__annotations__.keys():
+            raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
+        default = Sampling()
+        sampling = Sampling(
+            temperature=options.get("temperature", default.temperature),
+            top_k=options.get("top_k", default.top_k),
+            top_p=options.get("top_p", default.top_p),
+            min_p=options.get("min_p", default.min_p),
+            repetition_penalty=options.get("repetition_penalty", default.repetition_penalty),
+        )
+        max_new_tokens = options.get("max_new_tokens", 128)
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        check_combine(combine := options.get("combine", "linear"))
+        return cls(
+            sampling,
+            max_new_tokens,
+            _stops(options.get("stop", ())),
+            options.get("seed"),
+            options.get("weights"),
+            combine,
+        )
+
+    def seeds(self, prompts: int) -> list[int | None]:
+        """A seed for each of so many prompts.
+
+        Raises:
+            InputError: A negative seed, or not one for each prompt.
+        """
+        seeds: list[int | None] = (
+            [self.seed] * prompts if self.seed is None or isinstance(self.seed, int) else list(self.seed)
+        )
+        if len(seeds) != prompts:
+            raise InputError(f"{len(seeds)} seeds for {prompts} prompts", "Give one seed, or one a prompt.")
+        if any(seed is not None and seed < 0 for seed in seeds):
+            raise InputError("a seed must not be negative")
+        return seeds
+
+
+def _stops(stop: str | Sequence[str]) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(stops):
+        raise InputError("a stop string must not be empty")
+    return stops

@@ -1,0 +1,140 @@
+"""Choosing the next token: small pure filters over log-probabilities, chained in the order Hugging Face uses.
+
+Every filter takes scores float32 [vocabulary] (log-probabilities, normalised or not) and returns scores of the same
+shape in which the tokens that it rules out are -inf. At least one token always stays.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgemix.errors import InputError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_IMPOSSIBLE = np.float32(-np.inf)
+_BLOCK = 256
+"""Tokens that are summed before the cumulative distribution is taken; about the square root of a vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen. Each default leaves its filter out.
+
+    Attributes:
+        temperature: Divides the scores; 0 takes the most probable token (greedy).
+        top_k: Keep the k most probable tokens; 0 keeps all.
+        top_p: Keep the smallest set of most probable tokens that holds this share of the probability.
+        min_p: Keep tokens at least this share as probable as the most probable one.
+        repetition_penalty: Above 1, tokens of the text so far (prompt included) become less probable.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks = {
+            "temperature": (self.temperature >= 0 and math.isfinite(self.temperature), "0 or more"),
+            "top_k": (self.top_k >= 0, "0 or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
+            "repetition_penalty": (
+                self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty),
+                "above 0 (1 is none)",
+            ),
+        }
+        if wrong := [
+            f"{name} must be {range_}, not {getattr(self, name)}" for name, (ok, range_) in checks.items() if not ok
+        ]:
+            raise InputError("; ".join(wrong))
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the choice is the most probable token, and nothing else matters."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
+
+def choose_token(
+    log_probabilities: NDArray[np.float32], sampling: Sampling, generator: np.random.Generator, seen: NDArray[np.int64]
+) -> int:
+    """The next token id.
+
+    Args:
+        log_probabilities: [vocabulary]; they stay as they are.
+        sampling: How to choose.
+        generator: Where the randomness comes from; one number is drawn a token, none where temperature is 0.
+        seen: Token ids of the text so far, for the repetition penalty.
+    """
+    scores = penalise_repetition(log_probabilities, seen, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return int(scores.argmax())
+    scores = scores / np.float32(sampling.temperature)
+    scores = keep_top_k(scores, sampling.top_k)
+    scores = keep_top_p(scores, sampling.top_p)
+    scores = keep_min_p(scores, sampling.min_p)
+    return sample(scores, generator)
+
+
+def penalise_repetition(scores: NDArray[np.float32], seen: NDArray[np.int64], penalty: float) -> NDArray[np.float32]:
+    """Scale the scores of tokens in `seen`: negative ones times `penalty`, others over it (Keskar et al. 2019)."""
+    if penalty == 1:
+        return scores
+    penalised = scores.copy()
+    old = scores[seen]
+    penalised[seen] = np.where(old < 0, old * np.float32(penalty), old / np.float32(penalty))
+    return penalised
+
+
+def keep_top_k(scores: NDArray[np.float32], k: int) -> NDArray[np.float32]:
+    """Rule out all but the k highest scores, and those equal to the k-th; 0 rules out nothing."""
+    if k == 0 or k >= len(scores):
+        return scores
+    return _from(scores, np.partition(scores, -k)[-k])
+
+
+def keep_top_p(scores: NDArray[np.float32], p: float) -> NDArray[np.float32]:
+    """Keep the nucleus, the smallest set of highest scores whose share is at least p (Holtzman et al. 2020)."""
+    if p >= 1:
+        return scores
+    shares = np.exp(scores - scores.max())
+    total = float(shares.sum(dtype=np.float64))
+    # Tokens below this hold less than 1 - p even all together, so none of them is needed (a hair less, for rounding).
+    needed = (1 - p) * total / len(shares) * (1 - 1e-6)
+    best = np.sort(shares[shares >= needed])[::-1]
+    cumulative = np.cumsum(best, dtype=np.float64)
+    last = min(int(np.searchsorted(cumulative, p * total)), len(best) - 1)
+    return np.where(shares >= best[last], scores, _IMPOSSIBLE)
+
+
+def keep_min_p(scores: NDArray[np.float32], p: float) -> NDArray[np.float32]:
+    """Rule out tokens less than p times as probable as the most probable one (Nguyen et al. 2024)."""
+    return scores if p == 0 else _from(scores, scores.max() + np.float32(math.log(p)))
+
+
+def sample(scores: NDArray[np.float32], generator: np.random.Generator) -> int:
+    """Draw a token id with probability softmax(scores), by inverting the cumulative distribution.
+
+    First over blocks of tokens, then within one: summing is many times faster than accumulating.
+    """
+    shares = np.exp(scores - scores.max())
+    starts = np.arange(0, len(shares), _BLOCK)
+    blocks = np.cumsum(np.add.reduceat(shares, starts, dtype=np.float64))
+    drawn = generator.random() * blocks[-1]
+    block = int(np.searchsorted(blocks, drawn, side="right"))
+    start = int(starts[block])
+    within = np.cumsum(shares[start : start + _BLOCK], dtype=np.float64)
+    # Rounding must not lead past the block's last possible token.
+    rest = min(drawn - (blocks[block - 1] if block else 0.0), np.nextafter(within[-1], 0.0))
+    return start + int(np.searchsorted(within, rest, side="right"))
+
+
+def _from(scores: NDArray[np.float32], threshold: np.float32) -> NDArray[np.float32]:
+    return np.where(scores >= threshold, scores, _IMPOSSIBLE)

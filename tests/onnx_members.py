@@ -1,0 +1,289 @@
+"""Tiny ONNX decoders whose logits are known in closed form, and bundles of them.
+
+A member's logits after tokens y_0..y_t are
+
+    logits[v] = table[y_t, v] + pull * (share of v among y_0..y_t) + (tilt * t if v == 0)
+
+so they depend on the last token, on every token before it through the KV cache and, for graphs that take
+`position_ids`, on the position. The `shared` graph gets the shares from GroupQueryAttention with zero queries (uniform
+attention over one-hot values), the `growing` one from plain operators.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import onnx
+import tokenizers
+from onnx import TensorProto, helper, numpy_helper
+from tokenizers import decoders, models, pre_tokenizers
+
+from edgemix.bundle import (
+    CHAT_TEMPLATE,
+    MANIFEST,
+    SCHEMA,
+    TOKENIZER,
+    GraphParity,
+    Manifest,
+    MemberEntry,
+    Source,
+    TokenizerEntry,
+    Weights,
+    hash_file,
+    write_manifest,
+)
+from edgemix.graph_io import CacheKind, GraphFacts
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+BOS, EOS = 256, 257
+VOCABULARY = 258
+"""The byte tokenizer's: one token a byte, then <s> and </s>."""
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """The numbers behind a graph: `table` float32 [tokens, width], width at least tokens (the rest is padding)."""
+
+    table: np.ndarray
+    pull: float = 0.0
+    tilt: float = 0.0
+    cache: CacheKind = "shared"
+    context: int = 4096
+    dtype: Literal["float32", "float16"] = "float32"
+
+    def logits(self, ids: list[int] | np.ndarray) -> np.ndarray:
+        """float64 [len(ids), width]."""
+        tokens, width = self.table.shape
+        seen = np.cumsum(np.eye(tokens, width)[np.asarray(ids)], axis=0)
+        logits = self.table[np.asarray(ids)] + self.pull * seen / np.arange(1, len(ids) + 1)[:, None]
+        if self.cache == "growing":
+            logits[:, 0] += self.tilt * np.arange(len(ids))
+        return logits
+
+    def log_probabilities(self, ids: list[int] | np.ndarray) -> np.ndarray:
+        """float64 [len(ids), tokens], over the vocabulary without its padding."""
+        logits = self.logits(ids)[:, : len(self.table)]
+        return (
+            logits
+            - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+            - logits.max(-1, keepdims=True)
+        )
+
+    @property
+    def facts(self) -> GraphFacts:
+        return GraphFacts(
+            exporter="mobius" if self.cache == "shared" else "mobius-unfused",
+            cache=self.cache,
+            layers=1,
+            vocabulary=self.table.shape[1],
+            context=self.context,
+            dtype=self.dtype,
+        )
+
+
+def random_member(seed: int, *, tokens: int = 16, padding: int = 0, **options: Any) -> ClosedForm:
+    """A member with random numbers; its padding's logits are large, so that forgetting to cut them off shows."""
+    generator = np.random.default_rng(seed)
+    table = np.pad(generator.normal(size=(tokens, tokens)) * 2, ((0, 0), (0, padding)), constant_values=9.0)
+    return ClosedForm(table.astype(np.float32), **{"pull": 3.0, "tilt": 0.25, **options})
+
+
+def saying(text: str, *, strength: float = 12.0, **options: Any) -> ClosedForm:
+    """A member over the byte tokenizer that says `text` (no byte twice), then </s>, with near certainty."""
+    table = np.zeros((VOCABULARY, VOCABULARY), np.float32)
+    said = [*text.encode(), EOS]
+    assert len(set(said)) == len(said)
+    for before, after in itertools.pairwise(said):
+        table[before, after] = strength
+    return ClosedForm(table, **options)
+
+
+def write_graph(path: Path, member: ClosedForm) -> GraphFacts:
+    """The graph of a closed form."""
+    real = TensorProto.FLOAT if member.dtype == "float32" else TensorProto.FLOAT16
+    tokens, width = member.table.shape
+    size = -(-tokens // 16) * 16  # GroupQueryAttention wants heads of a multiple of 16
+    constants = {
+        "table": member.table,
+        "one_hot": np.eye(tokens, size, dtype=np.float32),
+        "pull": np.eye(size, width, dtype=np.float32) * np.float32(member.pull),
+        "first": np.eye(1, width, dtype=np.float32)[0] * member.tilt,
+    }
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["bigram"]),
+        helper.make_node("Gather", ["one_hot", "input_ids"], ["value"]),
+    ]
+    extra_inputs = []
+    if member.cache == "shared":
+        nodes += _shares_by_attention(constants)
+        output = "logits"
+    else:
+        nodes += _shares_by_hand(constants, real)
+        output = "untilted"
+        extra_inputs = [helper.make_tensor_value_info("position_ids", TensorProto.INT64, ["batch", "sequence"])]
+    nodes += [
+        helper.make_node("MatMul", ["shares", "pull"], ["pulled"]),
+        helper.make_node("Add", ["bigram", "pulled"], [output]),
+    ]
+    if member.cache == "growing":
+        constants["last_axis"] = np.array([-1])
+        nodes += [
+            helper.make_node("Cast", ["position_ids"], ["position"], to=real),
+            helper.make_node("Unsqueeze", ["position", "last_axis"], ["position_column"]),
+            helper.make_node("Mul", ["position_column", "first"], ["tilt"]),
+            helper.make_node("Add", ["untilted", "tilt"], ["logits"]),
+        ]
+    graph = helper.make_graph(
+        nodes,
+        "closed_form",
+        [
+            helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"]),
+            helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "total"]),
+            *extra_inputs,
+            *(_state(f"past_key_values.0.{kind}", "past", size, real) for kind in ("key", "value")),
+        ],
+        [
+            helper.make_tensor_value_info("logits", real, ["batch", "sequence", width]),
+            *(_state(f"present.0.{kind}", "total", size, real) for kind in ("key", "value")),
+        ],
+        [_initializer(name, value, member.dtype) for name, value in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+    return member.facts
+
+
+def _initializer(name: str, value: np.ndarray, dtype: str) -> onnx.TensorProto:
+    return numpy_helper.from_array(value.astype(dtype) if value.dtype == np.float32 else value, name)
+
+
+def _state(name: str, length: str, size: int, real: int) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, real, ["batch", 1, length, size])
+
+
+def _shares_by_attention(constants: dict[str, np.ndarray]) -> list[onnx.NodeProto]:
+    constants |= {"zero": np.float32(0), "axis_1": np.array([1]), "one": np.int64(1)}
+    return [
+        helper.make_node("Mul", ["value", "zero"], ["query"]),
+        helper.make_node("ReduceSum", ["attention_mask", "axis_1"], ["lengths"], keepdims=0),
+        helper.make_node("Sub", ["lengths", "one"], ["last"]),
+        helper.make_node("Cast", ["last"], ["seqlens_k"], to=TensorProto.INT32),
+        helper.make_node("Shape", ["attention_mask"], ["mask_shape"]),
+        helper.make_node("Gather", ["mask_shape", "one"], ["total"]),
+        helper.make_node("Cast", ["total"], ["total_length"], to=TensorProto.INT32),
+        helper.make_node(
+            "GroupQueryAttention",
+            [
+                "query",
+                "value",
+                "value",
+                "past_key_values.0.key",
+                "past_key_values.0.value",
+                "seqlens_k",
+                "total_length",
+            ],
+            ["shares", "present.0.key", "present.0.value"],
+            domain="com.microsoft",
+            num_heads=1,
+            kv_num_heads=1,
+        ),
+    ]
+
+
+def _shares_by_hand(constants: dict[str, np.ndarray], real: int) -> list[onnx.NodeProto]:
+    constants |= {"axis_1": np.array([1]), "axis_2": np.array([2]), "nought": np.int64(0), "one": np.int64(1)}
+    return [
+        helper.make_node("Unsqueeze", ["value", "axis_1"], ["new_value"]),
+        helper.make_node("Concat", ["past_key_values.0.key", "new_value"], ["present.0.key"], axis=2),
+        helper.make_node("Concat", ["past_key_values.0.value", "new_value"], ["present.0.value"], axis=2),
+        helper.make_node("Shape", ["attention_mask"], ["mask_shape"]),
+        helper.make_node("Gather", ["mask_shape", "one"], ["total"]),
+        helper.make_node("Shape", ["input_ids"], ["ids_shape"]),
+        helper.make_node("Gather", ["ids_shape", "one"], ["new"]),
+        helper.make_node("Sub", ["total", "new"], ["past"]),
+        helper.make_node("Range", ["nought", "total", "one"], ["keys"]),
+        helper.make_node("Range", ["past", "total", "one"], ["query_row"]),
+        helper.make_node("Unsqueeze", ["query_row", "axis_1"], ["queries"]),
+        helper.make_node("LessOrEqual", ["keys", "queries"], ["causal"]),
+        helper.make_node("Cast", ["causal"], ["causal_int"], to=TensorProto.INT64),
+        helper.make_node("Unsqueeze", ["attention_mask", "axis_1"], ["mask_row"]),
+        helper.make_node("Mul", ["mask_row", "causal_int"], ["allowed"]),
+        helper.make_node("Cast", ["allowed"], ["weight"], to=real),
+        helper.make_node("Squeeze", ["present.0.value", "axis_1"], ["values"]),
+        helper.make_node("MatMul", ["weight", "values"], ["counts"]),
+        helper.make_node("ReduceSum", ["weight", "axis_2"], ["count"], keepdims=1),
+        helper.make_node("Div", ["counts", "count"], ["shares"]),
+    ]
+
+
+def byte_tokenizer() -> tokenizers.Tokenizer:
+    """One token a byte (ids 0..255), <s> and </s>: every character beyond ASCII is spread over several tokens."""
+    characters = _byte_characters()
+    core = tokenizers.Tokenizer(models.BPE({character: byte for byte, character in characters.items()}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<s>", "</s>"])
+    return core
+
+
+def _byte_characters() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = (byte for byte in range(256) if byte not in printable)
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+def write_bundle(
+    folder: Path,
+    members: dict[str, ClosedForm],
+    *,
+    weights: dict[str, float] | None = None,
+    domains: dict[str, dict[str, float]] | None = None,
+    bos: int | None = None,
+    chat_template: str | None = None,
+) -> Path:
+    """A bundle of members over the byte tokenizer."""
+    entries = []
+    for name, member in members.items():
+        facts = write_graph(folder / f"members/{name}/model.onnx", member)
+        entries.append(
+            MemberEntry(
+                name=name,
+                format="fp32",
+                graph=f"members/{name}/model.onnx",
+                source=Source(model="closed-form", model_type="closed_form", parameters=1, sha256="0" * 64),
+                facts=facts,
+                parity=GraphParity(0.0, 0.0, 0.0, 1e-4),
+            )
+        )
+    (folder / TOKENIZER).parent.mkdir(parents=True, exist_ok=True)
+    byte_tokenizer().save(str(folder / TOKENIZER))
+    if chat_template is not None:
+        (folder / CHAT_TEMPLATE).write_text(chat_template, "utf-8")
+    files = {
+        path.relative_to(folder).as_posix(): hash_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    manifest = Manifest(
+        schema=SCHEMA,
+        edgemix="0.1.0",
+        target="cpu",
+        seed=0,
+        members=tuple(entries),
+        weights=Weights(
+            method="fit" if domains else "given",
+            default=weights or dict.fromkeys(members, 1 / len(members)),
+            domains=domains or {},
+        ),
+        tokenizer=TokenizerEntry(sha256="0" * 64, vocabulary=VOCABULARY, eos=(EOS,), bos=bos),
+        files=files,
+    )
+    write_manifest(folder, manifest)
+    return folder

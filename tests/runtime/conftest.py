@@ -1,0 +1,58 @@
+"""Members and bundles with known outputs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from onnx_members import VOCABULARY, ClosedForm, random_member, write_bundle, write_graph
+
+from edgemix.runtime import Mixture
+from edgemix.runtime.member import Member
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[[ClosedForm], Member]:
+    """Turns closed forms into loaded members."""
+    names = iter("abcdefgh")
+
+    def load(form: ClosedForm) -> Member:
+        graph = tmp_path / next(names) / "model.onnx"
+        return Member.load(graph, write_graph(graph, form), threads=1)
+
+    return load
+
+
+@pytest.fixture
+def mixture_of(tmp_path: Path) -> Callable[..., Mixture]:
+    """Turns closed forms over the byte tokenizer into a loaded mixture."""
+
+    def load(members: dict[str, ClosedForm], **options: Any) -> Mixture:
+        return Mixture.load(write_bundle(tmp_path / "bundle", members, **options), provider="cpu", threads=1)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def pair_forms() -> dict[str, ClosedForm]:
+    """Two members that disagree: one of each cache kind, padded to different widths."""
+    return {
+        "shared": random_member(1, tokens=VOCABULARY, padding=6),
+        "growing": random_member(2, tokens=VOCABULARY, padding=14, cache="growing"),
+    }
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory, pair_forms: dict[str, ClosedForm]) -> Mixture:
+    """The mixture of `pair_forms`, weights 0.7 and 0.3; domains "first" and "second" are one member each."""
+    folder = write_bundle(
+        tmp_path_factory.mktemp("pair") / "bundle",
+        pair_forms,
+        weights={"shared": 0.7, "growing": 0.3},
+        domains={"first": {"shared": 1.0, "growing": 0.0}, "second": {"shared": 0.0, "growing": 1.0}},
+    )
+    return Mixture.load(folder, provider="cpu", threads=1)

@@ -1,0 +1,406 @@
+"""The one object that apps embed, against closed forms."""
+
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import Mock
+
+import msgspec
+import numpy as np
+import pytest
+from onnx_members import BOS, EOS, VOCABULARY, random_member, saying, write_bundle
+
+from edgemix.bundle import MANIFEST
+from edgemix.errors import BundleError, EdgemixError, InputError
+from edgemix.runtime import Mixture
+from edgemix.runtime.engine import State
+from edgemix.runtime.options import GenerateOptions
+from edgemix.runtime.writer import Writer
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def same_completions(one, other):
+    assert (one.text, one.token_ids, one.finish_reason) == (other.text, other.token_ids, other.finish_reason)
+    np.testing.assert_allclose(one.log_probabilities, other.log_probabilities, atol=1e-4)
+
+
+def mixed(forms, weights, ids):
+    """log P of every token after the first, from the closed forms."""
+    parts = [form.log_probabilities(ids)[range(len(ids) - 1), ids[1:]] for form in forms]
+    return np.log(sum(weight * np.exp(part) for weight, part in zip(weights, parts, strict=True)))
+
+
+# Loading
+
+
+def test_a_mixture_tells_what_it_is(pair):
+    assert pair.members == ("shared", "growing")
+    assert pair.weights == {"shared": 0.7, "growing": 0.3}
+    assert pair.vocabulary == VOCABULARY
+    assert pair.provider == "cpu"
+    assert pair.context == 4096
+
+
+def test_the_context_is_the_smallest_of_the_members(mixture_of):
+    mixture = mixture_of(
+        {"a": random_member(0, tokens=VOCABULARY, context=9), "b": random_member(1, tokens=VOCABULARY)}
+    )
+    assert mixture.context == 9
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_changed_graph_is_found_by_its_checksum(tmp_path, verify):
+    folder = write_bundle(tmp_path / "b", {"a": random_member(0, tokens=VOCABULARY)})
+    graph = folder / "members/a/model.onnx"
+    content = bytearray(graph.read_bytes())
+    content[len(content) // 2] ^= 1  # within the table
+    graph.write_bytes(content)
+    if verify:
+        with pytest.raises(BundleError, match="sha256"):
+            Mixture.load(folder)
+    else:
+        Mixture.load(folder, verify=False).close()
+
+
+def test_a_graph_that_does_not_load_is_a_bundle_error(tmp_path):
+    folder = write_bundle(tmp_path / "b", {"a": random_member(0, tokens=VOCABULARY)})
+    graph = folder / "members/a/model.onnx"
+    graph.write_bytes(b"\x00" * graph.stat().st_size)
+    with pytest.raises(BundleError):
+        Mixture.load(folder, verify=False)
+
+
+def test_facts_that_do_not_fit_the_graph_are_a_bundle_error(tmp_path):
+    folder = write_bundle(tmp_path / "b", {"a": random_member(0, tokens=VOCABULARY)})
+    manifest = msgspec.json.decode((folder / MANIFEST).read_bytes())
+    manifest["members"][0]["facts"]["layers"] = 3
+    (folder / MANIFEST).write_bytes(msgspec.json.encode(manifest))
+    with pytest.raises(BundleError, match=r"past_key_values\.1\.key"):
+        Mixture.load(folder)
+
+
+@pytest.mark.parametrize("options", [{"provider": "tpu"}, {"threads": 0}])
+def test_senseless_load_options_are_refused(tmp_path, options):
+    folder = write_bundle(tmp_path / "b", {"a": random_member(0, tokens=VOCABULARY)})
+    with pytest.raises(InputError):
+        Mixture.load(folder, **options)
+
+
+def test_a_closed_mixture_says_so(mixture_of):
+    with mixture_of({"a": random_member(0, tokens=VOCABULARY)}) as mixture:
+        mixture.generate("x", max_new_tokens=1)
+    with pytest.raises(EdgemixError, match="closed"):
+        mixture.generate("x")
+    with pytest.raises(EdgemixError, match="closed"):
+        mixture.score("xyz")
+
+
+# Generating
+
+
+def test_a_completion_is_what_the_model_says(mixture_of):
+    done = mixture_of({"a": saying("Zwölf👩")}).generate("Z")
+    assert done.text == "wölf👩"
+    assert done.token_ids == (*"wölf👩".encode(), EOS)
+    assert done.finish_reason == "stop"
+    assert done.prompt_tokens == 1
+    assert done.log_probabilities.shape == (len(done.token_ids),)
+    assert np.all(done.log_probabilities > -0.1)
+    assert done.timings.ttft > 0
+    assert done.timings.decode_rate == pytest.approx(1 / done.timings.tpot)
+
+
+def test_log_probabilities_are_the_mixtures(pair, pair_forms):
+    prompt = "some text"
+    done = pair.generate(prompt, max_new_tokens=12, temperature=1.5, top_k=40, seed=3)
+    ids = [*prompt.encode(), *done.token_ids]
+    expected = mixed(pair_forms.values(), [0.7, 0.3], ids)[len(prompt) - 1 :]
+    np.testing.assert_allclose(done.log_probabilities, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 11}, {"combine": "log-linear"}])
+def test_a_ragged_batch_gives_the_single_results(pair, options):
+    prompts = ["a", "a much longer prompt than the others", "middling"]
+    together = pair.generate(prompts, max_new_tokens=10, **options)
+    for prompt, done in zip(prompts, together, strict=True):
+        same_completions(done, pair.generate(prompt, max_new_tokens=10, **options))
+
+
+def test_a_list_of_one_or_none_is_still_a_list(pair):
+    assert len(pair.generate(["a"], max_new_tokens=1)) == 1
+    assert pair.generate([]) == []
+
+
+def test_a_seed_makes_sampling_repeatable(pair):
+    options = {"max_new_tokens": 20, "temperature": 1.0}
+    same_completions(pair.generate("x", seed=1, **options), pair.generate("x", seed=1, **options))
+    assert pair.generate("x", seed=1, **options).text != pair.generate("x", seed=2, **options).text
+    assert pair.generate("x", **options).text != pair.generate("x", **options).text
+
+
+def test_one_seed_a_prompt(pair):
+    one, two, again = pair.generate(["x"] * 3, max_new_tokens=20, temperature=1.0, seed=[1, 2, 1])
+    same_completions(one, again)
+    assert one.text != two.text
+
+
+def test_max_new_tokens_and_the_context_end_a_text(mixture_of):
+    mixture = mixture_of({"a": random_member(0, tokens=VOCABULARY, context=8)})
+    done = mixture.generate("abc", max_new_tokens=2)
+    assert (len(done.token_ids), done.finish_reason) == (2, "length")
+    done = mixture.generate("abc", max_new_tokens=50)
+    assert (len(done.token_ids), done.finish_reason) == (6, "length")
+    with pytest.raises(InputError, match="9 tokens, more than the context of 8"):
+        mixture.generate("abcdefghi")
+    with pytest.raises(InputError, match="prompt 2"):
+        mixture.generate(["a", "abcdefghi"])
+
+
+def test_an_empty_prompt_needs_a_beginning_of_text(mixture_of, pair):
+    with pytest.raises(InputError, match="empty"):
+        pair.generate("")
+    mixture = mixture_of({"a": random_member(0, tokens=VOCABULARY)}, bos=BOS)
+    assert mixture.generate("", max_new_tokens=1).prompt_tokens == 1
+
+
+def test_stop_strings(mixture_of):
+    mixture = mixture_of({"a": saying("One two!")})
+    done = mixture.generate("O", stop="tw")
+    assert (done.text, done.finish_reason) == ("ne ", "stop")
+    assert done.token_ids == tuple(b"ne tw")
+    assert mixture.generate("O", stop=["xyz", "o!"]).text == "ne tw"
+    assert mixture.generate("O", stop="!?").text == "ne two!"
+
+
+def test_a_stop_string_ends_one_sequence_of_a_batch(mixture_of):
+    first, second = mixture_of({"a": saying("One two!")}).generate(["O", "e"], stop="ne")
+    assert (first.text, second.text) == ("", " two!")
+
+
+def test_weights_can_be_given_per_call(pair, pair_forms):
+    for name, domain in (("shared", "first"), ("growing", "second")):
+        by_name = pair.next_token_distribution("xyz", weights={name: 2.0})
+        np.testing.assert_allclose(by_name, np.exp(pair_forms[name].log_probabilities(list(b"xyz"))[-1]), atol=1e-6)
+        np.testing.assert_array_equal(by_name, pair.next_token_distribution("xyz", weights=domain))
+        same_completions(pair.generate("x", weights={name: 1}), pair.generate("x", weights=domain))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": {"nobody": 1}}, "nobody"),
+        ({"weights": "third"}, "Domains: first, second"),
+        ({"weights": {"shared": -1}}, "negative"),
+        ({"combine": "cubic"}, "cubic"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a", ""]}, "stop"),
+        ({"seed": -1}, "seed"),
+        ({"seed": [1, 2]}, "2 seeds for 1 prompts"),
+    ],
+)
+def test_senseless_options_are_refused(pair, options, message):
+    with pytest.raises(InputError, match=message):
+        pair.generate("x", **options)
+    with pytest.raises(InputError, match=message):
+        pair.stream("x", **options)  # at once, not at the first chunk
+
+
+def test_an_unknown_option_is_a_type_error(pair):
+    with pytest.raises(TypeError, match="topk"):
+        pair.generate("x", topk=3)
+
+
+def test_every_option_is_documented():
+    for name in GenerateOptions.__annotations__:
+        assert f"        {name}: " in (GenerateOptions.__doc__ or "")
+
+
+# Streaming
+
+
+def test_a_stream_is_the_completion_in_pieces(pair):
+    options = {"max_new_tokens": 60, "temperature": 1.0, "seed": 5, "stop": "~"}
+    chunks = list(pair.stream("xy", **options))
+    done = chunks[-1].completion
+    assert all(chunk.completion is None and chunk.text for chunk in chunks[:-1])
+    assert "".join(chunk.text for chunk in chunks) == done.text
+    assert tuple(token for chunk in chunks for token in chunk.token_ids) == done.token_ids
+    same_completions(done, pair.generate("xy", **options))
+
+
+def test_streams_give_whole_characters(mixture_of):
+    texts = [chunk.text for chunk in mixture_of({"a": saying("Zwölf👩")}).stream("Z")]
+    assert texts == ["w", "ö", "l", "f", "👩", ""]
+
+
+def test_closing_a_stream_frees_its_caches(pair, monkeypatch):
+    freed = []
+
+    def close(state):
+        freed.append(state)
+
+    monkeypatch.setattr(State, "close", close)
+    stream = pair.stream("x")
+    next(stream)
+    assert not freed
+    stream.close()
+    assert freed
+
+
+def test_an_interrupted_call_leaves_the_mixture_as_it_was(pair, monkeypatch):
+    before = pair.generate("x", max_new_tokens=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "add", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pair.generate("x", max_new_tokens=5)
+    same_completions(pair.generate("x", max_new_tokens=5), before)
+
+
+def test_chat_goes_through_the_template(mixture_of):
+    mixture = mixture_of({"a": saying("One two!")}, chat_template=TEMPLATE)
+    messages = [{"role": "user", "content": "O"}]
+    assert mixture.chat(messages, stop="!").text == "ne two"
+    assert "".join(chunk.text for chunk in mixture.stream_chat(messages)) == "ne two!"
+
+
+def test_threads_share_a_mixture(pair):
+    prompts = ["one", "two words", "and three words", "x"]
+    options = {"max_new_tokens": 25, "temperature": 1.0, "seed": 9}
+    serial = [pair.generate(prompt, **options) for prompt in prompts]
+    parallel = [None] * len(prompts)
+
+    def work(index):
+        parallel[index] = pair.generate(prompts[index], **options)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one, other in zip(serial, parallel, strict=True):
+        same_completions(one, other)
+
+
+# Scoring
+
+
+def test_scores_are_exact(pair, pair_forms):
+    text = "Some text, größer."
+    score = pair.score(text)
+    ids = list(text.encode())
+    assert score.token_ids.tolist() == ids
+    for own, form in zip(score.member_log_probabilities, pair_forms.values(), strict=True):
+        np.testing.assert_allclose(own, form.log_probabilities(ids)[range(len(ids) - 1), ids[1:]], atol=1e-4)
+    expected = mixed(pair_forms.values(), [0.7, 0.3], ids)
+    np.testing.assert_allclose(score.log_probabilities, expected, atol=1e-4)
+    assert score.scored_bytes == len(ids) - 1
+    assert score.perplexity == pytest.approx(math.exp(-expected.mean()), rel=1e-4)
+    assert score.bits_per_byte == pytest.approx(-expected.sum() / math.log(2) / (len(ids) - 1), rel=1e-4)
+
+
+def test_log_linear_scores_are_normalised_over_the_vocabulary(pair, pair_forms):
+    ids = list(b"Some text")
+    product = sum(
+        weight * form.log_probabilities(ids)[:-1] for weight, form in zip([0.7, 0.3], pair_forms.values(), strict=True)
+    )
+    expected = (product - np.log(np.exp(product).sum(-1, keepdims=True)))[range(len(ids) - 1), ids[1:]]
+    score = pair.score("Some text", combine="log-linear")
+    np.testing.assert_allclose(score.log_probabilities, expected, atol=1e-4)
+
+
+def test_scores_and_distributions_agree(pair):
+    score = pair.score("abcd", combine="log-linear")
+    for at, (token, log_probability) in enumerate(zip(b"bcd", score.log_probabilities, strict=True), start=1):
+        distribution = pair.next_token_distribution("abcd"[:at], combine="log-linear")
+        assert distribution[token] == pytest.approx(math.exp(log_probability), rel=1e-4)
+
+
+def test_chunks_do_not_change_scores(pair, monkeypatch):
+    text = "a text of some forty characters or so...."
+    whole = pair.score(text)
+    for member in pair._loaded:
+        monkeypatch.setattr(member, "chunk", 7)
+    np.testing.assert_allclose(pair.score(text).log_probabilities, whole.log_probabilities, atol=1e-5)
+
+
+def test_long_texts_are_scored_in_windows(pair, pair_forms):
+    """Each window begins with nothing before it; its first token is what the window before leads to."""
+    ids = list(b"twelve bytes")
+    score = pair.score("twelve bytes", window=5)
+    windows = [ids[0:6], ids[5:11], ids[10:12]]
+    expected = np.concatenate([mixed(pair_forms.values(), [0.7, 0.3], window) for window in windows])
+    np.testing.assert_allclose(score.log_probabilities, expected, atol=1e-4)
+
+
+def test_a_text_longer_than_the_context_can_be_scored(mixture_of):
+    mixture = mixture_of({"a": random_member(0, tokens=VOCABULARY, context=8)})
+    assert len(mixture.score("x" * 30).log_probabilities) == 29
+    with pytest.raises(InputError, match="window"):
+        mixture.score("xyz", window=9)
+
+
+def test_one_hot_weights_score_as_that_member(pair):
+    score = pair.score("some text", weights="second")
+    np.testing.assert_allclose(score.log_probabilities, score.member_log_probabilities[1])
+
+
+def test_a_list_of_texts_gives_a_list_of_scores(pair):
+    scores = pair.score(["one text", "another"])
+    np.testing.assert_array_equal(scores[1].log_probabilities, pair.score("another").log_probabilities)
+    assert pair.score([]) == []
+
+
+@pytest.mark.parametrize("text", ["", "x"])
+def test_too_little_text_cannot_be_scored(pair, text):
+    with pytest.raises(InputError):
+        pair.score(text)
+
+
+class Listener:
+    def __init__(self):
+        self.total, self.done = 0.0, 0.0
+
+    @contextmanager
+    def stage(self, title: str, total: float | None = None) -> Iterator["Listener"]:
+        self.total += total or 0
+        yield self
+
+    def advance(self, amount: float = 1.0, note: str = "") -> None:
+        self.done += amount
+
+    def say(self, line: str) -> None: ...
+
+
+def test_scoring_tells_its_progress(pair):
+    listener = Listener()
+    pair.score(["one text", "another"], progress=listener)
+    assert listener.done == listener.total == len("one text") + len("another") - 2
+
+
+# Distributions
+
+
+@pytest.mark.parametrize("combine", ["linear", "log-linear"])
+def test_a_distribution_sums_to_one_over_the_tokenizers_vocabulary(pair, combine):
+    distribution = pair.next_token_distribution("Some text", combine=combine)
+    assert distribution.shape == (VOCABULARY,)
+    assert distribution.dtype == np.float64
+    assert distribution.sum() == pytest.approx(1, abs=1e-12)
+
+
+def test_padding_never_takes_probability(pair, pair_forms):
+    """Members pad their vocabularies to 264 and 272; the padding's logits are larger than all others."""
+    expected = sum(
+        weight * np.exp(form.log_probabilities(list(b"ab"))[-1])
+        for weight, form in zip([0.7, 0.3], pair_forms.values(), strict=True)
+    )
+    np.testing.assert_allclose(pair.next_token_distribution("ab"), expected, atol=1e-6)
+
+
+def test_a_distribution_after_too_long_a_text_is_refused(mixture_of):
+    with pytest.raises(InputError, match="context"):
+        mixture_of({"a": random_member(0, tokens=VOCABULARY, context=8)}).next_token_distribution("x" * 9)

@@ -1,0 +1,1 @@
+"""Recipe in, bundle out: everything that needs torch or transformers."""

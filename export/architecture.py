@@ -1,0 +1,50 @@
+"""What exporting must know of a torch model beyond its weights, read from the model and its configuration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import DynamicCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_CONTEXT_KEYS = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "seq_length")
+_CONTEXT_WITHOUT_LIMIT = 2048
+"""For models without position tables (ALiBi) whose configuration names no length: what such models were trained on."""
+
+
+def context_length(config: Any) -> int:
+    """Longest sequence in tokens that the graph may be used for.
+
+    Rotary embeddings that change with the sequence's length (`dynamic`, `longrope`) cannot be cached exactly, so there
+    it is the original length, up to which they do not change.
+    """
+    config = config.get_text_config()
+    lengths = [value for key in _CONTEXT_KEYS if isinstance(value := getattr(config, key, None), int) and value > 0]
+    context = lengths[0] if lengths else _CONTEXT_WITHOUT_LIMIT
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        original = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        context = min(context, original or context)
+    return context
+
+
+def sliding_windows(config: Any) -> tuple[int | None, ...]:
+    """For each layer, how many tokens its attention reaches back (the token itself counted), or None for all."""
+    if hasattr(config, "attention_layers"):  # GPT-Neo's own way to say it
+        return tuple(config.window_size if kind == "local" else None for kind in config.attention_layers)
+    return tuple(layer.sliding_window if layer.is_sliding else None for layer in DynamicCache(config=config).layers)
+
+
+def norm_epsilon(model: PreTrainedModel) -> float | None:
+    """The epsilon of the model's normalisation layers, or None if they do not agree on one."""
+    epsilons = {
+        value
+        for module in model.modules()
+        for name in ("eps", "variance_epsilon")
+        if isinstance(value := getattr(module, name, None), float)
+    }
+    return epsilons.pop() if len(epsilons) == 1 else None

@@ -1,0 +1,264 @@
+"""The gate: how far a graph may be from its source, measured on the graph as the runtime runs it.
+
+Two comparisons, and the only table of tolerances. A traced or rebuilt graph must be the torch model but for rounding
+(`check_graph`); a quantised graph must stay as close to the fp32 graph as its format can be expected to (`LIMITS`,
+`check_quantized`). `enforce` turns figures over their limit into an error.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+import torch
+
+from edgemix.errors import ParityError
+from edgemix.export.architecture import sliding_windows
+from edgemix.manifest import GraphParity, QuantizationParity
+from edgemix.progress import SILENT, Progress
+from edgemix.runtime.member import Member
+from edgemix.runtime.mixing import log_softmax
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from transformers import PreTrainedModel
+
+    from edgemix.formats import Format
+    from edgemix.graph_io import GraphFacts
+
+    Tokens = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far a format may go from fp32: mean KL divergence (nats a token), share of flips, perplexity ratio."""
+
+    kl: float
+    flips: float
+    perplexity_ratio: float
+
+
+LIMITS: dict[Format, Limits] = {
+    "fp32": Limits(kl=1e-6, flips=0.001, perplexity_ratio=1.001),
+    "fp16": Limits(kl=1e-3, flips=0.01, perplexity_ratio=1.01),
+    "int8": Limits(kl=0.02, flips=0.05, perplexity_ratio=1.03),
+    "int8-dynamic": Limits(kl=0.15, flips=0.15, perplexity_ratio=1.15),
+    "int4": Limits(kl=0.45, flips=0.35, perplexity_ratio=1.5),
+    "nf4": Limits(kl=0.45, flips=0.35, perplexity_ratio=1.5),
+}
+"""Set by SmolLM2-135M: small, and so hard to quantise. Worst of WikiText-2 and Python it has: int8 0.004, 0.015, 1.01;
+int4 0.29, 0.26, 1.27, nf4 a bit less; int8-dynamic 0.05, 0.09, 1.05 with its outliers treated, and otherwise, which
+must not pass, 0.28, 0.23, 1.25. Text that the graph writes itself gives figures about a third higher: the rest of the
+room is for that."""
+
+GRAPH_TOLERANCE = 1e-4
+"""Largest difference of log-probabilities (nats) between torch and a graph of two layers whose smallest log-probability
+is -10. Rounding grows with the size of the numbers and, as a random walk, with the square root of the layers, and so
+does the limit. It is 1.6e-3 for SmolLM2-135M: its graphs differ from torch by 3e-4, the torch model in fp32 from itself
+in fp64 by 3e-4 to 1e-3, and torch's two attention implementations from each other by 7e-4."""
+
+CHECKED_WINDOW = 1024
+"""Sliding windows up to this length are crossed by `check_graph`'s sequence; longer ones would take it minutes."""
+
+FLIP_MARGIN = 0.1
+"""A near tie decided the other way is no flip: the fp32 graph must prefer its token by more than this, in nats."""
+
+_LENGTH = 96
+_BATCH_LENGTH = 64
+_STEPS = 3
+_ENOUGH_TOKENS = 512
+_MOST_TOKENS = 2048
+_SAMPLED_ROWS = 8
+
+
+def check_graph(model: PreTrainedModel, path: Path, facts: GraphFacts) -> GraphParity:
+    """Compare a graph with the torch model on random tokens: each sequence alone and uncached in torch, against the
+    graph's prefill, its decoding of one and of several tokens after a past, and a batch of unequal lengths.
+
+    The sequence is longer than the model's sliding windows, up to `CHECKED_WINDOW`.
+    """
+    windows = [window for window in sliding_windows(model.config) if window and window <= CHECKED_WINDOW]
+    longest = min(facts.context, max(_LENGTH, *(window + 16 for window in windows), 0))
+    rows = _random_rows((longest, longest // 2, _STEPS + 2), model.config.get_text_config().vocab_size)
+    expected = [_reference(model, row) for row in rows]
+    # For more than one session the runtime's threads do not spin, and here torch's need the cores in turn.
+    member = Member.load(path, facts, sessions=2, name=facts.exporter)
+    smallest = -min(_log_probabilities(block).min().item() for block in expected[0].split(_LENGTH))
+    return GraphParity(
+        prefill=_worst([_difference(expected[0], member.forward(rows[:1])[0])]),
+        decode=_worst(_decode_differences(member, rows[0], expected[0])),
+        padded_batch=_worst(_batch_differences(member, rows, expected)),
+        limit=GRAPH_TOLERANCE * max(1.0, math.sqrt(facts.layers / 2) * smallest / 10),
+    )
+
+
+def check_quantized(
+    fp32_path: Path,
+    path: Path,
+    facts: GraphFacts,
+    windows: Sequence[Sequence[int]] | None,
+    *,
+    format: Format,  # noqa: A002 - the recipe's word
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> QuantizationParity:
+    """Compare a stored graph with the fp32 graph that it was made from.
+
+    Args:
+        fp32_path: The fp32 graph.
+        path: The stored graph.
+        facts: Of the stored graph; the fp32 graph differs from it in the dtype only.
+        windows: Texts as token ids. Of many, some are taken evenly from all, about 2,048 tokens; to fewer than 512
+            tokens are added texts that the fp32 graph itself writes (sampled at temperature 1 after random first
+            tokens), so that a recipe without data has a gate too.
+        format: The row of `LIMITS` to hold it against.
+        seed: Of the texts that the fp32 graph writes.
+        progress: Told of every piece of text read.
+    """
+    source = Member.load(fp32_path, msgspec.structs.replace(facts, dtype="float32"), sessions=2)
+    stored = Member.load(path, facts, sessions=2)
+    texts = _texts(source, windows or (), seed)
+    tokens = sum(len(text) - 1 for text in texts)
+    kl = flips = surprise = 0.0
+    with progress.stage("parity", total=tokens) as task:
+        for text in texts:
+            for p, q, targets in _log_probability_pairs(source, stored, text):
+                kl += float((np.exp(p) * (p - q)).sum(dtype=np.float64))
+                rows = np.arange(len(p))
+                margin = p.max(axis=1) - p[rows, q.argmax(axis=1)]
+                flips += int((margin > FLIP_MARGIN).sum())
+                surprise += float((p - q)[rows, targets].sum(dtype=np.float64))
+                task.advance(len(p))
+    limits = LIMITS[format]
+    return QuantizationParity(
+        tokens=tokens,
+        kl=kl / tokens,
+        kl_limit=limits.kl,
+        flips=flips / tokens,
+        flips_limit=limits.flips,
+        perplexity_ratio=math.exp(min(surprise / tokens, 700.0)),
+        perplexity_ratio_limit=limits.perplexity_ratio,
+    )
+
+
+def enforce(figures: GraphParity | QuantizationParity, *, forced: bool = False, member: str = "") -> bool:
+    """Stop where figures are over their limits.
+
+    Args:
+        figures: As measured.
+        forced: The user wants the graph whatever its figures are.
+        member: The member's name, for the message.
+
+    Returns:
+        True if figures are over a limit and `forced` let them pass.
+
+    Raises:
+        ParityError: Figures are over a limit and not `forced`, or no numbers at all.
+    """
+    if isinstance(figures, GraphParity):
+        limits = dict.fromkeys(("prefill", "decode", "padded_batch"), figures.limit)
+        what, remedy = "differs from the torch model in log-probabilities", "Keep it as it is with --force."
+    else:
+        limits = {name: getattr(figures, f"{name}_limit") for name in ("kl", "flips", "perplexity_ratio")}
+        what = f"is too far from the fp32 graph on {figures.tokens} tokens"
+        remedy = "Choose a format with more bits for it, or keep it as it is with --force."
+    values = {name: getattr(figures, name) for name in limits}
+    if all(values[name] <= limits[name] for name in limits):
+        return False
+    if forced and all(map(math.isfinite, values.values())):
+        return True
+    table = ", ".join(f"{name.replace('_', ' ')} {values[name]:.2g} (limit {limits[name]:.2g})" for name in limits)
+    raise ParityError(f"the graph {f'of member {member!r} ' if member else ''}{what}: {table}", remedy)
+
+
+def _random_rows(lengths: Sequence[int], vocabulary: int) -> list[Tokens]:
+    """Token ids spread over the vocabulary, the same at every call."""
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, vocabulary, length) for length in lengths]
+
+
+def _reference(model: PreTrainedModel, row: Tokens) -> torch.Tensor:
+    """The torch model's logits [tokens, vocabulary] for one sequence, read whole and without a cache."""
+    ids = torch.from_numpy(row)[None]
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    return logits[0]
+
+
+def _decode_differences(member: Member, row: Tokens, expected: torch.Tensor) -> Iterator[float]:
+    """One token after a past, then the rest of the row, several at once."""
+    cache = member.new_cache()
+    past = len(row) - _LENGTH // 8
+    member.extend(cache, row[None, :past])
+    for start, end in ((past, past + 1), (past + 1, len(row))):
+        yield _difference(expected[start:end], member.extend_all(cache, row[None, start:end])[0])
+
+
+def _batch_differences(member: Member, rows: list[Tokens], expected: list[torch.Tensor]) -> Iterator[float]:
+    """Rows of unequal length: in one call, padded on the right; and from a cache, token by token."""
+    beginnings = [row[:_BATCH_LENGTH] for row in rows]
+    for logits, wanted in zip(member.forward(beginnings), expected, strict=True):
+        yield _difference(wanted[: len(logits)], logits)
+    cache = member.new_cache(len(rows))
+    member.extend(cache, [row[:-_STEPS] for row in rows])
+    for step in range(-_STEPS, 0):
+        logits = member.extend(cache, [row[step, None] for row in rows])
+        for row_logits, wanted in zip(logits, expected, strict=True):
+            yield _difference(wanted[step, None], row_logits[None])
+
+
+def _difference(expected: torch.Tensor, logits: NDArray[np.float32]) -> float:
+    """Largest difference of log-probabilities, NaN if there is one."""
+    pairs = zip(expected.split(_LENGTH), torch.from_numpy(logits).split(_LENGTH), strict=True)
+    return _worst((_log_probabilities(a) - _log_probabilities(b)).abs().max().item() for a, b in pairs)
+
+
+def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(logits.double(), dim=-1)
+
+
+def _worst(differences: Iterable[float]) -> float:
+    """The largest; unlike Python's max, a NaN anywhere is the result."""
+    return float(np.max(list(differences)))
+
+
+def _texts(source: Member, windows: Sequence[Sequence[int]], seed: int) -> list[Tokens]:
+    """Token ids to measure on: at least `_ENOUGH_TOKENS` and about `_MOST_TOKENS`, no text longer than the context."""
+    texts = [np.asarray(window[: source.context], np.int64) for window in windows if len(window) > 1]
+    tokens = sum(map(len, texts))
+    if tokens < _ENOUGH_TOKENS:
+        return texts + _sample(source, _ENOUGH_TOKENS - tokens, seed)
+    stride = max(1, tokens // _MOST_TOKENS)
+    return texts[::stride]
+
+
+def _sample(source: Member, tokens: int, seed: int) -> list[Tokens]:
+    """At least `tokens` tokens in `_SAMPLED_ROWS` texts that the graph writes itself."""
+    generator = np.random.default_rng(seed)
+    rows = generator.integers(0, source.vocabulary, (_SAMPLED_ROWS, 1))
+    cache = source.new_cache(_SAMPLED_ROWS)
+    for _ in range(min(source.context, tokens // _SAMPLED_ROWS + 2) - 1):
+        log_probabilities = log_softmax(source.extend(cache, rows[:, -1:]))
+        noise = generator.gumbel(size=log_probabilities.shape)  # the largest of log p + Gumbel noise is a draw from p
+        rows = np.concatenate([rows, (log_probabilities + noise).argmax(axis=1)[:, None]], axis=1)
+    return list(rows)
+
+
+def _log_probability_pairs(
+    source: Member, stored: Member, text: Tokens
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], Tokens]]:
+    """Both graphs' log-probabilities float32 [tokens, vocabulary] and the next tokens, a bounded piece at a time."""
+    caches = source.new_cache(), stored.new_cache()
+    for start in range(0, len(text) - 1, source.chunk):
+        piece = text[start : start + source.chunk][: len(text) - 1 - start]
+        p, q = (
+            log_softmax(member.extend_all(cache, piece[None])[0])
+            for member, cache in zip((source, stored), caches, strict=True)
+        )
+        yield p, q, text[start + 1 : start + 1 + len(piece)]

@@ -1,0 +1,177 @@
+"""The gate: what it measures, and what it lets pass."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from edgemix.errors import ParityError
+from edgemix.export.graph import export_graph
+from edgemix.export.parity import FLIP_MARGIN, LIMITS, check_graph, check_quantized, enforce
+from edgemix.formats import FORMATS
+from edgemix.manifest import GraphParity, QuantizationParity
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from edgemix.graph_io import GraphFacts
+
+
+class Exported(NamedTuple):
+    model: PreTrainedModel
+    path: Path
+    facts: GraphFacts
+
+
+def noisy(scale: float) -> PreTrainedModel:
+    """The tiny llama with noise on its weights, as quantisation leaves it."""
+    model = tiny_model("llama")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + scale * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def export(model: PreTrainedModel, folder: Path) -> Exported:
+    exported = export_graph(model, folder, target="cpu")
+    return Exported(model, exported.path, exported.facts)
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return export(tiny_model("llama"), tmp_path_factory.mktemp("exact"))
+
+
+@pytest.fixture(scope="module")
+def rough(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return export(noisy(0.1), tmp_path_factory.mktemp("rough"))
+
+
+@pytest.fixture
+def windows() -> list[list[int]]:
+    return np.random.default_rng(5).integers(0, 160, (6, 100)).tolist()
+
+
+FIGURES = QuantizationParity(
+    tokens=1000, kl=0.01, kl_limit=0.02, flips=0.0, flips_limit=0.05, perplexity_ratio=1.0, perplexity_ratio_limit=1.03
+)
+
+
+def test_graph_of_a_slightly_different_model_is_over_the_limit(exact: Exported) -> None:
+    figures = check_graph(noisy(1e-4), exact.path, exact.facts)
+    assert min(figures.prefill, figures.decode, figures.padded_batch) > figures.limit
+
+
+def test_limit_grows_with_the_size_of_the_numbers(exact: Exported) -> None:
+    louder = tiny_model("llama")
+    with torch.no_grad():
+        louder.lm_head.weight.mul_(10)
+    quiet, loud = (check_graph(model, exact.path, exact.facts).limit for model in (exact.model, louder))
+    assert quiet == pytest.approx(1e-4, rel=0.2)
+    assert loud > 3 * quiet
+
+
+def test_wrong_numbers_are_never_within_the_limit(exact: Exported) -> None:
+    """Python's max drops a NaN that is not first."""
+    broken = tiny_model("llama")
+    with torch.no_grad():
+        broken.model.norm.weight[0] = float("nan")
+    figures = check_graph(broken, exact.path, exact.facts)
+    assert all(np.isnan([figures.prefill, figures.decode, figures.padded_batch]))
+
+
+def test_graph_against_itself_has_no_distance(exact: Exported, windows: list[list[int]]) -> None:
+    figures = check_quantized(exact.path, exact.path, exact.facts, windows, format="fp32")
+    assert figures.tokens == 6 * 99
+    assert (figures.kl, figures.flips, figures.perplexity_ratio) == (0.0, 0.0, 1.0)
+    assert not enforce(figures)
+
+
+def test_figures_are_what_their_formulas_say(exact: Exported, rough: Exported, windows: list[list[int]]) -> None:
+    with torch.no_grad():
+        ids = torch.tensor(windows)
+        p, q = (torch.log_softmax(member.model(ids).logits.double(), -1)[:, :-1] for member in (exact, rough))
+    next_ids = ids[:, 1:, None]
+    preferred = p.amax(-1) - p.gather(-1, q.argmax(-1, keepdim=True))[..., 0]
+    figures = check_quantized(exact.path, rough.path, exact.facts, windows, format="int4")
+    assert figures.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
+    assert figures.flips == pytest.approx((preferred > FLIP_MARGIN).double().mean().item(), abs=0.005)
+    ratio = (p.gather(-1, next_ids) - q.gather(-1, next_ids)).mean().exp().item()
+    assert figures.perplexity_ratio == pytest.approx(ratio, rel=1e-4)
+    assert (figures.kl_limit, figures.flips_limit) == (LIMITS["int4"].kl, LIMITS["int4"].flips)
+
+
+def test_near_ties_are_no_flips(exact: Exported, tmp_path: Path, windows: list[list[int]]) -> None:
+    """A random model's best tokens lie close together; noise far below any limit changes many of them."""
+    close = export(noisy(0.002), tmp_path)
+    with torch.no_grad():
+        ids = torch.tensor(windows)
+        best = [member.model(ids).logits.argmax(-1) for member in (exact, close)]
+    assert (best[0] != best[1]).any()
+    assert check_quantized(exact.path, close.path, exact.facts, windows, format="int8").flips == 0
+
+
+def test_gate_without_text_reads_what_the_graph_writes(exact: Exported, rough: Exported) -> None:
+    runs = [check_quantized(exact.path, rough.path, exact.facts, None, format="int8", seed=seed) for seed in (0, 0, 1)]
+    assert runs[0] == runs[1]
+    assert runs[0].kl != runs[2].kl
+    assert runs[0].tokens >= 500
+    assert runs[0].kl > 0.01
+
+
+def test_little_text_is_added_to(exact: Exported, rough: Exported) -> None:
+    little = [[5, 6, 7], [8], []]
+    figures = check_quantized(exact.path, rough.path, exact.facts, little, format="int8")
+    assert 500 <= figures.tokens < 600
+
+
+def test_much_text_is_read_in_part_from_all_over(exact: Exported, rough: Exported) -> None:
+    generator = np.random.default_rng(0)
+    much = generator.integers(0, 160, (100, 200)).tolist()
+    figures = check_quantized(exact.path, rough.path, exact.facts, much, format="int8")
+    assert 1900 < figures.tokens < 4000
+
+
+def test_texts_longer_than_the_context_are_cut(exact: Exported) -> None:
+    long = np.random.default_rng(0).integers(0, 160, (2, 1000)).tolist()
+    assert check_quantized(exact.path, exact.path, exact.facts, long, format="int8").tokens >= 2 * 255
+
+
+def test_every_format_has_limits() -> None:
+    assert set(LIMITS) == set(FORMATS)
+
+
+def test_enforce_names_member_figures_limits_and_remedy() -> None:
+    bad = msgspec.structs.replace(FIGURES, kl=0.5)
+    with pytest.raises(ParityError) as caught:
+        enforce(bad, member="math")
+    for part in ("'math'", "1000 tokens", "0.5", "0.02", "--force"):
+        assert part in str(caught.value)
+
+
+def test_enforce_lets_pass_what_is_within_or_forced() -> None:
+    assert not enforce(FIGURES)
+    assert not enforce(FIGURES, forced=True)
+    assert enforce(msgspec.structs.replace(FIGURES, perplexity_ratio=2.0), forced=True)
+
+
+def test_enforce_holds_graphs_to_their_limit() -> None:
+    figures = GraphParity(prefill=1e-5, decode=1e-3, padded_batch=1e-5, limit=1e-4)
+    with pytest.raises(ParityError, match=r"decode 0\.001 \(limit 0\.0001\)"):
+        enforce(figures)
+    assert enforce(figures, forced=True)
+    assert not enforce(msgspec.structs.replace(figures, decode=1e-4))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_numbers_cannot_be_forced(value: float) -> None:
+    with pytest.raises(ParityError):
+        enforce(msgspec.structs.replace(FIGURES, kl=value), forced=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
 
 class Task(Protocol):
@@ -19,15 +20,9 @@ class Task(Protocol):
 class Progress(Protocol):
     """A listener: `stage` opens a stage, `say` shows a line that stays."""
 
-    def stage(self, title: str, total: float | None = None) -> _TaskContext: ...
+    def stage(self, title: str, total: float | None = None) -> AbstractContextManager[Task]: ...
 
     def say(self, line: str) -> None: ...
-
-
-class _TaskContext(Protocol):
-    def __enter__(self) -> Task: ...
-
-    def __exit__(self, *exception: object) -> bool | None: ...
 
 
 class _Silence:
@@ -45,3 +40,16 @@ class _Silence:
 
 
 SILENT: Progress = _Silence()
+
+
+class Prefixed:
+    """Passes everything on to another listener, with the name of what it is about before it."""
+
+    def __init__(self, progress: Progress, about: str) -> None:
+        self._progress, self._about = progress, about
+
+    def stage(self, title: str, total: float | None = None) -> AbstractContextManager[Task]:
+        return self._progress.stage(f"{self._about}: {title}", total)
+
+    def say(self, line: str) -> None:
+        self._progress.say(f"{self._about}: {line}")

@@ -61,7 +61,7 @@ class Data(_Part, frozen=True):
     validation: dict[str, TextSource] = {}
     calibration: dict[str, TextSource] = {}
     window: int = 512
-    max_tokens: int = 20_000
+    max_tokens: int = 8_000
 
 
 class Recipe(_Part, frozen=True):
@@ -326,7 +326,7 @@ target: cpu
 #       file: data/math.jsonl
 #       template: "Question: {{{{question}}}}\\nAnswer: {{{{answer}}}}\\n"
 #   window: 512       # longest stretch that is scored at once, in tokens
-#   max_tokens: 20000 # most tokens that are read of each text
+#   max_tokens: 8000 # most tokens that are read of each text
 
 seed: 0
 """

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from optimum.exporters.tasks import TasksManager
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from edgemix.bundle import Source, hash_file
 from edgemix.errors import EdgemixError, InputError
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import SILENT, Prefixed, Progress
 from edgemix.recipe import local_path
 
 if TYPE_CHECKING:
@@ -141,7 +140,7 @@ class MemberLoader:
         """
         location = locate(spec.model, self._folder)
         adapter = locate(spec.adapter, self._folder) if spec.adapter else None
-        with self._progress.stage(f"{spec.name}: load {location.name}"):
+        with Prefixed(self._progress, spec.name).stage(f"load {location.name}"):
             digest = location.sha256() + (adapter.sha256() if adapter else "")
             base = self._load_base(location)
             model = merge_adapter(copy.deepcopy(base.model), adapter) if adapter else base.model
@@ -186,7 +185,7 @@ def load_model(location: Location) -> PreTrainedModel:
         )
     if getattr(model, "hf_quantizer", None) is not None:
         model = _forget_quantization(model, location)
-    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+    return model.eval().requires_grad_(False)
 
 
 def _forget_quantization(model: PreTrainedModel, location: Location) -> PreTrainedModel:
@@ -234,7 +233,7 @@ def merge_adapter(model: PreTrainedModel, adapter: Location) -> PreTrainedModel:
         if config.megatron_config:  # it would import a module of the adapter's choice
             raise InputError(f"{adapter.name}: an adapter for Megatron; edgemix merges plain LoRA adapters")
         merged = PeftModel.from_pretrained(model, str(adapter.folder)).merge_and_unload()
-    return merged.eval().requires_grad_(False)  # type: ignore[no-any-return]
+    return merged.eval().requires_grad_(False)
 
 
 @contextmanager
@@ -279,8 +278,8 @@ def versions() -> dict[str, str]:
     """The libraries that decide what an export holds."""
     from importlib.metadata import version
 
-    names = ("mobius-onnx", "onnx-ir", "onnxruntime", "peft")
-    found = {"torch": torch.__version__, "transformers": transformers.__version__}
+    names = ("torch", "transformers", "mobius-onnx", "onnx-ir", "onnxruntime", "peft", "bitsandbytes")
+    found = {}
     for name in names:
         try:
             found[name] = version(name)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemix.errors import InputError
-from edgemix.progress import SILENT
+from edgemix.progress import SILENT, Prefixed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -109,7 +109,7 @@ def evaluate(
         InputError: A file has nothing to score.
     """
     scored = {
-        name: score_documents(mixture, name, documents, window=window, progress=progress)
+        name: score_documents(mixture, name, documents, window=window, progress=Prefixed(progress, name))
         for name, documents in files.items()
     }
     if not scored:

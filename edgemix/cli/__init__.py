@@ -1,0 +1,86 @@
+"""The command line: it parses, calls the library and prints; nothing here knows how anything is done."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgemix import __version__
+from edgemix.cli.failures import redeliver, reported
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+COMMANDS = {
+    "export": "export:export",
+    "generate": "generate:generate",
+    "chat": "chat:chat",
+    "evaluate": "evaluate:evaluate",
+    "fit-weights": "evaluate:fit_weights",
+    "inspect": "bundle:inspect",
+    "verify": "bundle:verify",
+    "doctor": "doctor:doctor",
+    "init": "init:init",
+    "finetune": "finetune:finetune",
+    "demo": "demo:demo",
+}
+"""Every command and where it lives (module:name); a module is imported when its command is asked for."""
+
+
+class Edgemix(click.Group):
+    """The `edgemix` group: commands are imported when needed, and every failure ends in a message and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name].partition(":")
+        command: click.Command = getattr(import_module(f"edgemix.cli.{module}"), name)
+        return command
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,  # noqa: ARG002 - failures are always reported here, not by click
+        **extra: Any,
+    ) -> Any:
+        """Run one command and leave with its exit code."""
+        arguments = list(sys.argv[1:] if args is None else args)
+        with reported(as_json="--json" in arguments):
+            code = super().main(arguments, prog_name or "edgemix", complete_var, standalone_mode=False, **extra)
+            sys.exit(code or 0)
+
+
+@click.group(
+    cls=Edgemix,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="\b\nExample:\n  edgemix init recipe.yaml\n  edgemix export recipe.yaml -o mixture\n"
+    '  edgemix generate mixture "The prime numbers are"\n\nA command\'s own help: edgemix COMMAND --help.',
+)
+@click.version_option(__version__, prog_name="edgemix", message="%(prog)s %(version)s")
+@click.pass_context
+def edgemix(ctx: click.Context) -> None:
+    """Several language models, one small mixture that runs anywhere.
+
+    `export` turns a recipe into a bundle of ONNX graphs; every other command runs, measures or describes a bundle.
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def main() -> None:
+    """The `edgemix` program."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character gets a replacement, not a failure.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    sys.unraisablehook = redeliver
+    edgemix()

@@ -1,0 +1,67 @@
+"""What every command has in common: --json, an example in its help, a console, quiet libraries, clear failures."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import warnings
+from typing import TYPE_CHECKING
+
+import click
+
+from edgemix.cli.console import Console
+from edgemix.cli.failures import DEBUG, translated
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_QUIET = {
+    "BITSANDBYTES_NOWELCOME": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "true",
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+def command(
+    name: str, *, example: str, extra: str = "", kept: str = "Nothing was written."
+) -> Callable[[Callable[..., None]], click.Command]:
+    """Make a click command of a function that takes a `Console` first.
+
+    Args:
+        name: As typed.
+        example: Command lines for the help, one a line.
+        extra: The optional dependencies, as pip names them, without which the command cannot work.
+        kept: Told after Ctrl-C: what is left of the work.
+    """
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        @functools.wraps(function)
+        def run(as_json: bool, **arguments: object) -> None:
+            quiet_libraries()
+            console = Console(as_json=as_json)
+            with translated(name, extra=extra, kept=kept), console.guarded():
+                function(console, **arguments)
+
+        lines = "\n".join(f"  {line}" for line in example.splitlines())
+        made = click.command(name, epilog=f"\b\nExample:\n{lines}")(run)
+        made.params.append(
+            click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON document instead of text.")
+        )
+        return made
+
+    return decorate
+
+
+def quiet_libraries() -> None:
+    """Keep other packages' warnings, logs and bars off the terminal; must run before they are imported."""
+    if os.environ.get(DEBUG):
+        return
+    for variable, value in _QUIET.items():
+        os.environ.setdefault(variable, value)
+    warnings.simplefilter("ignore")
+    logging.getLogger().addHandler(logging.NullHandler())

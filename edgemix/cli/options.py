@@ -1,0 +1,196 @@
+"""Options and arguments that several commands share, each defined once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Number(click.FloatRange):
+    """A finite number within limits (click alone lets `nan` through)."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+class WeightsType(click.ParamType):
+    """`math=0.7,code=0.3` as a mapping, or the name of a domain as it is."""
+
+    name = "weights"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, float] | str:
+        if isinstance(value, dict):  # already converted: click may ask twice
+            return value
+        if "=" not in value:
+            return str(value).strip() or self.fail("is empty.", param, ctx)
+        weights: dict[str, float] = {}
+        for part in value.split(","):
+            name, equals, number = (piece.strip() for piece in part.partition("="))
+            if not name or not equals or not number:
+                self.fail(f"{part.strip()!r} is not NAME=NUMBER.", param, ctx)
+            if name in weights:
+                self.fail(f"{name!r} is given twice.", param, ctx)
+            weights[name] = Number(min=0).convert(number, param, ctx)
+        if not any(weights.values()):
+            self.fail("the weights are all zero.", param, ctx)
+        return weights
+
+
+def bundle_argument(function: F) -> F:
+    return click.argument("bundle", type=click.Path(path_type=Path))(function)
+
+
+def runtime_options(function: F) -> F:
+    """How a bundle is loaded: --provider, --threads, --no-verify."""
+    return _all(
+        function,
+        (
+            click.option(
+                "--provider",
+                type=click.Choice(["auto", "cpu", "cuda"]),
+                default="auto",
+                show_default=True,
+                help="Where the members run; auto takes CUDA when it works.",
+            ),
+            click.option(
+                "--threads",
+                metavar="N",
+                type=click.IntRange(min=1),
+                show_default="all cores",
+                help="CPU threads.",
+            ),
+            click.option(
+                "--no-verify",
+                "verify",
+                flag_value=False,
+                default=True,
+                help="Skip the checksums, which a large bundle that you trust may not need.",
+            ),
+        ),
+    )
+
+
+def weights_options(function: F) -> F:
+    """How the members are mixed: --weights, --combine."""
+    return _all(
+        function,
+        (
+            click.option(
+                "--weights",
+                metavar="TEXT",
+                type=WeightsType(),
+                show_default="the bundle's",
+                help='Like "math=0.7,code=0.3", or the name of a fitted domain.',
+            ),
+            click.option(
+                "--combine",
+                type=click.Choice(["linear", "log-linear"]),
+                default="linear",
+                show_default=True,
+                help="Average probabilities, or their logarithms.",
+            ),
+        ),
+    )
+
+
+def sampling_options(max_new_tokens: int) -> Callable[[F], F]:
+    """How the next token is chosen and when to stop; `max_new_tokens` is the default length."""
+    return partial(
+        _all,
+        options=(
+            click.option(
+                "-n",
+                "--max-new-tokens",
+                metavar="N",
+                type=click.IntRange(min=1),
+                default=max_new_tokens,
+                show_default=True,
+                help="Stop after so many tokens.",
+            ),
+            click.option(
+                "--temperature",
+                metavar="X",
+                type=Number(min=0),
+                default=0.0,
+                show_default=True,
+                help="0 takes the most probable token; 1 samples as the mixture says.",
+            ),
+            click.option(
+                "--top-k",
+                metavar="N",
+                type=click.IntRange(min=0),
+                default=0,
+                show_default="all",
+                help="Sample from the N best tokens.",
+            ),
+            click.option(
+                "--top-p",
+                metavar="X",
+                type=Number(min=0, max=1, min_open=True),
+                default=1.0,
+                show_default=True,
+                help="Sample from the best tokens that hold this probability together.",
+            ),
+            click.option(
+                "--min-p",
+                metavar="X",
+                type=Number(min=0, max=1),
+                default=0.0,
+                show_default=True,
+                help="Drop tokens below this share of the best one's probability.",
+            ),
+            click.option(
+                "--repetition-penalty",
+                metavar="X",
+                type=Number(min=0, min_open=True),
+                default=1.0,
+                show_default=True,
+                help="Above 1, tokens seen before become less probable.",
+            ),
+            click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be repeated."),
+            click.option("--seed", metavar="N", type=click.IntRange(min=0), help="Makes sampling repeatable."),
+        ),
+    )
+
+
+def template_option(function: F) -> F:
+    return click.option(
+        "--template",
+        metavar="TEXT",
+        callback=_with_line_ends,
+        show_default="the line's text field",
+        help='How a line of a .jsonl file becomes text, like "Q: {question}\\nA: {answer}".',
+    )(function)
+
+
+def window_option(function: F) -> F:
+    return click.option(
+        "--window",
+        metavar="N",
+        type=click.IntRange(min=2),
+        default=512,
+        show_default=True,
+        help="Tokens that are read with one past; at most the context.",
+    )(function)
+
+
+def _with_line_ends(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:  # noqa: ARG001
+    r"""Shells pass a typed \n as two characters."""
+    return None if value is None else value.replace("\\n", "\n")
+
+
+def _all(function: F, options: Sequence[Callable[[F], F]]) -> F:
+    """Apply options so that the help shows them in the order given."""
+    for option in reversed(options):
+        function = option(function)
+    return function

@@ -1,0 +1,102 @@
+"""The two listeners to long work: bars for a terminal, plain lines for a log."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Column
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import Console
+    from rich.progress import TaskID
+
+    from edgemix.progress import Task
+
+
+class Lines:
+    """A line on stderr when a stage ends."""
+
+    @contextmanager
+    def stage(self, title: str, total: float | None = None) -> Iterator[Task]:  # noqa: ARG002 - a log shows no share
+        begun, task = time.monotonic(), _Noted()
+        yield task
+        self.say(_ended(title, time.monotonic() - begun, task.note))
+
+    def say(self, line: str) -> None:
+        click.echo(line, err=True)
+
+
+class Bars:
+    """A bar on stderr for every open stage, and a line when it ends."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False, table_column=_column(3)),
+            BarColumn(bar_width=16),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}", markup=False, style="dim", table_column=_column(2)),
+            console=console,
+            transient=True,
+            expand=True,
+        )
+        self._open = 0
+
+    @contextmanager
+    def stage(self, title: str, total: float | None = None) -> Iterator[Task]:
+        if self._open == 0:
+            self._bars.start()
+        self._open += 1
+        begun = time.monotonic()
+        task = _Bar(self._bars, self._bars.add_task(title, total=total, note=""))
+        try:
+            yield task
+            self.say(_ended(title, time.monotonic() - begun, task.note))
+        finally:
+            self._bars.remove_task(task.id)
+            self._open -= 1
+            if self._open == 0:
+                self._bars.stop()
+
+    def say(self, line: str) -> None:
+        self._console.print(Text(line), soft_wrap=True)
+
+
+class _Noted:
+    """A stage that remembers its last note and shows nothing."""
+
+    def __init__(self) -> None:
+        self.note = ""
+
+    def advance(self, amount: float = 1.0, note: str = "") -> None:  # noqa: ARG002 - see Task
+        self.note = note or self.note
+
+
+class _Bar(_Noted):
+    """A stage drawn as a bar."""
+
+    def __init__(self, bars: Progress, task: TaskID) -> None:
+        super().__init__()
+        self._bars = bars
+        self.id = task
+
+    def advance(self, amount: float = 1.0, note: str = "") -> None:
+        super().advance(amount, note)
+        self._bars.update(self.id, advance=amount, note=self.note)
+
+
+def _ended(title: str, seconds: float, note: str) -> str:
+    return f"{title}: {seconds:.1f} s" + (f" ({note})" if note else "")
+
+
+def _column(ratio: int) -> Column:
+    return Column(ratio=ratio, no_wrap=True, overflow="ellipsis")

@@ -1,0 +1,172 @@
+"""`export`, `finetune` and `demo`: what they hand to the library, and what they print of its answer."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+
+from edgemix.bundle import QuantizationParity, read_manifest
+from edgemix.cli import edgemix
+from edgemix.runtime.evaluation import Evaluation, Figures, Row
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(edgemix, list(map(str, arguments)))
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """Put a function in the place of one of the library's; what it was called with is in `calls`."""
+    calls: list[tuple[tuple, dict]] = []
+
+    def replace(module: str, name: str, answer: object) -> list[tuple[tuple, dict]]:
+        def function(*arguments, **options):
+            calls.append((arguments, options))
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer
+
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{name: function}))
+        return calls
+
+    return replace
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("members:\n  - name: a\n    model: hub/id\n")
+    return path
+
+
+def test_export(library, recipe, bundle):
+    import msgspec
+
+    manifest = read_manifest(bundle)
+    stored = QuantizationParity(4096, 0.01234, 0.1, 0.0456, 0.1, 1.0123, 1.1)
+    first = msgspec.structs.replace(manifest.members[0], format="int8", quantization=stored, forced=True)
+    first = msgspec.structs.replace(first, fallbacks=("mobius: the graph does not load",))
+    manifest = msgspec.structs.replace(manifest, members=(first, *manifest.members[1:]))
+    calls = library("edgemix.export.pipeline", "export_bundle", manifest)
+
+    result = run("export", recipe, "-o", "out", "--force")
+
+    (built, output), options = calls[0]
+    assert result.exit_code == 0
+    assert [member.name for member in built.members] == ["a"]
+    assert output == Path("out")
+    assert options["force"] is True
+    assert "math          0.0e+00      0.0123        4.56             1.0123      yes" in result.stdout
+    assert "math: mobius: the graph does not load" in result.stdout
+    assert "Next: edgemix generate out" in result.stdout
+    told = json.loads(run("export", recipe, "-o", "out", "--json").stdout)
+    assert told["members"][0]["quantization"]["kl"] == 0.01234
+
+
+def test_export_interrupted(library, recipe):
+    library("edgemix.export.pipeline", "export_bundle", KeyboardInterrupt())
+
+    result = run("export", recipe, "-o", "out")
+
+    assert result.exit_code == 130
+    assert "interrupted\nThere is no new bundle, but finished stages are kept" in result.stderr
+
+
+@dataclass
+class Report:
+    """The fields of a fine-tuning's report."""
+
+    adapter: Path = Path("law")
+    steps: int = 12
+    tokens: int = 24_576
+    seconds: float = 61.0
+    parameters: int = 4_900_000
+    training_loss: float = 2.5
+    validation_before: float | None = 3.0
+    validation_after: float | None = 2.75
+
+
+def test_finetune(library, tmp_path):
+    calls = library("edgemix.export.finetune", "finetune", Report())
+    (tmp_path / "law.txt").write_text("one")
+    (tmp_path / "acts.jsonl").write_text('{"text": "two"}\n{"text": "three"}\n')
+
+    texts = [tmp_path / "law.txt", tmp_path / "acts.jsonl"]
+    result = run("finetune", "base", *texts, "-o", "law", "--minutes", "1.5", "--rank", "8")
+
+    arguments, options = calls[0]
+    options.pop("progress")
+    assert result.exit_code == 0
+    assert arguments == ("base", Path("law"), ["one", "two", "three"])
+    assert options == {
+        "rank": 8,
+        "steps": None,
+        "minutes": 1.5,
+        "batch": 8,
+        "length": 256,
+        "learning_rate": 5e-4,
+        "seed": 0,
+    }
+    assert "12 steps, 24,576 tokens, 61 s" in result.stdout
+    assert "3.0000 before, 2.7500 after" in result.stdout
+    assert json.loads(run("finetune", "base", *texts, "-o", "law", "--json").stdout)["steps"] == 12
+
+
+def test_finetune_without_text(library, tmp_path):
+    result = run("finetune", "base", tmp_path / "missing.txt", "-o", "law")
+
+    assert result.exit_code == 2
+    assert "missing.txt: no such file" in result.stderr
+
+
+@dataclass
+class Sample:
+    domain: str
+    prompt: str
+    text: str
+
+
+@dataclass
+class DemoReport:
+    """The fields of a demo's report."""
+
+    bundle: Path
+    recipe: Path
+    texts: dict[str, Path]
+    evaluation: Evaluation
+    samples: tuple[Sample, ...]
+    seconds: float
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"), [([], "edgemix-demo"), (["--tiny"], "edgemix-demo-tiny"), (["-o", "mine"], "mine")]
+)
+def test_demo(library, arguments, folder):
+    figures = Figures(1000, 4000, 12.5, 1.125)
+    row = Row("base", {"base": 1.0}, {"code": figures}, figures)
+    report = DemoReport(
+        bundle=Path(folder) / "bundle",
+        recipe=Path(folder) / "recipe.yaml",
+        texts={"code": Path(folder) / "code-test.jsonl"},
+        evaluation=Evaluation((row,)),
+        samples=(Sample("code", "def f(", "x): pass"),),
+        seconds=59.6,
+    )
+    calls = library("edgemix.export.demo", "run_demo", report)
+
+    result = run("demo", *arguments)
+
+    positional, options = calls[0]
+    assert result.exit_code == 0
+    assert positional == (Path(folder),)
+    assert options["tiny"] is ("--tiny" in arguments)
+    assert "base   1.1250      1.1250" in result.stdout
+    assert "A sample of code\ndef f(x): pass" in result.stdout
+    assert f"Done in 60 s. The bundle: {folder}/bundle" in result.stdout
+    assert json.loads(run("demo", *arguments, "--json").stdout)["seconds"] == 59.6

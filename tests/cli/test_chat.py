@@ -1,0 +1,122 @@
+"""`chat`: in a terminal, and from a pipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+
+from edgemix.cli import edgemix
+from edgemix.cli.chat import Conversation
+from edgemix.cli.console import Console
+
+
+def test_every_line_of_a_pipe_is_a_message(bundle):
+    result = CliRunner().invoke(edgemix, ["chat", str(bundle), "--weights", "code=1"], input="d\n\ne\n")
+
+    assert (result.exit_code, result.stdout) == (0, "ef x\nf x\n")
+
+
+def test_json_is_the_conversation(bundle):
+    arguments = ["chat", str(bundle), "--weights", "code=1", "--system", "Speak.", "--json"]
+    result = CliRunner().invoke(edgemix, arguments, input="d\n")
+
+    assert json.loads(result.stdout) == {
+        "messages": [
+            {"role": "system", "content": "Speak."},
+            {"role": "user", "content": "d"},
+            {"role": "assistant", "content": "ef x"},
+        ]
+    }
+
+
+def test_a_pipe_that_is_no_text(bundle):
+    result = CliRunner().invoke(edgemix, ["chat", str(bundle)], input=b"a\xff\n")
+
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: stdin is not UTF-8")
+
+
+def test_a_bundle_without_a_chat_template(bundle, tmp_path):
+    from onnx_members import saying, write_bundle
+
+    plain = write_bundle(tmp_path / "plain", {"one": saying("ab")})
+    result = CliRunner().invoke(edgemix, ["chat", str(plain)], input="a\n")
+
+    assert result.exit_code == 2
+    assert "chat template" in result.stderr
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(monkeypatch):
+    def interrupted(messages, **options):
+        yield SimpleNamespace(text="half an ")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    conversation = Conversation(Console(), SimpleNamespace(stream_chat=interrupted), "Speak.", {})
+    conversation.answer("hello")
+
+    assert conversation.messages == [
+        {"role": "system", "content": "Speak."},
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "half an "},
+    ]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no pseudo-terminals")
+def test_in_a_terminal(bundle):
+    """Ctrl-C at the prompt does not leave, /reset and /nonsense are answered, Ctrl-D leaves with exit code 0."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgemix", "chat", str(bundle), "--weights", "code=1"],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        env={**os.environ, "TERM": "dumb"},
+    )
+    os.close(theirs)
+    try:
+        _wait_for(ours, "> ")
+        os.write(ours, b"d\n")
+        _wait_for(ours, "ef x", "> ")
+        # Between readline's prompt and its wait for keys, a signal is only seen with the next one.
+        for _ in range(10):
+            process.send_signal(signal.SIGINT)
+            if _comes(ours, 2, "Ctrl-D leaves.", "> "):
+                break
+        os.write(ours, b"/reset\n")
+        _wait_for(ours, "Forgotten.", "> ")
+        os.write(ours, b"/nonsense\n")
+        _wait_for(ours, "/reset forgets", "> ")
+        os.write(ours, b"\x04")
+        assert process.wait(timeout=20) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+def _wait_for(terminal: int, *texts: str) -> None:
+    assert _comes(terminal, 30, *texts), texts
+
+
+def _comes(terminal: int, seconds: float, *texts: str) -> bool:
+    """Read a terminal until all `texts` have come, in that order; False if it says nothing for so many seconds."""
+    seen = ""
+    while not re.search(".*".join(map(re.escape, texts)), seen, re.DOTALL):
+        ready, _, _ = select.select([terminal], [], [], seconds)
+        if not ready:
+            return False
+        seen += os.read(terminal, 4096).decode(errors="replace")
+    return True

@@ -1,0 +1,88 @@
+"""Where output goes, and how long work is shown."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from rich.console import Console as RichConsole
+
+from edgemix.cli.command import command
+from edgemix.cli.console import Console, printable
+from edgemix.cli.progress import Bars, Lines
+
+
+def test_with_json_stdout_holds_one_document_whatever_libraries_print():
+    @command("noisy", example="edgemix noisy")
+    def noisy(console):
+        print("a library speaks")
+        console.line("for people")
+        console.table("Title", ("a",), [("b",)])
+        console.document({"array": np.arange(2), "nan": float("nan")})
+
+    result = CliRunner().invoke(noisy, ["--json"])
+
+    assert json.loads(result.stdout) == {"array": [0, 1], "nan": None}
+    assert result.stderr == "a library speaks\n"
+
+
+def test_figures_are_aligned_right(capsys):
+    Console().table("Title", ("Name", "MB"), [("a", "1.0"), ("b", "100.0")])
+
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [
+        "Title",
+        "Name      MB",
+        "────────────",
+        "a        1.0",
+        "b      100.0",
+        "",
+    ]
+
+
+def test_text_cannot_steer_the_terminal(capsys):
+    Console().table("\x1b[2Jtitle", ("a",), [("\x1b]0;cell\x07",)])
+    Console().line("\x1b[2Jline")
+
+    assert "\x1b" not in capsys.readouterr().out
+    assert printable("tab\t, line\r\n") == "tab\t, line\r\n"
+
+
+def test_plain_lines_at_the_end_of_stages(capsys):
+    progress = Lines()
+    with progress.stage("outer", 2) as outer:
+        with progress.stage("inner") as inner:
+            inner.advance(3, "loss 1.0")
+            inner.advance()
+        outer.advance()
+        progress.say("something [to] say")
+
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["inner: 0.0 s (loss 1.0)", "something [to] say", "outer: 0.0 s"]
+
+
+def test_bars_leave_the_same_lines_and_nothing_else():
+    shown = io.StringIO()
+    progress = Bars(RichConsole(file=shown, force_terminal=True, width=80))
+    with progress.stage("outer", 2), progress.stage("inner [red]") as inner:
+        inner.advance(3, "[loss]")
+        progress.say("something [to] say")
+
+    text = click.unstyle(shown.getvalue())
+    assert "something [to] say" in text
+    assert "inner [red]: 0.0 s ([loss])" in text
+    assert "outer: 0.0 s" in text
+
+
+@pytest.mark.parametrize("kind", ["lines", "bars"])
+def test_a_stage_that_fails_is_not_told_as_done(kind, capsys):
+    shown = io.StringIO()
+    progress = Lines() if kind == "lines" else Bars(RichConsole(file=shown, force_terminal=True, width=80))
+
+    with pytest.raises(ValueError, match="broken"), progress.stage("failing"):
+        raise ValueError("broken")
+
+    assert "failing: " not in shown.getvalue() + capsys.readouterr().err

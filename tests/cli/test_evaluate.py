@@ -1,0 +1,93 @@
+"""`evaluate` and `fit-weights`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from edgemix.bundle import read_manifest, verify_bundle
+from edgemix.cli import edgemix
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Two files, each the words of one member."""
+    (tmp_path / "sums.txt").write_text("1+2=3")
+    (tmp_path / "words.jsonl").write_text('{"word": "def x"}\n{"word": "ef"}\n')
+    return [str(tmp_path / "sums.txt"), str(tmp_path / "words.jsonl"), "--template", "{word}"]
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(edgemix, list(map(str, arguments)))
+
+
+def test_the_table_has_a_row_a_mixture_and_a_column_a_file(bundle, texts):
+    result = run("evaluate", bundle, *texts)
+
+    assert result.exit_code == 0
+    for title in ("Files", "Bits per byte", "Perplexity"):
+        assert title in result.stdout
+    for row in ("math", "code", "uniform", "fitted", "fitted to numbers", "fitted to programs"):
+        assert f"\n{row} " in result.stdout
+    assert "sums    words   all files" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_json_figures(bundle, texts):
+    told = json.loads(run("evaluate", bundle, *texts, "--json").stdout)
+
+    rows = {row["name"]: row for row in told["rows"]}
+    assert rows["math"]["files"]["sums"]["perplexity"] == pytest.approx(1, abs=0.01)
+    assert rows["code"]["files"]["words"]["bits_per_byte"] == pytest.approx(0, abs=0.01)
+    assert rows["uniform"]["files"]["sums"]["bits_per_byte"] == pytest.approx(1, abs=0.01)
+    assert rows["math"]["overall"]["tokens"] == 4 + 4 + 1
+
+
+def test_fit_weights_rewrites_the_manifest_and_nothing_else(own_bundle, texts):
+    before = read_manifest(own_bundle)
+
+    result = run("fit-weights", own_bundle, *texts)
+
+    after = read_manifest(own_bundle)
+    assert result.exit_code == 0
+    assert after.weights.method == "fit"
+    assert after.weights.default == pytest.approx({"math": 4 / 9, "code": 5 / 9}, abs=0.01)
+    assert after.weights.domains["words"]["code"] == pytest.approx(1, abs=0.01)
+    assert after.files == before.files
+    verify_bundle(own_bundle, after)
+
+
+def test_fit_weights_json(own_bundle, texts):
+    told = json.loads(run("fit-weights", own_bundle, *texts, "--json").stdout)
+
+    assert told["weights"]["method"] == "fit"
+    assert set(told["weights"]["domains"]) == {"sums", "words"}
+
+
+@pytest.mark.parametrize("command", ["evaluate", "fit-weights"])
+def test_bad_files(bundle, tmp_path, command):
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "latin.txt").write_bytes("Grüße".encode("latin1"))
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text":\n')
+    (tmp_path / "one.txt").write_text("a")
+
+    for name, message in [
+        ("missing.txt", "no such file"),
+        ("empty.txt", "has no text"),
+        ("latin.txt", "is not UTF-8"),
+        ("broken.jsonl", "broken.jsonl:2: is not a JSON object"),
+        ("one.txt", "one"),
+    ]:
+        result = run(command, bundle, tmp_path / name)
+
+        assert result.exit_code == 2
+        assert message in result.stderr
+
+
+def test_no_files(bundle):
+    result = run("evaluate", bundle)
+
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: Missing argument 'FILE...'")

@@ -1,0 +1,108 @@
+"""`generate`: text on stdout, everything else elsewhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from edgemix.cli import edgemix
+
+
+def generate(bundle, *arguments: str, stdin: bytes | None = None):
+    return CliRunner().invoke(edgemix, ["generate", str(bundle), *arguments], input=stdin)
+
+
+def test_the_prompt_may_come_from_anywhere(bundle, tmp_path):
+    (tmp_path / "prompt.txt").write_text("1\n")
+
+    for result in (
+        generate(bundle, "1"),
+        generate(bundle, stdin=b"1\n"),
+        generate(bundle, "-", stdin=b"1\r\n"),
+        generate(bundle, "--file", str(tmp_path / "prompt.txt")),
+    ):
+        assert (result.exit_code, result.stdout, result.stderr) == (0, "+2=3\n", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--weights", "programs"], "ef x\n"),
+        (["--weights", "code=1"], "ef x\n"),
+        (["--weights", "code=2,math=1", "--combine", "log-linear"], "ef x\n"),
+        (["--weights", "code=1", "-n", "2"], "ef\n"),
+        (["--weights", "code=1", "--stop", "q", "--stop", " x"], "ef\n"),
+        (["--weights", "code=1", "--temperature", "1", "--seed", "1", "--top-k", "1", "--min-p", "0.5"], "ef x\n"),
+        (["--weights", "code=1", "--provider", "cpu", "--threads", "1", "--no-verify"], "ef x\n"),
+    ],
+)
+def test_options_reach_the_mixture(bundle, options, text):
+    result = generate(bundle, "d", *options)
+
+    assert (result.exit_code, result.stdout) == (0, text)
+
+
+def test_json_is_one_object_at_the_end(bundle):
+    result = generate(bundle, "1", "--json")
+
+    told = json.loads(result.stdout)
+    assert told["prompt"] == "1"
+    assert told["text"] == "+2=3"
+    assert bytes(told["token_ids"][:-1]) == b"+2=3"
+    assert told["finish_reason"] == "stop"
+    assert len(told["log_probabilities"]) == 5
+    assert all(math.isfinite(figure) for figure in told["timings"].values())
+
+
+def test_a_rate_that_is_not_a_number_is_null_in_json(bundle):
+    """JSON has no NaN; a completion of one token has no rate."""
+    assert json.loads(generate(bundle, "1", "-n", "1", "--json").stdout)["timings"]["tpot"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["1", "--weights", "physics=1"], "weights for 'physics': there is no such member\nMembers: math, code."),
+        (["1", "--weights", "physics"], "no weights for a domain 'physics'\nDomains: numbers, programs."),
+        (["x" * 5000], "the prompt has 5000 tokens, more than the context of 4096"),
+        (["1", "--stop", ""], "a stop string must not be empty"),
+    ],
+)
+def test_what_only_the_mixture_knows(bundle, arguments, message):
+    result = generate(bundle, *arguments)
+
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+def test_cuda_where_there_is_none(bundle, monkeypatch):
+    from edgemix.runtime import providers
+
+    monkeypatch.setattr(providers, "why_not", lambda provider: "no driver")
+
+    result = generate(bundle, "1", "--provider", "cuda")
+
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: the provider 'cuda' does not work here: no driver")
+
+
+def test_the_program_itself(bundle):
+    """A real process: bytes in, bytes out, nothing on stderr."""
+    command = [sys.executable, "-m", "edgemix", "generate", str(bundle)]
+    result = subprocess.run(command, input=b"1", capture_output=True, check=False)
+
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"+2=3\n", b"")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such pipes")
+def test_a_reader_that_leaves_is_no_error(bundle):
+    command = f"'{sys.executable}' -m edgemix generate '{bundle}' x -n 2000 | head -c 1"
+    result = subprocess.run(["sh", "-c", command], capture_output=True, check=False)
+
+    assert result.stderr == b""

@@ -1,0 +1,76 @@
+"""Options: nonsense is refused by name, before anything is loaded."""
+
+from __future__ import annotations
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from edgemix.cli import edgemix
+from edgemix.cli.options import WeightsType
+
+
+def run(*arguments: str, **settings):
+    return CliRunner().invoke(edgemix, list(arguments), **settings)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--temperature", "-0.1"),
+        ("--temperature", "nan"),
+        ("--temperature", "inf"),
+        ("--temperature", "hot"),
+        ("--top-p", "0"),
+        ("--top-p", "1.1"),
+        ("--min-p", "-1"),
+        ("--top-k", "-1"),
+        ("--repetition-penalty", "0"),
+        ("--max-new-tokens", "0"),
+        ("--max-new-tokens", "1.5"),
+        ("--threads", "0"),
+        ("--seed", "-1"),
+        ("--provider", "tpu"),
+        ("--combine", "median"),
+        ("--weights", "math=x"),
+        ("--weights", "math=nan"),
+        ("--weights", "math=-1,code=2"),
+        ("--weights", "math=0,code=0"),
+        ("--weights", "math=1,math=2"),
+        ("--weights", "math=1,code"),
+        ("--weights", "=1"),
+        ("--weights", " "),
+    ],
+)
+def test_nonsense_is_a_usage_error(option, value):
+    result = run("generate", "no-such-bundle", "hello", option, value)
+
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: Invalid value for ")
+    assert option in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [
+        ("math=0.7,code=0.3", {"math": 0.7, "code": 0.3}),
+        (" math = 2 , code = 1 ", {"math": 2.0, "code": 1.0}),
+        ("math=1", {"math": 1.0}),
+        ("math", "math"),
+    ],
+)
+def test_weights(text, weights):
+    assert WeightsType().convert(text, None, None) == weights
+
+
+def test_the_line_ends_in_a_template_may_be_typed():
+    @click.command()
+    @click.pass_context
+    def show(context, template):
+        click.echo(template, nl=False)
+
+    from edgemix.cli.options import template_option
+
+    result = CliRunner().invoke(template_option(show), ["--template", r"Q: {q}\nA: {a}\n"])
+
+    assert result.output == "Q: {q}\nA: {a}\n"

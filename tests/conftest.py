@@ -1,0 +1,30 @@
+"""What tests of several parts share."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from onnx_members import saying, write_bundle
+
+MATH, CODE = "1+2=3", "def x"
+"""What the two members of `bundle` say after each character of it."""
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of two tiny members with known outputs; not to be changed."""
+    return write_bundle(
+        tmp_path_factory.mktemp("bundle") / "mixture",
+        {"math": saying(MATH), "code": saying(CODE)},
+        weights={"math": 0.75, "code": 0.25},
+        domains={"numbers": {"math": 1.0, "code": 0.0}, "programs": {"math": 0.0, "code": 1.0}},
+        chat_template="{% for message in messages %}{{ message.content }}{% endfor %}",
+    )
+
+
+@pytest.fixture
+def own_bundle(bundle: Path, tmp_path: Path) -> Path:
+    """A copy of `bundle` that a test may change."""
+    return Path(shutil.copytree(bundle, tmp_path / "mixture"))

@@ -1,0 +1,110 @@
+"""The house rules for imports: who may know whom, and what stays light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {"edgemix": ROOT / "edgemix", "edgemix.export": ROOT / "export", "edgemix.runtime": ROOT / "runtime"}
+HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "mobius", "peft", "bitsandbytes"}
+RUNTIME = {"numpy", "onnxruntime", "tokenizers", "msgspec", "jinja2", "psutil", "edgemix"}
+"""All that the runtime may import beside the standard library."""
+MAY_USE_RUNTIME = {"demo", "distillation", "mixture_weights", "parity", "pipeline"}
+"""The exporter's modules that evaluate what they made."""
+
+
+def modules(package: str) -> Iterator[tuple[str, Path]]:
+    root = PACKAGES[package]
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        yield ".".join([package, *parts]).removesuffix(".__init__"), path
+
+
+def imported(name: str, path: Path) -> Iterator[tuple[str, bool]]:
+    """Each module that a module imports, and whether it does so when it is itself imported."""
+    tree = ast.parse(path.read_text("utf-8"))
+    lazy = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or is_type_checking(node)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node not in lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative imports do not survive the package mapping"
+            assert node.module is not None
+            yield node.module, node not in lazy
+            yield from ((f"{node.module}.{alias.name}", node not in lazy) for alias in node.names)
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+CORE = [(name, path) for name, path in modules("edgemix") if not within(name, "edgemix.cli")]
+CLI = [(name, path) for name, path in modules("edgemix") if within(name, "edgemix.cli")]
+
+
+@pytest.mark.parametrize(("name", "path"), CORE)
+def test_the_core_knows_neither_half_and_nothing_heavy(name: str, path: Path) -> None:
+    for module, _ in imported(name, path):
+        if name != "edgemix":  # its public names are imported when they are used
+            assert not within(module, "edgemix.export"), module
+            assert not within(module, "edgemix.runtime"), module
+        assert module.split(".")[0] not in HEAVY, module
+
+
+@pytest.mark.parametrize(("name", "path"), CLI)
+def test_the_command_line_imports_the_halves_inside_commands(name: str, path: Path) -> None:
+    for module, eager in imported(name, path):
+        if eager:
+            assert not within(module, "edgemix.export"), module
+            assert not within(module, "edgemix.runtime"), module
+            assert module.split(".")[0] not in HEAVY, module
+
+
+@pytest.mark.parametrize(("name", "path"), list(modules("edgemix.runtime")))
+def test_the_runtime_is_light(name: str, path: Path) -> None:
+    for module, _ in imported(name, path):
+        top = module.split(".")[0]
+        assert top in RUNTIME | sys.stdlib_module_names, module
+        assert not within(module, "edgemix.export"), module
+
+
+@pytest.mark.parametrize(("name", "path"), list(modules("edgemix.export")))
+def test_the_exporter_uses_the_runtime_only_to_evaluate(name: str, path: Path) -> None:
+    for module, _ in imported(name, path):
+        if name.removeprefix("edgemix.export.") not in MAY_USE_RUNTIME:
+            assert not within(module, "edgemix.runtime"), module
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("edgemix", HEAVY | {"numpy", "yaml", "click", "tokenizers"}),
+        ("edgemix.recipe", HEAVY | {"numpy", "tokenizers"}),
+        ("edgemix.staging", HEAVY | {"numpy", "tokenizers"}),
+        ("edgemix.cli", HEAVY | {"tokenizers"}),
+        ("edgemix.runtime", HEAVY - {"onnxruntime"} | {"yaml", "click", "rich"}),
+    ],
+)
+def test_what_an_import_pulls_in(module: str, absent: set[str]) -> None:
+    code = f"import sys, {module}; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in result.stdout.split()}
+    assert not absent & loaded

@@ -64,6 +64,17 @@ class Data(_Part, frozen=True):
     max_tokens: int = 8_000
 
 
+class Quantization(_Part, frozen=True):
+    """How weights are quantised.
+
+    Attributes:
+        algorithm: How int4 finds its blocks: `rtn` rounds to nearest, `hqq` fits zero points to the error (Half-
+            Quadratic Quantization); other formats have one way.
+    """
+
+    algorithm: Literal["rtn", "hqq"] = "rtn"
+
+
 class Recipe(_Part, frozen=True):
     """Everything `edgemix export` needs. Paths are relative to `folder`, the recipe file's own."""
 
@@ -71,6 +82,7 @@ class Recipe(_Part, frozen=True):
     weights: Literal["uniform", "fit"] | dict[str, float] = "uniform"
     format: Format = "int8"
     target: Target = "cpu"
+    quantization: Quantization = Quantization()
     data: Data = Data()
     seed: int = 0
     folder: Path = Path()
@@ -317,6 +329,10 @@ format: int8
 # {", ".join(TARGETS)}
 target: cpu
 
+# How int4 rounds: rtn (to nearest) or hqq (Half-Quadratic Quantization).
+# quantization:
+#   algorithm: rtn
+
 # Text that no member was trained on, one file for each domain: .txt, or .jsonl with a template for its lines.
 # Weights are fitted on validation; the check after quantisation reads calibration, or validation without it.
 # data:
@@ -326,7 +342,7 @@ target: cpu
 #       file: data/math.jsonl
 #       template: "Question: {{{{question}}}}\\nAnswer: {{{{answer}}}}\\n"
 #   window: 512       # longest stretch that is scored at once, in tokens
-#   max_tokens: 8000 # most tokens that are read of each text
+#   max_tokens: 8000  # most tokens that are read of each text
 
 seed: 0
 """

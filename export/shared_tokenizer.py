@@ -87,6 +87,11 @@ def save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
 
 
+def tokenizer_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Number of token ids, added tokens and gaps included."""
+    return TokenizerIdentity.parse(tokenizer_json(tokenizer)).size
+
+
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The template that turns messages into text; the one named default where there are several."""
     template = tokenizer.chat_template

@@ -1,0 +1,243 @@
+"""Recipe in, bundle out: the stages of an export in order, each kept as soon as it is done.
+
+An interrupted export leaves its staging folder beside the output; running it again takes up every stage whose inputs
+are the same, down to the bytes of the weights.
+"""
+
+from __future__ import annotations
+
+import shutil
+from functools import cache
+from typing import TYPE_CHECKING
+
+import msgspec
+
+import edgemix
+from edgemix.errors import InputError, RecipeError
+from edgemix.export import shared_tokenizer
+from edgemix.export.graph import MODEL_FILE, export_graph
+from edgemix.export.members import Location, MemberLoader, end_ids, load_tokenizer, locate, versions
+from edgemix.export.mixture_weights import fit_weights
+from edgemix.export.parity import check_quantized, enforce
+from edgemix.export.quantization import quantize
+from edgemix.export.shared_tokenizer import tokenizer_size
+from edgemix.export.text import windows
+from edgemix.graph_io import GraphFacts
+from edgemix.manifest import SCHEMA, GraphParity, Manifest, MemberEntry, QuantizationParity, Source, Weights
+from edgemix.progress import SILENT, Prefixed, Progress
+from edgemix.recipe import check
+from edgemix.runtime import Mixture
+from edgemix.staging import BundleWriter, stage_key
+from edgemix.text_files import read_documents
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
+
+    from edgemix.formats import Format
+    from edgemix.recipe import MemberRecipe, Recipe
+
+GATE_TOKENS = 2_048
+"""Tokens of text that the gate after quantisation reads, over all domains."""
+
+
+class _GraphRecord(msgspec.Struct, frozen=True):
+    """What the graph stage found: the fp32 graph's facts and figures, and what the loaded model told on the way."""
+
+    source: Source
+    facts: GraphFacts
+    parity: GraphParity
+    fallbacks: tuple[str, ...]
+    eos: tuple[int, ...]
+
+
+class _MemberRecord(msgspec.Struct, frozen=True):
+    """What the format stage found: the graph that the bundle holds, and how far it is from the fp32 one."""
+
+    graph: _GraphRecord
+    facts: GraphFacts
+    parity: QuantizationParity | None
+
+
+def export_bundle(recipe: Recipe, output: Path, *, force: bool = False, progress: Progress = SILENT) -> Manifest:
+    """Build the bundle that `recipe` describes.
+
+    Args:
+        recipe: What to build; from `load_recipe`, or made in Python.
+        output: The bundle's folder. A bundle that is there already is replaced, in one step, when the new one is whole.
+        force: Let a format pass that is over its parity limits; the manifest says so.
+        progress: Hears of every stage.
+
+    Raises:
+        RecipeError: The recipe has mistakes.
+        InputError: A member cannot be read, or the members do not share one tokenizer.
+        ParityError: A graph is further from its source than its format allows.
+        EdgemixError: A model type that no exporter knows, a full disk.
+    """
+    if problems := check(recipe):
+        raise RecipeError("\n".join(["the recipe has mistakes:", *problems]))
+    with BundleWriter(output) as writer:
+        return _Export(recipe, writer, force, progress).run()
+
+
+class _Export:
+    """One export under way."""
+
+    def __init__(self, recipe: Recipe, writer: BundleWriter, force: bool, progress: Progress) -> None:
+        self._recipe, self._writer, self._force, self._progress = recipe, writer, force, progress
+        self._loader = MemberLoader(recipe.folder, progress)
+        self._digest = cache(Location.sha256)
+
+    def run(self) -> Manifest:
+        recipe = self._recipe
+        tokenizer = self._share_tokenizer()
+        text = self._gate_text(tokenizer)
+        records = {spec.name: self._export_member(spec, text) for spec in recipe.members}
+        eos = {end for record in records.values() for end in record.graph.eos}
+        manifest = Manifest(
+            schema=SCHEMA,
+            edgemix=edgemix.__version__,
+            target=recipe.target,
+            seed=recipe.seed,
+            members=tuple(self._entry(spec, records[spec.name]) for spec in recipe.members),
+            weights=given_weights(recipe),
+            tokenizer=shared_tokenizer.describe(tokenizer, eos),
+            files={},
+            versions=versions(),
+        )
+        if recipe.weights == "fit":
+            manifest = msgspec.structs.replace(manifest, weights=self._fit(manifest))
+        return self._writer.finish(manifest, self._progress)
+
+    def _share_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Read every member's tokenizer, make sure that they are one, and put its files in the bundle."""
+        members = self._recipe.members
+        with self._progress.stage("compare tokenizers", len(members)) as task:
+            read = cache(load_tokenizer)
+            found = {}
+            for spec in members:
+                found[spec.name] = read(locate(spec.model, self._recipe.folder))
+                task.advance(note=spec.name)
+            shared_tokenizer.check_shared(found)
+        tokenizer = found[members[0].name]
+        shared_tokenizer.save(tokenizer, self._writer.folder)
+        return tokenizer
+
+    def _gate_text(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]] | None:
+        """Windows of calibration text (of validation text where there is none), the same amount from every domain."""
+        data = self._recipe.data
+        sources = data.calibration or data.validation
+        if not sources:
+            return None
+        share = max(2, GATE_TOKENS // len(sources))
+        return [
+            window
+            for source in sources.values()
+            for window in windows(read_documents(source, self._recipe.folder), tokenizer, data.window, max_tokens=share)
+        ]
+
+    def _export_member(self, spec: MemberRecipe, text: list[list[int]] | None) -> _MemberRecord:
+        """The stages of one member: load and merge, graph, format; the last finished one is where it goes on."""
+        folder, master = self._writer.folder / "members" / spec.name, self._writer.scratch / spec.name
+        stages = self._writer.stages
+        graph_key = stage_key(
+            weights=[self._digest(locate(part, self._recipe.folder)) for part in (spec.model, spec.adapter) if part],
+            target=self._recipe.target,
+            versions=versions() | {"edgemix": edgemix.__version__},
+        )
+        key = stage_key(
+            graph=graph_key,
+            format=self._format(spec),
+            quantization=self._recipe.quantization if self._format(spec) == "int4" else None,
+            text=text,
+            seed=self._recipe.seed,
+        )
+        record = stages.done(f"member/{spec.name}", key, _MemberRecord)
+        if record is None:
+            graph = stages.done(f"graph/{spec.name}", graph_key, _GraphRecord)
+            if graph is None:
+                graph = self._make_graph(spec, master)
+                stages.mark_done(f"graph/{spec.name}", graph_key, graph, files=[master])
+            record = self._make_format(spec, graph, master, folder, text)
+            stages.mark_done(f"member/{spec.name}", key, record, files=[folder])
+            shutil.rmtree(master)
+        return record
+
+    def _make_graph(self, spec: MemberRecipe, master: Path) -> _GraphRecord:
+        member = self._loader.load(spec)
+        logits, ids = member.model.config.get_text_config().vocab_size, tokenizer_size(member.tokenizer)
+        if logits < ids:
+            raise InputError(
+                f"member {spec.name}: the model has {logits} logits, but its tokenizer has {ids} token ids",
+                "Give the tokenizer that the model was trained with, or resize the model's embeddings.",
+            )
+        progress = Prefixed(self._progress, spec.name)
+        with progress.stage("graph"):
+            graph = export_graph(member.model, master, target=self._recipe.target, force=self._force, progress=progress)
+        ends = end_ids(member)
+        return _GraphRecord(member.source, graph.facts, graph.parity, graph.fallbacks, tuple(sorted(ends)))
+
+    def _make_format(
+        self, spec: MemberRecipe, graph: _GraphRecord, master: Path, folder: Path, text: list[list[int]] | None
+    ) -> _MemberRecord:
+        form, source, output = self._format(spec), master / MODEL_FILE, folder / MODEL_FILE
+        progress = Prefixed(self._progress, spec.name)
+        shutil.rmtree(folder, ignore_errors=True)
+        with progress.stage(form):
+            algorithm = self._recipe.quantization.algorithm
+            quantize(source, output, form, target=self._recipe.target, algorithm=algorithm)
+        half = self._recipe.target == "cuda" and form != "fp32"
+        facts = msgspec.structs.replace(graph.facts, dtype="float16" if half else "float32")
+        if form == "fp32":
+            return _MemberRecord(graph, facts, None)
+        seed = self._recipe.seed
+        figures = check_quantized(source, output, facts, text, format=form, seed=seed, progress=progress)
+        return _MemberRecord(graph, facts, figures)
+
+    def _format(self, spec: MemberRecipe) -> Format:
+        return spec.format or self._recipe.format
+
+    def _entry(self, spec: MemberRecipe, record: _MemberRecord) -> MemberEntry:
+        """The manifest's word on a member, once its format has passed or was forced through the gate."""
+        graph, figures = record.graph, record.parity
+        verdicts = [
+            enforce(gate, forced=self._force, member=spec.name) for gate in (graph.parity, figures) if gate is not None
+        ]
+        forced = any(verdicts)
+        if forced:
+            self._progress.say(f"{spec.name}: over its parity limits, kept because the export is forced")
+        return MemberEntry(
+            name=spec.name,
+            format=self._format(spec),
+            graph=f"members/{spec.name}/{MODEL_FILE}",
+            source=graph.source,
+            facts=record.facts,
+            parity=graph.parity,
+            quantization=figures,
+            fallbacks=graph.fallbacks,
+            forced=forced,
+        )
+
+    def _fit(self, manifest: Manifest) -> Weights:
+        """Weights fitted on the recipe's validation text, with the graphs as they ship."""
+        data, folder = self._recipe.data, self._recipe.folder
+        domains = {domain: read_documents(source, folder) for domain, source in data.validation.items()}
+        key = stage_key(manifest=manifest, domains=domains, window=data.window, max_tokens=data.max_tokens)
+        weights = self._writer.stages.done("weights", key, Weights)
+        if weights is None:
+            with Mixture.assemble(self._writer.folder, manifest) as mixture:
+                weights = fit_weights(
+                    mixture, domains, window=data.window, max_tokens=data.max_tokens, progress=self._progress
+                )
+            self._writer.stages.mark_done("weights", key, weights)
+        return weights
+
+
+def given_weights(recipe: Recipe) -> Weights:
+    """The weights before any fitting: the recipe's own, normalised, or uniform ones."""
+    names = [member.name for member in recipe.members]
+    if isinstance(recipe.weights, dict):
+        total = sum(recipe.weights.values())
+        return Weights("given", {name: recipe.weights.get(name, 0.0) / total for name in names})
+    return Weights("uniform", dict.fromkeys(names, 1 / len(names)))

@@ -1,0 +1,72 @@
+"""Block-quantised matrices: what every integer algorithm makes and what the graph stores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Matrix: TypeAlias = NDArray[np.float32]
+Half: TypeAlias = NDArray[np.float16]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A weight [N, K] (outputs, inputs) cut along K into blocks, the last one padded where `block` does not divide K.
+
+    weight[n, b * block + j] = (codes[n, b, j] - zero_points[n, b]) * scales[n, b]
+
+    Attributes:
+        codes: uint8 [N, blocks, block], one code a byte, each below 2**bits.
+        scales: float16 [N, blocks], as GGUF's formats have them: half the size, and exact enough for 8-bit codes.
+        zero_points: uint8 [N, blocks]; None means 2**(bits - 1) everywhere, which is then not stored.
+        bits: 4 or 8.
+        columns: K.
+    """
+
+    codes: NDArray[np.uint8]
+    scales: Half
+    zero_points: NDArray[np.uint8] | None
+    bits: int
+    columns: int
+
+    @property
+    def block(self) -> int:
+        return int(self.codes.shape[2])
+
+    def dequantized(self) -> Matrix:
+        """The float matrix [N, K] that the blocks stand for."""
+        zero = np.float32(2 ** (self.bits - 1)) if self.zero_points is None else self.zero_points[..., None]
+        values = (self.codes.astype(np.float32) - zero) * self.scales[..., None].astype(np.float32)
+        return np.ascontiguousarray(values.reshape(len(values), -1)[:, : self.columns])
+
+    def packed_codes(self) -> NDArray[np.uint8]:
+        """uint8 [N, blocks, block * bits / 8], the lower bits first, as MatMulNBits reads them."""
+        return _pack(self.codes, self.bits)
+
+    def packed_zero_points(self) -> NDArray[np.uint8] | None:
+        """uint8 [N, ceil(blocks * bits / 8)], the lower bits first."""
+        return None if self.zero_points is None else _pack(self.zero_points, self.bits)
+
+
+Quantizer: TypeAlias = Callable[[Matrix], Blocks]
+"""An algorithm with its options bound: a float32 weight [N, K] in, its blocks out."""
+
+
+def cut(weight: Matrix, block: int) -> Matrix:
+    """The weight [N, K] as [N, blocks, block], padded with zeros."""
+    rows, columns = weight.shape
+    padding = -columns % block
+    padded = np.pad(weight, ((0, 0), (0, padding))) if padding else weight
+    return padded.reshape(rows, -1, block)
+
+
+def _pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    if bits == 8:
+        return codes
+    if codes.shape[-1] % 2:
+        codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, 1)])
+    return codes[..., ::2] | (codes[..., 1::2] << np.uint8(4))

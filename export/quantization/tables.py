@@ -1,0 +1,75 @@
+"""The vocabulary's tables, embedding and head: 8-bit blocks, stored once where the model ties them.
+
+MatMulNBits and GatherBlockQuantized read the same initializers in place. ONNX Runtime maps external data into memory,
+so a lookup touches only the rows of its tokens and the head's repacked copy is the only one that is resident.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+from edgemix.export.quantization.emission import (
+    CONTRIB,
+    add_blocks,
+    add_initializer,
+    matmul_nbits,
+    replace,
+    replace_linear,
+)
+from edgemix.export.quantization.rtn import rtn
+from edgemix.export.quantization.weights import head, lookups
+
+if TYPE_CHECKING:
+    from edgemix.export.quantization.blocks import Blocks, Matrix
+
+_BITS = 8
+_BLOCK = 32
+
+
+def quantize_tables(graph: ir.Graph) -> None:
+    """Store every embedding and the head in 8-bit blocks and read them from there."""
+    tables: dict[ir.Value, _Table] = {}
+
+    def table_of(weight: ir.Value, matrix: Matrix) -> _Table:
+        if weight not in tables:
+            blocks = rtn(matrix, bits=_BITS, block=_BLOCK, symmetric=True)
+            tables[weight] = _Table(blocks, add_blocks(graph, weight.name, blocks))
+        return tables[weight]
+
+    for node in list(lookups(graph)):
+        weight = node.inputs[0]
+        _look_up(graph, node, table_of(weight, weight.const_value.numpy()))
+    linear = head(graph)
+    if linear is not None:
+        table = table_of(linear.weight, linear.matrix())
+        replace_linear(graph, linear, [matmul_nbits(linear, table.blocks, table.tensors)])
+
+
+class _Table(NamedTuple):
+    """A stored matrix [vocabulary, hidden] and its initializers."""
+
+    blocks: Blocks
+    tensors: list[ir.Value]
+
+
+def _look_up(graph: ir.Graph, node: ir.Node, table: _Table) -> None:
+    """Replace a Gather of rows for ids [batch, sequence]: the blocks of each row, dequantised, joined and cut to K."""
+    codes, scales = table.tensors
+    columns, block = table.blocks.columns, table.blocks.block
+    attributes = {"bits": _BITS, "block_size": block, "gather_axis": 0, "quantize_axis": 2}
+    scales = ir.node("Unsqueeze", [scales, _constant(graph, [-1])])
+    inputs = [codes, node.inputs[1], scales.outputs[0]]
+    rows = ir.node("GatherBlockQuantized", inputs, attributes, domain=CONTRIB)
+    joined = ir.node("Reshape", [rows.outputs[0], _constant(graph, [0, 0, -1])])
+    nodes = [scales, rows, joined]
+    if columns % block:
+        ends = [_constant(graph, [0]), _constant(graph, [columns]), _constant(graph, [-1])]
+        nodes.append(ir.node("Slice", [joined.outputs[0], *ends]))
+    replace(graph, node, nodes)
+
+
+def _constant(graph: ir.Graph, numbers: list[int]) -> ir.Value:
+    return add_initializer(graph, "constant." + "_".join(map(str, numbers)), np.array(numbers, np.int64))

@@ -1,0 +1,176 @@
+"""Recipe in, bundle out: what is kept, what is refused, what is the same every time."""
+
+import hashlib
+
+import msgspec
+import numpy as np
+import pytest
+from test_members import tiny_tokenizer
+from tiny_models import tiny_model
+
+from edgemix.bundle import read_manifest, verify_bundle
+from edgemix.errors import InputError, ParityError, RecipeError
+from edgemix.export import pipeline
+from edgemix.export.pipeline import export_bundle
+from edgemix.recipe import Data, MemberRecipe, Quantization, Recipe, TextSource
+from edgemix.runtime import Mixture
+
+TEXT = "the quick brown fox jumps over the lazy dog, and then it sleeps. " * 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two members with one tokenizer, their vocabularies padded to different sizes, and a text."""
+    folder = tmp_path_factory.mktemp("recipe")
+    for name, size in (("one", 288), ("two", 320)):
+        tiny_model("llama", vocab_size=size, rms_norm_eps=1e-5 * len(name)).save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def recipe(folder, **changes):
+    members = (MemberRecipe("one", "one", format="fp32"), MemberRecipe("two", "two"))
+    text = {"prose": TextSource("text.txt")}
+    options = {"members": members, "data": Data(validation=text, max_tokens=600), "format": "int8", "folder": folder}
+    return Recipe(**(options | changes))
+
+
+class Spy:
+    """Calls through, and remembers with what."""
+
+    def __init__(self, monkeypatch, name):
+        self.calls, self._real = [], getattr(pipeline, name)
+        monkeypatch.setattr(pipeline, name, self)
+
+    def __call__(self, *arguments, **options):
+        self.calls.append(arguments)
+        return self._real(*arguments, **options)
+
+
+def graphs(bundle):
+    return {
+        path.relative_to(bundle): hashlib.sha256(path.read_bytes()).digest() for path in bundle.rglob("model.onnx*")
+    }
+
+
+@pytest.fixture(scope="module")
+def exported(folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("out") / "bundle"
+    return output, export_bundle(recipe(folder, weights="fit"), output)
+
+
+def test_bundle_is_whole_and_runs(exported):
+    output, manifest = exported
+    assert read_manifest(output) == manifest
+    verify_bundle(output, manifest)
+    assert [(m.name, m.format, m.quantization is None) for m in manifest.members] == [
+        ("one", "fp32", True),
+        ("two", "int8", False),
+    ]
+    assert not any(member.forced for member in manifest.members)
+    assert not (output.parent / f".{output.name}.partial").exists()
+    with Mixture.load(output, provider="cpu") as mixture:
+        distribution = mixture.next_token_distribution("the quick")
+        assert distribution.shape == (manifest.tokenizer.vocabulary,) == (259,)
+        assert distribution.sum() == pytest.approx(1)
+
+
+def test_fitted_weights_are_the_most_likely(exported):
+    output, manifest = exported
+    assert manifest.weights.method == "fit"
+    assert sum(manifest.weights.default.values()) == pytest.approx(1)
+    assert manifest.weights.domains["prose"] == pytest.approx(manifest.weights.default)  # one domain is all text
+    with Mixture.load(output, provider="cpu") as mixture:
+        best = mixture.score(TEXT[:1500]).log_probabilities.sum()
+        for share in np.linspace(0, 1, 11):
+            other = mixture.score(TEXT[:1500], weights={"one": share, "two": 1 - share}).log_probabilities.sum()
+            assert best >= other - 1.0
+
+
+def test_same_recipe_same_bytes(exported, folder, tmp_path):
+    again = export_bundle(recipe(folder, weights="fit"), tmp_path / "again")
+    assert graphs(tmp_path / "again") == graphs(exported[0])
+    assert again == exported[1]
+
+
+def test_finished_stages_are_kept(folder, tmp_path, monkeypatch):
+    class PowerCut(BaseException):
+        pass
+
+    graph, stored = Spy(monkeypatch, "export_graph"), Spy(monkeypatch, "quantize")
+    with monkeypatch.context() as patch:
+
+        def cut(*_, **__):
+            raise PowerCut
+
+        patch.setattr(pipeline, "check_quantized", cut)  # after both graphs and the first member's format
+        with pytest.raises(PowerCut):
+            export_bundle(recipe(folder), tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+    assert (len(graph.calls), len(stored.calls)) == (2, 2)
+    export_bundle(recipe(folder), tmp_path / "bundle")
+    assert (len(graph.calls), len(stored.calls)) == (2, 3)
+    assert (tmp_path / "bundle" / "edgemix.json").is_file()
+
+
+def test_other_inputs_are_other_stages(folder, tmp_path, monkeypatch):
+    stored = Spy(monkeypatch, "quantize")
+    monkeypatch.setattr(pipeline.BundleWriter, "finish", lambda *_: None)  # every export stops before its last step
+    export_bundle(recipe(folder), tmp_path / "bundle")
+    export_bundle(recipe(folder), tmp_path / "bundle")
+    assert len(stored.calls) == 2
+    export_bundle(recipe(folder, format="int4", quantization=Quantization("hqq")), tmp_path / "bundle", force=True)
+    assert len(stored.calls) == 3  # the first member has its own format
+
+
+def test_over_the_limit_stops_and_force_records(folder, tmp_path, monkeypatch):
+    real = pipeline.check_quantized
+    monkeypatch.setattr(
+        pipeline, "check_quantized", lambda *a, **k: msgspec.structs.replace(real(*a, **k), kl=9.0, kl_limit=0.5)
+    )
+    stored = Spy(monkeypatch, "quantize")
+    with pytest.raises(ParityError, match=r"member 'two'.*kl 9 \(limit 0\.5\)"):
+        export_bundle(recipe(folder), tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+    manifest = export_bundle(recipe(folder), tmp_path / "bundle", force=True)
+    assert [member.forced for member in manifest.members] == [False, True]
+    assert len(stored.calls) == 2  # the stages of the refused export are good
+
+
+def test_given_weights_are_normalised(folder, tmp_path):
+    manifest = export_bundle(recipe(folder, weights={"one": 3, "two": 1}), tmp_path / "bundle")
+    assert manifest.weights.method == "given"
+    assert manifest.weights.default == {"one": 0.75, "two": 0.25}
+
+
+def test_other_tokenizer_is_refused_before_any_work(folder, tmp_path, monkeypatch):
+    graph = Spy(monkeypatch, "export_graph")
+    (folder / "other").mkdir()
+    tiny_model("llama", vocab_size=288).save_pretrained(folder / "other")
+    tiny_tokenizer(merges=(("a", "c"),)).save_pretrained(folder / "other")
+    members = (MemberRecipe("one", "one"), MemberRecipe("other", "other"))
+    with pytest.raises(InputError, match="members one and other have different tokenizers"):
+        export_bundle(recipe(folder, members=members), tmp_path / "bundle")
+    assert graph.calls == []
+
+
+def test_too_small_a_vocabulary_is_refused(folder, tmp_path):
+    tiny_model("llama", vocab_size=160).save_pretrained(folder / "narrow")
+    tiny_tokenizer().save_pretrained(folder / "narrow")
+    with pytest.raises(InputError, match=r"narrow.*160 .* 259"):
+        export_bundle(recipe(folder, members=(MemberRecipe("narrow", "narrow"),)), tmp_path / "bundle")
+
+
+def test_mistakes_are_told_together(folder, tmp_path):
+    with pytest.raises(RecipeError) as caught:
+        export_bundle(recipe(folder, weights={"one": -1}, format="int3"), tmp_path / "bundle")
+    assert "int3" in str(caught.value)
+
+
+def test_cuda_bundles_are_half_precision(folder, tmp_path):
+    members = (MemberRecipe("one", "one", format="fp16"), MemberRecipe("two", "two", format="int4"))
+    manifest = export_bundle(recipe(folder, members=members, target="cuda"), tmp_path / "bundle", force=True)
+    assert [member.facts.dtype for member in manifest.members] == ["float16", "float16"]
+    with Mixture.load(tmp_path / "bundle", provider="cpu") as mixture:
+        assert mixture.generate("the quick", max_new_tokens=4).token_ids

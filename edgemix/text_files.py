@@ -47,6 +47,21 @@ def read_documents(source: TextSource, folder: Path) -> list[str]:
     return documents
 
 
+def decode(data: bytes, where: str) -> str:
+    """Text from UTF-8 bytes.
+
+    Raises:
+        InputError: They are not UTF-8; names `where` and the offset.
+    """
+    try:
+        return data.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{where} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}",
+            "Convert it, for example with: iconv -f latin1 -t utf-8",
+        ) from None
+
+
 def parse_template(template: str) -> list[tuple[str, str | None]]:
     r"""Split `"Q: {question}\n"` into pairs of literal text and the name of the field after it, if one follows.
 
@@ -88,14 +103,7 @@ def _read_text(path: Path) -> str:
             raise InputError(
                 f"{path}: has {status.st_size:,} bytes; at most {MAX_BYTES:,} are read", "Split it, or cut it."
             )
-        data = path.read_bytes()
-    try:
-        return data.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}",
-            "Convert it, for example with: iconv -f latin1 -t utf-8",
-        ) from None
+        return decode(path.read_bytes(), f"{path}:")
 
 
 def _json_lines(path: Path, text: str, template: list[tuple[str, str | None]]) -> Iterator[str]:
@@ -120,5 +128,6 @@ def _field(path: Path, number: int, fields: dict[str, object], name: str | None)
         return str(value)
     problem = "is no text or number" if name in fields else "is missing"
     raise InputError(
-        f"{path}:{number}: the field {name!r} {problem}", f"Its fields: {', '.join(list(fields)[:10]) or 'none'}."
+        f"{path}:{number}: the field {name!r} {problem}",
+        f"Its fields: {', '.join(list(fields)[:10]) or 'none'}. Name those to use in a template.",
     )

@@ -95,6 +95,7 @@ def evaluate(
     files: Mapping[str, Sequence[str]],
     *,
     window: int | None = None,
+    max_tokens: int | None = None,
     progress: Progress = SILENT,
 ) -> Evaluation:
     """Measure a bundle's members and their mixtures on texts. Each text is read once, whatever the number of rows.
@@ -103,13 +104,16 @@ def evaluate(
         mixture: The bundle, loaded.
         files: Name of a file or domain -> its documents; documents of less than two tokens have nothing to score.
         window: Most tokens that are read with one past; see `WINDOW`.
+        max_tokens: Read so many tokens of each file at most, from its beginning.
         progress: Hears of the tokens scored.
 
     Raises:
         InputError: A file has nothing to score.
     """
     scored = {
-        name: score_documents(mixture, name, documents, window=window, progress=Prefixed(progress, name))
+        name: score_documents(
+            mixture, name, documents, window=window, max_tokens=max_tokens, progress=Prefixed(progress, name)
+        )
         for name, documents in files.items()
     }
     if not scored:

@@ -10,7 +10,6 @@ import click
 
 from edgemix.cli.command import command
 from edgemix.cli.options import bundle_argument, runtime_options, sampling_options, weights_options
-from edgemix.cli.texts import decode
 from edgemix.errors import InputError
 
 if TYPE_CHECKING:
@@ -95,6 +94,8 @@ class Conversation:
 
     def read(self) -> None:
         """Answer every line of stdin."""
+        from edgemix.text_files import decode
+
         for line in sys.stdin.buffer:
             message = decode(line, "stdin").strip()
             if message:

@@ -10,7 +10,7 @@ import click
 
 from edgemix.cli.bundle import show_weights
 from edgemix.cli.command import command
-from edgemix.cli.options import bundle_argument, runtime_options, template_option, window_option
+from edgemix.cli.options import bundle_argument, max_tokens_option, runtime_options, template_option, window_option
 from edgemix.cli.texts import read_files
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ _files_argument = click.argument("files", metavar="FILE...", nargs=-1, required=
 @_files_argument
 @template_option
 @window_option
+@max_tokens_option
 @runtime_options
 def evaluate(
     console: Console,
@@ -40,6 +41,7 @@ def evaluate(
     files: tuple[Path, ...],
     template: str | None,
     window: int,
+    max_tokens: int | None,
     provider: str,
     threads: int | None,
     verify: bool,
@@ -55,7 +57,9 @@ def evaluate(
     from edgemix.runtime.evaluation import evaluate as measure
 
     with Mixture.load(bundle, provider=provider, threads=threads, verify=verify) as mixture:
-        evaluation = measure(mixture, documents, window=min(window, mixture.context), progress=console.progress)
+        evaluation = measure(
+            mixture, documents, window=min(window, mixture.context), max_tokens=max_tokens, progress=console.progress
+        )
     if console.as_json:
         console.document({"bundle": bundle, **asdict(evaluation)})
         return
@@ -89,9 +93,7 @@ def show_evaluation(console: Console, evaluation: Evaluation) -> None:
 @_files_argument
 @template_option
 @window_option
-@click.option(
-    "--max-tokens", metavar="N", type=click.IntRange(min=2), show_default="all", help="Tokens to use of each file."
-)
+@max_tokens_option
 @runtime_options
 def fit_weights(
     console: Console,

@@ -184,6 +184,16 @@ def window_option(function: F) -> F:
     )(function)
 
 
+def max_tokens_option(function: F) -> F:
+    return click.option(
+        "--max-tokens",
+        metavar="N",
+        type=click.IntRange(min=2),
+        show_default="all",
+        help="Tokens to use of each file, from its beginning.",
+    )(function)
+
+
 def _with_line_ends(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:  # noqa: ARG001
     r"""Shells pass a typed \n as two characters."""
     return None if value is None else value.replace("\\n", "\n")

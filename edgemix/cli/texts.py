@@ -26,22 +26,9 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         return _not_empty(_checked_argument(prompt), "the prompt")
     if prompt is None and sys.stdin.isatty():
         raise click.UsageError("No prompt: give it as an argument, with --file, or on stdin.")
+    from edgemix.text_files import decode
+
     return _not_empty(_without_line_end(decode(sys.stdin.buffer.read(), "stdin")), "stdin")
-
-
-def decode(data: bytes, where: str) -> str:
-    """Text from UTF-8 bytes.
-
-    Raises:
-        InputError: They are not UTF-8; names `where` and the offset.
-    """
-    try:
-        return data.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{where} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}",
-            "Convert it, for example with: iconv -f latin1 -t utf-8",
-        ) from None
 
 
 def read_files(files: tuple[Path, ...], template: str | None) -> dict[str, list[str]]:

@@ -45,6 +45,12 @@ def test_json_figures(bundle, texts):
     assert rows["math"]["overall"]["tokens"] == 4 + 4 + 1
 
 
+def test_only_so_many_tokens_are_read(bundle, texts):
+    told = json.loads(run("evaluate", bundle, *texts, "--max-tokens", 3, "--json").stdout)
+
+    assert told["rows"][0]["files"]["sums"]["tokens"] == 2
+
+
 def test_fit_weights_rewrites_the_manifest_and_nothing_else(own_bundle, texts):
     before = read_manifest(own_bundle)
 

@@ -61,10 +61,13 @@ def _look_up(graph: ir.Graph, node: ir.Node, table: _Table) -> None:
     columns, block = table.blocks.columns, table.blocks.block
     attributes = {"bits": _BITS, "block_size": block, "gather_axis": 0, "quantize_axis": 2}
     scales = ir.node("Unsqueeze", [scales, _constant(graph, [-1])])
-    inputs = [codes, node.inputs[1], scales.outputs[0]]
+    # The default zero point, spelt out: older CUDA kernels take 0 where the specification says 128.
+    middle = add_initializer(graph, "middle", np.array(2 ** (_BITS - 1), np.uint8))
+    zero_points = ir.node("Expand", [middle, _constant(graph, [*table.blocks.scales.shape, 1])])
+    inputs = [codes, node.inputs[1], scales.outputs[0], zero_points.outputs[0]]
     rows = ir.node("GatherBlockQuantized", inputs, attributes, domain=CONTRIB)
     joined = ir.node("Reshape", [rows.outputs[0], _constant(graph, [0, 0, -1])])
-    nodes = [scales, rows, joined]
+    nodes = [scales, zero_points, rows, joined]
     if columns % block:
         ends = [_constant(graph, [0]), _constant(graph, [columns]), _constant(graph, [-1])]
         nodes.append(ir.node("Slice", [joined.outputs[0], *ends]))
@@ -72,4 +75,4 @@ def _look_up(graph: ir.Graph, node: ir.Node, table: _Table) -> None:
 
 
 def _constant(graph: ir.Graph, numbers: list[int]) -> ir.Value:
-    return add_initializer(graph, "constant." + "_".join(map(str, numbers)), np.array(numbers, np.int64))
+    return add_initializer(graph, "constant", np.array(numbers, np.int64))

@@ -124,4 +124,4 @@ def _are_token_ids(value: ir.Value | None) -> bool:
         if node.op_type not in ("Cast", "Reshape"):
             return False
         value = node.inputs[0]
-    return value.name == INPUT_IDS
+    return bool(value.name == INPUT_IDS)

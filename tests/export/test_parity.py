@@ -15,6 +15,7 @@ from edgemix.export.graph import export_graph
 from edgemix.export.parity import FLIP_MARGIN, LIMITS, check_graph, check_quantized, enforce
 from edgemix.formats import FORMATS
 from edgemix.manifest import GraphParity, QuantizationParity
+from edgemix.runtime.member import Member
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,13 +71,26 @@ def test_graph_of_a_slightly_different_model_is_over_the_limit(exact: Exported) 
     assert min(figures.prefill, figures.decode, figures.padded_batch) > figures.limit
 
 
-def test_limit_grows_with_the_size_of_the_numbers(exact: Exported) -> None:
-    louder = tiny_model("llama")
+def test_rounding_of_an_unstable_model_is_no_fault(tmp_path: Path) -> None:
+    """A fine-tuned SmolLM2 was refused: one position with huge activations differed by 4e-3 nats on every path."""
+    unstable = tiny_model("llama")
     with torch.no_grad():
-        louder.lm_head.weight.mul_(10)
-    quiet, loud = (check_graph(model, exact.path, exact.facts).limit for model in (exact.model, louder))
-    assert quiet == pytest.approx(1e-4, rel=0.2)
-    assert loud > 3 * quiet
+        unstable.lm_head.weight.mul_(1e4)
+    row = np.arange(3, 90)
+    exported = export(unstable, tmp_path)  # raises if the gate is over its limit
+    logits = Member.load(exported.path, exported.facts).forward([row])[0]
+    with torch.no_grad():
+        expected = unstable(torch.from_numpy(row)[None]).logits[0]
+    difference = torch.log_softmax(expected.double(), -1) - torch.log_softmax(torch.from_numpy(logits).double(), -1)
+    assert difference.abs().max() > 3e-4
+
+
+def test_instability_excuses_no_wrong_graph(exact: Exported) -> None:
+    other = noisy(1e-3)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1e4)
+    figures = check_graph(other, exact.path, exact.facts)
+    assert min(figures.prefill, figures.decode, figures.padded_batch) > 100 * figures.limit
 
 
 def test_wrong_numbers_are_never_within_the_limit(exact: Exported) -> None:

@@ -60,7 +60,10 @@ class Source(_Record, frozen=True):
 
 
 class GraphParity(_Record, frozen=True):
-    """The fp32 graph against torch: largest difference of log-probabilities (nats) by case, and its limit."""
+    """The fp32 graph against torch: largest difference of log-probabilities (nats) by case, and its limit.
+
+    At positions where the torch model itself is unstable, the difference counts in units of what rounding alone makes.
+    """
 
     prefill: float
     decode: float

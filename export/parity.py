@@ -85,8 +85,8 @@ def check_graph(model: PreTrainedModel, path: Path, facts: GraphFacts) -> GraphP
     """Compare a graph with the torch model on random tokens: each sequence alone and uncached in torch, against the
     graph's prefill, its decoding of one and of several tokens after a past, and a batch of unequal lengths.
 
-    The sequence is longer than the model's sliding windows, up to `CHECKED_WINDOW`. Where the model is unstable, so that
-    no two ways to compute it agree, a difference counts in units of what that position may differ by (`NOISE_ROOM`).
+    The sequence is longer than the model's sliding windows, up to `CHECKED_WINDOW`. Where the model is unstable, so
+    that no two ways to compute it agree, a difference counts in units of what a position may differ by (`NOISE_ROOM`).
     """
     windows = [window for window in sliding_windows(model.config) if window and window <= CHECKED_WINDOW]
     longest = min(facts.context, max(_LENGTH, *(window + 16 for window in windows), 0))

@@ -35,8 +35,9 @@ $(VENV)/.typed: $(VENV)/.installed $(SOURCES)
 	$(PIP) install -c constraints.txt --no-deps --no-build-isolation -e . --config-settings editable_mode=strict
 	touch $@
 
+# From another folder: here, the checker would take the source folder for the package, and miss its two halves.
 types: $(VENV)/.typed
-	$(BIN)/mypy -p edgemix
+	cd $(VENV) && bin/mypy --config-file ../pyproject.toml -p edgemix
 
 unit: $(VENV)/.typed
 	$(BIN)/pytest

@@ -5,7 +5,6 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
-SOURCES := $(shell find edgemix export runtime -name '*.py')
 
 .PHONY: install demo test lint types unit clean
 .DELETE_ON_ERROR:
@@ -29,17 +28,14 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# A type checker follows the package mapping of pyproject.toml in a strict editable install only, which lists the
-# files one by one: renew it when there are other files.
-$(VENV)/.typed: $(VENV)/.installed $(SOURCES)
-	$(PIP) install -c constraints.txt --no-deps --no-build-isolation -e . --config-settings editable_mode=strict
-	touch $@
+# A type checker does not follow an editable install's package mapping: it is given the package as a wheel holds it, and
+# runs from another folder, where the sources' own edgemix/ does not stand in the way.
+types: install
+	rm -rf build $(VENV)/wheel
+	$(PIP) install -c constraints.txt --no-deps --no-build-isolation --target $(VENV)/wheel .
+	cd $(VENV) && MYPYPATH=wheel bin/mypy --config-file ../pyproject.toml -p edgemix
 
-# From another folder: here, the checker would take the source folder for the package, and miss its two halves.
-types: $(VENV)/.typed
-	cd $(VENV) && bin/mypy --config-file ../pyproject.toml -p edgemix
-
-unit: $(VENV)/.typed
+unit: install
 	$(BIN)/pytest
 
 clean:

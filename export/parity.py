@@ -92,8 +92,7 @@ def check_graph(model: PreTrainedModel, path: Path, facts: GraphFacts) -> GraphP
     longest = min(facts.context, max(_LENGTH, *(window + 16 for window in windows), 0))
     rows = _random_rows((longest, longest // 2, _STEPS + 2), model.config.get_text_config().vocab_size)
     expected = [_reference(model, row) for row in rows]
-    # For more than one session the runtime's threads do not spin, and here torch's need the cores in turn.
-    member = Member.load(path, facts, sessions=2, name=facts.exporter)
+    member = Member.load(path, facts, name=facts.exporter)
     return GraphParity(
         prefill=_worst([_difference(expected[0], member.forward(rows[:1])[0])]),
         decode=_worst(_decode_differences(member, rows[0], expected[0])),
@@ -125,8 +124,8 @@ def check_quantized(
         seed: Of the texts that the fp32 graph writes.
         progress: Told of every piece of text read.
     """
-    source = Member.load(fp32_path, msgspec.structs.replace(facts, dtype="float32"), sessions=2)
-    stored = Member.load(path, facts, sessions=2)
+    source = Member.load(fp32_path, msgspec.structs.replace(facts, dtype="float32"))
+    stored = Member.load(path, facts)
     texts = _texts(source, windows or (), seed)
     tokens = sum(len(text) - 1 for text in texts)
     kl = flips = surprise = 0.0

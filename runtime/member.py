@@ -83,7 +83,6 @@ class Member:
         provider: Provider | None = None,
         threads: int | None = None,
         *,
-        sessions: int = 1,
         name: str = "",
     ) -> Member:
         """Open a graph.
@@ -93,14 +92,13 @@ class Member:
             facts: As the exporter wrote them.
             provider: Where it runs; the CPU by default.
             threads: Threads within an operator; physical cores by default.
-            sessions: How many sessions share the cores.
             name: For messages; the graph's folder by default.
 
         Raises:
             BundleError: The graph does not load, or is not the decoder that `facts` describe.
         """
         provider = provider or PROVIDERS["cpu"]
-        session = open_session(graph, provider, threads=threads, sessions=sessions)
+        session = open_session(graph, provider, threads=threads)
         return cls(session, facts, provider, name or graph.parent.name)
 
     def new_cache(self, batch: int = 1) -> KVCache:

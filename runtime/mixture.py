@@ -105,7 +105,6 @@ class Mixture:
                 entry.facts,
                 chosen,
                 threads,
-                sessions=len(manifest.members),
                 name=entry.name,
             )
             for entry in manifest.members

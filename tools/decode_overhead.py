@@ -23,6 +23,8 @@ from edgemix.bundle import read_manifest
 from edgemix.runtime import Mixture
 
 CAPACITY, STEPS = 512, 128
+PAUSE = 0.2
+"""Seconds before a side's turn: the other's threads spin on for a while."""
 PROMPT = "The little town by the river had a mill, a church and a school, and every morning " * 8
 
 
@@ -82,7 +84,9 @@ def main() -> None:
     with Mixture.load(arguments.bundle, provider="cpu", threads=arguments.threads) as mixture:
         prompt = mixture.tokenizer.encode(PROMPT)
         for turn in range(arguments.rounds + 1):
+            time.sleep(PAUSE)
             prefill, decode, tokens = bare(prompt)
+            time.sleep(PAUSE)
             done = mixture.generate(PROMPT, max_new_tokens=STEPS, weights={name: 1.0})
             if turn == 0:  # warm-up, and both sides must do the same work
                 assert list(done.token_ids) == tokens[: len(done.token_ids)], "the two sides disagree"

@@ -81,11 +81,11 @@ def test_a_missing_graph_is_a_bundle_error(tmp_path):
         open_session(tmp_path / "model.onnx", PROVIDERS["cpu"])
 
 
-def test_several_sessions_do_not_spin():
-    for sessions, spinning in ((1, "1"), (2, "0")):
-        options = providers.session_options(3, sessions)
-        assert options.get_session_config_entry("session.intra_op.allow_spinning") == spinning
-        assert options.intra_op_num_threads == 3
+def test_threads_spin_within_a_call_only():
+    options = providers.session_options(3)
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "1"
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+    assert options.intra_op_num_threads == 3
 
 
 def test_placing_an_array_on_the_cpu_copies_nothing():

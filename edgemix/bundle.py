@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from edgemix.errors import BundleError, EdgemixError, storage_errors
+from edgemix.errors import BundleError, EdgemixError, InputError, storage_errors
 from edgemix.external_data import external_files
 from edgemix.manifest import (
     CHAT_TEMPLATE,
@@ -33,6 +33,7 @@ from edgemix.manifest import (
 )
 from edgemix.progress import SILENT, Progress, Task
 from edgemix.safe_paths import resolve
+from edgemix.tokenizer_identity import TokenizerIdentity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -107,8 +108,8 @@ def verify_bundle(bundle: Path, manifest: Manifest, *, checksums: bool = True, p
     Args:
         bundle: The folder that `manifest` was read from.
         manifest: From `read_manifest`.
-        checksums: Read every file and compare its sha256. Without it: sizes, paths, and that the graphs' external
-            data is listed and lies within its files.
+        checksums: Read every file and compare its sha256, and the tokenizer's fingerprint. Without it: sizes, paths, and
+            that the graphs' external data is listed and lies within its files.
         progress: Hears of the bytes read.
 
     Raises:
@@ -122,11 +123,21 @@ def verify_bundle(bundle: Path, manifest: Manifest, *, checksums: bool = True, p
             for name, entry in manifest.files.items():
                 if hash_file(resolve(bundle, name), task) != entry:
                     raise BundleError(f"{bundle}: {name} has changed: its sha256 is not the manifest's", _EXPORT_AGAIN)
+        _check_tokenizer(bundle, manifest)
     for member in manifest.members:
         folder = PurePosixPath(member.graph).parent
         for location in sorted(external_files(resolve(bundle, member.graph))):
             if str(folder / location) not in manifest.files:
                 raise BundleError(f"{bundle}: {member.graph} takes weights from {location!r}, which is not listed")
+
+
+def _check_tokenizer(bundle: Path, manifest: Manifest) -> None:
+    try:
+        fingerprint = TokenizerIdentity.parse(resolve(bundle, TOKENIZER).read_bytes()).sha256()
+    except InputError as error:
+        raise BundleError(f"{bundle}: {TOKENIZER} is {error.message}", _EXPORT_AGAIN) from None
+    if fingerprint != manifest.tokenizer.sha256:
+        raise BundleError(f"{bundle}: {TOKENIZER} is not the tokenizer that the members share", _EXPORT_AGAIN)
 
 
 def write_manifest(bundle: Path, manifest: Manifest) -> None:

@@ -36,6 +36,7 @@ from edgemix.bundle import (
     write_manifest,
 )
 from edgemix.graph_io import CacheKind, GraphFacts
+from edgemix.tokenizer_identity import TokenizerIdentity
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -264,6 +265,7 @@ def write_bundle(
         )
     (folder / TOKENIZER).parent.mkdir(parents=True, exist_ok=True)
     byte_tokenizer().save(str(folder / TOKENIZER))
+    fingerprint = TokenizerIdentity.parse((folder / TOKENIZER).read_bytes()).sha256()
     if chat_template is not None:
         (folder / CHAT_TEMPLATE).write_text(chat_template, "utf-8")
     files = {
@@ -282,7 +284,7 @@ def write_bundle(
             default=weights or dict.fromkeys(members, 1 / len(members)),
             domains=domains or {},
         ),
-        tokenizer=TokenizerEntry(sha256="0" * 64, vocabulary=VOCABULARY, eos=(EOS,), bos=bos),
+        tokenizer=TokenizerEntry(sha256=fingerprint, vocabulary=VOCABULARY, eos=(EOS,), bos=bos),
         files=files,
     )
     write_manifest(folder, manifest)

@@ -97,6 +97,19 @@ def test_damaged_bundles_are_refused(own_bundle: Path, prepare: Callable[[Path],
         read_manifest(own_bundle)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_another_tokenizer_is_found_behind_right_checksums(own_bundle: Path, whole: bool) -> None:
+    path = own_bundle / TOKENIZER
+    parsed = json.loads(path.read_text())
+    vocabulary = parsed["model"]["vocab"]
+    first, second, *_ = vocabulary
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(parsed) if whole else "[]")
+    change(own_bundle, lambda it: it["files"].update({TOKENIZER: entry(path)}))
+    with pytest.raises(BundleError, match=r"not the tokenizer that the members share|not a tokenizer\.json"):
+        verify(own_bundle)
+
+
 def test_a_newer_schema_is_told_before_its_unknown_fields(own_bundle: Path) -> None:
     change(own_bundle, lambda it: it.update(schema=2, novelty=True))
     with pytest.raises(BundleError, match=r"newer edgemix \(schema 2.*\n.*pip install --upgrade"):

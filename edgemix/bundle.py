@@ -108,8 +108,8 @@ def verify_bundle(bundle: Path, manifest: Manifest, *, checksums: bool = True, p
     Args:
         bundle: The folder that `manifest` was read from.
         manifest: From `read_manifest`.
-        checksums: Read every file and compare its sha256, and the tokenizer's fingerprint. Without it: sizes, paths, and
-            that the graphs' external data is listed and lies within its files.
+        checksums: Read every file and compare its sha256, and the tokenizer's fingerprint. Without it: sizes, paths,
+            and that the graphs' external data is listed and lies within its files.
         progress: Hears of the bytes read.
 
     Raises:

@@ -173,6 +173,7 @@ class _Export:
                 "Give the tokenizer that the model was trained with, or resize the model's embeddings.",
             )
         progress = Prefixed(self._progress, spec.name)
+        shutil.rmtree(master, ignore_errors=True)  # what a killed run left
         with progress.stage("graph"):
             graph = export_graph(member.model, master, target=self._recipe.target, force=self._force, progress=progress)
         ends = end_ids(member)

@@ -14,7 +14,7 @@ import yaml
 from edgemix.errors import InputError, RecipeError, storage_errors
 from edgemix.formats import FORMATS, TARGETS, Format, Target
 from edgemix.manifest import MEMBER_NAME
-from edgemix.text_files import read_documents
+from edgemix.text_files import TextSource, read_documents
 from edgemix.yaml_reader import Problem, did_you_mean, read_yaml
 
 if TYPE_CHECKING:
@@ -38,15 +38,6 @@ class MemberRecipe(_Part, frozen=True):
     model: str
     adapter: str | None = None
     format: Format | None = None
-
-
-class TextSource(_Part, frozen=True):
-    r"""A UTF-8 text file, or a .jsonl file whose every line is a document: its `text` field, or `template` filled in
-    with the line's fields (`"Question: {question}\nAnswer: {answer}\n"`).
-    """
-
-    file: str
-    template: str | None = None
 
 
 class Data(_Part, frozen=True):

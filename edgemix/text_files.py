@@ -14,7 +14,15 @@ from edgemix.errors import InputError, storage_errors
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from edgemix.recipe import TextSource
+
+class TextSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    r"""A UTF-8 text file, or a .jsonl file whose every line is a document: its `text` field, or `template` filled in
+    with the line's fields (`"Question: {question}\nAnswer: {answer}\n"`).
+    """
+
+    file: str
+    template: str | None = None
+
 
 MAX_BYTES = 1 << 30
 """Largest text file that is read, in bytes: documents are held in memory."""

@@ -14,8 +14,7 @@ import msgspec
 from edgemix.bundle import write_atomically
 from edgemix.errors import InputError
 from edgemix.progress import SILENT, Progress
-from edgemix.recipe import TextSource
-from edgemix.text_files import read_documents
+from edgemix.text_files import TextSource, read_documents
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

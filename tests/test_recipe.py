@@ -10,7 +10,8 @@ import pytest
 
 from edgemix import recipe as recipe_module
 from edgemix.errors import InputError, RecipeError
-from edgemix.recipe import Data, MemberRecipe, Recipe, TextSource, check, load_recipe, local_path, template
+from edgemix.recipe import Data, MemberRecipe, Recipe, check, load_recipe, local_path, template
+from edgemix.text_files import TextSource
 
 
 @pytest.fixture

@@ -8,8 +8,7 @@ import pytest
 
 from edgemix import text_files
 from edgemix.errors import InputError
-from edgemix.recipe import TextSource
-from edgemix.text_files import parse_template, read_documents
+from edgemix.text_files import TextSource, parse_template, read_documents
 
 
 def read(folder: Path, content: bytes | str, name: str = "t.txt", template: str | None = None) -> list[str]:

@@ -22,8 +22,9 @@ from edgemix.errors import EdgemixError
 from edgemix.export.demo_text import make_texts
 from edgemix.export.pipeline import export_bundle
 from edgemix.export.tiny import train_member, train_tokenizer
-from edgemix.recipe import Data, MemberRecipe, Recipe, TextSource
+from edgemix.recipe import Data, MemberRecipe, Recipe
 from edgemix.runtime import Mixture
+from edgemix.text_files import TextSource
 
 FORMATS = ("fp16", "int8", "int4", "nf4")
 MEMBERS = ("code", "prose")

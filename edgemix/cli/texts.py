@@ -38,8 +38,7 @@ def read_files(files: tuple[Path, ...], template: str | None) -> dict[str, list[
         click.UsageError: There is a template, and no .jsonl file that it could be for.
         InputError: A file is missing, empty, not UTF-8 or has a line that does not fit.
     """
-    from edgemix.recipe import TextSource
-    from edgemix.text_files import read_documents
+    from edgemix.text_files import TextSource, read_documents
 
     if template is not None and not any(file.suffix == ".jsonl" for file in files):
         raise click.UsageError("--template is for .jsonl files, and there is none.")
@@ -55,8 +54,7 @@ def read_files(files: tuple[Path, ...], template: str | None) -> dict[str, list[
 
 
 def _read_file(file: Path) -> str:
-    from edgemix.recipe import TextSource
-    from edgemix.text_files import read_documents
+    from edgemix.text_files import TextSource, read_documents
 
     documents = read_documents(TextSource(str(file)), Path())
     if len(documents) != 1:

@@ -12,8 +12,9 @@ from edgemix.bundle import read_manifest, verify_bundle
 from edgemix.errors import InputError, ParityError, RecipeError
 from edgemix.export import pipeline
 from edgemix.export.pipeline import export_bundle
-from edgemix.recipe import Data, MemberRecipe, Quantization, Recipe, TextSource
+from edgemix.recipe import Data, MemberRecipe, Quantization, Recipe
 from edgemix.runtime import Mixture
+from edgemix.text_files import TextSource
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it sleeps. " * 40
 

@@ -98,6 +98,8 @@ def read_manifest(bundle: Path) -> Manifest:
     if problems := faults(manifest):
         lines = [problem[:_LONGEST_LINE] for problem in problems[:_MOST_LINES]]
         raise BundleError("\n  ".join([f"{path} cannot be trusted:", *lines]), _EXPORT_AGAIN)
+    if manifest != manifest.sealed():
+        raise BundleError(f"{path} has changed: its checksum is not its own", _EXPORT_AGAIN)
     _check_sizes(bundle, manifest)
     return manifest
 
@@ -140,16 +142,21 @@ def _check_tokenizer(bundle: Path, manifest: Manifest) -> None:
         raise BundleError(f"{bundle}: {TOKENIZER} is not the tokenizer that the members share", _EXPORT_AGAIN)
 
 
-def write_manifest(bundle: Path, manifest: Manifest) -> None:
+def write_manifest(bundle: Path, manifest: Manifest) -> Manifest:
     """Put `manifest` in the bundle, in one step: a reader sees the old one or the new one, whatever happens.
+
+    Returns:
+        The manifest as it was written, with its checksum.
 
     Raises:
         EdgemixError: The manifest is unsound, or cannot be written (full disk, read-only folder).
     """
     if problems := faults(manifest):
         raise EdgemixError("\n  ".join([f"{bundle / MANIFEST} would be unsound, and is not written:", *problems]))
-    data = msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=2)
+    sealed = manifest.sealed()
+    data = msgspec.json.format(msgspec.json.encode(sealed, order="deterministic"), indent=2)
     write_atomically(bundle / MANIFEST, data + b"\n")
+    return sealed
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -61,9 +61,11 @@ def storage_errors(doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # not from the file system: network libraries also derive from OSError
+        if error.errno is None and type(error) is not OSError:  # network libraries also derive from it
             raise
         message = f"{doing}: {(error.strerror or str(error)).lower()}"
+        if error.errno is None:  # numpy, for a write that was cut short
+            raise EdgemixError(message, "Free some space there, or choose another disk.") from error
         if error.errno in _NO_SPACE:
             raise EdgemixError(message, "Free some space there, or choose another disk.") from error
         if error.errno in _NOT_ALLOWED:

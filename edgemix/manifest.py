@@ -8,6 +8,7 @@ BUNDLE/
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections import Counter
@@ -141,7 +142,9 @@ class Weights(_Record, frozen=True):
 
 
 class Manifest(_Record, frozen=True):
-    """All of `edgemix.json`. `files` maps every other file's path in the bundle to its size and checksum."""
+    """All of `edgemix.json`. `files` maps every other file's path in the bundle to its size and checksum.
+    `checksum` is the sha256 of the manifest itself, see `sealed`.
+    """
 
     schema: int
     edgemix: str
@@ -152,6 +155,13 @@ class Manifest(_Record, frozen=True):
     tokenizer: TokenizerEntry
     files: dict[str, FileEntry]
     versions: dict[str, str] = {}
+    checksum: str = ""
+
+    def sealed(self) -> Manifest:
+        """The same manifest with the checksum of all the rest of it."""
+        plain = msgspec.structs.replace(self, checksum="")
+        digest = hashlib.sha256(msgspec.json.encode(plain, order="deterministic")).hexdigest()
+        return msgspec.structs.replace(self, checksum=digest)
 
 
 # Far beyond every model there is, and small enough that nothing sized by them exhausts memory.
@@ -184,6 +194,8 @@ def _member_faults(manifest: Manifest) -> Iterator[str]:
             yield f"{where} is no name for a member"
         if counts[member.name.casefold()] > 1:
             yield f"{where} is there more than once"
+        if member.source.parameters < 0:
+            yield f"{where}: a negative number of parameters"
         if not member.graph.endswith(".onnx"):
             yield f"{where}: its graph {member.graph!r} is no .onnx file"
         limits = {"layers": MAX_LAYERS, "vocabulary": MAX_VOCABULARY, "context": MAX_CONTEXT}
@@ -200,8 +212,8 @@ def _weight_faults(manifest: Manifest) -> Iterator[str]:
     for where, weights in vectors.items():
         if weights.keys() != names:
             yield f"{where} is not over the members: {', '.join(map(repr, sorted(weights.keys() ^ names)))}"
-        elif not all(weight >= 0 for weight in weights.values()):
-            yield f"{where} has a weight that is not >= 0"
+        elif not all(0 <= weight <= 1 + _SUM_TOLERANCE for weight in weights.values()):
+            yield f"{where} has a weight that is not between 0 and 1"
         elif not abs(math.fsum(weights.values()) - 1) <= _SUM_TOLERANCE:
             yield f"{where} does not sum to 1"
 

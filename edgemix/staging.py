@@ -114,7 +114,7 @@ class BundleWriter:
                     _sync_file(path)
                     files[path.relative_to(self.folder).as_posix()] = hash_file(path, task)
             manifest = msgspec.structs.replace(manifest, files=files)
-            write_manifest(self.folder, manifest)
+            manifest = write_manifest(self.folder, manifest)
             verify_bundle(self.folder, manifest, checksums=False)
             for folder in (self.folder, *(path for path in self.folder.rglob("*") if path.is_dir())):
                 sync_folder(folder)

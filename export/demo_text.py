@@ -24,6 +24,8 @@ DOMAINS = ("code", "prose")
 _SKIPPED = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages", "dist-packages"}
 _TRAINING_CHARACTERS = 2_000_000
 _HELD_OUT_CHARACTERS = 20_000
+_COPIED = 120
+"""Characters in a row that two modules have in common by copying only."""
 _EXCERPT = 1_600
 """Characters of one document in a held-out part, so that a part of that size draws on a dozen documents."""
 
@@ -128,7 +130,13 @@ def _divide(documents: dict[str, str]) -> Texts:
 def _held_out(documents: Iterable[str], train: str) -> list[str]:
     """Excerpts of documents, without those that a module of the training part has copied."""
     excerpts = map(_excerpt, documents)
-    return list(_until((text for text in excerpts if text not in train), _HELD_OUT_CHARACTERS))
+    return list(_until((text for text in excerpts if not _shares_text(text, train)), _HELD_OUT_CHARACTERS))
+
+
+def _shares_text(text: str, train: str) -> bool:
+    """Whether some sentences of a text stand in the training part: modules copy each other's docstrings."""
+    starts = range(0, max(1, len(text) - _COPIED + 1), _COPIED // 2)
+    return any(text[start : start + _COPIED] in train for start in starts)
 
 
 def _until(documents: Iterable[str], characters: int) -> Iterator[str]:

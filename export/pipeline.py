@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 import edgemix
-from edgemix.errors import InputError, RecipeError
+from edgemix.errors import InputError, RecipeError, storage_errors
 from edgemix.export import shared_tokenizer
 from edgemix.export.graph import MODEL_FILE, export_graph
 from edgemix.export.members import Location, MemberLoader, end_ids, load_tokenizer, locate, versions
@@ -27,6 +27,7 @@ from edgemix.manifest import SCHEMA, GraphParity, Manifest, MemberEntry, Quantiz
 from edgemix.progress import SILENT, Prefixed, Progress
 from edgemix.recipe import check
 from edgemix.runtime import Mixture
+from edgemix.runtime.mixing import normalise
 from edgemix.staging import BundleWriter, stage_key
 from edgemix.text_files import read_documents
 
@@ -174,7 +175,7 @@ class _Export:
             )
         progress = Prefixed(self._progress, spec.name)
         shutil.rmtree(master, ignore_errors=True)  # what a killed run left
-        with progress.stage("graph"):
+        with progress.stage("graph"), storage_errors(f"writing {master}"):
             graph = export_graph(member.model, master, target=self._recipe.target, force=self._force, progress=progress)
         ends = end_ids(member)
         return _GraphRecord(member.source, graph.facts, graph.parity, graph.fallbacks, tuple(sorted(ends)))
@@ -185,7 +186,7 @@ class _Export:
         form, source, output = self._format(spec), master / MODEL_FILE, folder / MODEL_FILE
         progress = Prefixed(self._progress, spec.name)
         shutil.rmtree(folder, ignore_errors=True)
-        with progress.stage(form):
+        with progress.stage(form), storage_errors(f"writing {output}"):
             algorithm = self._recipe.quantization.algorithm
             quantize(source, output, form, target=self._recipe.target, algorithm=algorithm)
         half = self._recipe.target == "cuda" and form != "fp32"
@@ -239,6 +240,5 @@ def given_weights(recipe: Recipe) -> Weights:
     """The weights before any fitting: the recipe's own, normalised, or uniform ones."""
     names = [member.name for member in recipe.members]
     if isinstance(recipe.weights, dict):
-        total = sum(recipe.weights.values())
-        return Weights("given", {name: recipe.weights.get(name, 0.0) / total for name in names})
+        return Weights("given", dict(zip(names, normalise(recipe.weights, names).tolist(), strict=True)))
     return Weights("uniform", dict.fromkeys(names, 1 / len(names)))

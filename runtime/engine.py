@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from edgemix.runtime.mixing import check_numbers, combine_log_probabilities, log_softmax
-from edgemix.runtime.sampling import choose_token
+from edgemix.runtime.sampling import choose_token, penalise_repetition
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -61,10 +61,28 @@ class State:
         Raises:
             EdgemixError: A graph fails, or computes something that is not a number.
         """
-        blend = self._blend
-        for member, cache, part in zip(blend.members, self._caches, self._parts, strict=True):
-            log_softmax(member.extend(cache, tokens)[:, : blend.vocabulary], out=part)
-        mixed = combine_log_probabilities(self._parts, blend.weights, blend.combine)
+        return self._mix(self._read(tokens))
+
+    def extend_penalised(
+        self, tokens: Tokens, penalise: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """As `extend`, with what the mixture says when `penalise` has changed each member's logits [batch, vocabulary].
+
+        A penalty that depends on the scale of scores means something for a model's own logits only.
+        """
+        logits = self._read(tokens)
+        plain = self._mix(logits).copy()
+        return plain, self._mix([penalise(each) for each in logits])
+
+    def _read(self, tokens: Tokens) -> list[NDArray[np.float32]]:
+        """Each member's logits [batch, vocabulary], in its cache's buffer."""
+        pairs = zip(self._blend.members, self._caches, strict=True)
+        return [member.extend(cache, tokens)[:, : self._blend.vocabulary] for member, cache in pairs]
+
+    def _mix(self, logits: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        for each, part in zip(logits, self._parts, strict=True):
+            log_softmax(each, out=part)
+        mixed = combine_log_probabilities(self._parts, self._blend.weights, self._blend.combine)
         check_numbers(mixed.max())
         return mixed
 
@@ -156,12 +174,14 @@ class Decoding:
         self._drop_finished()
         if not self._active:
             return []
+        tokens: Tokens = np.array([[sequence.last] for sequence in self._active])
         if self._prompts is not None:
-            log_probabilities = self._state.extend(self._prompts)
-            self._prompts = None
+            tokens, self._prompts = self._prompts, None
+        if self._sampling.repetition_penalty == 1:
+            log_probabilities = scores = self._state.extend(tokens)
         else:
-            log_probabilities = self._state.extend(np.array([[sequence.last] for sequence in self._active]))
-        chosen = self._choose(log_probabilities)
+            log_probabilities, scores = self._state.extend_penalised(tokens, self._penalise)
+        chosen = self._choose(scores)
         return [
             self._advance(sequence, token, float(row[token]))
             for sequence, token, row in zip(self._active, chosen, log_probabilities, strict=True)
@@ -186,12 +206,17 @@ class Decoding:
             else:
                 self._state.close()
 
-    def _choose(self, log_probabilities: NDArray[np.float32]) -> list[int]:
-        if self._sampling.greedy:
-            return [int(token) for token in log_probabilities.argmax(axis=-1)]
+    def _penalise(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        penalty = self._sampling.repetition_penalty
+        rows = zip(logits, self._active, strict=True)
+        return np.stack([penalise_repetition(row, sequence.seen, penalty) for row, sequence in rows])
+
+    def _choose(self, scores: NDArray[np.float32]) -> list[int]:
+        if self._sampling.temperature == 0:
+            return [int(token) for token in scores.argmax(axis=-1)]
         return [
-            choose_token(row, self._sampling, sequence.generator, sequence.seen)
-            for row, sequence in zip(log_probabilities, self._active, strict=True)
+            choose_token(row, self._sampling, sequence.generator)
+            for row, sequence in zip(scores, self._active, strict=True)
         ]
 
     def _advance(self, sequence: _Sequence, token: int, log_probability: float) -> Token:

@@ -8,6 +8,7 @@ logits beyond it are padding, and are cut off before any softmax.
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -41,13 +42,18 @@ def normalise(weights: Mapping[str, float], members: Sequence[str]) -> NDArray[n
             f"weights for {', '.join(map(repr, unknown))}: there is no such member",
             f"Members: {', '.join(members)}.",
         )
-    if wrong := [name for name, weight in weights.items() if not (math.isfinite(weight) and weight >= 0)]:
-        raise InputError(f"weights must be finite and not negative: {', '.join(f'{n}={weights[n]}' for n in wrong)}")
+    if wrong := [name for name, weight in weights.items() if not _is_weight(weight)]:
+        listed = ", ".join(f"{name}={weights[name]}" for name in wrong)
+        raise InputError(f"weights must be numbers, finite and not negative: {listed}")
     values = np.array([weights.get(name, 0.0) for name in members], np.float64)
     if not values.any():
         raise InputError("all weights are zero", "Give at least one member a weight above zero.")
     values /= values.max()  # so that the sum neither overflows nor loses tiny weights
     return np.asarray(values / values.sum())
+
+
+def _is_weight(weight: object) -> bool:
+    return isinstance(weight, Real) and 0 <= float(weight) < math.inf
 
 
 def log_softmax(logits: NDArray[np.float32], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
@@ -11,7 +12,7 @@ from edgemix.runtime.mixing import Combine, check_combine
 from edgemix.runtime.sampling import Sampling
 
 if TYPE_CHECKING:
-    from typing import Self, Unpack
+    from typing import Self, SupportsIndex, Unpack
 
 WeightChoice = Mapping[str, float] | str | None
 """The weights of one call: member name -> number (normalised; a missing name weighs nothing), the name of one of the
@@ -41,7 +42,7 @@ class GenerateOptions(TypedDict, total=False):
     top_p: float
     min_p: float
     repetition_penalty: float
-    stop: str | Sequence[str]
+    stop: str | Sequence[str] | None
     seed: int | Sequence[int] | None
     weights: WeightChoice
     combine: Combine
@@ -71,19 +72,19 @@ class Settings:
         default = Sampling()
         sampling = Sampling(
             temperature=options.get("temperature", default.temperature),
-            top_k=options.get("top_k", default.top_k),
+            top_k=_whole("top_k", options.get("top_k", default.top_k)),
             top_p=options.get("top_p", default.top_p),
             min_p=options.get("min_p", default.min_p),
             repetition_penalty=options.get("repetition_penalty", default.repetition_penalty),
         )
-        max_new_tokens = options.get("max_new_tokens", 128)
+        max_new_tokens = _whole("max_new_tokens", options.get("max_new_tokens", 128))
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         check_combine(combine := options.get("combine", "linear"))
         return cls(
             sampling,
             max_new_tokens,
-            _stops(options.get("stop", ())),
+            _stops(options.get("stop")),
             options.get("seed"),
             options.get("weights"),
             combine,
@@ -95,9 +96,8 @@ class Settings:
         Raises:
             InputError: A negative seed, or not one for each prompt.
         """
-        seeds: list[int | None] = (
-            [self.seed] * prompts if self.seed is None or isinstance(self.seed, int) else list(self.seed)
-        )
+        given = self.seed if isinstance(self.seed, Sequence) else [self.seed] * prompts
+        seeds = [None if seed is None else _whole("seed", seed) for seed in given]
         if len(seeds) != prompts:
             raise InputError(f"{len(seeds)} seeds for {prompts} prompts", "Give one seed, or one a prompt.")
         if any(seed is not None and seed < 0 for seed in seeds):
@@ -105,8 +105,16 @@ class Settings:
         return seeds
 
 
-def _stops(stop: str | Sequence[str]) -> tuple[str, ...]:
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+def _whole(name: str, number: SupportsIndex) -> int:
+    """The integer that `number` is (numpy's count)."""
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise InputError(f"{name} must be a whole number, not {number!r}") from None
+
+
+def _stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if not all(stops):
         raise InputError("a stop string must not be empty")
     return stops

@@ -118,7 +118,7 @@ def session_options(threads: int | None) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or default_threads()
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what goes wrong is raised
     # Within a call, threads that spin between operators save their wake-up; after it they would take the cores from the
     # session whose turn is next. Three members on two cores, tokens/s: 53 so, 41 without spinning, 20 with it alone.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")

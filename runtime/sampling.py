@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _IMPOSSIBLE = np.float32(-np.inf)
+_COLDEST = 1e-30
 _BLOCK = 256
 """Tokens that are summed before the cumulative distribution is taken; about the square root of a vocabulary."""
 
@@ -31,7 +32,8 @@ class Sampling:
         top_k: Keep the k most probable tokens; 0 keeps all.
         top_p: Keep the smallest set of most probable tokens that holds this share of the probability.
         min_p: Keep tokens at least this share as probable as the most probable one.
-        repetition_penalty: Above 1, tokens of the text so far (prompt included) become less probable.
+        repetition_penalty: Above 1, tokens of the text so far (prompt included) become less probable: see
+            `penalise_repetition`, which each member's logits go through.
     """
 
     temperature: float = 0.0
@@ -46,37 +48,26 @@ class Sampling:
             "top_k": (self.top_k >= 0, "0 or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
-            "repetition_penalty": (
-                self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty),
-                "above 0 (1 is none)",
-            ),
+            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "between 0.01 and 100 (1 is none)"),
         }
         if wrong := [
             f"{name} must be {range_}, not {getattr(self, name)}" for name, (ok, range_) in checks.items() if not ok
         ]:
             raise InputError("; ".join(wrong))
 
-    @property
-    def greedy(self) -> bool:
-        """Whether the choice is the most probable token, and nothing else matters."""
-        return self.temperature == 0 and self.repetition_penalty == 1
 
-
-def choose_token(
-    log_probabilities: NDArray[np.float32], sampling: Sampling, generator: np.random.Generator, seen: NDArray[np.int64]
-) -> int:
+def choose_token(log_probabilities: NDArray[np.float32], sampling: Sampling, generator: np.random.Generator) -> int:
     """The next token id.
 
     Args:
-        log_probabilities: [vocabulary]; they stay as they are.
+        log_probabilities: [vocabulary]; they stay as they are. A repetition penalty is in them already.
         sampling: How to choose.
         generator: Where the randomness comes from; one number is drawn a token, none where temperature is 0.
-        seen: Token ids of the text so far, for the repetition penalty.
     """
-    scores = penalise_repetition(log_probabilities, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
-        return int(scores.argmax())
-    scores = scores / np.float32(sampling.temperature)
+        return int(log_probabilities.argmax())
+    # The best score is 0 whatever it is divided by; a temperature that float32 cannot hold is as good as a tiny one.
+    scores = (log_probabilities - log_probabilities.max()) / np.float32(max(sampling.temperature, _COLDEST))
     scores = keep_top_k(scores, sampling.top_k)
     scores = keep_top_p(scores, sampling.top_p)
     scores = keep_min_p(scores, sampling.min_p)
@@ -84,7 +75,10 @@ def choose_token(
 
 
 def penalise_repetition(scores: NDArray[np.float32], seen: NDArray[np.int64], penalty: float) -> NDArray[np.float32]:
-    """Scale the scores of tokens in `seen`: negative ones times `penalty`, others over it (Keskar et al. 2019)."""
+    """Scale a model's logits of tokens in `seen`: negative ones times `penalty`, others over it (Keskar et al. 2019).
+
+    Log-probabilities would not do: they are all negative, and those of likely tokens too small to matter.
+    """
     if penalty == 1:
         return scores
     penalised = scores.copy()

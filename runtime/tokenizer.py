@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from edgemix.bundle import TokenizerEntry
 
+_TEMPLATE_ERRORS = (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError)
 _UNFINISHED = "\ufffd"
 _CONTEXT = 6
 """Tokens before the first new one that decoding looks at: decoders treat a text's first token differently."""
@@ -205,5 +206,5 @@ def _render(template: str, **variables: Any) -> str:
     environment.globals["strftime_now"] = time.strftime
     try:
         return environment.from_string(template).render(**variables, tools=None, add_generation_prompt=True)
-    except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except (*_TEMPLATE_ERRORS, jinja2.TemplateError) as error:
         raise InputError(f"the chat template refuses these messages: {error}") from error

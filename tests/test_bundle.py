@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -19,6 +20,7 @@ from edgemix.bundle import (
     MANIFEST,
     TOKENIZER,
     FileEntry,
+    Manifest,
     hash_file,
     read_manifest,
     resolve,
@@ -52,6 +54,8 @@ def entry(path: Path) -> dict[str, Any]:
 def change(bundle: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads((bundle / MANIFEST).read_text())
     edit(content)
+    with contextlib.suppress(ValueError):  # what is no manifest cannot be sealed
+        content["checksum"] = msgspec.convert(content, Manifest).sealed().checksum
     (bundle / MANIFEST).write_text(json.dumps(content))
 
 
@@ -95,6 +99,15 @@ def test_damaged_bundles_are_refused(own_bundle: Path, prepare: Callable[[Path],
     prepare(own_bundle)
     with pytest.raises(BundleError, match=reason):
         read_manifest(own_bundle)
+
+
+def test_a_flipped_byte_of_the_manifest_is_found(own_bundle: Path) -> None:
+    path = own_bundle / MANIFEST
+    manifest, data = read_manifest(own_bundle), path.read_bytes()
+    for place in range(0, len(data), 7):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with contextlib.suppress(BundleError):
+            assert read_manifest(own_bundle) == manifest  # white space, or an escape of the same letter
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -145,7 +158,7 @@ def member(it: dict[str, Any]) -> dict[str, Any]:
         (lambda it: member(it)["facts"].update(context=2**70), "context"),
         (lambda it: it["weights"].update(default={"math": 1.0}), "not over the members: 'code'"),
         (lambda it: it["weights"].update(default={"math": 0.5, "code": 0.5, "x": 0}), "not over the members: 'x'"),
-        (lambda it: it["weights"].update(default={"math": 1.5, "code": -0.5}), "not >= 0"),
+        (lambda it: it["weights"].update(default={"math": 1.5, "code": -0.5}), "not between 0 and 1"),
         (lambda it: it["weights"].update(default={"math": 0.5, "code": 0.4}), "sum to 1"),
         (lambda it: it["weights"].update(default={"math": 0.5, "code": None}), "damaged"),
         (lambda it: it["weights"]["domains"].update(x={"math": 0.0, "code": 0.0}), r"domains\['x'\] does not sum"),

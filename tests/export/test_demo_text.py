@@ -1,10 +1,17 @@
+import random
+
 import pytest
 
 from edgemix.errors import InputError
 from edgemix.export import demo_text
 from edgemix.export.demo_text import DOMAINS, make_texts
 
-PROSE = "Tell the reader at some length what this is for, " * 5
+WORDS = ("tell", "the", "reader", "at", "length", "what", "this", "is", "for", "and", "how", "it", "came", "to", "be")
+
+
+def prose(seed):
+    """A long sentence, another for each seed."""
+    return " ".join(random.Random(seed).choices(WORDS, k=60))
 
 
 @pytest.fixture
@@ -14,7 +21,7 @@ def library(tmp_path, monkeypatch):
     (root / "test").mkdir(parents=True)
     for i in range(60):
         body = "\n".join(f"value_{i}_{line} = {line}" for line in range(100))
-        (root / f"module{i}.py").write_text(f'"""Module {i}. {PROSE}"""\n{body}\n')
+        (root / f"module{i}.py").write_text(f'"""Module {i}. {prose(i)}"""\n{body}\n')
     (root / "test" / "test_module.py").write_text("never = 'read'\n")
     (root / "latin.py").write_bytes(b"# \xe9\n")
     monkeypatch.setattr(demo_text.sysconfig, "get_path", lambda name: str(root))
@@ -56,12 +63,22 @@ def test_copied_text_is_not_held_out(library, tmp_path):
         make_texts(tmp_path)
 
 
+def test_partly_copied_text_is_not_held_out(library, tmp_path):
+    """Docstrings that sibling modules copy from each other stood in training and in validation text."""
+    shared = prose(-1)
+    for path in library.glob("module*.py"):
+        head, _, rest = path.read_text().partition(". ")
+        path.write_text(f"{head}. {shared} {rest}")
+    with pytest.raises(InputError, match="has no text"):
+        make_texts(tmp_path)
+
+
 def test_a_python_without_sources_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_text.sysconfig, "get_path", lambda name: str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="sources"):
         make_texts(tmp_path)
 
 
-@pytest.mark.parametrize("text", [PROSE[:150], PROSE + ">>> f(1)", "|a|b| 1 2 3 4 | +--+--+ " * 30])
+@pytest.mark.parametrize("text", [prose(0)[:150], prose(0) + ">>> f(1)", "|a|b| 1 2 3 4 | +--+--+ " * 30])
 def test_what_is_no_prose(text):
     assert not demo_text._is_prose(text)

@@ -139,6 +139,25 @@ def test_the_repetition_penalty_covers_prompt_and_new_tokens(load):
     assert ids([*tokens]) == [4, 6]
 
 
+def test_the_repetition_penalty_is_hugging_faces(load):
+    """It was applied to log-probabilities, where a likely token's is about zero and cannot be made smaller."""
+    logits = np.random.default_rng(3).normal(0, 6, (TOKENS, TOKENS)).astype(np.float32)
+    member = load(ClosedForm(logits))
+    prompt, penalty, expected = [5, 6], 1.7, []
+    while len(expected) < 6:  # transformers' RepetitionPenaltyLogitsProcessor, greedy
+        text = [*prompt, *expected]
+        scores = logits[text[-1]].copy()
+        seen = sorted(set(text))
+        scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+        expected.append(int(scores.argmax()))
+    (tokens,) = run(blend([member], [1.0]), [prompt], Sampling(repetition_penalty=penalty), max_new_tokens=6)
+    assert ids([*tokens]) == expected
+    (plain,) = run(blend([member], [1.0]), [prompt], Sampling(), max_new_tokens=6)
+    assert ids([*plain]) != expected
+    first = logits[6] - np.log(np.exp(logits[6].astype(np.float64)).sum())
+    assert tokens[0].log_probability == pytest.approx(first[expected[0]], abs=1e-4)  # of the mixture as it is
+
+
 def test_sampled_frequencies_are_the_mixture(forms, members):
     mixture = blend(members, [0.6, 0.4])
     texts = run(mixture, [[3, 7]] * 2_000, Sampling(temperature=1.0), seeds=list(range(2_000)), max_new_tokens=1)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from onnx_members import BOS, EOS, VOCABULARY, random_member, saying, write_bundle
 
-from edgemix.bundle import MANIFEST
+from edgemix.bundle import read_manifest, write_manifest
 from edgemix.errors import BundleError, EdgemixError, InputError
 from edgemix.runtime import Mixture
 from edgemix.runtime.engine import State
@@ -74,9 +74,10 @@ def test_a_graph_that_does_not_load_is_a_bundle_error(tmp_path):
 
 def test_facts_that_do_not_fit_the_graph_are_a_bundle_error(tmp_path):
     folder = write_bundle(tmp_path / "b", {"a": random_member(0, tokens=VOCABULARY)})
-    manifest = msgspec.json.decode((folder / MANIFEST).read_bytes())
-    manifest["members"][0]["facts"]["layers"] = 3
-    (folder / MANIFEST).write_bytes(msgspec.json.encode(manifest))
+    manifest = read_manifest(folder)
+    (member,) = manifest.members
+    member = msgspec.structs.replace(member, facts=msgspec.structs.replace(member.facts, layers=3))
+    write_manifest(folder, msgspec.structs.replace(manifest, members=(member,)))
     with pytest.raises(BundleError, match=r"past_key_values\.1\.key"):
         Mixture.load(folder)
 
@@ -404,3 +405,14 @@ def test_padding_never_takes_probability(pair, pair_forms):
 def test_a_distribution_after_too_long_a_text_is_refused(mixture_of):
     with pytest.raises(InputError, match="context"):
         mixture_of({"a": random_member(0, tokens=VOCABULARY, context=8)}).next_token_distribution("x" * 9)
+
+
+def test_missing_and_numpy_values_are_options(tmp_path):
+    folder = write_bundle(tmp_path / "b", {"a": random_member(0, tokens=VOCABULARY)})
+    with Mixture.load(folder) as mixture:
+        plain = mixture.generate("1", max_new_tokens=3, temperature=1.0, seed=5)
+        same = mixture.generate("1", max_new_tokens=np.int64(3), temperature=1.0, seed=np.int64(5), stop=None)
+        assert same.token_ids == plain.token_ids
+        for wrong in ({"max_new_tokens": 2.5}, {"top_k": 1.5}, {"seed": "x"}, {"weights": {"a": "0.5"}}):
+            with pytest.raises(InputError):
+                mixture.generate("1", **wrong)

@@ -13,7 +13,6 @@ from edgemix.runtime.sampling import (
 )
 
 FOUR = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))
-NONE_SEEN = np.array([], np.int64)
 
 
 def kept(scores):
@@ -95,7 +94,7 @@ def test_sampling_from_a_large_vocabulary():
 def test_temperature_sharpens():
     generator = np.random.default_rng(7)
     sampling = Sampling(temperature=0.5)
-    counts = np.bincount([choose_token(FOUR, sampling, generator, NONE_SEEN) for _ in range(20_000)], minlength=4)
+    counts = np.bincount([choose_token(FOUR, sampling, generator) for _ in range(20_000)], minlength=4)
     squared = np.exp(2 * FOUR.astype(np.float64))
     assert chi_square(counts, squared / squared.sum()) < 16.27
 
@@ -106,11 +105,16 @@ def test_impossible_tokens_are_never_drawn():
     assert {sample(scores, generator) for _ in range(200)} == {1, 3}
 
 
+@pytest.mark.parametrize("temperature", [1e-50, 1e-40, 1e-9])
+def test_the_coldest_temperature_takes_the_best_token(temperature):
+    """Dividing by a number that float32 holds as zero, or nearly, left no token at all."""
+    assert choose_token(FOUR, Sampling(temperature=temperature), np.random.default_rng(0)) == 1
+
+
 def test_temperature_zero_draws_no_random_number():
     generator = np.random.default_rng(0)
-    assert choose_token(FOUR, Sampling(), generator, NONE_SEEN) == 1
+    assert choose_token(FOUR, Sampling(), generator) == 1
     assert generator.random() == np.random.default_rng(0).random()
-    assert choose_token(FOUR, Sampling(repetition_penalty=9.0), generator, np.array([1])) == 3
 
 
 @pytest.mark.parametrize(
@@ -124,6 +128,7 @@ def test_temperature_zero_draws_no_random_number():
         {"min_p": -0.1},
         {"min_p": 2},
         {"repetition_penalty": 0},
+        {"repetition_penalty": 1e39},
     ],
 )
 def test_senseless_options_are_refused(options):

@@ -69,7 +69,7 @@ class BundleWriter:
         self.folder = self._staging / "bundle"
         self.scratch = self._staging / "scratch"
         self.stages = Stages(self._staging)
-        self._lock = _Lock(self._staging / "lock")
+        self._lock = Lock(self._staging / "lock")
 
     def __enter__(self) -> Self:
         """Take the lock.
@@ -247,7 +247,7 @@ def stage_key(**inputs: Any) -> str:
     return hashlib.sha256(msgspec.json.encode(inputs, enc_hook=str, order="deterministic")).hexdigest()
 
 
-class _Lock:
+class Lock:
     """One process at a time; the system frees it when its holder dies, so it is never stale."""
 
     def __init__(self, path: Path) -> None:
@@ -266,7 +266,7 @@ class _Lock:
             if not _try_lock(descriptor):
                 os.close(descriptor)
                 raise InputError(
-                    f"another export is writing to the same place: {self._path} is locked",
+                    f"another run is writing to the same place: {self._path} is locked",
                     "Wait for it to end, or name another output.",
                 )
             # The holder before may have removed the file, its work being done, between the open and the lock.

@@ -22,7 +22,7 @@ from edgemix.export.text import split, windows
 from edgemix.export.token_loss import bfloat16_pays, token_loss
 from edgemix.export.training import Budget, Checkpoint, fingerprint, train
 from edgemix.progress import SILENT, Progress
-from edgemix.staging import stage_key
+from edgemix.staging import Lock, stage_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -165,7 +165,7 @@ def finetune_model(
         "training": [batch, learning_rate, seed],
     }
     checkpoint = Checkpoint(output.with_name(f".{output.name}.training"), stage_key(**settings))
-    with _adapted(model, rank, alpha or 2 * rank, seed) as adapted, _fast_attention(model, length):
+    with _alone(output), _adapted(model, rank, alpha or 2 * rank, seed) as adapted, _fast_attention(model, length):
         device = adapted.device
         loss = token_loss(model, bfloat16=bfloat16_pays(device))
         before = _mean_loss(loss, held_out, batch, device)
@@ -263,6 +263,24 @@ def _prepare(output: Path) -> None:
         if output.exists():
             raise InputError(f"{output}: is there already", "Choose another folder, or remove it.")
         output.parent.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Keep a second run away from the same output, whose checkpoints it would overwrite.
+
+    Raises:
+        InputError: Another run is at it, or the folder cannot be written.
+    """
+    path = output.with_name(f".{output.name}.lock")
+    lock = Lock(path)
+    with storage_errors(f"writing beside {output}"):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 def _write_adapter(adapted: peft.PeftModel, base_name: str, output: Path) -> None:

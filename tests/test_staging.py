@@ -248,7 +248,7 @@ def test_failing_before_any_stage_leaves_nothing(output: Path) -> None:
 def test_two_exports_to_one_place(output: Path) -> None:
     with BundleWriter(output) as writer:
         writer.stages.mark_done("a", KEY)
-        with pytest.raises(InputError, match="another export"), BundleWriter(output):
+        with pytest.raises(InputError, match="another run"), BundleWriter(output):
             pass
         with BundleWriter(output.with_name("other")):
             pass
@@ -275,7 +275,7 @@ def test_a_killed_export_leaves_no_bundle_and_is_resumed(output: Path) -> None:
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        with pytest.raises(InputError, match="another export"), BundleWriter(output):
+        with pytest.raises(InputError, match="another run"), BundleWriter(output):
             pass
     finally:
         process.send_signal(signal.SIGKILL)

@@ -12,6 +12,7 @@ from edgemix.errors import InputError
 from edgemix.export.finetune import finetune, finetune_model
 from edgemix.export.members import locate, merge_adapter
 from edgemix.progress import SILENT
+from edgemix.staging import Lock
 
 TEXT = [f"the {animal} sat on the {place}, and all was well with the {animal}.\n" * 12
         for animal in ("cat", "dog", "owl", "fox") for place in ("mat", "log", "bough")]  # fmt: skip
@@ -141,3 +142,13 @@ def test_windows_are_no_longer_than_the_context(tokenizer, tmp_path):
     options = OPTIONS | {"steps": 1, "batch": 1, "length": 400}
     report = finetune_model(tiny_model("opt"), tokenizer, tmp_path / "expert", TEXT, **options)
     assert report.tokens == 256
+
+
+def test_a_second_run_keeps_away(model, tokenizer, tmp_path):
+    """Two runs at one output trained on over each other's checkpoints."""
+    lock = Lock(tmp_path / ".expert.lock")
+    lock.acquire()
+    with pytest.raises(InputError, match="another run"):
+        finetune_model(model, tokenizer, tmp_path / "expert", TEXT, **OPTIONS)
+    lock.release()
+    assert finetune_model(model, tokenizer, tmp_path / "expert", TEXT, **OPTIONS).steps == 12

@@ -9,7 +9,7 @@ from test_members import tiny_tokenizer
 from tiny_models import tiny_model
 
 from edgemix.bundle import read_manifest, verify_bundle
-from edgemix.errors import InputError, ParityError, RecipeError
+from edgemix.errors import EdgemixError, InputError, ParityError, RecipeError
 from edgemix.export import pipeline
 from edgemix.export.pipeline import export_bundle
 from edgemix.recipe import Data, MemberRecipe, Quantization, Recipe
@@ -175,3 +175,20 @@ def test_cuda_bundles_are_half_precision(folder, tmp_path):
     assert [member.facts.dtype for member in manifest.members] == ["float16", "float16"]
     with Mixture.load(tmp_path / "bundle", provider="cpu") as mixture:
         assert mixture.generate("the quick", max_new_tokens=4).token_ids
+
+
+def test_a_write_cut_short_is_no_bug(folder, tmp_path, monkeypatch):
+    """numpy tells of a full disk without an errno, and the export called it a bug."""
+
+    def cut_short(*_, **__):
+        raise OSError("65536 requested and 26112 written")
+
+    monkeypatch.setattr(pipeline, "quantize", cut_short)
+    with pytest.raises(EdgemixError, match="26112 written") as caught:
+        export_bundle(recipe(folder), tmp_path / "bundle")
+    assert "Free some space" in caught.value.remedy
+
+
+def test_enormous_weights_are_still_shares(folder, tmp_path):
+    manifest = export_bundle(recipe(folder, weights={"one": 1e308, "two": 1e308}), tmp_path / "bundle")
+    assert manifest.weights.default == {"one": 0.5, "two": 0.5}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_bundle(bundle: Path, tmp_path: Path) -> Path:
     """A copy of `bundle` that a test may change."""
     return Path(shutil.copytree(bundle, tmp_path / "mixture"))
+
+
+def pytest_configure() -> None:
+    """A background job of a shell starts with Ctrl-C ignored, and so would every test of it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

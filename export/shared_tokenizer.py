@@ -66,14 +66,18 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def describe(tokenizer: PreTrainedTokenizerBase, eos: set[int]) -> TokenizerEntry:
     """The manifest's record of a tokenizer; `eos` are the ids that end a generation."""
     identity = TokenizerIdentity.parse(tokenizer_json(tokenizer))
-    encoded = _ids(tokenizer, "a")
-    starts = tokenizer.bos_token_id is not None and encoded[:1] == [tokenizer.bos_token_id]
     return TokenizerEntry(
         sha256=identity.sha256(),
         vocabulary=identity.size,
         eos=tuple(sorted(eos)),
-        bos=tokenizer.bos_token_id if starts else None,
+        bos=leading_token(tokenizer),
     )
+
+
+def leading_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The beginning-of-text token's id, if encoding puts it before every text."""
+    bos: int | None = tokenizer.bos_token_id
+    return bos if bos is not None and _ids(tokenizer, "a")[:1] == [bos] else None
 
 
 def save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

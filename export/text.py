@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemix.errors import InputError
+from edgemix.export.shared_tokenizer import leading_token
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -49,7 +50,8 @@ def windows(
     texts = list(_pieces(documents))
     if seed is not None:
         np.random.default_rng(seed).shuffle(texts)
-    start = _start(tokenizer)
+    leading = leading_token(tokenizer)
+    start = [] if leading is None else [leading]
     most = None if max_tokens is None else max_tokens // length
     packed = list(islice(_pack(_token_runs(texts, tokenizer), start, length), most))
     if not packed:
@@ -106,10 +108,3 @@ def _pack(runs: Iterable[list[int]], start: list[int], length: int) -> Iterator[
             waiting = waiting[room:]
     if not packed and len(start) + len(waiting) >= 2:
         yield [*start, *waiting]
-
-
-def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The beginning-of-text token, if encoding puts it before every text."""
-    bos = tokenizer.bos_token_id
-    encoded = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True).ids
-    return [bos] if bos is not None and encoded[:1] == [bos] else []

@@ -10,6 +10,7 @@ import numpy as np
 
 from edgemix.errors import InputError
 from edgemix.progress import SILENT, Prefixed
+from edgemix.runtime.mixing import linear_targets
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -83,9 +84,7 @@ class Scored:
     bytes: int
 
     def figures(self, weights: NDArray[np.float64]) -> Figures:
-        heavy = weights > 0
-        weighted = self.log_probabilities[heavy] + np.log(weights[heavy])[:, None]
-        total = -float(np.logaddexp.reduce(weighted, axis=0).sum())
+        total = -float(linear_targets(self.log_probabilities, weights).sum())
         tokens = self.log_probabilities.shape[1]
         return Figures(tokens, self.bytes, math.exp(total / tokens), total / math.log(2) / self.bytes)
 

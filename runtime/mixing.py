@@ -117,3 +117,11 @@ def check_numbers(values: NDArray[np.floating] | np.floating) -> None:
 def _column(weights: NDArray[np.float64], like: NDArray[np.float32]) -> NDArray[np.float32]:
     """Weights [members] as float32, ready to meet an array whose first axis is the members."""
     return weights.astype(np.float32).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def linear_targets(own: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Log sum_i w_i P_i of the targets, float64 [tokens], from each member's log P_i, float64 [members, tokens]."""
+    heavy = weights > 0
+    weighted = own[heavy] + np.log(weights[heavy])[:, None]
+    result: NDArray[np.float64] = np.logaddexp.reduce(weighted, axis=0)
+    return result

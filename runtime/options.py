@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
@@ -96,7 +96,7 @@ class Settings:
         Raises:
             InputError: A negative seed, or not one for each prompt.
         """
-        given = self.seed if isinstance(self.seed, Sequence) else [self.seed] * prompts
+        given = list(self.seed) if isinstance(self.seed, Iterable) else [self.seed] * prompts
         seeds = [None if seed is None else _whole("seed", seed) for seed in given]
         if len(seeds) != prompts:
             raise InputError(f"{len(seeds)} seeds for {prompts} prompts", "Give one seed, or one a prompt.")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgemix.runtime.mixing import check_numbers, log_linear, target_log_probabilities
+from edgemix.runtime.mixing import check_numbers, linear_targets, log_linear, target_log_probabilities
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -66,7 +66,7 @@ def score_tokens(
                 own[:, part] = [target_log_probabilities(each, targets) for each in logits]
                 check_numbers(own[:, part])
                 mixed[part] = (
-                    _mix_targets(own[:, part], weights)
+                    linear_targets(own[:, part], weights)
                     if combine == "linear"
                     else _geometric_targets(logits, weights, targets)
                 )
@@ -75,14 +75,6 @@ def score_tokens(
         for cache in caches:
             cache.free()
     return mixed, own
-
-
-def _mix_targets(own: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Log sum_i w_i P_i of the targets, from log P_i [members, tokens]."""
-    heavy = weights > 0
-    weighted = own[heavy] + np.log(weights[heavy])[:, None]
-    result: NDArray[np.float64] = np.logaddexp.reduce(weighted, axis=0)
-    return result
 
 
 def _geometric_targets(

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from edgemix.bundle import Source, hash_file
 from edgemix.errors import EdgemixError, InputError
 from edgemix.progress import SILENT, Prefixed, Progress
-from edgemix.recipe import local_path
+from edgemix.recipe_checks import local_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

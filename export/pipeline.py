@@ -187,8 +187,8 @@ class _Export:
         progress = Prefixed(self._progress, spec.name)
         shutil.rmtree(folder, ignore_errors=True)
         with progress.stage(form), storage_errors(f"writing {output}"):
-            algorithm = self._recipe.quantization.algorithm
-            quantize(source, output, form, target=self._recipe.target, algorithm=algorithm)
+            wanted = self._recipe.quantization.algorithm
+            quantize(source, output, form, target=self._recipe.target, algorithm="hqq" if wanted == "hqq" else "rtn")
         half = self._recipe.target == "cuda" and form != "fp32"
         facts = msgspec.structs.replace(graph.facts, dtype="float16" if half else "float32")
         if form == "fp32":

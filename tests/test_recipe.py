@@ -10,7 +10,8 @@ import pytest
 
 from edgemix import recipe as recipe_module
 from edgemix.errors import InputError, RecipeError
-from edgemix.recipe import Data, MemberRecipe, Recipe, check, load_recipe, local_path, template
+from edgemix.recipe import Data, MemberRecipe, Recipe, check, load_recipe, template
+from edgemix.recipe_checks import local_path
 from edgemix.text_files import TextSource
 
 

@@ -1,0 +1,162 @@
+"""What a recipe says of compression: how weights are quantised, what is cut away, how the student learns."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal, get_args
+
+import msgspec
+
+from edgemix.formats import Format
+from edgemix.yaml_reader import Problem, Where
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Algorithm = Literal["auto", "rtn", "hqq", "gptq"]
+Divergence = Literal["forward", "reverse", "skewed", "total-variation"]
+
+GROUPS = (16, 32, 64, 128, 256)
+"""Sizes of a block that ONNX Runtime's kernels have."""
+
+
+class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How weights are quantised. What is not given follows from the format.
+
+    Attributes:
+        algorithm: How 4-bit blocks are found: `rtn` rounds to nearest, `hqq` fits zero points to the error, `gptq`
+            makes up for each rounding in the weights after it; `auto` takes what measured best for the format.
+        group: Inputs that share a scale.
+        rotate: Turn the residual stream and the attention values, so that no channel stands out (QuaRot's R1 and R2).
+        scale: Move scales from activations into weights (AWQ for weights, SmoothQuant for activations).
+        distill: Minutes to train scales against the model's own fp32 distributions; 0 leaves it out.
+        eight_bit: Share of the linears' weights that may stay at 8 bits in a 4-bit format: those that lose the most.
+    """
+
+    algorithm: Algorithm = "auto"
+    group: int | None = None
+    rotate: bool | None = None
+    scale: bool | None = None
+    distill: float | None = None
+    eight_bit: float = 0.0
+
+
+class Pruning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is cut away from a model. Shares are between 0 and 1.
+
+    Attributes:
+        layers: Share of the layers that is removed.
+        ffn: Share of each feed-forward network's channels that is removed.
+        heads: Share of each layer's key-value groups (with their query heads) that is removed.
+        sparsity: Share of the linears' weights that is set to zero; 0.5 for the pattern 2:4.
+        pattern: Where zeros may lie: anywhere in a row, or two of every four.
+        criterion: Whether a weight's own size decides (`magnitude`), or that times its input's norm (`wanda`).
+        steps: The cut is made in so many steps, with a recovery after each.
+        recover: Minutes of distillation from the unpruned model, over all steps; 0 leaves it out.
+    """
+
+    layers: float = 0.0
+    ffn: float = 0.0
+    heads: float = 0.0
+    sparsity: float = 0.0
+    pattern: Literal["unstructured", "2:4"] = "unstructured"
+    criterion: Literal["wanda", "magnitude"] = "wanda"
+    steps: int = 1
+    recover: float = 5.0
+
+
+class Student(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The student that is distilled from the mixture.
+
+        L = (1 - alpha) CE(y, p_s) + alpha T^2 D(p_mix,T, p_s,T)
+
+    Attributes:
+        start: The member that it is cut from; without it, the one of the largest weight.
+        config: A folder with a config.json of its own: the student then starts from random weights.
+        prune: What is cut from the start; None takes the defaults, about a third of its decoding time.
+        format: Of its graph.
+        loss: D: KL(p_mix || p_s), KL(p_s || p_mix), KL(p_mix || (1 - skew) p_s + skew p_mix), or half the L1 distance.
+        alpha: Share of the mixture in the loss, against that of the text.
+        temperature: T.
+        skew: Of the loss `skewed`.
+        samples: Share of the text that the student writes itself, in the second half of training.
+        top_k: Tokens of each teacher distribution that are kept; the rest is one number.
+        minutes: Longest training; `steps` the most optimiser steps. Without both, 30 minutes.
+        batch: Windows a step.
+        accumulate: Steps' gradients that are added up.
+        length: Tokens a window.
+        learning_rate: At its highest.
+        eight_bit_optimizer: Keep AdamW's moments in 8 bits (bitsandbytes).
+    """
+
+    start: str | None = None
+    config: str | None = None
+    prune: Pruning | None = None
+    format: Format = "int4"
+    loss: Divergence = "forward"
+    alpha: float = 0.9
+    temperature: float = 1.0
+    skew: float = 0.1
+    samples: float = 0.0
+    top_k: int = 64
+    minutes: float | None = None
+    steps: int | None = None
+    batch: int = 8
+    accumulate: int = 1
+    length: int = 256
+    learning_rate: float = 1e-3
+    eight_bit_optimizer: bool = False
+
+
+def quantization_problems(quantization: Quantization, where: Where) -> Iterator[Problem]:
+    """What is wrong with a recipe's `quantization`."""
+    if quantization.group is not None and quantization.group not in GROUPS:
+        yield Problem((*where, "group"), f"is {quantization.group}; it may be {', '.join(map(str, GROUPS))}")
+    yield from _bounds({"distill": (quantization.distill, 0, math.inf)}, where)
+    yield from _bounds({"eight_bit": (quantization.eight_bit, 0, 1)}, where)
+
+
+def pruning_problems(pruning: Pruning, where: Where) -> Iterator[Problem]:
+    """What is wrong with a recipe's `prune`."""
+    shares = {name: (getattr(pruning, name), 0, 0.95) for name in ("layers", "ffn", "heads", "sparsity")}
+    yield from _bounds({**shares, "steps": (pruning.steps, 1, 100), "recover": (pruning.recover, 0, math.inf)}, where)
+    if pruning.pattern == "2:4" and pruning.sparsity not in (0.0, 0.5):
+        yield Problem((*where, "sparsity"), f"is {pruning.sparsity}; two of every four weights is 0.5")
+
+
+def student_problems(student: Student, members: list[str], where: Where) -> Iterator[Problem]:
+    """What is wrong with a recipe's `student`."""
+    if student.start is not None and student.start not in members:
+        yield Problem((*where, "start"), f"no member is called {student.start[:80]!r}; members: {', '.join(members)}")
+    if student.start is not None and student.config is not None:
+        yield Problem(where, "has both start and config; a student is cut from a member or made from a config")
+    if student.config is not None and student.prune is not None:
+        yield Problem((*where, "prune"), "a student made from a config has nothing to cut; leave one of them out")
+    if student.loss not in get_args(Divergence):
+        yield Problem((*where, "loss"), f"is {student.loss!r}; it may be {', '.join(get_args(Divergence))}")
+    above_zero = 1e-9
+    yield from _bounds(
+        {
+            "alpha": (student.alpha, 0, 1),
+            "temperature": (student.temperature, 0.05, 100),
+            "skew": (student.skew, above_zero, 1 - above_zero),
+            "samples": (student.samples, 0, 1),
+            "top_k": (student.top_k, 1, 1 << 16),
+            "minutes": (student.minutes, above_zero, math.inf),
+            "steps": (student.steps, 1, 1 << 40),
+            "batch": (student.batch, 1, 1 << 16),
+            "accumulate": (student.accumulate, 1, 1 << 16),
+            "length": (student.length, 2, 1 << 20),
+            "learning_rate": (student.learning_rate, above_zero, 10),
+        },
+        where,
+    )
+    if student.prune is not None:
+        yield from pruning_problems(student.prune, (*where, "prune"))
+
+
+def _bounds(values: dict[str, tuple[float | None, float, float]], where: Where) -> Iterator[Problem]:
+    for name, (value, low, high) in values.items():
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            top = "no more than a number" if math.isinf(high) else f"{high:g}"
+            yield Problem((*where, name), f"is {value}; it may be {low:g} to {top}")

@@ -18,7 +18,7 @@ from edgemix.export import shared_tokenizer
 from edgemix.export.graph import MODEL_FILE, export_graph
 from edgemix.export.members import Location, MemberLoader, end_ids, load_tokenizer, locate, versions
 from edgemix.export.mixture_weights import fit_weights
-from edgemix.export.parity import check_quantized, enforce
+from edgemix.export.parity import check_quantized, enforce, own_texts
 from edgemix.export.quantization import quantize
 from edgemix.export.shared_tokenizer import tokenizer_size
 from edgemix.export.text import windows
@@ -32,6 +32,7 @@ from edgemix.staging import BundleWriter, stage_key
 from edgemix.text_files import read_documents
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from transformers import PreTrainedTokenizerBase
@@ -188,7 +189,18 @@ class _Export:
         shutil.rmtree(folder, ignore_errors=True)
         with progress.stage(form), storage_errors(f"writing {output}"):
             wanted = self._recipe.quantization.algorithm
-            quantize(source, output, form, target=self._recipe.target, algorithm="hqq" if wanted == "hqq" else "rtn")
+            calibration: Sequence[Sequence[int]] | None = text
+            if form == "int8-dynamic" and not text:
+                calibration = own_texts(source, graph.facts, GATE_TOKENS, seed=self._recipe.seed)
+            quantize(
+                source,
+                output,
+                form,
+                target=self._recipe.target,
+                algorithm="hqq" if wanted == "hqq" else "rtn",
+                calibration=calibration,
+                progress=progress,
+            )
         half = self._recipe.target == "cuda" and form != "fp32"
         facts = msgspec.structs.replace(graph.facts, dtype="float16" if half else "float32")
         if form == "fp32":

@@ -12,17 +12,16 @@ import numpy as np
 import onnx_ir as ir
 
 from edgemix.export.quantization.nf4 import nf4
-from edgemix.export.quantization.rtn import rtn
-from edgemix.export.quantization.weights import Linear, has_outliers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemix.export.quantization.blocks import Blocks, Quantizer
+    from edgemix.export.quantization.weights import Linear
 
 CONTRIB = "com.microsoft"
 
-Emitter: TypeAlias = Callable[[ir.Graph, Linear], None]
+Emitter: TypeAlias = Callable[[ir.Graph, "Linear"], None]
 """Replaces one linear of the graph by its quantised form."""
 
 
@@ -47,31 +46,6 @@ def nf4_emitter(graph: ir.Graph, linear: Linear) -> None:
     attributes = {"K": columns, "N": rows, "block_size": weight.block, "quant_type": 1}
     node = ir.node("MatMulBnb4", [linear.node.inputs[0], codes, maxima], attributes, domain=CONTRIB)
     replace_linear(graph, linear, [node])
-
-
-def dynamic_emitter(*, outliers: Emitter) -> Emitter:
-    """Linears as DynamicQuantizeMatMul: 8-bit weights with one scale a row, activations quantised as they come.
-
-    Those whose activations have outliers go to the emitter `outliers`.
-    """
-
-    def emit(graph: ir.Graph, linear: Linear) -> None:
-        if has_outliers(linear):
-            outliers(graph, linear)
-            return
-        matrix = linear.matrix()
-        blocks = rtn(matrix, bits=8, block=matrix.shape[1], symmetric=True)
-        # Signed weights: uint8 activations times int8 weights is the fast product on ARM and on x86 with VNNI. On x86
-        # without VNNI it adds neighbours up in 16 bits and may saturate, which costs some precision there.
-        codes = (blocks.codes[:, 0].T ^ np.uint8(128)).view(np.int8)
-        inputs = [
-            linear.node.inputs[0],
-            add_initializer(graph, f"{linear.weight.name}.codes", codes),
-            add_half(graph, f"{linear.weight.name}.scales", blocks.scales[:, 0]),
-        ]
-        replace_linear(graph, linear, [ir.node("DynamicQuantizeMatMul", inputs, domain=CONTRIB)])
-
-    return emit
 
 
 def matmul_nbits(linear: Linear, blocks: Blocks, tensors: Sequence[ir.Value]) -> ir.Node:

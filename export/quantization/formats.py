@@ -9,18 +9,23 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from edgemix.errors import InputError
-from edgemix.export.quantization.emission import CONTRIB, Emitter, block_emitter, dynamic_emitter, nf4_emitter
+from edgemix.export.quantization.dynamic import quantize_dynamic
+from edgemix.export.quantization.emission import CONTRIB, Emitter, block_emitter, nf4_emitter
 from edgemix.export.quantization.float16 import compute_in_float16, store_in_float16
 from edgemix.export.quantization.hqq import hqq
 from edgemix.export.quantization.rtn import rtn
 from edgemix.export.quantization.tables import quantize_tables
 from edgemix.export.quantization.weights import linears
+from edgemix.progress import SILENT
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from edgemix.export.quantization.block_table import BlockTable
+    from edgemix.export.quantization.weights import Linear
     from edgemix.formats import Format, Target
+    from edgemix.progress import Progress
 
 Algorithm = Literal["rtn", "hqq"]
 
@@ -37,11 +42,12 @@ FORMATS: Mapping[Format, Emitter | None] = {
     "fp32": None,
     "fp16": None,
     "int8": _INT8,
-    "int8-dynamic": dynamic_emitter(outliers=_INT8),
+    "int8-dynamic": None,
     "int4": INT4_ALGORITHMS["rtn"],
     "nf4": nf4_emitter,
 }
-"""What takes the place of the linears between embedding and head; None leaves them in floating point."""
+"""What takes the place of the linears between embedding and head, one by one; None where they stay in floating point
+or, for int8-dynamic, are looked at together."""
 
 
 def quantize(
@@ -51,6 +57,9 @@ def quantize(
     *,
     target: Target,
     algorithm: Algorithm = "rtn",
+    table: BlockTable | None = None,
+    calibration: Sequence[Sequence[int]] | None = None,
+    progress: Progress = SILENT,
 ) -> None:
     """Write a float32 decoder graph in another weight format; equal sources give equal bytes.
 
@@ -63,15 +72,20 @@ def quantize(
         format: A row of `FORMATS`.
         target: The provider that will run the graph.
         algorithm: A row of `INT4_ALGORITHMS`; the other formats have no choice.
+        table: Blocks that were found for the model beforehand: a linear that it knows gets these.
+        calibration: Windows of token ids; `int8-dynamic` needs some.
+        progress: Hears of what takes time.
 
     Raises:
-        InputError: `target` has no kernels for `format`.
+        InputError: `target` has no kernels for `format`, or it needs calibration text.
     """
     if format == "int8-dynamic" and target == "cuda":
         raise InputError(
             "format int8-dynamic does not run on cuda: ONNX Runtime quantises activations on CPUs only",
             remedy="Choose int8 (8-bit weights, float16 activations) for cuda, or the target cpu.",
         )
+    if format == "int8-dynamic" and not calibration:
+        raise InputError("format int8-dynamic looks at activations and needs calibration text")
     model = ir.load(source)
     graph = model.graph
     # Constants as initializers and no Identity: then a weight is found at its reader.
@@ -79,14 +93,32 @@ def quantize(
     common.IdentityEliminationPass()(model)
     emit = INT4_ALGORITHMS[algorithm] if format == "int4" else FORMATS[format]
     if emit is not None:
+        if table is not None:
+            emit = _known_first(table, emit)
         quantize_tables(graph)
         for linear in list(linears(graph)):
             emit(graph, linear)
+    elif format == "int8-dynamic":
+        quantize_tables(graph)
+        quantize_dynamic(model, source.parent, calibration or (), outliers=_INT8, progress=progress)
     if target == "cuda" and format != "fp32":
         compute_in_float16(graph, model.opset_imports[""])
     elif format == "fp16":
         store_in_float16(graph)
     _save(model, output)
+
+
+def _known_first(table: BlockTable, otherwise: Emitter) -> Emitter:
+    """An emitter that takes a linear's blocks from the table where it has them."""
+
+    def emit(graph: ir.Graph, linear: Linear) -> None:
+        blocks = table.find(linear.matrix())
+        if blocks is None:
+            otherwise(graph, linear)
+        else:
+            block_emitter(lambda _: blocks)(graph, linear)
+
+    return emit
 
 
 def _save(model: ir.Model, output: Path) -> None:

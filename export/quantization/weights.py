@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 _SMALLEST = 16
 """Matrices with fewer rows or columns stay float: the smallest block would not fit, and there is nothing to save."""
 
-_ACTIVATIONS = frozenset({"BiasGelu", "FastGelu", "Gelu", "QuickGelu", "Relu"})
-
 
 @dataclass(frozen=True)
 class Linear:
@@ -73,19 +71,6 @@ def head(graph: ir.Graph) -> Linear | None:
             return _linear(node)
         value = next((i for i in node.inputs if i is not None and i.const_value is None), None)
     return None
-
-
-def has_outliers(linear: Linear) -> bool:
-    """Whether the linear reads a product of two activations (a gated MLP, or a GELU that is written out) or a GELU.
-
-    Products have heavy tails: one 8-bit scale for the whole tensor loses most of their values.
-    """
-    node = linear.node.inputs[0].producer()
-    while node is not None and node.op_type in ("Cast", "Reshape"):
-        node = node.inputs[0].producer()
-    if node is None or node.op_type != "Mul":
-        return node is not None and node.op_type in _ACTIVATIONS
-    return all(factor.const_value is None for factor in node.inputs)
 
 
 def is_float_matrix(value: ir.Value | None) -> bool:

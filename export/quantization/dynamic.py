@@ -90,7 +90,6 @@ class _Rows:
         self._quantized: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         constants: dict[str, np.ndarray] = {
             "last": np.array([-1], np.int64),
-            "tiny": np.array([1e-30], np.float32),
             "step": np.array(1 / 127, np.float32),
             "middle": np.array(128, np.uint8),
         }
@@ -119,11 +118,11 @@ class _Rows:
         constants = self._constants
         size = ir.node("Abs", [value])
         largest = ir.node("ReduceMax", [size.outputs[0], constants["last"]], {"keepdims": 1})
-        safe = ir.node("Max", [largest.outputs[0], constants["tiny"]])  # a token of zeros stays one
-        share = ir.node("Div", [value, safe.outputs[0]])
+        # A token of zeros has no shares, but whatever they are rounded to is multiplied by its largest value, zero.
+        share = ir.node("Div", [value, largest.outputs[0]])
         rounded = ir.node("QuantizeLinear", [share.outputs[0], constants["step"], constants["middle"]])
-        self._quantized[value] = rounded.outputs[0], safe.outputs[0]
-        return [size, largest, safe, share, rounded], self._quantized[value]
+        self._quantized[value] = rounded.outputs[0], largest.outputs[0]
+        return [size, largest, share, rounded], self._quantized[value]
 
 
 def _activations(found: Sequence[Linear]) -> list[_Activation]:

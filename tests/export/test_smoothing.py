@@ -30,7 +30,8 @@ IDS = np.arange(24)[None] % VOCABULARY
 
 def write_block(folder: Path, *, spread: float = 1.0, spike: float = 1.0) -> Path:
     """Embedding, a normalisation with gain, a gated feed-forward network, a head; every third channel of the gain is
-    `spread` times the others, as the weights that read it make up for, and token 5's embedding reaches `spike` through it."""
+    `spread` times the others, which the weights that read it make up for; token 5's products are multiplied by `spike`.
+    """
     rng = np.random.default_rng(0)
     shapes = {"embed": (VOCABULARY, HIDDEN), "gate": (HIDDEN, INNER), "up": (HIDDEN, INNER), "down": (INNER, HIDDEN)}
     arrays = {name: rng.standard_normal(shape).astype(np.float32) * 0.2 for name, shape in shapes.items()}
@@ -152,6 +153,16 @@ def test_channels_that_stand_out_cost_less_when_smoothed(tmp_path: Path, monkeyp
     monkeypatch.setattr(smoothing, "ALPHAS", ())
     unsmoothed, _ = quantized(tmp_path, path)
     assert np.abs(found - exact).mean() < 0.7 * np.abs(unsmoothed - exact).mean()
+
+
+def test_a_token_of_zeros_stays_one(tmp_path: Path) -> None:
+    path = write_block(tmp_path, spike=0.0)
+    model = ir.load(path)
+    model.graph.initializers["embed"].const_value = ir.tensor(np.zeros((VOCABULARY, HIDDEN), np.float32))
+    ir.save(model, tmp_path / "zeros.onnx")
+    found, operators = quantized(tmp_path, tmp_path / "zeros.onnx")
+    assert "MatMulIntegerToFloat" in operators
+    np.testing.assert_array_equal(found, 0)
 
 
 def test_a_huge_token_keeps_float_activations(tmp_path: Path) -> None:

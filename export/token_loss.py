@@ -27,8 +27,8 @@ def token_loss(model: PreTrainedModel, *, bfloat16: bool = False) -> Callable[[T
         model: A causal language model, in evaluation mode while this function runs.
         bfloat16: Run matrix products in bfloat16 (torch.autocast).
     """
-    head = _plain_head(model)
-    if head is None:
+    head = plain_head(model)
+    if head is None or head.weight.requires_grad:
 
         def mean_loss(ids: Tensor) -> Tensor:
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
@@ -58,10 +58,10 @@ def bfloat16_pays(device: torch.device) -> bool:
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
-def _plain_head(model: PreTrainedModel) -> nn.Linear | None:
-    """The output layer, if it is frozen and logits are just what it makes of the last hidden state."""
+def plain_head(model: PreTrainedModel) -> nn.Linear | None:
+    """The output layer, if logits are just what it makes of the last hidden state."""
     head = model.get_output_embeddings()
-    if not isinstance(head, torch.nn.Linear) or model.base_model is model or head.weight.requires_grad:
+    if not isinstance(head, torch.nn.Linear) or model.base_model is model:
         return None
     ids = torch.arange(8, device=head.weight.device)[None]
     with torch.no_grad():

@@ -145,6 +145,8 @@ def train(
     budget: Budget,
     batch: int,
     learning_rate: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    epsilon: float = 1e-8,
     seed: int = 0,
     checkpoint: Checkpoint | None = None,
     title: str = "train",
@@ -159,6 +161,8 @@ def train(
         budget: When to stop. Time includes that of the runs before an interruption.
         batch: Windows a step.
         learning_rate: At its highest.
+        betas: AdamW's; so is `epsilon`.
+        epsilon: Small against the gradients.
         seed: Of the order of the windows and of dropout.
         checkpoint: Where to go on from and where to keep the state: every minute, when interrupted and at the end.
         title: The stage's name for `progress`.
@@ -168,7 +172,7 @@ def train(
         EdgemixError: The loss is no longer a number, or a checkpoint cannot be written.
         KeyboardInterrupt: As it came, once the checkpoint is written.
     """
-    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, betas=betas, eps=epsilon, weight_decay=0.0)
     device = next(iter(parameters.values())).device
     state = (checkpoint.restore(parameters, optimizer) if checkpoint else None) or State()
     with progress.stage(title, 1.0) as task, torch.random.fork_rng([device] if device.type == "cuda" else []):

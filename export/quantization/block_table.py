@@ -1,8 +1,8 @@
 """Blocks found by content: the way from a quantised torch model to its graph.
 
-An algorithm that needs activations or gradients works on the torch model: it leaves every weight equal to what its
-blocks stand for, and the blocks here. When the graph is written, each matrix finds its blocks by the bytes of its rows,
-however the exporter named, transposed, split or joined them.
+An algorithm that needs activations or gradients works on the torch model and leaves the blocks of each weight here.
+When the graph is written, each matrix finds its blocks by the bytes of its rows, however the exporter named, turned,
+split or joined them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from edgemix.errors import EdgemixError
 from edgemix.export.quantization.blocks import Blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from edgemix.export.quantization.blocks import Matrix
 
@@ -29,22 +30,23 @@ if TYPE_CHECKING:
 class BlockTable:
     """Blocks of matrices, found again row by row."""
 
-    def __init__(self, blocks: Iterable[Blocks] = ()) -> None:
+    def __init__(self) -> None:
         self._blocks: list[Blocks] = []
+        self._digests: list[NDArray[np.uint8]] = []
         self._rows: dict[bytes, tuple[int, int]] = {}
-        for each in blocks:
-            self.add(each)
 
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def add(self, blocks: Blocks) -> Matrix:
-        """Keep blocks; returns the matrix [N, K] they stand for, which the model's weight must be set to."""
-        matrix = blocks.dequantized()
-        for row, digest in enumerate(_digests(matrix)):
-            self._rows[digest] = len(self._blocks), row
+    def add(self, matrix: Matrix, blocks: Blocks) -> None:
+        """Keep the blocks of a matrix [N, K]."""
+        self._add(_digests(matrix), blocks)
+
+    def _add(self, digests: NDArray[np.uint8], blocks: Blocks) -> None:
+        for row, digest in enumerate(digests):
+            self._rows[digest.tobytes()] = len(self._blocks), row
         self._blocks.append(blocks)
-        return matrix
+        self._digests.append(digests)
 
     def find(self, matrix: Matrix) -> Blocks | None:
         """The blocks of a matrix [N, K] whose rows were added, in any order; None if none of them was.
@@ -52,7 +54,7 @@ class BlockTable:
         Raises:
             EdgemixError: Some rows were added and others not, or rows of different layouts are in one matrix.
         """
-        places = [self._rows.get(digest) for digest in _digests(matrix)]
+        places = [self._rows.get(digest.tobytes()) for digest in _digests(matrix)]
         found = [place for place in places if place is not None]
         if not found:
             return None
@@ -79,6 +81,7 @@ class BlockTable:
         """Write all blocks to one safetensors file."""
         tensors: dict[str, np.ndarray] = {}
         for index, blocks in enumerate(self._blocks):
+            tensors[f"{index}.digests"] = self._digests[index]
             tensors[f"{index}.codes"], tensors[f"{index}.scales"] = blocks.codes, blocks.scales
             if blocks.zero_points is not None:
                 tensors[f"{index}.zero_points"] = blocks.zero_points
@@ -96,10 +99,11 @@ class BlockTable:
             def tensor(index: int, kind: str) -> Any:
                 return file.get_tensor(f"{index}.{kind}") if f"{index}.{kind}" in names else None
 
-            return cls(
-                Blocks(tensor(i, "codes"), tensor(i, "scales"), tensor(i, "zero_points"), bits, columns)
-                for i, (bits, columns) in enumerate(layouts)
-            )
+            table = cls()
+            for i, (bits, columns) in enumerate(layouts):
+                parts = tensor(i, "codes"), tensor(i, "scales"), tensor(i, "zero_points")
+                table._add(tensor(i, "digests"), Blocks(*parts, bits, columns))
+        return table
 
     def _row(self, index: int, row: int) -> Blocks:
         blocks, part = self._blocks[index], slice(row, row + 1)
@@ -111,6 +115,7 @@ def _layout(blocks: Blocks) -> tuple[int, int, int, bool]:
     return blocks.bits, blocks.block, blocks.columns, blocks.zero_points is None
 
 
-def _digests(matrix: Matrix) -> list[bytes]:
-    # Adding zero makes -0.0 and 0.0 the same bytes.
-    return [blake2b(row, digest_size=16).digest() for row in np.ascontiguousarray(matrix) + np.float32(0)]
+def _digests(matrix: Matrix) -> NDArray[np.uint8]:
+    """uint8 [N, 16], of each row."""
+    digests = b"".join(blake2b(row, digest_size=16).digest() for row in np.ascontiguousarray(matrix))
+    return np.frombuffer(digests, np.uint8).reshape(len(matrix), 16)

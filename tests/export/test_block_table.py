@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from edgemix.export.quantization.blocks import Blocks
 
 
+def table_of(*all_blocks: Blocks) -> BlockTable:
+    """A table that finds each of them by what it stands for."""
+    table = BlockTable()
+    for each in all_blocks:
+        table.add(each.dequantized(), each)
+    return table
+
+
 def blocks(seed: int, bits: int = 4, rows: int = 6, *, symmetric: bool = False) -> Blocks:
     weight = np.random.default_rng(seed).standard_normal((rows, 40)).astype(np.float32)
     return rtn(weight, bits=bits, block=16, symmetric=symmetric)
@@ -29,7 +37,7 @@ def same(a: Blocks, b: Blocks) -> bool:
 
 def test_a_matrix_finds_its_blocks() -> None:
     one, other = blocks(0), blocks(1, bits=8, symmetric=True)
-    table = BlockTable([one, other])
+    table = table_of(one, other)
     assert table.find(one.dequantized()) is one
     assert table.find(other.dequantized()) is other
     assert table.find(one.dequantized() + 1) is None
@@ -37,7 +45,7 @@ def test_a_matrix_finds_its_blocks() -> None:
 
 def test_joined_and_split_matrices_find_theirs() -> None:
     one, other = blocks(0), blocks(1)
-    table = BlockTable([one, other])
+    table = table_of(one, other)
     joined = np.concatenate([one.dequantized(), other.dequantized()])
     found = table.find(joined)
     assert found is not None
@@ -49,7 +57,7 @@ def test_joined_and_split_matrices_find_theirs() -> None:
 
 def test_what_was_quantised_in_different_ways_cannot_be_joined() -> None:
     one, other = blocks(0), blocks(1, bits=8)
-    table = BlockTable([one, other])
+    table = table_of(one, other)
     strange = np.ones((1, 40), np.float32)
     for second in (other.dequantized(), strange):
         with pytest.raises(EdgemixError, match="different ways"):
@@ -58,7 +66,7 @@ def test_what_was_quantised_in_different_ways_cannot_be_joined() -> None:
 
 @pytest.mark.parametrize("make", [blocks, partial(blocks, bits=8, symmetric=True)])
 def test_a_table_comes_back_from_disk(make: partial[Blocks], tmp_path: Path) -> None:
-    table = BlockTable([make(0), make(1)])
+    table = table_of(make(0), make(1))
     table.save(tmp_path / "blocks.safetensors")
     loaded = BlockTable.load(tmp_path / "blocks.safetensors")
     assert len(loaded) == 2

@@ -1,0 +1,239 @@
+"""Rounding and scales that are trained: the quantised model learns its own fp32 distributions.
+
+Each weight keeps a movable rounding offset v and each block a movable scale; zero points stay as rounding found them:
+
+    code = clip(round(w / s + v + z), 0, top),   s = s_0 exp(g),   weight = (code - z) s
+
+(v as in AutoRound, Cheng et al., arXiv 2309.05516; the whole model at once, against its own distributions, as in
+EfficientQAT's second phase, Chen et al., arXiv 2407.11062; the gradient passes through round where nothing is clipped.)
+The graph is the same as after plain rounding: nothing is added to it.
+
+Measured on the wiki expert of SmolLM2-135M, blocks of 32, WikiText-2 test, fp32 15.17: rounded 17.77; after 60 steps of
+2,048 tokens 16.01, after 80 with half the learning rate 15.85 (10 minutes on 2 cores); with twice the rate 16.16.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from edgemix.export.quantization.block_table import BlockTable
+from edgemix.export.quantization.blocks import Blocks, cut
+from edgemix.export.quantization.rtn import rtn
+from edgemix.export.token_loss import bfloat16_pays, plain_head
+from edgemix.export.training import Budget, train
+from edgemix.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from edgemix.export.training import Checkpoint
+
+STEPS = 80
+BATCH, LENGTH = 8, 256
+"""Windows a step, and their tokens."""
+
+_RATE = 2.5e-3
+_SCALES_RATE = 0.4
+"""The scales' learning rate as a share of the roundings'."""
+
+_ROWS = 256
+_SMALLEST = 16
+
+
+def distill_blocks(
+    model: PreTrainedModel,
+    windows: NDArray[np.int64],
+    *,
+    bits: int = 4,
+    block: int = 32,
+    steps: int = STEPS,
+    seed: int = 0,
+    checkpoint: Checkpoint | None = None,
+    progress: Progress = SILENT,
+) -> BlockTable:
+    """Quantise all linears of a decoder but its head, and train roundings and scales.
+
+    Args:
+        model: A causal language model in fp32 and evaluation mode; unchanged when the call ends.
+        windows: int64 [windows, tokens], calibration text.
+        bits: 4 or 8.
+        block: Inputs that share a scale.
+        steps: Optimiser steps of `BATCH` windows.
+        seed: Of the windows' order.
+        checkpoint: Where to go on from, and where to keep the state.
+        progress: Hears of every step's loss.
+
+    Returns:
+        The blocks of each linear, found by the model's own weights.
+
+    Raises:
+        EdgemixError: The loss is no longer a number, or a checkpoint cannot be written.
+        KeyboardInterrupt: As it came, once the checkpoint is written.
+    """
+    student = copy.deepcopy(model).requires_grad_(False)
+    linears = [
+        _Linear(name, module, bits, block)
+        for name, module in student.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        and module is not student.get_output_embeddings()
+        and min(module.weight.shape) >= _SMALLEST
+    ]
+    parameters = {f"{linear.name}.{kind}": tensor for linear in linears for kind, tensor in linear.movable.items()}
+    loss = _self_divergence(model, student, bfloat16=bfloat16_pays(model.device))
+
+    def quantised_loss(ids: Tensor) -> Tensor:
+        for linear in linears:
+            linear.quantize()
+        return loss(ids)
+
+    train(
+        quantised_loss,
+        parameters,
+        windows,
+        budget=Budget(steps),
+        batch=BATCH,
+        learning_rate=_RATE,
+        betas=(0.9, 0.95),
+        epsilon=1e-12,  # gradients of single roundings are tiny
+        seed=seed,
+        checkpoint=checkpoint,
+        title="distil scales",
+        progress=progress,
+    )
+    table = BlockTable()
+    for linear in linears:
+        table.add(linear.original, linear.blocks())
+    return table
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where training starts: the weight [N, blocks, block], its scales [N, blocks] and zero points [N, blocks, 1]."""
+
+    weight: Tensor
+    scales: Tensor
+    zero: Tensor
+    top: int
+
+    def quantize(self, rounding: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What movable parts stand for: codes as floats [N, blocks, block], scales [N, blocks], and which codes are not
+        clipped.
+        """
+        # In half precision, as they are stored.
+        scales = (self.scales * (_SCALES_RATE * scale).exp()).half().float().clamp(min=2.0**-24)
+        exact = (self.weight / scales[..., None]).add_(rounding).add_(self.zero)
+        inside = (exact > -0.5) & (exact < self.top + 0.5)
+        return exact.round_().clamp_(0, self.top), scales, inside
+
+
+class _Linear:
+    """A linear layer whose weight is computed from movable roundings and scales."""
+
+    def __init__(self, name: str, module: torch.nn.Module, bits: int, block: int) -> None:
+        self.name, self._module, self._bits = name, module, bits
+        self._transposed = isinstance(module, Conv1D)
+        weight = module._parameters.pop("weight").detach()
+        self.original: NDArray[np.float32] = (weight.T if self._transposed else weight).contiguous().cpu().numpy()
+        start = rtn(self.original, bits=bits, block=block, symmetric=False)
+        self._zero_points = start.zero_points
+        parts = cut(self.original, block).copy(), start.scales, np.asarray(start.zero_points)[..., None]
+        tensors = (torch.from_numpy(part.astype(np.float32)).to(weight.device) for part in parts)
+        self._start = _Start(*tensors, 2**bits - 1)
+        self.movable = {
+            "rounding": torch.zeros_like(self._start.weight, requires_grad=True),
+            "scale": torch.zeros_like(self._start.scales, requires_grad=True),
+        }
+
+    def quantize(self) -> None:
+        """Give the layer the weight that its movable parts stand for."""
+        rounding, scale = self.movable.values()
+        rows, columns = self.original.shape
+        weight = _Round.apply(rounding, scale, self._start).reshape(rows, -1)[:, :columns]
+        self._module.weight = weight.T if self._transposed else weight
+
+    def blocks(self) -> Blocks:
+        """The trained blocks."""
+        with torch.no_grad():
+            codes, scales, _ = self._start.quantize(*self.movable.values())
+        stored = codes.to(torch.uint8).cpu().numpy(), scales.half().cpu().numpy()
+        return Blocks(*stored, self._zero_points, self._bits, self.original.shape[1])
+
+
+class _Round(torch.autograd.Function):  # type: ignore[misc]
+    """Movable parts -> weights [N, blocks, block]."""
+
+    @staticmethod
+    def forward(ctx: Any, rounding: Tensor, scale: Tensor, start: _Start) -> Tensor:
+        codes, scales, inside = start.quantize(rounding, scale)
+        centred = codes - start.zero
+        ctx.save_for_backward(centred.to(torch.int16), inside, scales)
+        return centred.mul_(scales[..., None])
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        centred, inside, scales = ctx.saved_tensors
+        (gradient,) = outputs
+        of_scale = (gradient * centred).sum(-1) * scales * _SCALES_RATE
+        of_rounding = gradient * scales[..., None] * inside
+        return of_rounding, of_scale, None
+
+
+def _self_divergence(
+    teacher: PreTrainedModel, student: PreTrainedModel, *, bfloat16: bool
+) -> Callable[[Tensor], Tensor]:
+    """Token ids [batch, length] -> mean KL(teacher || student) of the next token, nats."""
+    head = plain_head(teacher)
+
+    def loss(ids: Tensor) -> Tensor:
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=bfloat16):
+            if head is None:
+                with torch.no_grad():
+                    expected = teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+                found = student(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+                return functional.kl_div(found, expected, reduction="none", log_target=True).sum(-1).mean()
+            with torch.no_grad():
+                expected = teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            found = student.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            dtype = torch.bfloat16 if bfloat16 else head.weight.dtype
+            bias = None if head.bias is None else head.bias.detach().to(dtype)
+            rows = (found.flatten(0, 1).to(dtype), expected.flatten(0, 1).to(dtype))
+            mean: Tensor = _HeadDivergence.apply(*rows, head.weight.detach().to(dtype), bias)
+            return mean
+
+    return loss
+
+
+class _HeadDivergence(torch.autograd.Function):  # type: ignore[misc]
+    """Mean KL between the distributions that one head makes of two hidden states [rows, hidden], some rows at a time;
+    only the second model's, the first argument, gets a gradient: (q - p) @ weight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, expected: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        gradient = torch.empty_like(hidden)
+        total = torch.zeros((), device=hidden.device)
+        for start in range(0, len(hidden), _ROWS):
+            rows = slice(start, start + _ROWS)
+            q = functional.linear(hidden[rows], weight, bias).float().log_softmax(-1)
+            p = functional.linear(expected[rows], weight, bias).float().log_softmax(-1)
+            likely = p.exp()
+            total += (likely * (p - q)).sum()
+            gradient[rows] = (q.exp_() - likely).to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient.div_(len(hidden)))
+        return total / len(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outputs[0].to(gradient.dtype), None, None, None

@@ -13,7 +13,7 @@ from edgemix.yaml_reader import Problem, Where
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-Algorithm = Literal["auto", "rtn", "hqq", "gptq"]
+Algorithm = Literal["auto", "distil", "rtn", "hqq"]
 Divergence = Literal["forward", "reverse", "skewed", "total-variation"]
 
 GROUPS = (16, 32, 64, 128, 256)
@@ -21,24 +21,19 @@ GROUPS = (16, 32, 64, 128, 256)
 
 
 class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How weights are quantised. What is not given follows from the format.
+    """How int4 finds its blocks; the other formats have one way each.
 
     Attributes:
-        algorithm: How 4-bit blocks are found: `rtn` rounds to nearest, `hqq` fits zero points to the error, `gptq`
-            makes up for each rounding in the weights after it; `auto` takes what measured best for the format.
+        algorithm: `distil` trains roundings and scales against the model's own fp32 distributions, on the text under
+            data: calibration (or training); `rtn` rounds to nearest; `hqq` fits zero points to the error (Half-
+            Quadratic Quantization); `auto` is `distil` where there is such text, else `rtn`.
         group: Inputs that share a scale.
-        rotate: Turn the residual stream and the attention values, so that no channel stands out (QuaRot's R1 and R2).
-        scale: Move scales from activations into weights (AWQ for weights, SmoothQuant for activations).
-        distill: Minutes to train scales against the model's own fp32 distributions; 0 leaves it out.
-        eight_bit: Share of the linears' weights that may stay at 8 bits in a 4-bit format: those that lose the most.
+        steps: Optimiser steps of `distil`, 2,048 tokens each.
     """
 
     algorithm: Algorithm = "auto"
-    group: int | None = None
-    rotate: bool | None = None
-    scale: bool | None = None
-    distill: float | None = None
-    eight_bit: float = 0.0
+    group: int = 32
+    steps: int = 80
 
 
 class Pruning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -110,10 +105,9 @@ class Student(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def quantization_problems(quantization: Quantization, where: Where) -> Iterator[Problem]:
     """What is wrong with a recipe's `quantization`."""
-    if quantization.group is not None and quantization.group not in GROUPS:
+    if quantization.group not in GROUPS:
         yield Problem((*where, "group"), f"is {quantization.group}; it may be {', '.join(map(str, GROUPS))}")
-    yield from _bounds({"distill": (quantization.distill, 0, math.inf)}, where)
-    yield from _bounds({"eight_bit": (quantization.eight_bit, 0, 1)}, where)
+    yield from _bounds({"steps": (quantization.steps, 1, 1 << 40)}, where)
 
 
 def pruning_problems(pruning: Pruning, where: Where) -> Iterator[Problem]:

@@ -186,18 +186,24 @@ format: int8
 # {", ".join(TARGETS)}
 target: cpu
 
-# How int4 rounds: rtn (to nearest) or hqq (Half-Quadratic Quantization).
+# How int4 finds its weights. auto is distil (trained on the text under data: calibration; minutes) where there is such
+# text, else rtn (rounding to nearest); hqq is Half-Quadratic Quantization.
 # quantization:
-#   algorithm: rtn
+#   algorithm: auto
+#   group: 32        # weights that share a scale
+#   steps: 80        # of training, 2,048 tokens each
 
-# Text that no member was trained on, one file for each domain: .txt, or .jsonl with a template for its lines.
-# Weights are fitted on validation; the check after quantisation reads calibration, or validation without it.
+# Texts, one file for each domain: .txt, or .jsonl with a template for its lines. Weights are fitted on validation,
+# which no member was trained on. Quantisation looks at calibration, which may be training text; the check after it
+# reads that, or validation without it.
 # data:
 #   validation:
 #     prose: data/prose.txt
 #     math:
 #       file: data/math.jsonl
 #       template: "Question: {{{{question}}}}\\nAnswer: {{{{answer}}}}\\n"
+#   calibration:
+#     math: {{{{file: data/math-train.jsonl, template: "{{{{question}}}} {{{{answer}}}}"}}}}
 #   window: 512       # longest stretch that is scored at once, in tokens
 #   max_tokens: 8000  # most tokens that are read of each text
 

@@ -16,6 +16,7 @@ from edgemix.yaml_reader import Problem, did_you_mean
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from edgemix.compression import Quantization
     from edgemix.formats import Format
     from edgemix.recipe import Recipe
     from edgemix.yaml_reader import Where
@@ -137,13 +138,19 @@ def _text_problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _compression_problems(recipe: Recipe) -> Iterator[Problem]:
-    yield from quantization_problems(recipe.quantization, ("quantization",))
+    quantizations: list[tuple[Where, Quantization]] = [(("quantization",), recipe.quantization)]
     for index, member in enumerate(recipe.members):
         if member.quantization is not None:
-            yield from quantization_problems(member.quantization, ("members", index, "quantization"))
+            quantizations.append((("members", index, "quantization"), member.quantization))
         if member.prune is not None:
+            yield Problem(("members", index, "prune"), "export does not prune yet; leave it out")
             yield from pruning_problems(member.prune, ("members", index, "prune"))
+    for where, quantization in quantizations:
+        yield from quantization_problems(quantization, where)
+        if quantization.algorithm == "distil" and not (recipe.data.calibration or recipe.data.training):
+            yield Problem((*where, "algorithm"), "distil learns from text; name some under data: calibration:")
     if recipe.student is not None:
+        yield Problem(("student",), "export does not distil a student yet; leave it out")
         yield from student_problems(recipe.student, [member.name for member in recipe.members], ("student",))
         if not recipe.data.training:
             yield Problem(("student",), "learns from text; name some under data: training:")

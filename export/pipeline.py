@@ -11,6 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import msgspec
+import numpy as np
 
 import edgemix
 from edgemix.errors import InputError, RecipeError, storage_errors
@@ -20,8 +21,11 @@ from edgemix.export.members import Location, MemberLoader, end_ids, load_tokeniz
 from edgemix.export.mixture_weights import fit_weights
 from edgemix.export.parity import check_quantized, enforce, own_texts
 from edgemix.export.quantization import quantize
+from edgemix.export.quantization.block_table import BlockTable
+from edgemix.export.quantization.distilled import BATCH, LENGTH, distill_blocks
 from edgemix.export.shared_tokenizer import tokenizer_size
-from edgemix.export.text import windows
+from edgemix.export.text import calibration_windows, windows
+from edgemix.export.training import Checkpoint, fingerprint
 from edgemix.graph_io import GraphFacts
 from edgemix.manifest import SCHEMA, GraphParity, Manifest, MemberEntry, QuantizationParity, Source, Weights
 from edgemix.progress import SILENT, Prefixed, Progress
@@ -37,8 +41,12 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+    from edgemix.compression import Quantization
     from edgemix.formats import Format
     from edgemix.recipe import MemberRecipe, Recipe
+
+CALIBRATION_WINDOWS = 32
+"""Windows that int8-dynamic looks at."""
 
 GATE_TOKENS = 2_048
 """Tokens of text that the gate after quantisation reads, over all domains."""
@@ -151,7 +159,8 @@ class _Export:
         key = stage_key(
             graph=graph_key,
             format=self._format(spec),
-            quantization=self._recipe.quantization if self._format(spec) == "int4" else None,
+            quantization=(spec.quantization or self._recipe.quantization) if self._format(spec) == "int4" else None,
+            data=self._data_digest(),
             text=text,
             seed=self._recipe.seed,
         )
@@ -187,17 +196,23 @@ class _Export:
         form, source, output = self._format(spec), master / MODEL_FILE, folder / MODEL_FILE
         progress = Prefixed(self._progress, spec.name)
         shutil.rmtree(folder, ignore_errors=True)
+        quantization = spec.quantization or self._recipe.quantization
+        calibration: Sequence[Sequence[int]] | None = None
+        if form == "int8-dynamic":
+            tokenizer = load_tokenizer(locate(spec.model, self._recipe.folder))
+            calibration = self._calibration(tokenizer, spec.name, CALIBRATION_WINDOWS) or own_texts(
+                source, graph.facts, GATE_TOKENS, seed=self._recipe.seed
+            )
+        table = self._distilled_blocks(spec, quantization, progress) if form == "int4" else None
         with progress.stage(form), storage_errors(f"writing {output}"):
-            wanted = self._recipe.quantization.algorithm
-            calibration: Sequence[Sequence[int]] | None = text
-            if form == "int8-dynamic" and not text:
-                calibration = own_texts(source, graph.facts, GATE_TOKENS, seed=self._recipe.seed)
             quantize(
                 source,
                 output,
                 form,
                 target=self._recipe.target,
-                algorithm="hqq" if wanted == "hqq" else "rtn",
+                algorithm="hqq" if quantization.algorithm == "hqq" else "rtn",
+                group=quantization.group,
+                table=table,
                 calibration=calibration,
                 progress=progress,
             )
@@ -208,6 +223,53 @@ class _Export:
         seed = self._recipe.seed
         figures = check_quantized(source, output, facts, text, format=form, seed=seed, progress=progress)
         return _MemberRecord(graph, facts, figures)
+
+    def _distilled_blocks(
+        self, spec: MemberRecipe, quantization: Quantization, progress: Progress
+    ) -> BlockTable | None:
+        """Trained blocks for a member; None where the recipe wants others, or has no text to train on."""
+        data, stages = self._recipe.data, self._writer.stages
+        if quantization.algorithm not in ("auto", "distil"):
+            return None
+        if not (data.calibration or data.training):
+            progress.say(f"{spec.name}: int4 by plain rounding; with text under data: calibration: it loses far less")
+            return None
+        member = self._loader.load(spec)
+        text = self._calibration(member.tokenizer, spec.name, quantization.steps * BATCH)
+        model, seed = fingerprint(member.model), self._recipe.seed
+        key = stage_key(model=model, quantization=quantization, text=text, versions=versions(), seed=seed)
+        path = self._writer.scratch / f"{spec.name}.blocks.safetensors"
+        if not stages.done(f"blocks/{spec.name}", key, bool):
+            checkpoint = Checkpoint(self._writer.scratch / f"{spec.name}.training", key)
+            table = distill_blocks(
+                member.model,
+                np.array(text, np.int64),
+                block=quantization.group,
+                steps=quantization.steps,
+                seed=seed,
+                checkpoint=checkpoint,
+                progress=progress,
+            )
+            with storage_errors(f"writing {path}"):
+                table.save(path)
+            stages.mark_done(f"blocks/{spec.name}", key, files=[path])
+            checkpoint.remove()
+        return BlockTable.load(path)
+
+    def _data_digest(self) -> str:
+        """Of the texts that quantisation may look at."""
+        data = self._recipe.data
+        sources = data.calibration or data.training
+        return stage_key(texts={domain: read_documents(each, self._recipe.folder) for domain, each in sources.items()})
+
+    def _calibration(self, tokenizer: PreTrainedTokenizerBase, name: str, count: int) -> list[list[int]]:
+        """Windows of the calibration text (of the training text where there is none) for one member."""
+        data = self._recipe.data
+        sources = data.calibration or data.training
+        domains = {domain: read_documents(source, self._recipe.folder) for domain, source in sources.items()}
+        if not domains:
+            return []
+        return calibration_windows(domains, tokenizer, LENGTH, count, name=name, seed=self._recipe.seed)
 
     def _format(self, spec: MemberRecipe) -> Format:
         return spec.format or self._recipe.format

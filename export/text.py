@@ -12,7 +12,7 @@ from edgemix.errors import InputError
 from edgemix.export.shared_tokenizer import leading_token
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -57,6 +57,30 @@ def windows(
     if not packed:
         raise InputError("the text has less than two tokens", "Give more text.")
     return packed
+
+
+def calibration_windows(
+    domains: Mapping[str, Sequence[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    count: int,
+    *,
+    name: str = "",
+    seed: int = 0,
+) -> list[list[int]]:
+    """About `count` windows of one length for algorithms that look at activations: as many from every domain, and as
+    many from the one that is called like the member, `name`, as from all others together.
+
+    Less text gives fewer windows, and less than one window of text a shorter one. Their order is shuffled by `seed`.
+    """
+    shares = {domain: 1.0 if domain != name else max(1.0, len(domains) - 1.0) for domain in domains}
+    found = []
+    for domain, documents in domains.items():
+        tokens = max(length, round(count * shares[domain] / sum(shares.values())) * length)
+        found += windows(documents, tokenizer, length, max_tokens=tokens, seed=seed)
+    np.random.default_rng(seed).shuffle(found)
+    longest = max(map(len, found))
+    return [window for window in found if len(window) == longest]
 
 
 def split(documents: Sequence[str], share: float, *, seed: int = 0) -> tuple[list[str], list[str]]:

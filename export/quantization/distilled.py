@@ -148,8 +148,8 @@ class _Linear:
         start = rtn(self.original, bits=bits, block=block, symmetric=False)
         self._zero_points = start.zero_points
         parts = cut(self.original, block).copy(), start.scales, np.asarray(start.zero_points)[..., None]
-        tensors = (torch.from_numpy(part.astype(np.float32)).to(weight.device) for part in parts)
-        self._start = _Start(*tensors, 2**bits - 1)
+        values, scales, zero = (torch.from_numpy(part.astype(np.float32)).to(weight.device) for part in parts)
+        self._start = _Start(values, scales, zero, 2**bits - 1)
         self.movable = {
             "rounding": torch.zeros_like(self._start.weight, requires_grad=True),
             "scale": torch.zeros_like(self._start.scales, requires_grad=True),

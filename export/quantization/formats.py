@@ -19,10 +19,11 @@ from edgemix.export.quantization.weights import linears
 from edgemix.progress import SILENT
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from edgemix.export.quantization.block_table import BlockTable
+    from edgemix.export.quantization.blocks import Blocks
     from edgemix.export.quantization.weights import Linear
     from edgemix.formats import Format, Target
     from edgemix.progress import Progress
@@ -32,18 +33,18 @@ Algorithm = Literal["rtn", "hqq"]
 _BLOCK = 32
 _INT8 = block_emitter(partial(rtn, bits=8, block=_BLOCK, symmetric=True))
 
-INT4_ALGORITHMS: Mapping[Algorithm, Emitter] = {
-    "rtn": block_emitter(partial(rtn, bits=4, block=_BLOCK, symmetric=False)),
-    "hqq": block_emitter(partial(hqq, bits=4, block=_BLOCK)),
+INT4_ALGORITHMS: Mapping[Algorithm, Callable[..., Blocks]] = {
+    "rtn": partial(rtn, bits=4, symmetric=False),
+    "hqq": partial(hqq, bits=4),
 }
-"""How int4 finds its blocks."""
+"""How int4 finds its blocks; each takes their size as `block`."""
 
 FORMATS: Mapping[Format, Emitter | None] = {
     "fp32": None,
     "fp16": None,
     "int8": _INT8,
     "int8-dynamic": None,
-    "int4": INT4_ALGORITHMS["rtn"],
+    "int4": block_emitter(partial(INT4_ALGORITHMS["rtn"], block=_BLOCK)),
     "nf4": nf4_emitter,
 }
 """What takes the place of the linears between embedding and head, one by one; None where they stay in floating point
@@ -57,6 +58,7 @@ def quantize(
     *,
     target: Target,
     algorithm: Algorithm = "rtn",
+    group: int = _BLOCK,
     table: BlockTable | None = None,
     calibration: Sequence[Sequence[int]] | None = None,
     progress: Progress = SILENT,
@@ -72,6 +74,7 @@ def quantize(
         format: A row of `FORMATS`.
         target: The provider that will run the graph.
         algorithm: A row of `INT4_ALGORITHMS`; the other formats have no choice.
+        group: Inputs that share a scale in int4.
         table: Blocks that were found for the model beforehand: a linear that it knows gets these.
         calibration: Windows of token ids; `int8-dynamic` needs some.
         progress: Hears of what takes time.
@@ -91,7 +94,7 @@ def quantize(
     # Constants as initializers and no Identity: then a weight is found at its reader.
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.IdentityEliminationPass()(model)
-    emit = INT4_ALGORITHMS[algorithm] if format == "int4" else FORMATS[format]
+    emit = block_emitter(partial(INT4_ALGORITHMS[algorithm], block=group)) if format == "int4" else FORMATS[format]
     if emit is not None:
         if table is not None:
             emit = _known_first(table, emit)

@@ -9,6 +9,7 @@ from test_members import tiny_tokenizer
 from tiny_models import tiny_model
 
 from edgemix.bundle import read_manifest, verify_bundle
+from edgemix.compression import Pruning, Student
 from edgemix.errors import EdgemixError, InputError, ParityError, RecipeError
 from edgemix.export import pipeline
 from edgemix.export.pipeline import export_bundle
@@ -192,3 +193,55 @@ def test_a_write_cut_short_is_no_bug(folder, tmp_path, monkeypatch):
 def test_enormous_weights_are_still_shares(folder, tmp_path):
     manifest = export_bundle(recipe(folder, weights={"one": 1e308, "two": 1e308}), tmp_path / "bundle")
     assert manifest.weights.default == {"one": 0.5, "two": 0.5}
+
+
+def int4_recipe(folder, **changes):
+    (folder / "training.txt").write_text(TEXT[::-1])
+    data = Data(calibration={"prose": TextSource("training.txt")}, max_tokens=600)
+    options = {"members": (MemberRecipe("one", "one"),), "data": data, "format": "int4"}
+    return recipe(folder, **(options | {"quantization": Quantization(steps=3)} | changes))
+
+
+def test_int4_is_trained_where_there_is_text(folder, tmp_path):
+    export_bundle(int4_recipe(folder), tmp_path / "auto", force=True)
+    export_bundle(int4_recipe(folder, quantization=Quantization("distil", steps=3)), tmp_path / "distil", force=True)
+    export_bundle(int4_recipe(folder, quantization=Quantization("rtn")), tmp_path / "rtn", force=True)
+    export_bundle(int4_recipe(folder, data=Data()), tmp_path / "no-text", force=True)
+    found = {name: graphs(tmp_path / name) for name in ("auto", "distil", "rtn", "no-text")}
+    assert found["auto"] == found["distil"] != found["rtn"] == found["no-text"]
+
+
+def test_trained_blocks_are_kept_over_an_interruption(folder, tmp_path, monkeypatch):
+    trained = Spy(monkeypatch, "distill_blocks")
+    with monkeypatch.context() as patch:
+
+        def cut(*_, **__):
+            raise KeyboardInterrupt
+
+        patch.setattr(pipeline, "check_quantized", cut)
+        with pytest.raises(KeyboardInterrupt):
+            export_bundle(int4_recipe(folder), tmp_path / "bundle", force=True)
+    export_bundle(int4_recipe(folder), tmp_path / "bundle", force=True)
+    assert len(trained.calls) == 1
+
+
+def test_members_may_be_quantised_in_their_own_way(folder, tmp_path):
+    members = (MemberRecipe("one", "one", quantization=Quantization("rtn", group=64)), MemberRecipe("two", "one"))
+    export_bundle(int4_recipe(folder, members=members, data=Data()), tmp_path / "bundle", force=True)
+    sizes = [(tmp_path / "bundle/members" / name / "model.onnx.data").stat().st_size for name in ("one", "two")]
+    assert sizes[0] < sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quantization": Quantization("distil"), "data": Data()}, "learns from text"),
+        ({"quantization": Quantization(group=33)}, "is 33; it may be 16, 32"),
+        ({"quantization": Quantization(steps=0)}, "steps: is 0"),
+        ({"student": Student()}, "does not distil a student yet"),
+        ({"members": (MemberRecipe("one", "one", prune=Pruning()),)}, "does not prune yet"),
+    ],
+)
+def test_compression_that_makes_no_sense_is_refused(folder, tmp_path, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        export_bundle(int4_recipe(folder, **changes), tmp_path / "bundle")

@@ -3,7 +3,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from edgemix.errors import InputError
-from edgemix.export.text import PIECE, split, windows
+from edgemix.export.text import PIECE, calibration_windows, split, windows
 
 EOS, BOS = 1, 2
 
@@ -78,3 +78,14 @@ def test_what_is_held_out_depends_on_content_alone():
 
 def test_one_piece_cannot_be_split():
     assert split(["short"], 0.5) == (["short"], [])
+
+
+def test_calibration_takes_half_from_the_domain_of_the_members_name(tokenizer):
+    domains = {name: [letter * 4_000] for name, letter in (("math", "a"), ("code", "b"), ("wiki", "c"))}
+    found = calibration_windows(domains, tokenizer, 16, 40, name="wiki")
+    assert [found.count([token] * 16) for token in (3, 4, 5)] == [10, 10, 20]
+    assert calibration_windows(domains, tokenizer, 16, 40, name="wiki") == found
+
+
+def test_calibration_makes_do_with_little_text(tokenizer):
+    assert calibration_windows({"a": ["abc"], "b": ["d"]}, tokenizer, 64, 10) == [[3, 4, 5, EOS]]

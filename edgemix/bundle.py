@@ -25,14 +25,17 @@ from edgemix.manifest import (
     GraphParity,
     Manifest,
     MemberEntry,
+    PruningFigures,
     QuantizationParity,
     Source,
+    SparseWeights,
     TokenizerEntry,
     Weights,
     faults,
 )
 from edgemix.progress import SILENT, Progress, Task
 from edgemix.safe_paths import resolve
+from edgemix.sparse_storage import SUFFIX, read_header
 from edgemix.tokenizer_identity import TokenizerIdentity
 
 if TYPE_CHECKING:
@@ -47,8 +50,10 @@ __all__ = [
     "GraphParity",
     "Manifest",
     "MemberEntry",
+    "PruningFigures",
     "QuantizationParity",
     "Source",
+    "SparseWeights",
     "TokenizerEntry",
     "Weights",
     "files_in",
@@ -65,7 +70,7 @@ MAX_MANIFEST_BYTES = 16 << 20
 _CHUNK = 1 << 20
 _MOST_LINES, _LONGEST_LINE = 20, 300  # of what is said about a manifest that may be hostile
 # Files that ONNX Runtime or a tokenizer would open if something led there; others (a README, .DS_Store) harm nobody.
-_LOADABLE = frozenset({".onnx", ".data", ".json", ".jinja"})
+_LOADABLE = frozenset({".onnx", ".data", SUFFIX, ".json", ".jinja"})
 _EXPORT_AGAIN = "Export or download the bundle again."
 
 
@@ -127,10 +132,20 @@ def verify_bundle(bundle: Path, manifest: Manifest, *, checksums: bool = True, p
                     raise BundleError(f"{bundle}: {name} has changed: its sha256 is not the manifest's", _EXPORT_AGAIN)
         _check_tokenizer(bundle, manifest)
     for member in manifest.members:
-        folder = PurePosixPath(member.graph).parent
-        for location in sorted(external_files(resolve(bundle, member.graph))):
-            if str(folder / location) not in manifest.files:
-                raise BundleError(f"{bundle}: {member.graph} takes weights from {location!r}, which is not listed")
+        _check_weights(bundle, manifest, member)
+
+
+def _check_weights(bundle: Path, manifest: Manifest, member: MemberEntry) -> None:
+    """Check that a member's weights are listed, and stored without their zeros if the manifest says so."""
+    folder = PurePosixPath(member.graph).parent
+    locations = sorted(external_files(resolve(bundle, member.graph)))
+    for location in locations:
+        if str(folder / location) not in manifest.files:
+            raise BundleError(f"{bundle}: {member.graph} takes weights from {location!r}, which is not listed")
+    sparse = [resolve(bundle, str(folder / location)) for location in locations if location.endswith(SUFFIX)]
+    found = sum(read_header(path).size for path in sparse)
+    if found != (member.sparse.size if member.sparse else 0):
+        raise BundleError(f"{bundle}: the weights of {member.name!r} are not stored as {MANIFEST} says", _EXPORT_AGAIN)
 
 
 def _check_tokenizer(bundle: Path, manifest: Manifest) -> None:

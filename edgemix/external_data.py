@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from edgemix.errors import BundleError, storage_errors
 from edgemix.safe_paths import resolve
+from edgemix.sparse_storage import SUFFIX, read_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,7 +51,10 @@ _KEYS = frozenset({"location", "offset", "length", "checksum"})
 
 
 class ExternalTensor(NamedTuple):
-    """Where one tensor's bytes lie: a file relative to the graph's folder, and the part of it, in bytes."""
+    """Where one tensor's bytes lie: a file relative to the graph's folder, and the part of it, in bytes.
+
+    The file may be stored as LOCATION.sparse: then the place is in what that expands to.
+    """
 
     location: str
     offset: int
@@ -62,12 +66,13 @@ class _MalformedError(ValueError):
 
 
 def external_files(graph: Path) -> frozenset[str]:
-    """The files, relative to the graph's folder, that a graph takes weights from.
+    """The files, relative to the graph's folder, that a graph takes weights from, as they are stored.
 
     Raises:
         BundleError: See `external_tensors`.
     """
-    return frozenset(tensor.location for tensor in external_tensors(graph))
+    locations = frozenset(tensor.location for tensor in external_tensors(graph))
+    return frozenset(name if (graph.parent / name).is_file() else name + SUFFIX for name in locations)
 
 
 def external_tensors(graph: Path) -> Iterator[ExternalTensor]:
@@ -96,10 +101,7 @@ def _placed(graph: Path, entries: dict[str, str], sizes: dict[str, int]) -> Exte
         raise _MalformedError("a tensor's external data has no location")
     location = entries["location"]
     if location not in sizes:
-        path = resolve(graph.parent, location)
-        if not path.is_file():
-            raise BundleError(f"{graph}: its weights in {location!r} are missing")
-        sizes[location] = path.stat().st_size
+        sizes[location] = _size(graph, location)
     offset = _natural(entries.get("offset", "0"))
     length = _natural(entries["length"]) if "length" in entries else sizes[location] - offset
     if length < 0 or offset + length > sizes[location]:
@@ -109,6 +111,16 @@ def _placed(graph: Path, entries: dict[str, str], sizes: dict[str, int]) -> Exte
             "Export or download the bundle again.",
         )
     return ExternalTensor(location, offset, length)
+
+
+def _size(graph: Path, location: str) -> int:
+    """Bytes of an external data file, or of what its .sparse file would expand to."""
+    path, packed = (resolve(graph.parent, name) for name in (location, location + SUFFIX))
+    if path.is_file():
+        return path.stat().st_size
+    if not packed.is_file():
+        raise BundleError(f"{graph}: its weights in {location!r} are missing")
+    return read_header(packed).size
 
 
 def _natural(text: str) -> int:

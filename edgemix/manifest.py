@@ -90,6 +90,36 @@ class QuantizationParity(_Record, frozen=True):
     perplexity_ratio_limit: float
 
 
+class PruningFigures(_Record, frozen=True):
+    """A pruned model against the model that it was cut from, on `tokens` tokens of text that neither was fitted to.
+
+    Attributes:
+        parameters_before: Number of weights before, `parameters_after` after structured cuts.
+        sparsity: Share of zeros among the weights of the layers' linears.
+        kl: Mean KL divergence from the unpruned model's distribution, in nats a token; `kl_limit` its limit.
+        perplexity_ratio: Perplexity of the pruned model over that of the unpruned one; with its limit.
+    """
+
+    parameters_before: int
+    parameters_after: int
+    sparsity: float
+    tokens: int
+    kl: float
+    kl_limit: float
+    perplexity_ratio: float
+    perplexity_ratio_limit: float
+
+
+class SparseWeights(_Record, frozen=True):
+    """Weights stored without their zeros, in a .sparse file beside the graph that the runtime expands when it loads.
+
+    Attributes:
+        size: Bytes of the external data file that it stands for.
+    """
+
+    size: int
+
+
 class MemberEntry(_Record, frozen=True):
     """One member: its graph (a path inside the bundle), where it came from, and how close it stayed.
 
@@ -97,6 +127,8 @@ class MemberEntry(_Record, frozen=True):
         fallbacks: Exporter paths tried before `facts.exporter`, each with why it was refused.
         quantization: None for fp32.
         forced: True if a gate was over its limit and `--force` let it pass.
+        pruning: None for a model that was not pruned.
+        sparse: Set where the weights are stored without their zeros.
     """
 
     name: str
@@ -109,6 +141,8 @@ class MemberEntry(_Record, frozen=True):
     fallbacks: tuple[str, ...] = ()
     forced: bool = False
     kind: Literal["decoder"] = "decoder"
+    pruning: PruningFigures | None = None
+    sparse: SparseWeights | None = None
 
 
 class TokenizerEntry(_Record, frozen=True):
@@ -203,6 +237,8 @@ def _member_faults(manifest: Manifest) -> Iterator[str]:
             value = getattr(member.facts, name)
             if not 1 <= value <= limit:
                 yield f"{where}: {name} is {value}, and may be 1 to {limit}"
+        if member.sparse is not None and member.sparse.size < 1:
+            yield f"{where}: its sparse weights would expand to {member.sparse.size} bytes"
 
 
 def _weight_faults(manifest: Manifest) -> Iterator[str]:

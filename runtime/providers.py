@@ -17,8 +17,10 @@ import numpy as np
 import psutil
 
 from edgemix.errors import BundleError, EdgemixError, InputError
+from edgemix.runtime.sparse_weights import expanded_files
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -130,7 +132,7 @@ def open_session(graph: Path, provider: Provider, *, threads: int | None = None)
     """An `onnxruntime.InferenceSession` of a graph file.
 
     Args:
-        graph: The .onnx file; its external data is looked for beside it.
+        graph: The .onnx file; its external data is looked for beside it, plain or as a .sparse file.
         provider: Where it runs.
         threads: Threads within an operator; physical cores by default.
 
@@ -139,14 +141,30 @@ def open_session(graph: Path, provider: Provider, *, threads: int | None = None)
     """
     if not graph.is_file():
         raise BundleError(f"there is no graph {graph}", "Export the bundle again.")
+    options = session_options(threads)
+    weights = expanded_files(graph)  # ONNX Runtime copies them: they need not outlive the session's creation
+    if weights:
+        _give_files(options, weights)
     try:
-        return _create(str(graph), provider, session_options(threads))
+        return _create(str(graph), provider, options)
     except onnxruntime_errors() as error:
         raise BundleError(
             f"ONNX Runtime cannot load {graph} on {provider.name}: "
             + plain(error).removeprefix(f"Load model from {graph} failed:"),
             "The graph is damaged or made for another target; export the bundle again.",
         ) from error
+
+
+def _give_files(options: Any, files: Mapping[str, NDArray[np.uint8]]) -> None:
+    """Let a session find external data files in memory: location -> content."""
+    if not hasattr(options, "add_external_initializers_from_files_in_memory"):
+        raise EdgemixError(
+            f"this ONNX Runtime ({_onnxruntime().__version__}) cannot take weights from memory, as sparse ones must be",
+            "Upgrade it: pip install --upgrade onnxruntime (or onnxruntime-gpu)",
+        )
+    options.add_external_initializers_from_files_in_memory(
+        list(files), list(files.values()), [content.nbytes for content in files.values()]
+    )
 
 
 def place(array: NDArray[Any], provider: Provider) -> Any:

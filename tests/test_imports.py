@@ -18,7 +18,15 @@ PACKAGES = {"edgemix": ROOT / "edgemix", "edgemix.export": ROOT / "export", "edg
 HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "mobius", "peft", "bitsandbytes"}
 RUNTIME = {"numpy", "onnxruntime", "tokenizers", "msgspec", "jinja2", "psutil", "edgemix"}
 """All that the runtime may import beside the standard library."""
-MAY_USE_RUNTIME = {"demo", "distillation", "mixture_weights", "parity", "pipeline", "quantization.activations"}
+MAY_USE_RUNTIME = {
+    "demo",
+    "distillation",
+    "mixture_weights",
+    "parity",
+    "pipeline",
+    "pruning.packing",
+    "quantization.activations",
+}
 """The exporter's modules that evaluate what they made."""
 
 

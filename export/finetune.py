@@ -17,10 +17,11 @@ from transformers.pytorch_utils import Conv1D
 
 from edgemix.errors import InputError, storage_errors
 from edgemix.export.architecture import context_length
+from edgemix.export.checkpoint import Checkpoint
 from edgemix.export.members import load_model, load_tokenizer, locate
 from edgemix.export.text import split, windows
 from edgemix.export.token_loss import bfloat16_pays, token_loss
-from edgemix.export.training import Budget, Checkpoint, fingerprint, train
+from edgemix.export.training import Budget, fingerprint, train
 from edgemix.progress import SILENT, Progress
 from edgemix.staging import Lock, stage_key
 

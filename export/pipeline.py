@@ -16,6 +16,7 @@ import numpy as np
 import edgemix
 from edgemix.errors import InputError, RecipeError, storage_errors
 from edgemix.export import shared_tokenizer
+from edgemix.export.checkpoint import Checkpoint
 from edgemix.export.graph import MODEL_FILE, export_graph
 from edgemix.export.members import Location, MemberLoader, end_ids, load_tokenizer, locate, versions
 from edgemix.export.mixture_weights import fit_weights
@@ -25,7 +26,7 @@ from edgemix.export.quantization.block_table import BlockTable
 from edgemix.export.quantization.distilled import BATCH, LENGTH, distill_blocks
 from edgemix.export.shared_tokenizer import tokenizer_size
 from edgemix.export.text import calibration_windows, windows
-from edgemix.export.training import Checkpoint, fingerprint
+from edgemix.export.training import fingerprint
 from edgemix.graph_io import GraphFacts
 from edgemix.manifest import SCHEMA, GraphParity, Manifest, MemberEntry, QuantizationParity, Source, Weights
 from edgemix.progress import SILENT, Prefixed, Progress

@@ -11,9 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from edgemix.errors import storage_errors
+from edgemix.export.checkpoint import Checkpoint
 from edgemix.export.text import windows
 from edgemix.export.token_loss import token_loss
-from edgemix.export.training import Budget, Checkpoint, fingerprint, train
+from edgemix.export.training import Budget, fingerprint, train
 from edgemix.progress import SILENT, Progress
 from edgemix.staging import stage_key
 

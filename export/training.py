@@ -1,35 +1,33 @@
 """The training loop: AdamW under a budget of steps or time, kept by checkpoints that a killed run goes on from.
 
-Everything random at a step depends on the seed and the step's number alone, so a checkpoint holds the parameters, the
-optimiser's moments and three numbers; a run of so many steps ends the same whether it was interrupted or not.
+Everything random at a step depends on the seed and the step's number alone, so a run of so many steps ends the same
+whether it was interrupted or not.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import signal
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import accelerate
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 
-from edgemix.bundle import write_atomically
-from edgemix.errors import EdgemixError, InputError, storage_errors
+from edgemix.errors import EdgemixError, InputError
+from edgemix.export.checkpoint import Checkpoint, State
 from edgemix.progress import SILENT, Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from accelerate import Accelerator
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -38,8 +36,9 @@ if TYPE_CHECKING:
 WARM_UP = 0.06
 """Share of the budget in which the learning rate rises."""
 
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _SECONDS_BETWEEN_CHECKPOINTS = 60.0
+_SHARE_OF_CHECKPOINTS = 0.02
+"""Most of the time that may go into writing checkpoints."""
 _LARGEST_GRADIENT = 1.0
 
 
@@ -67,74 +66,19 @@ class Budget:
         return max(shares)
 
 
-@dataclass
-class State:
-    """Where training stands.
+@dataclass(frozen=True)
+class Validation:
+    """A loss on text that is held out, measured while training goes on. What measured best is what training ends with.
 
     Attributes:
-        steps: Optimiser steps taken.
-        seconds: Time that they took, over all runs.
-        loss: Running mean of the training loss, nats a token.
+        measure: The loss with the parameters as they are.
+        times: How often, over the whole budget.
+        patience: Training ends early after so many measurements in a row without a new best one.
     """
 
-    steps: int = 0
-    seconds: float = 0.0
-    loss: float = math.nan
-
-
-class Checkpoint:
-    """Training under way, in one safetensors file that is replaced atomically.
-
-    Args:
-        path: The file.
-        key: Digest of everything that the run depends on; a checkpoint with another key is not taken up.
-    """
-
-    def __init__(self, path: Path, key: str) -> None:
-        self._path = path
-        self._key = key
-
-    def save(self, state: State, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-        """Write parameters, optimiser moments and state.
-
-        Raises:
-            EdgemixError: The disk refuses.
-        """
-        tensors = {f"parameter/{name}": parameter.detach() for name, parameter in parameters.items()}
-        for name, parameter in parameters.items():
-            moments = optimizer.state.get(parameter, {})
-            tensors |= {f"{kind}/{name}": moments[kind] for kind in moments}
-        metadata = {"edgemix": json.dumps({"key": self._key, "state": asdict(state)})}
-        with storage_errors(f"writing {self._path}"):
-            write_atomically(
-                self._path, safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, metadata)
-            )
-
-    def restore(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> State | None:
-        """Load what `save` wrote into parameters and optimiser; None if there is nothing that fits."""
-        if not self._path.is_file():
-            return None
-        try:
-            with safetensors.safe_open(self._path, "pt") as file:
-                written = json.loads((file.metadata() or {})["edgemix"])
-                if written["key"] != self._key:
-                    return None
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            state = State(**written["state"])
-        except (safetensors.SafetensorError, ValueError, KeyError, TypeError):
-            return None
-        for name, parameter in parameters.items():
-            with torch.no_grad():
-                parameter.copy_(tensors[f"parameter/{name}"])
-            if f"exp_avg/{name}" in tensors:
-                optimizer.state[parameter] = {
-                    kind: tensors[f"{kind}/{name}"].to("cpu" if kind == "step" else parameter.device)
-                    for kind in _MOMENTS
-                }
-        return state
-
-    def remove(self) -> None:
-        self._path.unlink(missing_ok=True)
+    measure: Callable[[], float]
+    times: int = 20
+    patience: int = 5
 
 
 def train(
@@ -147,6 +91,11 @@ def train(
     learning_rate: float,
     betas: tuple[float, float] = (0.9, 0.999),
     epsilon: float = 1e-8,
+    accumulate: int = 1,
+    eight_bit: bool = False,
+    validation: Validation | None = None,
+    before_step: Callable[[float], None] | None = None,
+    workers: Accelerator | None = None,
     seed: int = 0,
     checkpoint: Checkpoint | None = None,
     title: str = "train",
@@ -155,16 +104,22 @@ def train(
     """Minimise `loss` over `parameters` with AdamW; the learning rate rises, then falls to zero as a half cosine.
 
     Args:
-        loss: Token ids [batch, length] on the parameters' device -> mean loss, a scalar.
+        loss: Rows of `windows` (token ids [batch, length]) on the parameters' device -> mean loss, a scalar.
         parameters: Name -> what is trained, all on one device.
         windows: int64 [windows, length]; every epoch takes them in another order.
         budget: When to stop. Time includes that of the runs before an interruption.
-        batch: Windows a step.
+        batch: Windows whose loss is computed at once.
         learning_rate: At its highest.
         betas: AdamW's; so is `epsilon`.
         epsilon: Small against the gradients.
+        accumulate: Batches whose gradients make a step.
+        eight_bit: Keep the moments in 8 bits (bitsandbytes).
+        validation: Tells which parameters are best, and when there is no more to gain.
+        before_step: Told before each step what share of the budget is used.
+        workers: Processes that take a batch each and share their gradients; they must all call this, on equal
+            parameters, and see the checkpoint at the same path. The first one writes it.
         seed: Of the order of the windows and of dropout.
-        checkpoint: Where to go on from and where to keep the state: every minute, when interrupted and at the end.
+        checkpoint: Where to go on from and where to keep the state: every minute or so, when interrupted, at the end.
         title: The stage's name for `progress`.
         progress: Hears of every step's loss.
 
@@ -172,39 +127,142 @@ def train(
         EdgemixError: The loss is no longer a number, or a checkpoint cannot be written.
         KeyboardInterrupt: As it came, once the checkpoint is written.
     """
-    optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, betas=betas, eps=epsilon, weight_decay=0.0)
     device = next(iter(parameters.values())).device
-    state = (checkpoint.restore(parameters, optimizer) if checkpoint else None) or State()
+    optimizer = _optimizer(parameters, device, learning_rate, betas, epsilon, eight_bit=eight_bit)
+    best: dict[str, Tensor] = {}
+    state = (checkpoint.restore(parameters, optimizer, best) if checkpoint else None) or State()
+    run = _Run(
+        loss=loss,
+        parameters=parameters,
+        windows=windows,
+        budget=budget,
+        batch=batch,
+        learning_rate=learning_rate,
+        accumulate=accumulate,
+        validation=validation,
+        before_step=before_step,
+        workers=workers if workers and workers.num_processes > 1 else None,
+        seed=seed,
+        optimizer=optimizer,
+        device=device,
+        state=state,
+        best=best,
+    )
+    if workers and not workers.is_main_process:
+        checkpoint = None
     with progress.stage(title, 1.0) as task, torch.random.fork_rng([device] if device.type == "cuda" else []):
-        task.advance(budget.used(state.steps, state.seconds), _note(state))
-        saved = time.monotonic()
+        done = 0.0
+        saved, pause = time.monotonic(), _SECONDS_BETWEEN_CHECKPOINTS
         try:
-            while (used := budget.used(state.steps, state.seconds)) < 1:
-                started = time.monotonic()
-                ids = torch.from_numpy(windows[_order(len(windows), state.steps, batch, seed)]).to(device)
-                torch.manual_seed(seed + state.steps)
-                value = _gradients(loss, ids, parameters, state.steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * rate(used, state.steps)
-                with _uninterrupted():
-                    optimizer.step()
-                    state.loss = value if state.steps == 0 else 0.9 * state.loss + 0.1 * value
-                    state.steps += 1
-                    state.seconds += time.monotonic() - started
-                optimizer.zero_grad()
-                task.advance(min(budget.used(state.steps, state.seconds), 1.0) - used, _note(state))
-                if checkpoint and time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
-                    checkpoint.save(state, parameters, optimizer)
+            while True:
+                run.validate()
+                used = run.used()
+                task.advance(min(used, 1.0) - done, _note(state))
+                done = min(used, 1.0)
+                if used >= 1 or (validation and state.stale >= validation.patience):
+                    break
+                run.step(used)
+                if checkpoint and time.monotonic() - saved > pause:
+                    started = time.monotonic()
+                    checkpoint.save(state, parameters, optimizer, best)
                     saved = time.monotonic()
+                    pause = max(_SECONDS_BETWEEN_CHECKPOINTS, (saved - started) / _SHARE_OF_CHECKPOINTS)
         except KeyboardInterrupt:
             if checkpoint:
                 with _uninterrupted():
-                    checkpoint.save(state, parameters, optimizer)
+                    checkpoint.save(state, parameters, optimizer, best)
                 progress.say(f"{title}: stopped after {state.steps} steps; the same call goes on from there")
             raise
         if checkpoint:
-            checkpoint.save(state, parameters, optimizer)
+            checkpoint.save(state, parameters, optimizer, best)
+    with torch.no_grad():
+        for name, parameter in best.items():
+            parameters[name].copy_(parameter)
     return state
+
+
+@dataclass
+class _Run:
+    """`train` under way: its arguments, and what changes from step to step.
+
+    Attributes:
+        workers: None for one process.
+        best: The parameters that measured best so far; empty before the first measurement.
+    """
+
+    loss: Loss
+    parameters: Mapping[str, Tensor]
+    windows: NDArray[np.int64]
+    budget: Budget
+    batch: int
+    learning_rate: float
+    accumulate: int
+    validation: Validation | None
+    before_step: Callable[[float], None] | None
+    workers: Accelerator | None
+    seed: int
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    state: State
+    best: dict[str, Tensor]
+
+    def used(self) -> float:
+        """Share of the budget that is used up, by the first worker's clock: all must stop at the same step."""
+        used = self.budget.used(self.state.steps, self.state.seconds)
+        if self.workers is None:
+            return used
+        return float(accelerate.utils.broadcast(torch.tensor(used, dtype=torch.float64, device=self.device)))
+
+    def step(self, used: float) -> None:
+        """One step of the optimiser; parameters, moments and state change together, or not at all."""
+        state, started = self.state, time.monotonic()
+        if self.before_step:
+            self.before_step(used)
+        place, places = (self.workers.process_index, self.workers.num_processes) if self.workers else (0, 1)
+        order = _order(len(self.windows), state.steps, self.batch * self.accumulate * places, self.seed)
+        ids = torch.from_numpy(self.windows[order[place::places]]).to(self.device)
+        torch.manual_seed(self.seed + state.steps * places + place)
+        value = self._gradients(ids.split(self.batch))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * rate(used, state.steps)
+        with _uninterrupted():
+            self.optimizer.step()
+            state.loss = value if state.steps == 0 else 0.9 * state.loss + 0.1 * value
+            state.steps += 1
+            state.seconds += time.monotonic() - started
+        self.optimizer.zero_grad()
+
+    def validate(self) -> None:
+        """Measure if that is due, and keep the parameters if they are the best so far."""
+        state, started = self.state, time.monotonic()
+        if self.validation is None or (due := int(self.used() * self.validation.times + 1e-9)) <= state.measured:
+            return
+        measured = self.validation.measure()
+        with _uninterrupted():
+            state.measured = due
+            state.stale += 1
+            if measured < state.best:
+                state.best, state.stale = measured, 0
+                self.best.update({name: each.detach().clone() for name, each in self.parameters.items()})
+            state.seconds += time.monotonic() - started
+
+    def _gradients(self, batches: Sequence[Tensor]) -> float:
+        """The mean loss over batches and workers; its gradients, clipped, are in the parameters."""
+        total = 0.0
+        for batch in batches:
+            value = self.loss(batch)
+            if not torch.isfinite(value):
+                raise EdgemixError(
+                    f"the training loss is {value.item()} at step {self.state.steps}", "Try a lower learning rate."
+                )
+            (value / len(batches) if len(batches) > 1 else value).backward()
+            total += float(value.detach()) / len(batches)
+        if self.workers:
+            for parameter in self.parameters.values():
+                parameter.grad = self.workers.reduce(parameter.grad, "mean")
+            total = float(self.workers.reduce(torch.tensor(total, device=self.device), "mean"))
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), _LARGEST_GRADIENT)
+        return total
 
 
 def rate(used: float, steps: int) -> float:
@@ -225,13 +283,30 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _gradients(loss: Loss, ids: Tensor, parameters: Mapping[str, Tensor], steps: int) -> float:
-    value = loss(ids)
-    if not torch.isfinite(value):
-        raise EdgemixError(f"the training loss is {value.item()} at step {steps}", "Try a lower learning rate.")
-    value.backward()
-    torch.nn.utils.clip_grad_norm_(parameters.values(), _LARGEST_GRADIENT)
-    return float(value.detach())
+def _optimizer(
+    parameters: Mapping[str, Tensor],
+    device: torch.device,
+    learning_rate: float,
+    betas: tuple[float, float],
+    epsilon: float,
+    *,
+    eight_bit: bool,
+) -> torch.optim.Optimizer:
+    if eight_bit:
+        from bitsandbytes.optim import AdamW8bit
+
+        quantized: torch.optim.Optimizer = AdamW8bit(
+            list(parameters.values()), lr=learning_rate, betas=betas, eps=epsilon, weight_decay=0.0
+        )
+        return quantized
+    return torch.optim.AdamW(
+        parameters.values(),
+        lr=learning_rate,
+        betas=betas,
+        eps=epsilon,
+        weight_decay=0.0,
+        fused=device.type == "cpu",  # one pass over memory, a fifth of the time
+    )
 
 
 def _order(windows: int, step: int, batch: int, seed: int) -> NDArray[np.int64]:
@@ -246,7 +321,10 @@ def _epoch(windows: int, epoch: int, seed: int) -> NDArray[np.int64]:
 
 
 def _note(state: State) -> str:
-    return f"step {state.steps}, loss {state.loss:.3f}" if state.steps else ""
+    if not state.steps:
+        return ""
+    best = "" if math.isinf(state.best) else f", best on held-out text {state.best:.3f}"
+    return f"step {state.steps}, loss {state.loss:.3f}{best}"
 
 
 @contextmanager

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from edgemix.export.training import Checkpoint
+    from edgemix.export.checkpoint import Checkpoint
 
 STEPS = 80
 BATCH, LENGTH = 8, 256

@@ -10,10 +10,11 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
+from edgemix.export.checkpoint import Checkpoint
 from edgemix.export.quantization.distilled import distill_blocks
 from edgemix.export.quantization.rtn import rtn
 from edgemix.export.token_loss import token_loss
-from edgemix.export.training import Budget, Checkpoint, train
+from edgemix.export.training import Budget, train
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,4 +1,9 @@
+import os
 import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,7 +12,8 @@ from torch import nn
 
 from edgemix.errors import EdgemixError, InputError
 from edgemix.export import training
-from edgemix.export.training import Budget, Checkpoint, rate, train
+from edgemix.export.checkpoint import Checkpoint
+from edgemix.export.training import Budget, Validation, rate, train
 from edgemix.progress import SILENT
 
 WINDOWS = np.arange(40, dtype=np.int64).reshape(20, 2)
@@ -178,3 +184,120 @@ def test_the_rate_rises_then_falls():
     assert rates[0] == pytest.approx(0.1)
     assert rates[-1] < 1e-3
     assert rate(1.2, 300) == 0
+
+
+class Quadratic:
+    """A loss without noise, whose mean over windows is what it is over all of them at once."""
+
+    def __init__(self, size=6):
+        torch.manual_seed(0)
+        self.parameters = {"p": nn.Parameter(torch.randn(size))}
+
+    def __call__(self, ids):
+        target = ids.float().mean(1, keepdim=True) / 40
+        return ((self.parameters["p"] - target) ** 2).mean()
+
+    def train(self, steps=9, **options):
+        return train(self, self.parameters, WINDOWS, **{"budget": Budget(steps), "batch": 6, "learning_rate": 0.1,
+                                                        **options})  # fmt: skip
+
+
+def test_accumulated_gradients_are_a_larger_batchs():
+    whole, parts = Quadratic(), Quadratic()
+    expected = whole.train()
+    state = parts.train(batch=2, accumulate=3)
+    assert state.loss == pytest.approx(expected.loss)
+    torch.testing.assert_close(parts.parameters["p"], whole.parameters["p"])
+    assert state.steps == 9
+
+
+def test_the_best_parameters_are_kept_and_training_ends_early():
+    """The validation loss falls, then rises: training ends, with the parameters that were best."""
+    run, seen = Quadratic(), []
+    losses = [5.0, 4.0, 3.0, 3.5, 3.2, 3.1, 0.0]
+
+    def measure():
+        seen.append(run.parameters["p"].detach().clone())
+        return losses[len(seen) - 1]
+
+    state = run.train(40, validation=Validation(measure, times=10, patience=3))
+    assert (state.steps, state.best, state.stale) == (24, 3.0, 3)
+    assert torch.equal(run.parameters["p"], seen[2])
+    assert not torch.equal(seen[2], seen[5])
+
+
+def test_the_last_step_is_measured_too():
+    run, seen = Quadratic(), []
+    run.train(7, validation=Validation(lambda: -float(len(seen.append(0) or seen)), times=3))
+    assert len(seen) == 3
+    plain = Quadratic()
+    plain.train(7)
+    assert torch.equal(run.parameters["p"], plain.parameters["p"])
+
+
+@pytest.mark.parametrize("at", [2, 5, 6])
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_interrupted_with_validation_and_8_bit_moments(tmp_path, at, eight_bit):
+    """The best parameters lie in the checkpoint: the run that goes on may never see better ones."""
+
+    def go(run, checkpoint=None, stop=None):
+        calls = []
+
+        def before(used):
+            calls.append(used)
+            if used == stop:
+                interrupt()
+
+        # Least in the middle of the run, so that the best lies before some of the interruptions.
+        validation = Validation(lambda: abs(run.parameters["p"].norm().item() - 60), times=8, patience=9)
+        return run.train(8, eight_bit=eight_bit, validation=validation, checkpoint=checkpoint, before_step=before)
+
+    whole, parts, again = (Quadratic(8192) for _ in range(3))
+    expected = go(whole)
+    with pytest.raises(KeyboardInterrupt):
+        go(parts, Checkpoint(tmp_path / "state", "key"), stop=at / 8)
+    state = go(again, Checkpoint(tmp_path / "state", "key"))
+    assert (state.steps, state.loss, state.best) == (expected.steps, expected.loss, expected.best)
+    assert torch.equal(again.parameters["p"], whole.parameters["p"])
+
+
+def test_moments_in_8_bits_train_as_well():
+    run = Quadratic(8192)
+    before = run(torch.from_numpy(WINDOWS)).item()
+    run.train(30, eight_bit=True)
+    assert run(torch.from_numpy(WINDOWS)).item() < 0.2 * before
+
+
+_WORKER = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from accelerate import Accelerator
+from test_training import Quadratic, Validation
+workers = Accelerator(cpu=True)
+run = Quadratic()
+state = run.train(batch=3, workers=workers, validation=Validation(lambda: 1.0, times=3, patience=2))
+if workers.is_main_process:
+    torch.testing.assert_close(run.parameters["p"].detach().tolist(), [float(x) for x in sys.argv[2].split()])
+    print(workers.num_processes, state.steps, round(state.loss, 5))
+workers.end_training()
+"""
+
+
+def test_two_processes_are_one_with_twice_the_batch(tmp_path):
+    """As accelerate launches them: each with its number in the environment."""
+    whole = Quadratic()
+    expected = whole.train(validation=Validation(lambda: 1.0, times=3, patience=2))
+    values = " ".join(map(str, whole.parameters["p"].tolist()))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                           "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    command = [sys.executable, "-c", _WORKER, str(Path(__file__).parent), values]
+    processes = [
+        subprocess.Popen(command, env=shared | {"RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]
+    first, _ = (process.communicate(timeout=120) for process in processes)
+    assert [process.returncode for process in processes] == [0, 0]
+    assert first[0].split() == ["2", str(expected.steps), str(round(expected.loss, 5))]

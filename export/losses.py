@@ -122,16 +122,21 @@ def divergence_of_events(teacher: Tensor, student: Tensor, kind: Divergence, ske
     return 0.5 * (p.exp() - student.exp()).abs().sum(-1)
 
 
-def top_k(log_probabilities: Tensor, k: int, temperature: float = 1.0) -> TopK:
+def top_k(logits: Tensor, k: int, temperature: float = 1.0) -> TopK:
     """The k most probable tokens of each distribution, and the mass of the rest, at a temperature.
 
     Args:
-        log_probabilities: [rows, vocabulary] at temperature 1, or logits.
+        logits: [rows, vocabulary]; log-probabilities do as well.
         k: At most the vocabulary counts.
         temperature: Tempering must come first: the rest's mass at another temperature does not follow from its mass.
     """
-    scaled = log_probabilities.float() / temperature
-    logits, ids = scaled.topk(min(k, scaled.shape[1]), sorted=False)
-    rest = scaled.scatter(1, ids, -math.inf).logsumexp(-1)
-    norm = torch.logaddexp(rest, logits.logsumexp(-1))
-    return TopK(ids, logits - norm[:, None], rest - norm)
+    return top_k_of_probabilities((logits.float() / temperature).softmax(-1), k)
+
+
+def top_k_of_probabilities(probabilities: Tensor, k: int, temperature: float = 1.0) -> TopK:
+    """As `top_k`, from probabilities fp32 [rows, vocabulary] at temperature 1, which are overwritten."""
+    powers = probabilities if temperature == 1 else probabilities.pow_(1 / temperature)
+    top, ids = powers.topk(min(k, powers.shape[1]), sorted=False)
+    rest = powers.scatter_(1, ids, 0).sum(-1)
+    norm = (top.sum(-1) + rest).log()
+    return TopK(ids, top.log() - norm[:, None], rest.log() - norm)

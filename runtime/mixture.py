@@ -252,7 +252,7 @@ class Mixture:
         """
         ids = self.tokenizer.encode(text)
         self._check_length(ids, "the text")
-        with closing(State(self._blend(weights, combine), 1)) as state:
+        with closing(State(self.blend(weights, combine), 1)) as state:
             probabilities = np.exp(state.extend([ids])[0].astype(np.float64))
         return np.asarray(probabilities / probabilities.sum())
 
@@ -273,7 +273,7 @@ class Mixture:
         """Check what is left to check, then generate: yields the index of a prompt with its next chunk."""
         for index, prompt in enumerate(prompts):
             self._check_length(prompt, "the prompt" if len(prompts) == 1 else f"prompt {index + 1}")
-        blend = self._blend(settings.weights, settings.combine)
+        blend = self.blend(settings.weights, settings.combine)
         seeds = settings.seeds(len(prompts))
         return self._run(blend, prompts, settings, seeds, started)
 
@@ -306,7 +306,12 @@ class Mixture:
                         decoding.finish(token.sequence)
                     yield token.sequence, chunk
 
-    def _blend(self, weights: WeightChoice, combine: Combine) -> Blend:
+    def blend(self, weights: WeightChoice = None, combine: Combine = "linear") -> Blend:
+        """The members that weigh something, and how they are mixed, for callers who need more than text.
+
+        Raises:
+            InputError: An argument makes no sense.
+        """
         check_combine(combine)
         return Blend.of(self._open_members(), self._shares(weights), combine, self.vocabulary)
 

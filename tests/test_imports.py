@@ -20,7 +20,7 @@ RUNTIME = {"numpy", "onnxruntime", "tokenizers", "msgspec", "jinja2", "psutil", 
 """All that the runtime may import beside the standard library."""
 MAY_USE_RUNTIME = {
     "demo",
-    "distillation",
+    "distillation.teacher",
     "mixture_weights",
     "parity",
     "pipeline",

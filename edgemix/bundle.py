@@ -25,12 +25,14 @@ from edgemix.manifest import (
     GraphParity,
     Manifest,
     MemberEntry,
+    MixtureParity,
     PruningFigures,
     QuantizationParity,
     Source,
     SparseWeights,
     TokenizerEntry,
     Weights,
+    checksum_of,
     faults,
 )
 from edgemix.progress import SILENT, Progress, Task
@@ -50,12 +52,14 @@ __all__ = [
     "GraphParity",
     "Manifest",
     "MemberEntry",
+    "MixtureParity",
     "PruningFigures",
     "QuantizationParity",
     "Source",
     "SparseWeights",
     "TokenizerEntry",
     "Weights",
+    "check_writable",
     "files_in",
     "hash_file",
     "read_manifest",
@@ -98,18 +102,26 @@ def read_manifest(bundle: Path) -> Manifest:
                 "Upgrade: pip install --upgrade edgemix",
             )
         manifest = msgspec.json.decode(data, type=Manifest)
+        document = msgspec.json.decode(data)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is damaged: {error}", _EXPORT_AGAIN) from None
     if problems := faults(manifest):
         lines = [problem[:_LONGEST_LINE] for problem in problems[:_MOST_LINES]]
         raise BundleError("\n  ".join([f"{path} cannot be trusted:", *lines]), _EXPORT_AGAIN)
-    if manifest != manifest.sealed():
+    if manifest.checksum != checksum_of(document):
         raise BundleError(f"{path} has changed: its checksum is not its own", _EXPORT_AGAIN)
     _check_sizes(bundle, manifest)
     return manifest
 
 
-def verify_bundle(bundle: Path, manifest: Manifest, *, checksums: bool = True, progress: Progress = SILENT) -> None:
+def verify_bundle(
+    bundle: Path,
+    manifest: Manifest,
+    *,
+    checksums: bool = True,
+    only: MemberEntry | None = None,
+    progress: Progress = SILENT,
+) -> None:
     """Check the bundle's files against its manifest.
 
     Args:
@@ -117,6 +129,7 @@ def verify_bundle(bundle: Path, manifest: Manifest, *, checksums: bool = True, p
         manifest: From `read_manifest`.
         checksums: Read every file and compare its sha256, and the tokenizer's fingerprint. Without it: sizes, paths,
             and that the graphs' external data is listed and lies within its files.
+        only: The graph that will be opened, where it is one alone; the others' files are not read.
         progress: Hears of the bytes read.
 
     Raises:
@@ -124,14 +137,16 @@ def verify_bundle(bundle: Path, manifest: Manifest, *, checksums: bool = True, p
     """
     _check_sizes(bundle, manifest)
     _check_unlisted(bundle, manifest)
+    entries = manifest.graphs if only is None else (only,)
     if checksums:
-        total = sum(entry.size for entry in manifest.files.values())
-        with progress.stage("verify checksums", total) as task:
-            for name, entry in manifest.files.items():
+        others = tuple(f"{PurePosixPath(entry.graph).parent}/" for entry in manifest.graphs if entry not in entries)
+        files = {name: entry for name, entry in manifest.files.items() if not name.startswith(others)}
+        with progress.stage("verify checksums", sum(entry.size for entry in files.values())) as task:
+            for name, entry in files.items():
                 if hash_file(resolve(bundle, name), task) != entry:
                     raise BundleError(f"{bundle}: {name} has changed: its sha256 is not the manifest's", _EXPORT_AGAIN)
         _check_tokenizer(bundle, manifest)
-    for member in manifest.members:
+    for member in entries:
         _check_weights(bundle, manifest, member)
 
 
@@ -161,17 +176,29 @@ def write_manifest(bundle: Path, manifest: Manifest) -> Manifest:
     """Put `manifest` in the bundle, in one step: a reader sees the old one or the new one, whatever happens.
 
     Returns:
-        The manifest as it was written, with its checksum.
+        The manifest as it was written: of this edgemix's schema, with its checksum.
 
     Raises:
         EdgemixError: The manifest is unsound, or cannot be written (full disk, read-only folder).
     """
     if problems := faults(manifest):
         raise EdgemixError("\n  ".join([f"{bundle / MANIFEST} would be unsound, and is not written:", *problems]))
-    sealed = manifest.sealed()
+    sealed = msgspec.structs.replace(manifest, schema=SCHEMA).sealed()
     data = msgspec.json.format(msgspec.json.encode(sealed, order="deterministic"), indent=2)
     write_atomically(bundle / MANIFEST, data + b"\n")
     return sealed
+
+
+def check_writable(bundle: Path) -> None:
+    """Find out whether `write_manifest` will be allowed to write, before work whose result it shall keep.
+
+    Raises:
+        EdgemixError: It will not.
+    """
+    probe = bundle / f".{MANIFEST}.{os.getpid()}.tmp"
+    with storage_errors(f"writing {bundle / MANIFEST}"):
+        probe.touch()
+        probe.unlink()
 
 
 def write_atomically(path: Path, data: bytes) -> None:

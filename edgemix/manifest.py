@@ -4,6 +4,7 @@ BUNDLE/
   edgemix.json                           the manifest below
   tokenizer/tokenizer.json               and chat_template.jinja where the tokenizer has one
   members/NAME/model.onnx, model.onnx.data
+  student/model.onnx, model.onnx.data    where the bundle has a student
 """
 
 from __future__ import annotations
@@ -21,12 +22,17 @@ from edgemix import safe_paths
 from edgemix.formats import Format, Target
 from edgemix.graph_io import GraphFacts
 
-SCHEMA = 1
+SCHEMA = 2
+"""2 added students, pruned and sparse members, and the mixture's parity. Bundles of schema 1 are read as they are."""
 MANIFEST = "edgemix.json"
 TOKENIZER = "tokenizer/tokenizer.json"
 CHAT_TEMPLATE = "tokenizer/chat_template.jinja"
 MEMBER_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,62}[A-Za-z0-9_-])?")
 """A member's name is also its folder's, on every system."""
+STUDENT = "student"
+"""The student's name, and its folder."""
+RESERVED_NAMES = frozenset({STUDENT, "mixture", "uniform", "fitted", "given"})
+"""What tables call what is no member."""
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -79,6 +85,7 @@ class QuantizationParity(_Record, frozen=True):
         kl: Mean KL divergence from the fp32 distribution, in nats a token; `kl_limit` its limit.
         flips: Share of positions whose most probable token differs; `flips_limit` its limit.
         perplexity_ratio: Perplexity of the stored graph over that of the fp32 graph; with its limit.
+        decode_kl: As `kl`, and with its limit, where the stored graph reads a token a call, after a past.
     """
 
     tokens: int
@@ -88,6 +95,25 @@ class QuantizationParity(_Record, frozen=True):
     flips_limit: float
     perplexity_ratio: float
     perplexity_ratio_limit: float
+    decode_kl: float | None = None
+
+
+class MixtureParity(_Record, frozen=True):
+    """The mixture of the stored graphs against the mixture of the fp32 graphs, on `tokens` tokens of the gates' text.
+
+    It has no limits: KL divergence is jointly convex, so the mixture's is at most the weighted mean of its members',
+    and those have passed theirs.
+
+    Attributes:
+        weights: Both mixtures', member name -> share; the bundle's own when it was made.
+        kl, flips, perplexity_ratio: As in `QuantizationParity`.
+    """
+
+    weights: dict[str, float]
+    tokens: int
+    kl: float
+    flips: float
+    perplexity_ratio: float
 
 
 class PruningFigures(_Record, frozen=True):
@@ -121,7 +147,7 @@ class SparseWeights(_Record, frozen=True):
 
 
 class MemberEntry(_Record, frozen=True):
-    """One member: its graph (a path inside the bundle), where it came from, and how close it stayed.
+    """One member, or the student: its graph (a path inside the bundle), where it came from, and how close it stayed.
 
     Attributes:
         fallbacks: Exporter paths tried before `facts.exporter`, each with why it was refused.
@@ -176,8 +202,14 @@ class Weights(_Record, frozen=True):
 
 
 class Manifest(_Record, frozen=True):
-    """All of `edgemix.json`. `files` maps every other file's path in the bundle to its size and checksum.
-    `checksum` is the sha256 of the manifest itself, see `sealed`.
+    """All of `edgemix.json`.
+
+    Attributes:
+        members: What is mixed, in order.
+        files: Every other file's path in the bundle -> its size and checksum.
+        checksum: Sha256 of the manifest itself, see `checksum_of`.
+        student: The small model that was distilled from the mixture; it is no member, and has no weight.
+        quantization: What quantisation costs the mixture; None where it has one member, or all are fp32.
     """
 
     schema: int
@@ -190,12 +222,33 @@ class Manifest(_Record, frozen=True):
     files: dict[str, FileEntry]
     versions: dict[str, str] = {}
     checksum: str = ""
+    student: MemberEntry | None = None
+    quantization: MixtureParity | None = None
+
+    @property
+    def graphs(self) -> tuple[MemberEntry, ...]:
+        """Every graph that the bundle holds: the members', then the student's."""
+        return self.members if self.student is None else (*self.members, self.student)
 
     def sealed(self) -> Manifest:
-        """The same manifest with the checksum of all the rest of it."""
-        plain = msgspec.structs.replace(self, checksum="")
-        digest = hashlib.sha256(msgspec.json.encode(plain, order="deterministic")).hexdigest()
-        return msgspec.structs.replace(self, checksum=digest)
+        """The same manifest with its checksum."""
+        document = msgspec.json.decode(msgspec.json.encode(self))
+        return msgspec.structs.replace(self, checksum=checksum_of(document))
+
+    def alone(self, entry: MemberEntry) -> Manifest:
+        """The bundle as if one of its graphs were all of it: a mixture of one."""
+        weights = Weights("given", {entry.name: 1.0})
+        return msgspec.structs.replace(self, members=(entry,), weights=weights, student=None, quantization=None)
+
+
+def checksum_of(document: Mapping[str, Any]) -> str:
+    """Sha256 of a manifest as it was decoded from JSON, all of it but its checksum.
+
+    Of the document and not of a `Manifest`, so that fields which later versions add leave older bundles' checksums
+    alone. The order of keys does not count, but in schema 1, which was hashed as it was written.
+    """
+    order: Literal["sorted"] | None = None if document.get("schema") == 1 else "sorted"
+    return hashlib.sha256(msgspec.json.encode({**document, "checksum": ""}, order=order)).hexdigest()
 
 
 # Far beyond every model there is, and small enough that nothing sized by them exhausts memory.
@@ -209,8 +262,9 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 def faults(manifest: Manifest) -> list[str]:
     """What is wrong with a manifest of the right structure, a line each; empty if it is sound."""
     return [
-        *([] if manifest.schema == SCHEMA else [f"schema is {manifest.schema}, and this edgemix knows {SCHEMA}"]),
+        *([] if 1 <= manifest.schema <= SCHEMA else [f"schema is {manifest.schema}, and edgemix knows 1 to {SCHEMA}"]),
         *_member_faults(manifest),
+        *_graph_faults(manifest),
         *_weight_faults(manifest),
         *_tokenizer_faults(manifest),
         *_file_faults(manifest),
@@ -228,17 +282,29 @@ def _member_faults(manifest: Manifest) -> Iterator[str]:
             yield f"{where} is no name for a member"
         if counts[member.name.casefold()] > 1:
             yield f"{where} is there more than once"
-        if member.source.parameters < 0:
+    if manifest.student is not None:
+        if manifest.student.name != STUDENT:
+            yield f"student: is called {manifest.student.name!r}"
+        if not manifest.student.graph.startswith(f"{STUDENT}/"):
+            yield f"student: its graph {manifest.student.graph!r} is not in the folder {STUDENT}"
+        if STUDENT in counts:
+            yield f"members: {STUDENT!r} is the student's name"
+
+
+def _graph_faults(manifest: Manifest) -> Iterator[str]:
+    for entry in manifest.graphs:
+        where = STUDENT if entry is manifest.student else f"members: {entry.name!r}"
+        if entry.source.parameters < 0:
             yield f"{where}: a negative number of parameters"
-        if not member.graph.endswith(".onnx"):
-            yield f"{where}: its graph {member.graph!r} is no .onnx file"
+        if not entry.graph.endswith(".onnx"):
+            yield f"{where}: its graph {entry.graph!r} is no .onnx file"
         limits = {"layers": MAX_LAYERS, "vocabulary": MAX_VOCABULARY, "context": MAX_CONTEXT}
         for name, limit in limits.items():
-            value = getattr(member.facts, name)
+            value = getattr(entry.facts, name)
             if not 1 <= value <= limit:
                 yield f"{where}: {name} is {value}, and may be 1 to {limit}"
-        if member.sparse is not None and member.sparse.size < 1:
-            yield f"{where}: its sparse weights would expand to {member.sparse.size} bytes"
+        if entry.sparse is not None and entry.sparse.size < 1:
+            yield f"{where}: its sparse weights would expand to {entry.sparse.size} bytes"
 
 
 def _weight_faults(manifest: Manifest) -> Iterator[str]:
@@ -256,7 +322,7 @@ def _weight_faults(manifest: Manifest) -> Iterator[str]:
 
 def _tokenizer_faults(manifest: Manifest) -> Iterator[str]:
     tokenizer = manifest.tokenizer
-    narrowest = min((member.facts.vocabulary for member in manifest.members), default=MAX_VOCABULARY)
+    narrowest = min((entry.facts.vocabulary for entry in manifest.graphs), default=MAX_VOCABULARY)
     if not 1 <= tokenizer.vocabulary <= narrowest:
         yield f"tokenizer: vocabulary is {tokenizer.vocabulary}, and the members' logits are {narrowest} wide"
     special = tokenizer.eos if tokenizer.bos is None else (tokenizer.bos, *tokenizer.eos)
@@ -274,7 +340,7 @@ def _file_faults(manifest: Manifest) -> Iterator[str]:
             yield f"files: {name!r} has a sha256 that is none"
     if MANIFEST in manifest.files:
         yield f"files: {MANIFEST} cannot list itself"
-    needed = [TOKENIZER, *(member.graph for member in manifest.members)]
+    needed = [TOKENIZER, *(entry.graph for entry in manifest.graphs)]
     yield from (f"files: {name!r} is not listed" for name in needed if name not in manifest.files)
 
 

@@ -97,7 +97,7 @@ class BundleWriter:
     def finish(self, manifest: Manifest, progress: Progress = SILENT) -> Manifest:
         """Complete `manifest` with the files' checksums, check the bundle, and move it to its place in one step.
 
-        The bundle gets each member's graph with its external data, and the tokenizer's folder; other files, left by
+        The bundle gets every graph with its external data, and the tokenizer's folder; other files, left by
         earlier runs of another recipe, are dropped.
 
         Returns:
@@ -147,10 +147,10 @@ class BundleWriter:
 
     def _drop_leftovers(self, manifest: Manifest) -> None:
         needed = set()
-        for member in manifest.members:
-            graph = resolve(self.folder, member.graph)
+        for entry in manifest.graphs:
+            graph = resolve(self.folder, entry.graph)
             if not graph.is_file():
-                raise EdgemixError(f"{self.output}: the graph of {member.name!r} was never written")
+                raise EdgemixError(f"{self.output}: the graph of {entry.name!r} was never written")
             needed |= {graph, *(graph.parent / location for location in external_files(graph))}
         tokenizer = self.folder / PurePosixPath(TOKENIZER).parent
         for path in list(files_in(self.folder)):

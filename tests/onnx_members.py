@@ -36,6 +36,7 @@ from edgemix.bundle import (
     write_manifest,
 )
 from edgemix.graph_io import CacheKind, GraphFacts
+from edgemix.manifest import STUDENT
 from edgemix.tokenizer_identity import TokenizerIdentity
 
 if TYPE_CHECKING:
@@ -248,21 +249,23 @@ def write_bundle(
     domains: dict[str, dict[str, float]] | None = None,
     bos: int | None = None,
     chat_template: str | None = None,
+    student: ClosedForm | None = None,
 ) -> Path:
-    """A bundle of members over the byte tokenizer."""
-    entries = []
-    for name, member in members.items():
-        facts = write_graph(folder / f"members/{name}/model.onnx", member)
-        entries.append(
-            MemberEntry(
-                name=name,
-                format="fp32",
-                graph=f"members/{name}/model.onnx",
-                source=Source(model="closed-form", model_type="closed_form", parameters=1, sha256="0" * 64),
-                facts=facts,
-                parity=GraphParity(0.0, 0.0, 0.0, 1e-4),
-            )
+    """A bundle of members over the byte tokenizer, and a student if there is one."""
+    forms = {f"members/{name}": member for name, member in members.items()}
+    if student is not None:
+        forms[STUDENT] = student
+    entries = [
+        MemberEntry(
+            name=place.rpartition("/")[2],
+            format="fp32",
+            graph=f"{place}/model.onnx",
+            source=Source(model="closed-form", model_type="closed_form", parameters=1, sha256="0" * 64),
+            facts=write_graph(folder / place / "model.onnx", form),
+            parity=GraphParity(0.0, 0.0, 0.0, 1e-4),
         )
+        for place, form in forms.items()
+    ]
     (folder / TOKENIZER).parent.mkdir(parents=True, exist_ok=True)
     byte_tokenizer().save(str(folder / TOKENIZER))
     fingerprint = TokenizerIdentity.parse((folder / TOKENIZER).read_bytes()).sha256()
@@ -278,7 +281,8 @@ def write_bundle(
         edgemix="0.1.0",
         target="cpu",
         seed=0,
-        members=tuple(entries),
+        members=tuple(entries[: len(members)]),
+        student=None if student is None else entries[-1],
         weights=Weights(
             method="fit" if domains else "given",
             default=weights or dict.fromkeys(members, 1 / len(members)),

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import onnx
 import pytest
+from onnx_members import saying, write_bundle
 
 from edgemix import bundle as bundle_module
 from edgemix.bundle import (
     MANIFEST,
+    SCHEMA,
     TOKENIZER,
     FileEntry,
-    Manifest,
+    check_writable,
     hash_file,
     read_manifest,
     resolve,
@@ -29,6 +31,7 @@ from edgemix.bundle import (
     write_manifest,
 )
 from edgemix.errors import BundleError, EdgemixError, InputError
+from edgemix.manifest import STUDENT, checksum_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,7 +58,7 @@ def change(bundle: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads((bundle / MANIFEST).read_text())
     edit(content)
     with contextlib.suppress(ValueError):  # what is no manifest cannot be sealed
-        content["checksum"] = msgspec.convert(content, Manifest).sealed().checksum
+        content["checksum"] = checksum_of(content)
     (bundle / MANIFEST).write_text(json.dumps(content))
 
 
@@ -124,12 +127,89 @@ def test_another_tokenizer_is_found_behind_right_checksums(own_bundle: Path, who
 
 
 def test_a_newer_schema_is_told_before_its_unknown_fields(own_bundle: Path) -> None:
-    change(own_bundle, lambda it: it.update(schema=2, novelty=True))
-    with pytest.raises(BundleError, match=r"newer edgemix \(schema 2.*\n.*pip install --upgrade"):
+    change(own_bundle, lambda it: it.update(schema=SCHEMA + 1, novelty=True))
+    with pytest.raises(BundleError, match=rf"newer edgemix \(schema {SCHEMA + 1}.*\n.*pip install --upgrade"):
         read_manifest(own_bundle)
-    change(own_bundle, lambda it: it.update(schema=1))
+    change(own_bundle, lambda it: it.update(schema=SCHEMA))
     with pytest.raises(BundleError, match="novelty"):
         read_manifest(own_bundle)
+
+
+def test_a_bundle_of_schema_1_is_read_and_written_in_the_newest(own_bundle: Path) -> None:
+    """New optional fields changed the checksum that was worked out for older bundles, and those were refused."""
+
+    def age(it: dict[str, Any]) -> None:
+        it["schema"] = 1
+        del it["student"], it["quantization"]
+        for member in it["members"]:
+            del member["pruning"], member["sparse"]
+
+    change(own_bundle, age)
+    manifest = read_manifest(own_bundle)
+    assert manifest.student is manifest.quantization is manifest.members[0].pruning is None
+    assert write_manifest(own_bundle, manifest).schema == SCHEMA
+    assert read_manifest(own_bundle).members == manifest.members
+
+
+@pytest.fixture
+def with_student(tmp_path: Path) -> Path:
+    return write_bundle(tmp_path / "mixture", {"math": saying("1+2=3")}, student=saying("1+3"))
+
+
+def test_the_students_files_are_checked_like_the_members(with_student: Path) -> None:
+    manifest = read_manifest(with_student)
+    verify_bundle(with_student, manifest)
+    assert [entry.name for entry in manifest.graphs] == ["math", STUDENT]
+    graph = with_student / f"{STUDENT}/model.onnx"
+    content = bytearray(graph.read_bytes())
+    content[len(content) // 2] ^= 1
+    graph.write_bytes(content)
+    with pytest.raises(BundleError, match=r"student/model\.onnx has changed"):
+        verify(with_student)
+    graph.unlink()
+    with pytest.raises(BundleError, match=r"student/model\.onnx is missing"):
+        read_manifest(with_student)
+
+
+def test_one_graph_can_be_verified_alone(with_student: Path) -> None:
+    """The student is for small machines: they shall not have to read every member to open it."""
+    manifest = read_manifest(with_student)
+    graph = with_student / "members/math/model.onnx"
+    content = bytearray(graph.read_bytes())
+    content[len(content) // 2] ^= 1
+    graph.write_bytes(content)
+    verify_bundle(with_student, manifest, only=manifest.student)
+    with pytest.raises(BundleError, match="math/model"):
+        verify_bundle(with_student, manifest, only=manifest.members[0])
+    (with_student / TOKENIZER).write_bytes(b" " * (with_student / TOKENIZER).stat().st_size)
+    with pytest.raises(BundleError, match="tokenizer"):
+        verify_bundle(with_student, manifest, only=manifest.student)
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (lambda it: it["student"].update(name="pupil"), "student: is called 'pupil'"),
+        (lambda it: it["student"].update(graph="members/math/model.onnx"), "not in the folder student"),
+        (lambda it: it["student"].update(graph="student/../../x.onnx"), "not listed"),
+        (lambda it: it["student"]["facts"].update(vocabulary=10**12), "student: vocabulary is"),
+        (lambda it: it["student"]["facts"].update(vocabulary=7), "logits are 7 wide"),
+        (lambda it: it["student"].update(name="math"), "student: is called 'math'"),
+        (lambda it: (it["members"][0].update(name=STUDENT), weigh(it, {STUDENT: 1.0})), "is the student's name"),
+        (lambda it: weigh(it, {"math": 0.5, STUDENT: 0.5}), "not over the members: 'student'"),
+        (lambda it: it["files"].pop("student/model.onnx"), "not listed"),
+    ],
+)
+def test_hostile_students_are_refused(
+    with_student: Path, edit: Callable[[dict[str, Any]], object], reason: str
+) -> None:
+    change(with_student, edit)
+    with pytest.raises(BundleError, match=reason):
+        read_manifest(with_student)
+
+
+def weigh(it: dict[str, Any], weights: dict[str, float]) -> None:
+    it["weights"]["default"] = weights
 
 
 def member(it: dict[str, Any]) -> dict[str, Any]:
@@ -307,6 +387,22 @@ def test_a_disk_that_refuses_leaves_the_old_manifest(
     assert error.value.remedy == expected.remedy
     assert (own_bundle / MANIFEST).read_bytes() == before
     assert [path.name for path in own_bundle.iterdir() if "tmp" in path.name] == []
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_bundle_that_cannot_be_written_is_found_before_any_work(
+    own_bundle: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    before = sorted(own_bundle.iterdir())
+    check_writable(own_bundle)
+    assert sorted(own_bundle.iterdir()) == before
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(InputError, match=r"writing .*edgemix\.json"):
+        check_writable(own_bundle)
 
 
 def test_writing_where_there_is_no_folder(tmp_path: Path) -> None:

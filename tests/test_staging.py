@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
+from onnx_members import saying, write_bundle
 
 from edgemix import bundle as bundle_module
 from edgemix import staging
@@ -76,6 +77,19 @@ def test_a_finished_bundle_is_whole_and_nothing_else_is_left(bundle: Path, outpu
     assert written.files == read_manifest(bundle).files
     verify_bundle(output, written)
     assert not (output / "members/gone").exists()
+
+
+def test_a_student_is_part_of_the_bundle_only_where_the_manifest_has_one(tmp_path: Path, output: Path) -> None:
+    source = write_bundle(tmp_path / "source", {"math": saying("1+2=3")}, student=saying("1+3"))
+    manifest = msgspec.structs.replace(read_manifest(source), files={})
+    written = export(output, source, manifest)
+    assert written.files == read_manifest(source).files
+    assert "student/model.onnx" in written.files
+    export(output, source, msgspec.structs.replace(manifest, student=None))
+    assert not (output / "student").exists()
+    (source / "student/model.onnx").unlink()
+    with pytest.raises(EdgemixError, match="'student' was never written"):
+        export(output, source, manifest)
 
 
 def test_an_old_bundle_is_replaced(

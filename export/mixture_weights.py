@@ -107,7 +107,7 @@ def fit_weights(
     scores = {
         domain: score_documents(
             mixture, domain, documents, window=window, max_tokens=max_tokens, progress=Prefixed(progress, domain)
-        ).log_probabilities
+        )
         for domain, documents in domains.items()
     }
 

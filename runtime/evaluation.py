@@ -1,16 +1,20 @@
-"""How well a bundle predicts texts: each member, the uniform mixture, the fitted ones, all in one pass."""
+"""How well a bundle predicts texts, all in one pass: each member, their mixtures, the student."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from edgemix.errors import InputError
+from edgemix.manifest import STUDENT
 from edgemix.progress import SILENT, Prefixed
+from edgemix.runtime.comparison import Comparison, compare_tokens
+from edgemix.runtime.engine import Blend
 from edgemix.runtime.mixing import linear_targets
+from edgemix.runtime.speed import decoding_rates
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,46 +27,63 @@ if TYPE_CHECKING:
 WINDOW = 512
 """Tokens that are read with one past, unless told otherwise or the context is smaller."""
 
+RowKind = Literal["member", "mixture", "student"]
+
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """How probable some text is.
+    """How probable some text is, and for a single model how close to the mixture.
 
     Attributes:
         tokens: Number of scored tokens: all but each document's first.
         bytes: Their UTF-8 bytes.
         perplexity: Exp of the mean negative log-probability of a token.
         bits_per_byte: Negative log2-probability of the tokens by their bytes: comparable between tokenizers.
+        agreement: Share of tokens at which the model's most probable token is that of the mixture with the bundle's own
+            weights; None for mixtures.
+        acceptance: Expected share of the model's drafts that the mixture would accept, see `comparison`.
     """
 
     tokens: int
     bytes: int
     perplexity: float
     bits_per_byte: float
+    agreement: float | None = None
+    acceptance: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One way to weigh the members.
+    """One model, or one way to weigh the members.
 
     Attributes:
-        name: A member's name, "uniform", "fitted" or "given" (the bundle's own weights), "fitted to DOMAIN".
-        weights: Member name -> share, summing to one.
+        name: A member's name, "uniform", "fitted" or "given" (the bundle's own weights), "fitted to DOMAIN", "student".
+        weights: Member name -> share, summing to one; empty for the student.
         files: File name -> figures.
         overall: Over the tokens of all files.
+        kind: What the name is a name of.
+        decode_rate: Tokens a second of decoding at batch 1, where it was measured.
     """
 
     name: str
     weights: dict[str, float]
     files: dict[str, Figures]
     overall: Figures
+    kind: RowKind = "member"
+    decode_rate: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The table that `evaluate` makes: a row for each member, then one for each mixture of them."""
+    """The table that `evaluate` makes: a row for each member, one for each mixture of them, one for the student.
+
+    Attributes:
+        rows: The table.
+        mixture: The name of the row with the bundle's own weights; of the member where there is only one.
+    """
 
     rows: tuple[Row, ...]
+    mixture: str = ""
 
     def row(self, name: str) -> Row:
         """The first row of that name; members come first.
@@ -76,62 +97,54 @@ class Evaluation:
         raise KeyError(name)
 
 
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """Texts as every member sees them: log-probabilities [members, tokens] in nats, and their bytes."""
-
-    log_probabilities: NDArray[np.float64]
-    bytes: int
-
-    def figures(self, weights: NDArray[np.float64]) -> Figures:
-        total = -float(linear_targets(self.log_probabilities, weights).sum())
-        tokens = self.log_probabilities.shape[1]
-        return Figures(tokens, self.bytes, math.exp(total / tokens), total / math.log(2) / self.bytes)
-
-
 def evaluate(
     mixture: Mixture,
     files: Mapping[str, Sequence[str]],
     *,
+    student: Mixture | None = None,
     window: int | None = None,
     max_tokens: int | None = None,
+    speed: bool = False,
     progress: Progress = SILENT,
 ) -> Evaluation:
-    """Measure a bundle's members and their mixtures on texts. Each text is read once, whatever the number of rows.
+    """Measure a bundle's members, their mixtures and its student on texts, each of which is read once.
 
     Args:
         mixture: The bundle, loaded.
         files: Name of a file or domain -> its documents; documents of less than two tokens have nothing to score.
+        student: The bundle's student, loaded.
         window: Most tokens that are read with one past; see `WINDOW`.
         max_tokens: Read so many tokens of each file at most, from its beginning.
+        speed: Measure, too, how fast members, mixture and student decode; takes some seconds.
         progress: Hears of the tokens scored.
 
     Raises:
         InputError: A file has nothing to score.
     """
-    scored = {
-        name: score_documents(
-            mixture, name, documents, window=window, max_tokens=max_tokens, progress=Prefixed(progress, name)
-        )
-        for name, documents in files.items()
-    }
-    if not scored:
+    if not files:
         raise InputError("there is no text to evaluate on")
-    pooled = Scored(
-        np.concatenate([each.log_probabilities for each in scored.values()], axis=1),
-        sum(each.bytes for each in scored.values()),
-    )
-
-    def row(name: str, weights: Mapping[str, float]) -> Row:
-        shares = np.array([weights.get(member, 0.0) for member in mixture.members])
-        return Row(
-            name,
-            dict(zip(mixture.members, shares.tolist(), strict=True)),
-            {file: each.figures(shares) for file, each in scored.items()},
-            pooled.figures(shares),
+    opened = [mixture] if student is None else [mixture, student]
+    models = tuple(model for each in opened for model in each.blend(dict.fromkeys(each.members, 1.0)).members)
+    context = min(each.context for each in opened)
+    lines = _lines(mixture, student)
+    own = next(line for line in reversed(lines) if line.name == _own_name(mixture))  # not a member of that name
+    blend = Blend(models, own.shares, "linear", mixture.vocabulary)
+    taken = {name: _documents(mixture, name, documents, max_tokens) for name, documents in files.items()}
+    read = {
+        name: _compare(
+            blend, mixture, documents, window=min(window or WINDOW, context), progress=Prefixed(progress, name)
         )
-
-    return Evaluation(tuple(row(name, weights) for name, weights in _ways(mixture)))
+        for name, documents in taken.items()
+    }
+    pooled = Comparison.of(list(read.values()))
+    rows = [line.row(mixture.members, read, pooled) for line in lines]
+    if speed:
+        prompt = mixture.tokenizer.encode(next(iter(taken.values()))[0])
+        timed = [index for index, line in enumerate(lines) if line.kind != "mixture" or line is own]
+        blends = [(lines[i].name, Blend.of(models, lines[i].shares, "linear", mixture.vocabulary)) for i in timed]
+        for i, rate in zip(timed, decoding_rates(blends, prompt, context=context, progress=progress), strict=True):
+            rows[i] = replace(rows[i], decode_rate=rate)
+    return Evaluation(tuple(rows), own.name)
 
 
 def score_documents(
@@ -142,8 +155,10 @@ def score_documents(
     window: int | None = None,
     max_tokens: int | None = None,
     progress: Progress = SILENT,
-) -> Scored:
-    """Every member's log-probabilities of the documents' tokens; documents of less than two tokens are left out.
+) -> NDArray[np.float64]:
+    """Every member's log-probabilities of the documents' tokens, in nats: float64 [members, tokens].
+
+    Documents of less than two tokens are left out, and so is each document's first token.
 
     Args:
         mixture: The bundle, loaded.
@@ -155,6 +170,69 @@ def score_documents(
 
     Raises:
         InputError: There is nothing to score.
+    """
+    taken = _documents(mixture, name, documents, max_tokens)
+    scores = mixture.score(taken, window=min(window or WINDOW, mixture.context), progress=progress)
+    return np.concatenate([score.member_log_probabilities for score in scores], axis=1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A row to be, by its shares float64 [models] of the members and the student after them."""
+
+    name: str
+    kind: RowKind
+    shares: NDArray[np.float64]
+
+    def row(self, members: Sequence[str], files: Mapping[str, Comparison], pooled: Comparison) -> Row:
+        weights = {} if self.kind == "student" else dict(zip(members, self.shares.tolist(), strict=False))
+        return Row(
+            self.name,
+            weights,
+            {name: self._figures(text) for name, text in files.items()},
+            self._figures(pooled),
+            self.kind,
+        )
+
+    def _figures(self, text: Comparison) -> Figures:
+        surprise = -float(linear_targets(text.log_probabilities, self.shares).sum())
+        tokens = text.log_probabilities.shape[1]
+        figures = Figures(tokens, text.bytes, math.exp(surprise / tokens), surprise / math.log(2) / text.bytes)
+        if self.kind == "mixture":
+            return figures
+        model = int(self.shares.argmax())
+        agreement, acceptance = text.agreements[model].mean(), text.acceptances[model].mean()
+        return replace(figures, agreement=float(agreement), acceptance=float(acceptance))
+
+
+def _lines(mixture: Mixture, student: Mixture | None) -> list[_Line]:
+    """What the table compares: each member, the ways to weigh them, the student."""
+    members, fitted = mixture.members, mixture.manifest.weights
+    one_hot = np.eye(len(members) + (student is not None))
+    lines = [_Line(name, "member", shares) for name, shares in zip(members, one_hot, strict=False)]
+    if len(members) > 1:
+        ways: dict[str, Mapping[str, float]] = {"uniform": dict.fromkeys(members, 1 / len(members))}
+        ways |= {_own_name(mixture): fitted.default}
+        ways |= {f"fitted to {domain}": weights for domain, weights in fitted.domains.items()}
+        for name, weights in ways.items():
+            shares = np.zeros(len(one_hot))
+            shares[: len(members)] = [weights[member] for member in members]
+            lines.append(_Line(name, "mixture", shares))
+    return lines if student is None else [*lines, _Line(STUDENT, "student", one_hot[-1])]
+
+
+def _own_name(mixture: Mixture) -> str:
+    """What the table calls the mixture with the bundle's own weights."""
+    if len(mixture.members) == 1:
+        return mixture.members[0]
+    return {"uniform": "uniform", "given": "given", "fit": "fitted"}[mixture.manifest.weights.method]
+
+
+def _documents(mixture: Mixture, name: str, documents: Sequence[str], max_tokens: int | None) -> list[str]:
+    """The documents that there is something to score in, up to so many tokens.
+
+    Raises:
+        InputError: There is none.
     """
     taken, left = [], max_tokens
     for document in documents:
@@ -170,22 +248,19 @@ def score_documents(
                 break
     if not taken:
         raise InputError(f"{name}: no tokens to score", "Give text of at least two tokens.")
-    window = min(WINDOW, mixture.context) if window is None else min(window, mixture.context)
-    scores = mixture.score(taken, window=window, progress=progress)
-    return Scored(
-        np.concatenate([score.member_log_probabilities for score in scores], axis=1),
-        sum(score.scored_bytes for score in scores),
-    )
+    return taken
 
 
-def _ways(mixture: Mixture) -> list[tuple[str, Mapping[str, float]]]:
-    """The ways to weigh the members that a table compares, by name."""
-    ways: list[tuple[str, Mapping[str, float]]] = [(member, {member: 1.0}) for member in mixture.members]
-    if len(mixture.members) == 1:
-        return ways
-    ways.append(("uniform", dict.fromkeys(mixture.members, 1 / len(mixture.members))))
-    fitted = mixture.manifest.weights
-    if fitted.method != "uniform":
-        ways.append(("fitted" if fitted.method == "fit" else "given", fitted.default))
-    ways += [(f"fitted to {domain}", weights) for domain, weights in fitted.domains.items()]
-    return ways
+def _compare(
+    blend: Blend, mixture: Mixture, documents: Sequence[str], *, window: int, progress: Progress
+) -> Comparison:
+    encoded = [mixture.tokenizer.encode_for_scoring(document) for document in documents]
+    with progress.stage("scoring", sum(len(ids) - 1 for ids, _ in encoded)) as task:
+        return Comparison.of(
+            [
+                compare_tokens(
+                    blend, np.array(ids, np.int64), scored_bytes=scored_bytes, window=window, advance=task.advance
+                )
+                for ids, scored_bytes in encoded
+            ]
+        )

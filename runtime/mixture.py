@@ -43,7 +43,7 @@ class Mixture:
     Interrupting a call (Ctrl-C, closing a stream) frees its caches and leaves the mixture as it was.
 
     Attributes:
-        manifest: What the bundle says of itself.
+        manifest: What the bundle says of itself; of a student alone, as if that were all of it.
         members: The members' names, in the manifest's order.
         weights: Member name -> share: the bundle's own weights.
         tokenizer: Text to token ids and back.
@@ -69,6 +69,8 @@ class Mixture:
         provider: str = "auto",
         threads: int | None = None,
         verify: bool = True,
+        *,
+        student: bool = False,
     ) -> Self:
         """Open a bundle.
 
@@ -77,15 +79,23 @@ class Mixture:
             provider: "cpu", "cuda", or "auto": CUDA where it works, else the CPU; `provider` then tells which.
             threads: Threads within an operator; as many as there are physical cores by default.
             verify: Compare the checksums of all files. Without it only structure, paths and sizes are checked.
+            student: Open the student alone, a mixture of one: the members' files are not even read.
 
         Raises:
             BundleError: The bundle is missing, damaged, unsafe, or its graphs do not load.
+            InputError: It has no student, and that was asked for.
             EdgemixError: The provider asked for does not work here.
         """
         bundle = Path(path)
         manifest = read_manifest(bundle)
-        verify_bundle(bundle, manifest, checksums=verify)
-        return cls.assemble(bundle, manifest, provider, threads)
+        alone = manifest.student if student else None
+        if student and alone is None:
+            raise InputError(
+                f"{bundle} has no student",
+                "Add student: to its recipe and export it again, or use the mixture itself.",
+            )
+        verify_bundle(bundle, manifest, checksums=verify, only=alone)
+        return cls.assemble(bundle, manifest.alone(alone) if alone else manifest, provider, threads)
 
     @classmethod
     def assemble(cls, bundle: Path, manifest: Manifest, provider: str = "auto", threads: int | None = None) -> Self:

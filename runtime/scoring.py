@@ -2,19 +2,68 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import closing
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from edgemix.runtime.mixing import check_numbers, linear_targets, log_linear, target_log_probabilities
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     from numpy.typing import NDArray
 
     from edgemix.runtime.member import Member
     from edgemix.runtime.mixing import Combine
+
+
+class Piece(NamedTuple):
+    """A stretch of a text as several models have read it.
+
+    Attributes:
+        place: Where its tokens' successors lie among the scored tokens, which are all but the text's first.
+        logits: Each model's float32 [tokens, vocabulary]; the next piece overwrites them.
+        targets: int64 [tokens], the tokens' successors.
+    """
+
+    place: slice
+    logits: list[NDArray[np.float32]]
+    targets: NDArray[np.int64]
+
+
+def read(models: Sequence[Member], ids: NDArray[np.int64], *, vocabulary: int, window: int) -> Generator[Piece]:
+    """Read a text with several models, a bounded piece at a time.
+
+    A text longer than `window` is read in windows of that many tokens that share nothing: each begins with an empty
+    past, so that its first token is scored, as the last one's continuation, by the window before.
+
+    Args:
+        models: Who reads.
+        ids: int64 [tokens], at least two, all within the vocabulary.
+        vocabulary: The tokenizer's; logits beyond it are cut off.
+        window: Most tokens that are read with one past; at most the context.
+
+    Raises:
+        EdgemixError: A graph fails.
+    """
+    caches = [model.new_cache() for model in models]
+    chunk = min(model.chunk for model in models)
+    try:
+        for start in range(0, len(ids) - 1, window):
+            for cache in caches:
+                cache.rollback([0])
+            end = min(start + window, len(ids) - 1)
+            for at in range(start, end, chunk):
+                place = slice(at, min(at + chunk, end))
+                logits = [
+                    model.extend_all(cache, [ids[place]])[0][:, :vocabulary]
+                    for model, cache in zip(models, caches, strict=True)
+                ]
+                yield Piece(place, logits, ids[place.start + 1 : place.stop + 1])
+    finally:
+        for cache in caches:
+            cache.free()
 
 
 def score_tokens(
@@ -29,16 +78,13 @@ def score_tokens(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Log-probabilities of every token after the first.
 
-    A text longer than `window` is read in windows of that many tokens that share nothing: each begins with an empty
-    past, so that its first token is scored, as the last one's continuation, by the window before.
-
     Args:
         members: All members; each is evaluated, whatever it weighs.
         weights: float64 [members], sum one.
-        ids: int64 [tokens], at least two, all within the vocabulary.
+        ids: As `read`; so are `vocabulary` and `window`.
         combine: How the members are mixed.
-        vocabulary: The tokenizer's; logits beyond it are cut off.
-        window: Most tokens that are read with one past; at most the context.
+        vocabulary: See `read`.
+        window: See `read`.
         advance: Told how many tokens have been scored since it was last told.
 
     Raises:
@@ -49,31 +95,16 @@ def score_tokens(
     """
     mixed = np.empty(len(ids) - 1, np.float64)
     own = np.empty((len(members), len(ids) - 1), np.float64)
-    caches = [member.new_cache() for member in members]
-    chunk = min(member.chunk for member in members)
-    try:
-        for start in range(0, len(ids) - 1, window):
-            for cache in caches:
-                cache.rollback([0])
-            end = min(start + window, len(ids) - 1)
-            for at in range(start, end, chunk):
-                part = slice(at, min(at + chunk, end))
-                logits = [
-                    member.extend_all(cache, [ids[part]])[0][:, :vocabulary]
-                    for member, cache in zip(members, caches, strict=True)
-                ]
-                targets = ids[part.start + 1 : part.stop + 1]
-                own[:, part] = [target_log_probabilities(each, targets) for each in logits]
-                check_numbers(own[:, part])
-                mixed[part] = (
-                    linear_targets(own[:, part], weights)
-                    if combine == "linear"
-                    else _geometric_targets(logits, weights, targets)
-                )
-                advance(part.stop - part.start)
-    finally:
-        for cache in caches:
-            cache.free()
+    with closing(read(members, ids, vocabulary=vocabulary, window=window)) as pieces:
+        for place, logits, targets in pieces:
+            own[:, place] = [target_log_probabilities(each, targets) for each in logits]
+            check_numbers(own[:, place])
+            mixed[place] = (
+                linear_targets(own[:, place], weights)
+                if combine == "linear"
+                else _geometric_targets(logits, weights, targets)
+            )
+            advance(len(targets))
     return mixed, own
 
 

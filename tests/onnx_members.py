@@ -40,6 +40,7 @@ from edgemix.manifest import STUDENT
 from edgemix.tokenizer_identity import TokenizerIdentity
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 BOS, EOS = 256, 257
@@ -103,6 +104,13 @@ def saying(text: str, *, strength: float = 12.0, **options: Any) -> ClosedForm:
     for before, after in itertools.pairwise(said):
         table[before, after] = strength
     return ClosedForm(table, **options)
+
+
+def mixed(forms: Iterable[ClosedForm], weights: Iterable[float], ids: list[int]) -> np.ndarray:
+    """Log-probabilities of every token after the first under the mixture of closed forms: float64 [tokens - 1]."""
+    parts = [form.log_probabilities(ids)[range(len(ids) - 1), ids[1:]] for form in forms]
+    total = sum(weight * np.exp(part) for weight, part in zip(weights, parts, strict=True))
+    return np.asarray(np.log(total))
 
 
 def write_graph(path: Path, member: ClosedForm) -> GraphFacts:

@@ -1,18 +1,13 @@
-"""The one object that apps embed, against closed forms."""
+"""Text from the one object that apps embed, against closed forms."""
 
-import math
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from unittest.mock import Mock
 
-import msgspec
 import numpy as np
 import pytest
-from onnx_members import BOS, EOS, VOCABULARY, random_member, saying, write_bundle
+from onnx_members import BOS, EOS, VOCABULARY, mixed, random_member, saying, write_bundle
 
-from edgemix.bundle import read_manifest, write_manifest
-from edgemix.errors import BundleError, EdgemixError, InputError
+from edgemix.errors import InputError
 from edgemix.runtime import Mixture
 from edgemix.runtime.engine import State
 from edgemix.runtime.options import GenerateOptions
@@ -24,81 +19,6 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 def same_completions(one, other):
     assert (one.text, one.token_ids, one.finish_reason) == (other.text, other.token_ids, other.finish_reason)
     np.testing.assert_allclose(one.log_probabilities, other.log_probabilities, atol=1e-4)
-
-
-def mixed(forms, weights, ids):
-    """log P of every token after the first, from the closed forms."""
-    parts = [form.log_probabilities(ids)[range(len(ids) - 1), ids[1:]] for form in forms]
-    return np.log(sum(weight * np.exp(part) for weight, part in zip(weights, parts, strict=True)))
-
-
-# Loading
-
-
-def test_a_mixture_tells_what_it_is(pair):
-    assert pair.members == ("shared", "growing")
-    assert pair.weights == {"shared": 0.7, "growing": 0.3}
-    assert pair.vocabulary == VOCABULARY
-    assert pair.provider == "cpu"
-    assert pair.context == 4096
-
-
-def test_the_context_is_the_smallest_of_the_members(mixture_of):
-    mixture = mixture_of(
-        {"a": random_member(0, tokens=VOCABULARY, context=9), "b": random_member(1, tokens=VOCABULARY)}
-    )
-    assert mixture.context == 9
-
-
-@pytest.mark.parametrize("verify", [True, False])
-def test_a_changed_graph_is_found_by_its_checksum(tmp_path, verify):
-    folder = write_bundle(tmp_path / "b", {"a": random_member(0, tokens=VOCABULARY)})
-    graph = folder / "members/a/model.onnx"
-    content = bytearray(graph.read_bytes())
-    content[len(content) // 2] ^= 1  # within the table
-    graph.write_bytes(content)
-    if verify:
-        with pytest.raises(BundleError, match="sha256"):
-            Mixture.load(folder)
-    else:
-        Mixture.load(folder, verify=False).close()
-
-
-def test_a_graph_that_does_not_load_is_a_bundle_error(tmp_path):
-    folder = write_bundle(tmp_path / "b", {"a": random_member(0, tokens=VOCABULARY)})
-    graph = folder / "members/a/model.onnx"
-    graph.write_bytes(b"\x00" * graph.stat().st_size)
-    with pytest.raises(BundleError):
-        Mixture.load(folder, verify=False)
-
-
-def test_facts_that_do_not_fit_the_graph_are_a_bundle_error(tmp_path):
-    folder = write_bundle(tmp_path / "b", {"a": random_member(0, tokens=VOCABULARY)})
-    manifest = read_manifest(folder)
-    (member,) = manifest.members
-    member = msgspec.structs.replace(member, facts=msgspec.structs.replace(member.facts, layers=3))
-    write_manifest(folder, msgspec.structs.replace(manifest, members=(member,)))
-    with pytest.raises(BundleError, match=r"past_key_values\.1\.key"):
-        Mixture.load(folder)
-
-
-@pytest.mark.parametrize("options", [{"provider": "tpu"}, {"threads": 0}])
-def test_senseless_load_options_are_refused(tmp_path, options):
-    folder = write_bundle(tmp_path / "b", {"a": random_member(0, tokens=VOCABULARY)})
-    with pytest.raises(InputError):
-        Mixture.load(folder, **options)
-
-
-def test_a_closed_mixture_says_so(mixture_of):
-    with mixture_of({"a": random_member(0, tokens=VOCABULARY)}) as mixture:
-        mixture.generate("x", max_new_tokens=1)
-    with pytest.raises(EdgemixError, match="closed"):
-        mixture.generate("x")
-    with pytest.raises(EdgemixError, match="closed"):
-        mixture.score("xyz")
-
-
-# Generating
 
 
 def test_a_completion_is_what_the_model_says(mixture_of):
@@ -284,127 +204,6 @@ def test_threads_share_a_mixture(pair):
         thread.join()
     for one, other in zip(serial, parallel, strict=True):
         same_completions(one, other)
-
-
-# Scoring
-
-
-def test_scores_are_exact(pair, pair_forms):
-    text = "Some text, größer."
-    score = pair.score(text)
-    ids = list(text.encode())
-    assert score.token_ids.tolist() == ids
-    for own, form in zip(score.member_log_probabilities, pair_forms.values(), strict=True):
-        np.testing.assert_allclose(own, form.log_probabilities(ids)[range(len(ids) - 1), ids[1:]], atol=1e-4)
-    expected = mixed(pair_forms.values(), [0.7, 0.3], ids)
-    np.testing.assert_allclose(score.log_probabilities, expected, atol=1e-4)
-    assert score.scored_bytes == len(ids) - 1
-    assert score.perplexity == pytest.approx(math.exp(-expected.mean()), rel=1e-4)
-    assert score.bits_per_byte == pytest.approx(-expected.sum() / math.log(2) / (len(ids) - 1), rel=1e-4)
-
-
-def test_log_linear_scores_are_normalised_over_the_vocabulary(pair, pair_forms):
-    ids = list(b"Some text")
-    product = sum(
-        weight * form.log_probabilities(ids)[:-1] for weight, form in zip([0.7, 0.3], pair_forms.values(), strict=True)
-    )
-    expected = (product - np.log(np.exp(product).sum(-1, keepdims=True)))[range(len(ids) - 1), ids[1:]]
-    score = pair.score("Some text", combine="log-linear")
-    np.testing.assert_allclose(score.log_probabilities, expected, atol=1e-4)
-
-
-def test_scores_and_distributions_agree(pair):
-    score = pair.score("abcd", combine="log-linear")
-    for at, (token, log_probability) in enumerate(zip(b"bcd", score.log_probabilities, strict=True), start=1):
-        distribution = pair.next_token_distribution("abcd"[:at], combine="log-linear")
-        assert distribution[token] == pytest.approx(math.exp(log_probability), rel=1e-4)
-
-
-def test_chunks_do_not_change_scores(pair, monkeypatch):
-    text = "a text of some forty characters or so...."
-    whole = pair.score(text)
-    for member in pair._loaded:
-        monkeypatch.setattr(member, "chunk", 7)
-    np.testing.assert_allclose(pair.score(text).log_probabilities, whole.log_probabilities, atol=1e-5)
-
-
-def test_long_texts_are_scored_in_windows(pair, pair_forms):
-    """Each window begins with nothing before it; its first token is what the window before leads to."""
-    ids = list(b"twelve bytes")
-    score = pair.score("twelve bytes", window=5)
-    windows = [ids[0:6], ids[5:11], ids[10:12]]
-    expected = np.concatenate([mixed(pair_forms.values(), [0.7, 0.3], window) for window in windows])
-    np.testing.assert_allclose(score.log_probabilities, expected, atol=1e-4)
-
-
-def test_a_text_longer_than_the_context_can_be_scored(mixture_of):
-    mixture = mixture_of({"a": random_member(0, tokens=VOCABULARY, context=8)})
-    assert len(mixture.score("x" * 30).log_probabilities) == 29
-    with pytest.raises(InputError, match="window"):
-        mixture.score("xyz", window=9)
-
-
-def test_one_hot_weights_score_as_that_member(pair):
-    score = pair.score("some text", weights="second")
-    np.testing.assert_allclose(score.log_probabilities, score.member_log_probabilities[1])
-
-
-def test_a_list_of_texts_gives_a_list_of_scores(pair):
-    scores = pair.score(["one text", "another"])
-    np.testing.assert_array_equal(scores[1].log_probabilities, pair.score("another").log_probabilities)
-    assert pair.score([]) == []
-
-
-@pytest.mark.parametrize("text", ["", "x"])
-def test_too_little_text_cannot_be_scored(pair, text):
-    with pytest.raises(InputError):
-        pair.score(text)
-
-
-class Listener:
-    def __init__(self):
-        self.total, self.done = 0.0, 0.0
-
-    @contextmanager
-    def stage(self, title: str, total: float | None = None) -> Iterator["Listener"]:
-        self.total += total or 0
-        yield self
-
-    def advance(self, amount: float = 1.0, note: str = "") -> None:
-        self.done += amount
-
-    def say(self, line: str) -> None: ...
-
-
-def test_scoring_tells_its_progress(pair):
-    listener = Listener()
-    pair.score(["one text", "another"], progress=listener)
-    assert listener.done == listener.total == len("one text") + len("another") - 2
-
-
-# Distributions
-
-
-@pytest.mark.parametrize("combine", ["linear", "log-linear"])
-def test_a_distribution_sums_to_one_over_the_tokenizers_vocabulary(pair, combine):
-    distribution = pair.next_token_distribution("Some text", combine=combine)
-    assert distribution.shape == (VOCABULARY,)
-    assert distribution.dtype == np.float64
-    assert distribution.sum() == pytest.approx(1, abs=1e-12)
-
-
-def test_padding_never_takes_probability(pair, pair_forms):
-    """Members pad their vocabularies to 264 and 272; the padding's logits are larger than all others."""
-    expected = sum(
-        weight * np.exp(form.log_probabilities(list(b"ab"))[-1])
-        for weight, form in zip([0.7, 0.3], pair_forms.values(), strict=True)
-    )
-    np.testing.assert_allclose(pair.next_token_distribution("ab"), expected, atol=1e-6)
-
-
-def test_a_distribution_after_too_long_a_text_is_refused(mixture_of):
-    with pytest.raises(InputError, match="context"):
-        mixture_of({"a": random_member(0, tokens=VOCABULARY, context=8)}).next_token_distribution("x" * 9)
 
 
 def test_missing_and_numpy_values_are_options(tmp_path):

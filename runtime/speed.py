@@ -1,0 +1,60 @@
+"""How fast text is decoded here and now: a short measurement that an evaluation can afford."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from edgemix.progress import SILENT
+from edgemix.runtime.engine import Decoding
+from edgemix.runtime.sampling import Sampling
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edgemix.progress import Progress
+    from edgemix.runtime.engine import Blend
+
+PROMPT, STEPS, ROUNDS = 64, 24, 3
+"""Most tokens of the prompt, tokens decoded after the first, and how often each blend has its turn."""
+
+
+def decoding_rates(
+    blends: Sequence[tuple[str, Blend]], prompt: Sequence[int], *, context: int, progress: Progress = SILENT
+) -> list[float]:
+    """Tokens a second of greedy decoding at batch 1, prefill not counted, for each blend.
+
+    The blends take turns, so that a machine that slows down does so for all; the first turn is a warm-up, and the
+    median of the others counts.
+
+    Args:
+        blends: Who decodes, each with its name.
+        prompt: Token ids that all continue, at least one; its first `PROMPT` are taken.
+        context: Most tokens of a sequence. One that leaves no room to decode gives NaN.
+        progress: Hears of the turns.
+    """
+    start = prompt[: max(1, min(PROMPT, context - STEPS))]
+    rates: list[list[float]] = [[] for _ in blends]
+    with progress.stage("speed", (ROUNDS + 1) * len(blends)) as task:
+        for turn in range(ROUNDS + 1):
+            for (name, blend), found in zip(blends, rates, strict=True):
+                rate = _rate(blend, start, context)
+                if turn > 0:
+                    found.append(rate)
+                task.advance(note=name)
+    return [statistics.median(found) for found in rates]
+
+
+def _rate(blend: Blend, prompt: Sequence[int], context: int) -> float:
+    decoding = Decoding(
+        blend, [prompt], Sampling(), seeds=[0], max_new_tokens=STEPS + 1, context=context, eos=()
+    )  # without an end of text, every turn is as long
+    with closing(decoding):
+        decoding.step()
+        begun, tokens = time.perf_counter(), 0
+        while decoding.step():
+            tokens += 1
+        return tokens / (time.perf_counter() - begun) if tokens else math.nan

@@ -61,6 +61,12 @@ class Statistics:
         self.maxima = torch.maximum(self.maxima, magnitudes.amax(0))
         self.mean_absolute.mul_(kept).add_(magnitudes.sum(0), alpha=1 / self.tokens)
 
+    def divide(self, scale: Tensor) -> None:
+        """Become those of inputs divided by a scale [K]."""
+        self.hessian.div_(scale).div_(scale[:, None])
+        self.maxima = self.maxima / scale
+        self.mean_absolute.div_(scale)
+
 
 @dataclass(frozen=True)
 class CalibratedLayer:

@@ -25,6 +25,18 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.fixture(scope="session")
+def student_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the same members with a student, who knows half of what "math" says; not to be changed."""
+    return write_bundle(
+        tmp_path_factory.mktemp("bundle") / "mixture",
+        {"math": saying(MATH), "code": saying(CODE)},
+        weights={"math": 0.75, "code": 0.25},
+        student=saying(MATH[:3]),
+        chat_template="{% for message in messages %}{{ message.content }}{% endfor %}",
+    )
+
+
 @pytest.fixture
 def own_bundle(bundle: Path, tmp_path: Path) -> Path:
     """A copy of `bundle` that a test may change."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgemix.cli.command import command
-from edgemix.cli.options import bundle_argument, runtime_options, sampling_options, weights_options
+from edgemix.cli.options import bundle_argument, check_student, mixing_options, runtime_options, sampling_options
 from edgemix.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,33 +31,37 @@ _HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops a
 @bundle_argument
 @click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
 @sampling_options(max_new_tokens=512)
-@weights_options
+@mixing_options
 @runtime_options
 def chat(
     console: Console,
     *,
     bundle: Path,
     system: str | None,
+    student: bool,
     provider: str,
     threads: int | None,
     verify: bool,
     **sampling: Any,
 ) -> None:
-    """Talk with the mixture in BUNDLE.
+    """Talk with the mixture in BUNDLE, or with its student.
 
     Messages go through the tokenizer's chat template. Ctrl-C stops an answer and keeps the conversation; Ctrl-D or
     /exit leaves; /reset starts again. Where stdin is no terminal, every line of it is a message.
     """
+    check_student(student, sampling["weights"])
+
     from edgemix.runtime import Mixture
 
-    with Mixture.load(bundle, provider=provider, threads=threads, verify=verify) as mixture:
+    with Mixture.load(bundle, provider=provider, threads=threads, verify=verify, student=student) as mixture:
         conversation = Conversation(console, mixture, system, sampling)
         if sys.stdin.isatty() and not console.as_json:
             conversation.talk()
         else:
             conversation.read()
         if console.as_json:
-            console.document({"messages": conversation.messages})
+            told = {"provider": mixture.provider, "student": student}
+            console.document({**told, "messages": conversation.messages})
 
 
 class Conversation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from edgemix.cli.options import bundle_argument, max_tokens_option, runtime_opti
 from edgemix.cli.texts import read_files
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from edgemix.cli.console import Console
     from edgemix.runtime.evaluation import Evaluation, Figures, Row
@@ -33,6 +34,7 @@ _files_argument = click.argument("files", metavar="FILE...", nargs=-1, required=
 @template_option
 @window_option
 @max_tokens_option
+@click.option("--no-speed", "speed", flag_value=False, default=True, help="Leave out the seconds that measure speed.")
 @runtime_options
 def evaluate(
     console: Console,
@@ -42,44 +44,78 @@ def evaluate(
     template: str | None,
     window: int,
     max_tokens: int | None,
+    speed: bool,
     provider: str,
     threads: int | None,
     verify: bool,
 ) -> None:
     """Measure how well BUNDLE predicts FILES.
 
-    Shows bits per byte and perplexity, lower is better: a row for each member, the uniform mixture and the bundle's own
-    weights; a column for each file, and all together.
+    Shows bits per byte and perplexity, lower is better: a row for each member, the uniform mixture, the bundle's own
+    weights and its student; a column for each file, and all together.
+
+    Then how close each member and the student come to the mixture with the bundle's own weights: how often their most
+    probable token is the same, and how many tokens that they draft it would accept. Last, how fast each decodes here.
     """
     documents = read_files(files, template)
 
     from edgemix.runtime import Mixture
     from edgemix.runtime.evaluation import evaluate as measure
 
-    with Mixture.load(bundle, provider=provider, threads=threads, verify=verify) as mixture:
+    with ExitStack() as stack:
+        mixture = stack.enter_context(Mixture.load(bundle, provider, threads, verify))
+        student = None
+        if mixture.manifest.student is not None:  # verified with the rest of the bundle
+            student = stack.enter_context(Mixture.load(bundle, provider, threads, verify=False, student=True))
         evaluation = measure(
-            mixture, documents, window=min(window, mixture.context), max_tokens=max_tokens, progress=console.progress
+            mixture,
+            documents,
+            student=student,
+            window=window,
+            max_tokens=max_tokens,
+            speed=speed,
+            progress=console.progress,
         )
     if console.as_json:
-        console.document({"bundle": bundle, **asdict(evaluation)})
+        console.document({"bundle": bundle, "provider": mixture.provider, **asdict(evaluation)})
         return
     show_evaluation(console, evaluation)
 
 
 def show_evaluation(console: Console, evaluation: Evaluation) -> None:
-    """Print an evaluation: the files, then a table a measure with a line for each way to weigh the members."""
+    """Print an evaluation: the files, then a table a measure with a line for each model and each way to mix."""
     names = (*evaluation.rows[0].files, "all files")
 
     def figures(row: Row) -> tuple[Figures, ...]:
         return (*row.files.values(), row.overall)
 
-    def measure(title: str, shown: Callable[[Figures], str]) -> None:
-        console.table(title, ("", *names), [(row.name, *map(shown, figures(row))) for row in evaluation.rows])
+    def measure(title: str, shown: Callable[[Figures], str], rows: Iterable[Row] = evaluation.rows) -> None:
+        console.table(title, ("", *names), [(row.name, *map(shown, figures(row))) for row in rows])
 
     sizes = zip(names, figures(evaluation.rows[0]), strict=True)
     console.table("Files", ("", "Tokens", "Bytes"), [(name, f"{f.tokens:,}", f"{f.bytes:,}") for name, f in sizes])
     measure("Bits per byte", lambda figures: f"{figures.bits_per_byte:.4f}")
     measure("Perplexity (of a token)", lambda figures: f"{figures.perplexity:,.2f}")
+    models = [row for row in evaluation.rows if row.kind != "mixture"]
+    if len(models) > 1:
+        measure("Greedy agreement with the mixture (%)", lambda figures: _percent(figures.agreement), models)
+        measure("Acceptance rate as the mixture's draft (%)", lambda figures: _percent(figures.acceptance), models)
+    if any(row.decode_rate is not None for row in evaluation.rows):
+        _show_speed(console, evaluation)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def _show_speed(console: Console, evaluation: Evaluation) -> None:
+    rates = [(row.name, row.decode_rate) for row in evaluation.rows if row.decode_rate is not None]
+    whole = dict(rates)[evaluation.mixture]
+    console.table(
+        "Decoding on this machine",
+        ("", "Tokens/s", "Times the mixture"),
+        [(name, f"{rate:,.1f}", f"{rate / whole:.2f}") for name, rate in rates],
+    )
 
 
 @command(
@@ -117,11 +153,12 @@ def fit_weights(
 
     import msgspec
 
-    from edgemix.bundle import write_manifest
+    from edgemix.bundle import check_writable, write_manifest
     from edgemix.export.mixture_weights import fit_weights as fit
     from edgemix.runtime import Mixture
 
     with Mixture.load(bundle, provider=provider, threads=threads, verify=verify) as mixture:
+        check_writable(bundle)
         weights = fit(
             mixture, documents, window=min(window, mixture.context), max_tokens=max_tokens, progress=console.progress
         )

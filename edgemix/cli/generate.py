@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgemix.cli.command import command
-from edgemix.cli.options import bundle_argument, runtime_options, sampling_options, weights_options
+from edgemix.cli.options import bundle_argument, check_student, mixing_options, runtime_options, sampling_options
 from edgemix.cli.texts import read_prompt
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     "generate",
     example='edgemix generate mixture "The prime numbers are" -n 64\n'
     "edgemix generate mixture --file story.txt --temperature 0.8 --seed 1\n"
-    'echo "def area(radius):" | edgemix generate mixture --weights code=1',
+    'echo "def area(radius):" | edgemix generate mixture --weights code=1\n'
+    'edgemix generate mixture "Once upon a time" --student',
     extra="cpu",
     kept="The text so far is all there is.",
 )
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 @click.argument("prompt", required=False)
 @click.option("--file", type=click.Path(path_type=Path), help="Read the prompt from a UTF-8 file.")
 @sampling_options(max_new_tokens=128)
-@weights_options
+@mixing_options
 @runtime_options
 def generate(
     console: Console,
@@ -38,23 +39,26 @@ def generate(
     bundle: Path,
     prompt: str | None,
     file: Path | None,
+    student: bool,
     provider: str,
     threads: int | None,
     verify: bool,
     **sampling: Any,
 ) -> None:
-    """Continue PROMPT with the mixture in BUNDLE.
+    """Continue PROMPT with the mixture in BUNDLE, or with its student.
 
     The text appears as it comes. Without PROMPT and --file, the prompt is read from stdin. A line end at the end of a
     file or of stdin is left out.
     """
+    check_student(student, sampling["weights"])
     text = read_prompt(prompt, file)
 
     from edgemix.runtime import Mixture
 
-    with Mixture.load(bundle, provider=provider, threads=threads, verify=verify) as mixture:
+    with Mixture.load(bundle, provider=provider, threads=threads, verify=verify, student=student) as mixture:
         if console.as_json:
-            console.document({"prompt": text, **asdict(mixture.generate(text, **sampling))})
+            told = {"prompt": text, "provider": mixture.provider, "student": student}
+            console.document(told | asdict(mixture.generate(text, **sampling)))
             return
         completion = None
         for chunk in mixture.stream(text, **sampling):

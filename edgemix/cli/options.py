@@ -80,11 +80,16 @@ def runtime_options(function: F) -> F:
     )
 
 
-def weights_options(function: F) -> F:
-    """How the members are mixed: --weights, --combine."""
+def mixing_options(function: F) -> F:
+    """Who speaks, and how the members are mixed: --student, --weights, --combine."""
     return _all(
         function,
         (
+            click.option(
+                "--student",
+                is_flag=True,
+                help="Use the student alone: faster, and in less memory; the members are not loaded.",
+            ),
             click.option(
                 "--weights",
                 metavar="TEXT",
@@ -101,6 +106,12 @@ def weights_options(function: F) -> F:
             ),
         ),
     )
+
+
+def check_student(student: bool, weights: object) -> None:
+    """Raise click.UsageError if weights are given for the student, which is one model."""
+    if student and weights is not None:
+        raise click.UsageError("--weights mixes the members, and --student leaves them out: give one of the two.")
 
 
 def sampling_options(max_new_tokens: int) -> Callable[[F], F]:

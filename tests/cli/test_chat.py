@@ -30,12 +30,27 @@ def test_json_is_the_conversation(bundle):
     result = CliRunner().invoke(edgemix, arguments, input="d\n")
 
     assert json.loads(result.stdout) == {
+        "provider": "cpu",
+        "student": False,
         "messages": [
             {"role": "system", "content": "Speak."},
             {"role": "user", "content": "d"},
             {"role": "assistant", "content": "ef x"},
-        ]
+        ],
     }
+
+
+def test_the_student_alone(student_bundle, bundle):
+    result = CliRunner().invoke(edgemix, ["chat", str(student_bundle), "--student"], input="1\n")
+    assert (result.exit_code, result.stdout) == (0, "+2\n")
+
+    for arguments, message in (
+        ([str(bundle), "--student"], "has no student"),
+        ([str(student_bundle), "--student", "--weights", "code=1"], "--student leaves them out"),
+    ):
+        result = CliRunner().invoke(edgemix, ["chat", *arguments], input="1\n")
+        assert result.exit_code == 2
+        assert message in result.stderr
 
 
 def test_a_pipe_that_is_no_text(bundle):

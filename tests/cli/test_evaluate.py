@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -32,6 +34,8 @@ def test_the_table_has_a_row_a_mixture_and_a_column_a_file(bundle, texts):
     for row in ("math", "code", "uniform", "fitted", "fitted to numbers", "fitted to programs"):
         assert f"\n{row} " in result.stdout
     assert "sums    words   all files" in result.stdout
+    assert "Greedy agreement with the mixture" in result.stdout
+    assert "Decoding on this machine" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
@@ -43,6 +47,35 @@ def test_json_figures(bundle, texts):
     assert rows["code"]["files"]["words"]["bits_per_byte"] == pytest.approx(0, abs=0.01)
     assert rows["uniform"]["files"]["sums"]["bits_per_byte"] == pytest.approx(1, abs=0.01)
     assert rows["math"]["overall"]["tokens"] == 4 + 4 + 1
+
+
+def test_the_student_stands_beside_members_and_mixture(student_bundle, texts):
+    """After "1" and "+" it is as sure as math, which weighs 3/4; after "2" it is sure of the end; then it knows nothing,
+    like code, which weighs 1/4.
+    """
+    told = json.loads(run("evaluate", student_bundle, texts[0], "--json").stdout)
+
+    rows = {row["name"]: row for row in told["rows"]}
+    assert (told["provider"], told["mixture"]) == ("cpu", "given")
+    assert list(rows) == ["math", "code", "uniform", "given", "student"]
+    assert rows["student"]["kind"] == "student"
+    assert rows["student"]["files"]["sums"]["agreement"] == 0.5
+    assert rows["math"]["overall"]["agreement"] == 1
+    assert rows["student"]["overall"]["acceptance"] == pytest.approx((0.75 + 0.75 + 0 + 0.25) / 4, abs=0.01)
+    assert rows["math"]["overall"]["acceptance"] == pytest.approx(0.75, abs=0.01)
+    assert rows["uniform"]["overall"]["agreement"] is None
+    assert {name for name, row in rows.items() if row["decode_rate"]} == {"math", "code", "given", "student"}
+
+    shown = run("evaluate", student_bundle, texts[0]).stdout
+    assert "Acceptance rate as the mixture's draft" in shown
+    assert shown.count("\nstudent ") == 5  # in every table but the one of the files
+
+
+def test_speed_can_be_left_out(student_bundle, texts):
+    told = json.loads(run("evaluate", student_bundle, texts[0], "--no-speed", "--json").stdout)
+
+    assert all(row["decode_rate"] is None for row in told["rows"])
+    assert "Decoding" not in run("evaluate", student_bundle, texts[0], "--no-speed").stdout
 
 
 def test_only_so_many_tokens_are_read(bundle, texts):
@@ -63,6 +96,22 @@ def test_fit_weights_rewrites_the_manifest_and_nothing_else(own_bundle, texts):
     assert after.weights.domains["words"]["code"] == pytest.approx(1, abs=0.01)
     assert after.files == before.files
     verify_bundle(own_bundle, after)
+
+
+def test_fit_weights_of_a_read_only_bundle_fails_before_the_work(own_bundle, texts, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    def work(*_, **__):
+        raise AssertionError("the weights were fitted for nothing")
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr("edgemix.export.mixture_weights.fit_weights", work)
+
+    result = run("fit-weights", own_bundle, *texts)
+
+    assert result.exit_code == 2
+    assert "edgemix.json: read-only file system" in result.stderr
 
 
 def test_fit_weights_json(own_bundle, texts):

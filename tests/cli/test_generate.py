@@ -51,12 +51,33 @@ def test_json_is_one_object_at_the_end(bundle):
     result = generate(bundle, "1", "--json")
 
     told = json.loads(result.stdout)
-    assert told["prompt"] == "1"
+    assert (told["prompt"], told["provider"], told["student"]) == ("1", "cpu", False)
     assert told["text"] == "+2=3"
     assert bytes(told["token_ids"][:-1]) == b"+2=3"
     assert told["finish_reason"] == "stop"
     assert len(told["log_probabilities"]) == 5
     assert all(math.isfinite(figure) for figure in told["timings"].values())
+
+
+def test_the_student_alone(student_bundle):
+    assert generate(student_bundle, "1").stdout == "+2=3\n"
+    assert generate(student_bundle, "1", "--student").stdout == "+2\n"
+    assert json.loads(generate(student_bundle, "1", "--student", "--json").stdout)["student"] is True
+
+
+def test_a_bundle_without_a_student(bundle):
+    result = generate(bundle, "1", "--student")
+
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "has no student\nAdd student: to its recipe" in result.stderr
+
+
+@pytest.mark.parametrize("options", [["--student", "--weights", "code=1"], ["--weights", "programs", "--student"]])
+def test_the_student_has_no_weights(student_bundle, options):
+    result = generate(student_bundle, "1", *options)
+
+    assert result.exit_code == 2
+    assert "--weights mixes the members, and --student leaves them out" in result.stderr
 
 
 def test_a_rate_that_is_not_a_number_is_null_in_json(bundle):

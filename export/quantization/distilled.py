@@ -20,19 +20,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from edgemix.export.quantization.block_table import BlockTable
 from edgemix.export.quantization.blocks import Blocks, cut
 from edgemix.export.quantization.rtn import rtn
-from edgemix.export.token_loss import bfloat16_pays, plain_head
+from edgemix.export.self_divergence import self_divergence
+from edgemix.export.token_loss import bfloat16_pays
 from edgemix.export.training import Budget, train
 from edgemix.progress import SILENT, Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -47,7 +45,6 @@ _RATE = 2.5e-3
 _SCALES_RATE = 0.4
 """The scales' learning rate as a share of the roundings'."""
 
-_ROWS = 256
 _SMALLEST = 16
 
 
@@ -90,7 +87,7 @@ def distill_blocks(
         and min(module.weight.shape) >= _SMALLEST
     ]
     parameters = {f"{linear.name}.{kind}": tensor for linear in linears for kind, tensor in linear.movable.items()}
-    loss = _self_divergence(model, student, bfloat16=bfloat16_pays(model.device))
+    loss = self_divergence(model, student, bfloat16=bfloat16_pays(model.device))
 
     def quantised_loss(ids: Tensor) -> Tensor:
         for linear in linears:
@@ -127,13 +124,13 @@ class _Start:
     top: int
 
     def quantize(self, rounding: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What movable parts stand for: codes as floats [N, blocks, block], scales [N, blocks], and which codes are not
-        clipped.
+        """What movable parts stand for: codes as floats [N, blocks, block], scales [N, blocks], and which codes may
+        move: those that are not clipped, and no zeros, which pruning made.
         """
         # In half precision, as they are stored.
         scales = (self.scales * (_SCALES_RATE * scale).exp()).half().float().clamp(min=2.0**-24)
         exact = (self.weight / scales[..., None]).add_(rounding).add_(self.zero)
-        inside = (exact > -0.5) & (exact < self.top + 0.5)
+        inside = (exact > -0.5) & (exact < self.top + 0.5) & (self.weight != 0)
         return exact.round_().clamp_(0, self.top), scales, inside
 
 
@@ -187,53 +184,3 @@ class _Round(torch.autograd.Function):  # type: ignore[misc]
         of_scale = (gradient * centred).sum(-1) * scales * _SCALES_RATE
         of_rounding = gradient * scales[..., None] * inside
         return of_rounding, of_scale, None
-
-
-def _self_divergence(
-    teacher: PreTrainedModel, student: PreTrainedModel, *, bfloat16: bool
-) -> Callable[[Tensor], Tensor]:
-    """Token ids [batch, length] -> mean KL(teacher || student) of the next token, nats."""
-    head = plain_head(teacher)
-
-    def loss(ids: Tensor) -> Tensor:
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=bfloat16):
-            if head is None:
-                with torch.no_grad():
-                    expected = teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-                found = student(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-                return functional.kl_div(found, expected, reduction="none", log_target=True).sum(-1).mean()
-            with torch.no_grad():
-                expected = teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            found = student.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            dtype = torch.bfloat16 if bfloat16 else head.weight.dtype
-            bias = None if head.bias is None else head.bias.detach().to(dtype)
-            rows = (found.flatten(0, 1).to(dtype), expected.flatten(0, 1).to(dtype))
-            mean: Tensor = _HeadDivergence.apply(*rows, head.weight.detach().to(dtype), bias)
-            return mean
-
-    return loss
-
-
-class _HeadDivergence(torch.autograd.Function):  # type: ignore[misc]
-    """Mean KL between the distributions that one head makes of two hidden states [rows, hidden], some rows at a time;
-    only the second model's, the first argument, gets a gradient: (q - p) @ weight.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, expected: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        gradient = torch.empty_like(hidden)
-        total = torch.zeros((), device=hidden.device)
-        for start in range(0, len(hidden), _ROWS):
-            rows = slice(start, start + _ROWS)
-            q = functional.linear(hidden[rows], weight, bias).float().log_softmax(-1)
-            p = functional.linear(expected[rows], weight, bias).float().log_softmax(-1)
-            likely = p.exp()
-            total += (likely * (p - q)).sum()
-            gradient[rows] = (q.exp_() - likely).to(weight.dtype) @ weight
-        ctx.save_for_backward(gradient.div_(len(hidden)))
-        return total / len(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * outputs[0].to(gradient.dtype), None, None, None

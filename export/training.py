@@ -95,6 +95,7 @@ def train(
     eight_bit: bool = False,
     validation: Validation | None = None,
     before_step: Callable[[float], None] | None = None,
+    after_step: Callable[[int], None] | None = None,
     workers: Accelerator | None = None,
     seed: int = 0,
     checkpoint: Checkpoint | None = None,
@@ -116,6 +117,8 @@ def train(
         eight_bit: Keep the moments in 8 bits (bitsandbytes).
         validation: Tells which parameters are best, and when there is no more to gain.
         before_step: Told before each step what share of the budget is used.
+        after_step: Told with each step, Ctrl-C held back, how many were taken; may change `parameters` that have no
+            gradient, which are kept with the others.
         workers: Processes that take a batch each and share their gradients; they must all call this, on equal
             parameters, and see the checkpoint at the same path. The first one writes it.
         seed: Of the order of the windows and of dropout.
@@ -141,6 +144,7 @@ def train(
         accumulate=accumulate,
         validation=validation,
         before_step=before_step,
+        after_step=after_step,
         workers=workers if workers and workers.num_processes > 1 else None,
         seed=seed,
         optimizer=optimizer,
@@ -199,6 +203,7 @@ class _Run:
     accumulate: int
     validation: Validation | None
     before_step: Callable[[float], None] | None
+    after_step: Callable[[int], None] | None
     workers: Accelerator | None
     seed: int
     optimizer: torch.optim.Optimizer
@@ -227,6 +232,8 @@ class _Run:
             group["lr"] = self.learning_rate * rate(used, state.steps)
         with _uninterrupted():
             self.optimizer.step()
+            if self.after_step:
+                self.after_step(state.steps + 1)
             state.loss = value if state.steps == 0 else 0.9 * state.loss + 0.1 * value
             state.steps += 1
             state.seconds += time.monotonic() - started

@@ -93,6 +93,24 @@ def test_an_interrupt_waits_for_the_optimiser(tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_what_changes_after_each_step_is_kept_with_the_parameters(tmp_path):
+    """An interrupted step changes nothing, and counts once when it is taken again."""
+    counts = []
+    for steps in (None, 5):
+        recorder = Recorder()
+        count = recorder.parameters["count"] = torch.zeros(1)
+        checkpoint = Checkpoint(tmp_path / str(steps), "key")
+        if steps:
+            recorder.at_step = {steps: interrupt}
+            with pytest.raises(KeyboardInterrupt):
+                recorder.train(checkpoint=checkpoint, after_step=count.add_)
+            recorder.at_step.clear()
+            count.fill_(99)
+        recorder.train(checkpoint=checkpoint, after_step=count.add_)
+        counts.append(count.item())
+    assert counts == [sum(range(1, 13))] * 2
+
+
 @pytest.mark.parametrize("spoil", [lambda data: data[:-5], lambda data: b"", lambda data: b"\xff" * 64])
 def test_a_damaged_checkpoint_is_started_over(tmp_path, spoil):
     recorder = Recorder()

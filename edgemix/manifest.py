@@ -311,6 +311,8 @@ def _weight_faults(manifest: Manifest) -> Iterator[str]:
     names = {member.name for member in manifest.members}
     vectors = {"weights.default": manifest.weights.default}
     vectors |= {f"weights.domains[{name!r}]": weights for name, weights in manifest.weights.domains.items()}
+    if manifest.quantization is not None:
+        vectors["quantization.weights"] = manifest.quantization.weights
     for where, weights in vectors.items():
         if weights.keys() != names:
             yield f"{where} is not over the members: {', '.join(map(repr, sorted(weights.keys() ^ names)))}"

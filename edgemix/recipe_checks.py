@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from edgemix.compression import pruning_problems, quantization_problems, student_problems
 from edgemix.errors import InputError
-from edgemix.manifest import MEMBER_NAME
+from edgemix.manifest import MEMBER_NAME, RESERVED_NAMES
 from edgemix.text_files import read_documents
 from edgemix.yaml_reader import Problem, did_you_mean
 
@@ -54,6 +54,8 @@ def _member_problems(recipe: Recipe) -> Iterator[Problem]:
                 f"{member.name[:80]!r} cannot name a folder; use up to 64 letters, digits, - _ . with no . or - first "
                 "and no . last",
             )
+        elif member.name.casefold() in RESERVED_NAMES:
+            yield Problem((*where, "name"), f"{member.name!r} is the name of a mixture or the student; choose another")
         elif (first := seen.setdefault(member.name.casefold(), index)) != index:
             yield Problem((*where, "name"), f"{member.name!r} is also the name of members[{first}]; choose another")
         yield from _source_problems(recipe, index)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 GRAPH = "members/math/model.onnx"
 DATA = "members/math/model.onnx.data"
+PARITY = {"weights": {"math": 1.0}, "tokens": 9, "kl": 0.1, "flips": 0.0, "perplexity_ratio": 1.0}
 
 
 @pytest.fixture
@@ -242,6 +243,7 @@ def member(it: dict[str, Any]) -> dict[str, Any]:
         (lambda it: it["weights"].update(default={"math": 0.5, "code": 0.4}), "sum to 1"),
         (lambda it: it["weights"].update(default={"math": 0.5, "code": None}), "damaged"),
         (lambda it: it["weights"]["domains"].update(x={"math": 0.0, "code": 0.0}), r"domains\['x'\] does not sum"),
+        (lambda it: it.update(quantization=PARITY), r"quantization\.weights is not over the members: 'code'"),
         (lambda it: it["tokenizer"].update(vocabulary=0), "vocabulary is 0"),
         (lambda it: it["tokenizer"].update(vocabulary=10**6), "logits are"),
         (lambda it: it["tokenizer"].update(eos=[10**6]), "special token"),

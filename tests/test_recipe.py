@@ -195,6 +195,14 @@ MEMBER = "members: [{name: a, model: model}, {name: b, model: model}]\n"
         ("members: [{name: a/b, model: model}]", "1: members[0].name: 'a/b' cannot name a folder"),
         ("members: [{name: a., model: model}]", "1: members[0].name: 'a.' cannot name a folder"),
         ("members: [{name: é, model: model}]", "1: members[0].name: 'é' cannot name a folder"),
+        (
+            "members: [{name: Uniform, model: model}]",
+            "1: members[0].name: 'Uniform' is the name of a mixture",
+        ),
+        (
+            "members: [{name: student, model: model}]",
+            "1: members[0].name: 'student' is the name of a mixture",
+        ),
         ("members: [{name: a, model: gone.gguf}]", "1: members[0].model: there is no file or folder"),
         ("members: [{name: a, model: ~/gone/model}]", "1: members[0].model: there is no file or folder"),
         ("members: [{name: a, model: ~nobody-by-this-name}]", "1: members[0].model: there is no file"),

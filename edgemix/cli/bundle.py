@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from edgemix.bundle import Manifest, MemberEntry, Weights
+    from edgemix.bundle import Manifest, MemberEntry, MixtureParity, QuantizationParity, Weights
     from edgemix.cli.console import Console
 
 
@@ -61,20 +61,28 @@ def show_manifest(console: Console, bundle: Path, manifest: Manifest) -> None:
     console.table(
         f"{bundle}: {megabytes(size)} MB, for {manifest.target}, by edgemix {manifest.edgemix}",
         ("Member", "Format", "Graph", "MB", "Parameters (M)", "Context (tokens)"),
-        [_facts(manifest, member) for member in manifest.members],
+        [_facts(manifest, entry) for entry in manifest.graphs],
         left=3,
     )
-    console.table("Sources", ("Member", "Model", "Type", "Licence"), [_source(m) for m in manifest.members], left=4)
+    sources = [_source(entry) for entry in manifest.graphs]
+    console.table("Sources", ("Member", "Model", "Type", "Licence"), sources, left=4)
+    rows = [_parity(entry) for entry in manifest.graphs]
+    mixed = manifest.quantization
+    if mixed is not None:
+        rows.append(("mixture", "", *_distances(mixed, ""), ""))
     console.table(
         "Parity (largest difference to torch; then the stored graph against fp32)",
-        ("Member", "Torch (nats)", "KL (nats)", "Flips (%)", "Perplexity ratio", "Forced"),
-        [_parity(member) for member in manifest.members],
+        ("Member", "Torch\n(nats)", "KL\n(nats)", "KL decoding\n(nats)", "Flips\n(%)", "Perplexity\nratio", "Forced"),
+        rows,
     )
     names = [member.name for member in manifest.members]
     show_weights(console, f"Weights ({manifest.weights.method})", manifest.weights, names)
-    for member in manifest.members:
-        for fallback in member.fallbacks:
-            console.line(f"{member.name}: {fallback}")
+    if mixed is not None and mixed.weights != manifest.weights.default:
+        shares = ", ".join(f"{name} {mixed.weights[name]:.3f}" for name in names)
+        console.line(f"The mixture's parity was measured with other weights: {shares}")
+    for entry in manifest.graphs:
+        for fallback in entry.fallbacks:
+            console.line(f"{entry.name}: {fallback}")
 
 
 def show_weights(console: Console, title: str, weights: Weights, members: Sequence[str]) -> None:
@@ -106,9 +114,12 @@ def _source(member: MemberEntry) -> tuple[str, ...]:
 def _parity(member: MemberEntry) -> tuple[str, ...]:
     worst = max(member.parity.prefill, member.parity.decode, member.parity.padded_batch)
     stored = member.quantization
-    figures = (
-        ("", "", "")
-        if stored is None
-        else (f"{stored.kl:.4f}", f"{100 * stored.flips:.2f}", f"{stored.perplexity_ratio:.4f}")
-    )
-    return member.name, f"{worst:.1e}", *figures, "yes" if member.forced else "no"
+    decoding = "" if stored is None or stored.decode_kl is None else f"{stored.decode_kl:.4f}"
+    forced = "yes" if member.forced else "no"
+    return member.name, f"{worst:.1e}", *_distances(stored, decoding), forced
+
+
+def _distances(stored: QuantizationParity | MixtureParity | None, decoding: str) -> tuple[str, ...]:
+    if stored is None:
+        return "", "", "", ""
+    return f"{stored.kl:.4f}", decoding, f"{100 * stored.flips:.2f}", f"{stored.perplexity_ratio:.4f}"

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-from edgemix.bundle import QuantizationParity, read_manifest
+from edgemix.bundle import MixtureParity, QuantizationParity, read_manifest
 from edgemix.cli import edgemix
 from edgemix.runtime.evaluation import Evaluation, Figures, Row
 
@@ -49,10 +49,11 @@ def test_export(library, recipe, bundle):
     import msgspec
 
     manifest = read_manifest(bundle)
-    stored = QuantizationParity(4096, 0.01234, 0.1, 0.0456, 0.1, 1.0123, 1.1)
+    stored = QuantizationParity(4096, 0.01234, 0.1, 0.0456, 0.1, 1.0123, 1.1, decode_kl=0.02)
     first = msgspec.structs.replace(manifest.members[0], format="int8", quantization=stored, forced=True)
     first = msgspec.structs.replace(first, fallbacks=("mobius: the graph does not load",))
-    manifest = msgspec.structs.replace(manifest, members=(first, *manifest.members[1:]))
+    mixed = MixtureParity(manifest.weights.default, 1024, 0.0066, 0.02, 1.003)
+    manifest = msgspec.structs.replace(manifest, members=(first, *manifest.members[1:]), quantization=mixed)
     calls = library("edgemix.export.pipeline", "export_bundle", manifest)
 
     result = run("export", recipe, "-o", "out", "--force")
@@ -62,7 +63,8 @@ def test_export(library, recipe, bundle):
     assert [member.name for member in built.members] == ["a"]
     assert output == Path("out")
     assert options["force"] is True
-    assert "math          0.0e+00      0.0123        4.56             1.0123      yes" in result.stdout
+    assert "math      0.0e+00   0.0123        0.0200    4.56       1.0123      yes" in result.stdout
+    assert "mixture             0.0066                  2.00       1.0030" in result.stdout
     assert "math: mobius: the graph does not load" in result.stdout
     assert "Next: edgemix generate out" in result.stdout
     told = json.loads(run("export", recipe, "-o", "out", "--json").stdout)

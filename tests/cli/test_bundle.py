@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
-from edgemix.bundle import MANIFEST, TOKENIZER
+from edgemix.bundle import MANIFEST, TOKENIZER, MixtureParity, read_manifest, write_manifest
 from edgemix.cli import edgemix
 
 
@@ -28,6 +29,21 @@ def test_inspect_shows_members_sources_and_weights(bundle):
     ):
         assert line in result.output
     assert max(map(len, result.output.splitlines()[1:])) <= 80
+
+
+def test_inspect_shows_the_student_and_the_mixtures_parity(own_bundle, student_bundle):
+    assert run("inspect", student_bundle).output.count("\nstudent ") == 3  # facts, source, parity
+
+    def shown(weights):
+        parity = MixtureParity(weights, tokens=1024, kl=0.0066, flips=0.02, perplexity_ratio=1.003)
+        write_manifest(own_bundle, msgspec.structs.replace(read_manifest(own_bundle), quantization=parity))
+        return " ".join(run("inspect", own_bundle).output.split())
+
+    same, other = shown({"math": 0.75, "code": 0.25}), shown({"math": 0.5, "code": 0.5})
+    assert " mixture 0.0066 2.00 1.0030 " in same
+    assert "other weights" not in same
+    assert "measured with other weights: math 0.500, code 0.500" in other
+    assert max(map(len, run("inspect", own_bundle).output.splitlines()[1:])) <= 80
 
 
 def test_inspect_json_is_the_manifest(bundle):

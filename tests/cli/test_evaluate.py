@@ -50,8 +50,8 @@ def test_json_figures(bundle, texts):
 
 
 def test_the_student_stands_beside_members_and_mixture(student_bundle, texts):
-    """After "1" and "+" it is as sure as math, which weighs 3/4; after "2" it is sure of the end; then it knows nothing,
-    like code, which weighs 1/4.
+    """After "1" and "+" it is as sure as math, which weighs 3/4; after "2" it is sure of the end; then it knows
+    nothing, like code, which weighs 1/4.
     """
     told = json.loads(run("evaluate", student_bundle, texts[0], "--json").stdout)
 

@@ -79,6 +79,8 @@ _STEPS = 3
 _ENOUGH_TOKENS = 512
 _MOST_TOKENS = 2048
 _SAMPLED_ROWS = 8
+_DECODED, _DECODED_TEXTS = 128, 8
+"""Positions at which the gate decodes, and the most texts that they lie in: enough for a mean KL, not for flips."""
 
 
 def check_graph(model: PreTrainedModel, path: Path, facts: GraphFacts) -> GraphParity:
@@ -111,7 +113,8 @@ def check_quantized(
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> QuantizationParity:
-    """Compare a stored graph with the fp32 graph that it was made from.
+    """Compare a stored graph with the fp32 graph that it was made from, where it reads whole texts, and where it reads
+    a token after a past: quantised products of one row have kernels of their own.
 
     Args:
         fp32_path: The fp32 graph.
@@ -127,27 +130,63 @@ def check_quantized(
     source = Member.load(fp32_path, msgspec.structs.replace(facts, dtype="float32"))
     stored = Member.load(path, facts)
     texts = _texts(source, windows or (), seed)
-    tokens = sum(len(text) - 1 for text in texts)
-    kl = flips = surprise = 0.0
-    with progress.stage("parity", total=tokens) as task:
+    prefill, decode = Distance(), Distance()
+    with progress.stage("parity", total=sum(len(text) - 1 for text in texts)) as task:
         for text in texts:
             for p, q, targets in _log_probability_pairs(source, stored, text):
-                kl += float((np.exp(p) * (p - q)).sum(dtype=np.float64))
-                rows = np.arange(len(p))
-                margin = p.max(axis=1) - p[rows, q.argmax(axis=1)]
-                flips += int((margin > FLIP_MARGIN).sum())
-                surprise += float((p - q)[rows, targets].sum(dtype=np.float64))
+                prefill.add(p, q, targets)
                 task.advance(len(p))
+        some = texts[:: -(-len(texts) // _DECODED_TEXTS)]
+        for text in some:
+            _decode(source, stored, text, _DECODED // len(some), decode)
     limits = LIMITS[format]
     return QuantizationParity(
-        tokens=tokens,
-        kl=kl / tokens,
+        tokens=prefill.tokens,
+        kl=prefill.kl,
         kl_limit=limits.kl,
-        flips=flips / tokens,
+        flips=prefill.flips,
         flips_limit=limits.flips,
-        perplexity_ratio=math.exp(min(surprise / tokens, 700.0)),
+        perplexity_ratio=prefill.perplexity_ratio,
         perplexity_ratio_limit=limits.perplexity_ratio,
+        decode_kl=decode.kl if decode.tokens else None,
     )
+
+
+class Distance:
+    """How far distributions q are from distributions p, summed up as they come.
+
+    Attributes:
+        tokens: Number of positions so far.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._kl = self._surprise = 0.0
+        self._flips = 0
+
+    def add(self, p: NDArray[np.float32], q: NDArray[np.float32], targets: Tokens) -> None:
+        """Take in log-probabilities [tokens, vocabulary] of both, and the tokens that came next."""
+        rows = np.arange(len(p))
+        self.tokens += len(p)
+        self._kl += float((np.exp(p) * (p - q)).sum(dtype=np.float64))
+        margin = p.max(axis=1) - p[rows, q.argmax(axis=1)]
+        self._flips += int((margin > FLIP_MARGIN).sum())
+        self._surprise += float((p - q)[rows, targets].sum(dtype=np.float64))
+
+    @property
+    def kl(self) -> float:
+        """Mean KL(p || q), nats a token."""
+        return self._kl / self.tokens
+
+    @property
+    def flips(self) -> float:
+        """Share of positions at which p prefers its own most probable token to q's by more than `FLIP_MARGIN`."""
+        return self._flips / self.tokens
+
+    @property
+    def perplexity_ratio(self) -> float:
+        """Perplexity of q over that of p, on the tokens that came next."""
+        return math.exp(min(self._surprise / self.tokens, 700.0))
 
 
 def enforce(figures: GraphParity | QuantizationParity, *, forced: bool = False, member: str = "") -> bool:
@@ -169,6 +208,8 @@ def enforce(figures: GraphParity | QuantizationParity, *, forced: bool = False, 
         what, remedy = "differs from the torch model in log-probabilities", "Keep it as it is with --force."
     else:
         limits = {name: getattr(figures, f"{name}_limit") for name in ("kl", "flips", "perplexity_ratio")}
+        if figures.decode_kl is not None:
+            limits["decode_kl"] = figures.kl_limit
         what = f"is too far from the fp32 graph on {figures.tokens} tokens"
         remedy = "Choose a format with more bits for it, or keep it as it is with --force."
     values = {name: getattr(figures, name) for name in limits}
@@ -307,3 +348,18 @@ def _log_probability_pairs(
             for member, cache in zip((source, stored), caches, strict=True)
         )
         yield p, q, text[start + 1 : start + 1 + len(piece)]
+
+
+def _decode(source: Member, stored: Member, text: Tokens, steps: int, distance: Distance) -> None:
+    """Add the distance at `steps` tokens, fewer of a short text, that the stored graph reads singly after a past."""
+    steps = min(steps, len(text) - 2, source.chunk)
+    if steps < 1:
+        return
+    text = text[: _LENGTH + steps + 1]
+    past = len(text) - 1 - steps
+    caches = source.new_cache(), stored.new_cache()
+    for member, cache in zip((source, stored), caches, strict=True):
+        member.extend(cache, text[None, :past])
+    p = log_softmax(source.extend_all(caches[0], text[None, past:-1])[0])
+    q = [log_softmax(stored.extend(caches[1], text[None, at : at + 1])) for at in range(past, len(text) - 1)]
+    distance.add(p, np.concatenate(q), text[past + 1 :])

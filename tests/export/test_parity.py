@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
+from onnx_members import random_member, write_graph
 from tiny_models import tiny_model
 
 from edgemix.errors import ParityError
@@ -121,6 +124,53 @@ def test_figures_are_what_their_formulas_say(exact: Exported, rough: Exported, w
     ratio = (p.gather(-1, next_ids) - q.gather(-1, next_ids)).mean().exp().item()
     assert figures.perplexity_ratio == pytest.approx(ratio, rel=1e-4)
     assert (figures.kl_limit, figures.flips_limit) == (LIMITS["int4"].kl, LIMITS["int4"].flips)
+
+
+def test_the_gate_decodes(exact: Exported, rough: Exported, windows: list[list[int]]) -> None:
+    """At 128 positions, evenly from six texts: the last 21 of each that have a successor."""
+    with torch.no_grad():
+        ids = torch.tensor(windows)
+        p, q = (torch.log_softmax(member.model(ids).logits.double(), -1)[:, -22:-1] for member in (exact, rough))
+    figures = check_quantized(exact.path, rough.path, exact.facts, windows, format="int4")
+    assert figures.decode_kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
+    same = check_quantized(exact.path, exact.path, exact.facts, windows, format="fp32")
+    assert same.decode_kl == pytest.approx(0, abs=1e-6)
+
+
+def test_a_graph_that_is_wrong_only_when_it_decodes_is_refused(tmp_path: Path) -> None:
+    form = random_member(3)
+    facts = write_graph(tmp_path / "right/model.onnx", form)
+    write_graph(tmp_path / "wrong/model.onnx", form)
+    model = onnx.load(tmp_path / "wrong/model.onnx")
+    for node in model.graph.node:
+        node.output[:] = ["right" if name == "logits" else name for name in node.output]
+    constants = {"shift": np.linspace(0, 3, 16, dtype=np.float32), "only": np.int64(1), "length_axis": np.int64(1)}
+    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items())
+    model.graph.node.extend(
+        [
+            helper.make_node("Shape", ["input_ids"], ["sizes"]),
+            helper.make_node("Gather", ["sizes", "length_axis"], ["length"]),
+            helper.make_node("Equal", ["length", "only"], ["decodes"]),
+            helper.make_node("Cast", ["decodes"], ["much"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", ["much", "shift"], ["error"]),
+            helper.make_node("Add", ["right", "error"], ["logits"]),
+        ]
+    )
+    onnx.save(model, tmp_path / "wrong/model.onnx")
+    text = np.random.default_rng(0).integers(0, 16, (8, 80)).tolist()
+    paths = tmp_path / "right/model.onnx", tmp_path / "wrong/model.onnx"
+    figures = check_quantized(*paths, facts, text, format="int8")
+    assert (figures.kl, figures.flips) == (0, 0)
+    with pytest.raises(ParityError, match=r"decode kl 0\.\d+ \(limit 0\.02\)"):
+        enforce(figures)
+
+
+def test_texts_too_short_to_decode_in(tmp_path: Path) -> None:
+    graph = tmp_path / "model.onnx"
+    facts = write_graph(graph, random_member(3, context=2))
+    figures = check_quantized(graph, graph, facts, [[1, 2]] * 600, format="int8")
+    assert figures.decode_kl is None
+    assert not enforce(figures)
 
 
 def test_near_ties_are_no_flips(exact: Exported, tmp_path: Path, windows: list[list[int]]) -> None:

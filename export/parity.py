@@ -17,7 +17,7 @@ import torch
 
 from edgemix.errors import ParityError
 from edgemix.export.architecture import sliding_windows
-from edgemix.manifest import GraphParity, QuantizationParity
+from edgemix.manifest import GraphParity, PruningFigures, QuantizationParity
 from edgemix.progress import SILENT, Progress
 from edgemix.runtime.member import Member
 from edgemix.runtime.mixing import log_softmax
@@ -56,6 +56,17 @@ LIMITS: dict[Format, Limits] = {
 int4 0.29, 0.26, 1.27, nf4 a bit less; int8-dynamic 1.01 with its outliers treated, and otherwise, which must not pass,
 0.28, 0.23, 1.25. Text that the graph writes itself gives figures about a third higher: the rest of the
 room is for that."""
+
+
+@dataclass(frozen=True)
+class PruningLimits:
+    """How far a pruned model may go from the whole one: mean KL divergence (nats a token), perplexity ratio."""
+
+    kl: float
+    perplexity_ratio: float
+
+
+PRUNING_LIMITS = PruningLimits(kl=0.5, perplexity_ratio=1.5)
 
 GRAPH_TOLERANCE = 1e-4
 """Largest difference of log-probabilities (nats) between torch and a graph, where the torch model itself is stable."""
@@ -189,7 +200,9 @@ class Distance:
         return math.exp(min(self._surprise / self.tokens, 700.0))
 
 
-def enforce(figures: GraphParity | QuantizationParity, *, forced: bool = False, member: str = "") -> bool:
+def enforce(
+    figures: GraphParity | QuantizationParity | PruningFigures, *, forced: bool = False, member: str = ""
+) -> bool:
     """Stop where figures are over their limits.
 
     Args:
@@ -206,6 +219,10 @@ def enforce(figures: GraphParity | QuantizationParity, *, forced: bool = False, 
     if isinstance(figures, GraphParity):
         limits = dict.fromkeys(("prefill", "decode", "padded_batch"), figures.limit)
         what, remedy = "differs from the torch model in log-probabilities", "Keep it as it is with --force."
+    elif isinstance(figures, PruningFigures):
+        limits = {name: getattr(figures, f"{name}_limit") for name in ("kl", "perplexity_ratio")}
+        what = f"is too far from the model before pruning on {figures.tokens} tokens"
+        remedy = "Prune less, let it recover longer (recover: MINUTES), or keep it as it is with --force."
     else:
         limits = {name: getattr(figures, f"{name}_limit") for name in ("kl", "flips", "perplexity_ratio")}
         if figures.decode_kl is not None:
@@ -308,10 +325,14 @@ def _worst(differences: Iterable[float]) -> float:
     return float(np.max(list(differences)))
 
 
-def own_texts(path: Path, facts: GraphFacts, tokens: int, *, seed: int = 0) -> list[list[int]]:
-    """At least `tokens` tokens of text that an fp32 graph writes itself, for a recipe without text."""
+def own_texts(
+    path: Path, facts: GraphFacts, tokens: int, *, seed: int = 0, vocabulary: int | None = None
+) -> list[list[int]]:
+    """At least `tokens` tokens of text that an fp32 graph writes itself, for a recipe without text. With ids below a
+    `vocabulary` that others share, they can read it.
+    """
     source = Member.load(path, msgspec.structs.replace(facts, dtype="float32"))
-    return [text.tolist() for text in _sample(source, tokens, seed)]
+    return [text.tolist() for text in _sample(source, tokens, seed, vocabulary)]
 
 
 def _texts(source: Member, windows: Sequence[Sequence[int]], seed: int) -> list[Tokens]:
@@ -324,13 +345,13 @@ def _texts(source: Member, windows: Sequence[Sequence[int]], seed: int) -> list[
     return texts[::stride]
 
 
-def _sample(source: Member, tokens: int, seed: int) -> list[Tokens]:
+def _sample(source: Member, tokens: int, seed: int, vocabulary: int | None = None) -> list[Tokens]:
     """At least `tokens` tokens in `_SAMPLED_ROWS` texts that the graph writes itself."""
     generator = np.random.default_rng(seed)
-    rows = generator.integers(0, source.vocabulary, (_SAMPLED_ROWS, 1))
+    rows = generator.integers(0, vocabulary or source.vocabulary, (_SAMPLED_ROWS, 1))
     cache = source.new_cache(_SAMPLED_ROWS)
     for _ in range(min(source.context, tokens // _SAMPLED_ROWS + 2) - 1):
-        log_probabilities = log_softmax(source.extend(cache, rows[:, -1:]))
+        log_probabilities = log_softmax(source.extend(cache, rows[:, -1:])[:, :vocabulary])
         noise = generator.gumbel(size=log_probabilities.shape)  # the largest of log p + Gumbel noise is a draw from p
         rows = np.concatenate([rows, (log_probabilities + noise).argmax(axis=1)[:, None]], axis=1)
     return list(rows)

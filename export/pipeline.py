@@ -19,6 +19,7 @@ from edgemix.export import shared_tokenizer
 from edgemix.export.checkpoint import Checkpoint
 from edgemix.export.graph import MODEL_FILE, export_graph
 from edgemix.export.members import Location, MemberLoader, end_ids, load_tokenizer, locate, versions
+from edgemix.export.mixture_parity import MIXTURE_TOKENS, compare_mixtures, keep_distributions
 from edgemix.export.mixture_weights import fit_weights
 from edgemix.export.parity import check_quantized, enforce, own_texts
 from edgemix.export.quantization import quantize
@@ -28,7 +29,16 @@ from edgemix.export.shared_tokenizer import tokenizer_size
 from edgemix.export.text import calibration_windows, windows
 from edgemix.export.training import fingerprint
 from edgemix.graph_io import GraphFacts
-from edgemix.manifest import SCHEMA, GraphParity, Manifest, MemberEntry, QuantizationParity, Source, Weights
+from edgemix.manifest import (
+    SCHEMA,
+    GraphParity,
+    Manifest,
+    MemberEntry,
+    MixtureParity,
+    QuantizationParity,
+    Source,
+    Weights,
+)
 from edgemix.progress import SILENT, Prefixed, Progress
 from edgemix.recipe import check
 from edgemix.runtime import Mixture
@@ -104,7 +114,8 @@ class _Export:
         recipe = self._recipe
         tokenizer = self._share_tokenizer()
         text = self._gate_text(tokenizer)
-        records = {spec.name: self._export_member(spec, text) for spec in recipe.members}
+        mixed = self._mixture_text(text, tokenizer_size(tokenizer))
+        records = {spec.name: self._export_member(spec, text, mixed) for spec in recipe.members}
         eos = {end for record in records.values() for end in record.graph.eos}
         manifest = Manifest(
             schema=SCHEMA,
@@ -119,6 +130,7 @@ class _Export:
         )
         if recipe.weights == "fit":
             manifest = msgspec.structs.replace(manifest, weights=self._fit(manifest))
+        manifest = msgspec.structs.replace(manifest, quantization=self._mixture_parity(manifest, mixed))
         return self._writer.finish(manifest, self._progress)
 
     def _share_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -148,33 +160,73 @@ class _Export:
             for window in windows(read_documents(source, self._recipe.folder), tokenizer, data.window, max_tokens=share)
         ]
 
-    def _export_member(self, spec: MemberRecipe, text: list[list[int]] | None) -> _MemberRecord:
+    def _mixture_text(self, gate_text: list[list[int]] | None, vocabulary: int) -> list[list[int]]:
+        """What the mixture is compared with that of its fp32 graphs on: a piece of every window of the gates' text, and
+        where that is little, what the first member's fp32 graph writes. Empty where there is nothing to compare.
+        """
+        recipe = self._recipe
+        if len(recipe.members) == 1 or all(self._format(spec) == "fp32" for spec in recipe.members):
+            return []
+        windows = gate_text or []
+        share = max(2, MIXTURE_TOKENS // max(1, len(windows)))
+        texts = [window[:share] for window in windows]
+        return texts if sum(map(len, texts)) >= MIXTURE_TOKENS // 2 else texts + self._own_text(vocabulary)
+
+    def _own_text(self, vocabulary: int) -> list[list[int]]:
+        spec, stages, seed = self._recipe.members[0], self._writer.stages, self._recipe.seed
+        key = stage_key(graph=self._graph_key(spec), vocabulary=vocabulary, seed=seed)
+        text = stages.done("text", key, list[list[int]])
+        if text is None:
+            facts, path = self._graph(spec).facts, self._writer.scratch / spec.name / MODEL_FILE
+            text = own_texts(path, facts, MIXTURE_TOKENS // 2, seed=seed, vocabulary=vocabulary)
+            stages.mark_done("text", key, text)
+        return text
+
+    def _export_member(self, spec: MemberRecipe, text: list[list[int]] | None, mixed: list[list[int]]) -> _MemberRecord:
         """The stages of one member: load and merge, graph, format; the last finished one is where it goes on."""
         folder, master = self._writer.folder / "members" / spec.name, self._writer.scratch / spec.name
         stages = self._writer.stages
-        graph_key = stage_key(
-            weights=[self._digest(locate(part, self._recipe.folder)) for part in (spec.model, spec.adapter) if part],
-            target=self._recipe.target,
-            versions=versions() | {"edgemix": edgemix.__version__},
-        )
         key = stage_key(
-            graph=graph_key,
+            graph=self._graph_key(spec),
             format=self._format(spec),
             quantization=(spec.quantization or self._recipe.quantization) if self._format(spec) == "int4" else None,
             data=self._data_digest(),
             text=text,
+            mixed=mixed,
             seed=self._recipe.seed,
         )
         record = stages.done(f"member/{spec.name}", key, _MemberRecord)
         if record is None:
-            graph = stages.done(f"graph/{spec.name}", graph_key, _GraphRecord)
-            if graph is None:
-                graph = self._make_graph(spec, master)
-                stages.mark_done(f"graph/{spec.name}", graph_key, graph, files=[master])
+            graph = self._graph(spec)
             record = self._make_format(spec, graph, master, folder, text)
-            stages.mark_done(f"member/{spec.name}", key, record, files=[folder])
+            files = [folder]
+            if mixed and record.parity is not None:
+                files.append(self._kept(spec))
+                progress = Prefixed(self._progress, spec.name)
+                keep_distributions(master / MODEL_FILE, graph.facts, mixed, self._kept(spec), progress=progress)
+            stages.mark_done(f"member/{spec.name}", key, record, files=files)
             shutil.rmtree(master)
         return record
+
+    def _kept(self, spec: MemberRecipe) -> Path:
+        """Where the distributions of a member's fp32 graph are kept."""
+        return self._writer.scratch / f"{spec.name}.distributions.safetensors"
+
+    def _graph_key(self, spec: MemberRecipe) -> str:
+        return stage_key(
+            weights=[self._digest(locate(part, self._recipe.folder)) for part in (spec.model, spec.adapter) if part],
+            target=self._recipe.target,
+            versions=versions() | {"edgemix": edgemix.__version__},
+        )
+
+    def _graph(self, spec: MemberRecipe) -> _GraphRecord:
+        """A member's fp32 graph, in its folder of the scratch."""
+        key, stages, master = self._graph_key(spec), self._writer.stages, self._writer.scratch / spec.name
+        graph = stages.done(f"graph/{spec.name}", key, _GraphRecord)
+        if graph is None:
+            graph = self._make_graph(spec, master)
+            stages.mark_done(f"graph/{spec.name}", key, graph, files=[master])
+        return graph
 
     def _make_graph(self, spec: MemberRecipe, master: Path) -> _GraphRecord:
         member = self._loader.load(spec)
@@ -309,6 +361,19 @@ class _Export:
                 )
             self._writer.stages.mark_done("weights", key, weights)
         return weights
+
+    def _mixture_parity(self, manifest: Manifest, texts: list[list[int]]) -> MixtureParity | None:
+        """What quantisation costs the mixture, with its weights and its graphs as they ship."""
+        if not texts:
+            return None
+        key = stage_key(members=manifest.members, weights=manifest.weights.default, texts=texts)
+        figures = self._writer.stages.done("mixture", key, MixtureParity)
+        if figures is None:
+            kept = {spec.name: self._kept(spec) for spec in self._recipe.members if self._format(spec) != "fp32"}
+            with Mixture.assemble(self._writer.folder, manifest) as mixture:
+                figures = compare_mixtures(mixture, kept, texts, progress=self._progress)
+            self._writer.stages.mark_done("mixture", key, figures)
+        return figures
 
 
 def given_weights(recipe: Recipe) -> Weights:

@@ -21,6 +21,7 @@ RUNTIME = {"numpy", "onnxruntime", "tokenizers", "msgspec", "jinja2", "psutil", 
 MAY_USE_RUNTIME = {
     "demo",
     "distillation.teacher",
+    "mixture_parity",
     "mixture_weights",
     "parity",
     "pipeline",

@@ -90,6 +90,38 @@ def test_fitted_weights_are_the_most_likely(exported):
             assert best >= other - 1.0
 
 
+def test_what_quantisation_costs_the_mixture(exported, folder, tmp_path):
+    """Measured where every member has passed its gate; a member's own loss counts by its weight, and not in full."""
+    _, manifest = exported
+    figures = manifest.quantization
+    assert figures.weights == manifest.weights.default
+    assert figures.tokens > 500
+    assert 0 < figures.kl < 2 * manifest.members[1].quantization.kl
+    two = MemberRecipe("two", "two")
+    for name, changes, measured in (
+        ("no text", {"data": Data()}, True),  # the first member's graph writes some
+        ("a member", {"members": (two,)}, False),
+        ("fp32", {"format": "fp32"}, False),
+    ):
+        assert (export_bundle(recipe(folder, **changes), tmp_path / name).quantization is not None) == measured
+
+
+def test_kept_distributions_survive_an_interruption(folder, tmp_path, monkeypatch):
+    for data in (recipe(folder).data, Data()):
+        kept = Spy(monkeypatch, "keep_distributions")
+        with monkeypatch.context() as patch:
+
+            def cut(*_, **__):
+                raise KeyboardInterrupt
+
+            patch.setattr(pipeline, "compare_mixtures", cut)
+            with pytest.raises(KeyboardInterrupt):
+                export_bundle(recipe(folder, data=data), tmp_path / "bundle")
+        manifest = export_bundle(recipe(folder, data=data), tmp_path / "bundle")
+        assert len(kept.calls) == 1  # the first member is stored in fp32
+        assert manifest.quantization.kl > 0
+
+
 def test_same_recipe_same_bytes(exported, folder, tmp_path):
     again = export_bundle(recipe(folder, weights="fit"), tmp_path / "again")
     assert graphs(tmp_path / "again") == graphs(exported[0])

@@ -66,7 +66,6 @@ def gptq(
     codes = grid.round(grid.weight)
     _take_better(grid, codes, _greedy(grid, damped), damped)
     for _ in range(sweeps):
-        grid.fit_scales(codes, damped)
         _descend(grid, codes, damped)
     return grid.blocks(codes)
 
@@ -76,23 +75,26 @@ class _Grid:
 
     Attributes:
         weight: [N, K].
-        scales: [N, K], that of each weight's block, exact in half precision.
-        zero: [N, K], that of each weight's block.
+        block: Columns that share a scale.
+        top: The largest code.
+        block_scales: [N, blocks], exact in half precision.
+        block_zero: [N, blocks], whole numbers in 0..top.
+        scales, zero: The same for each weight, [N, K].
     """
 
     def __init__(self, weight: Tensor, bits: int, block: int, *, symmetric: bool) -> None:
-        self.weight, self._bits, self._block, self._symmetric = weight, bits, block, symmetric
+        self.weight, self._bits, self.block, self._symmetric = weight, bits, block, symmetric
         self.top = 2**bits - 1
         self.count = -(-weight.shape[1] // block)
-        self._set(torch.ones(len(weight), self.count), torch.zeros(len(weight), self.count))
+        self.set(torch.ones(len(weight), self.count), torch.zeros(len(weight), self.count))
 
-    def _set(self, scales: Tensor, zero: Tensor) -> None:
-        self._scales, self._zero = scales.to(self.weight), zero.to(self.weight)
-        self.scales, self.zero = self._spread(self._scales), self._spread(self._zero)
+    def set(self, scales: Tensor, zero: Tensor) -> None:
+        self.block_scales, self.block_zero = scales.to(self.weight), zero.to(self.weight)
+        self.scales, self.zero = self._spread(self.block_scales), self._spread(self.block_zero)
 
     def _spread(self, values: Tensor) -> Tensor:
         """[N, blocks] -> [N, K]."""
-        return values.repeat_interleave(self._block, 1)[:, : self.weight.shape[1]].contiguous()
+        return values.repeat_interleave(self.block, 1)[:, : self.weight.shape[1]].contiguous()
 
     def round(self, values: Tensor) -> Tensor:
         """The codes nearest to values [N, K], as floats."""
@@ -104,9 +106,9 @@ class _Grid:
 
     def search(self, importance: Tensor) -> None:
         """Scales and zero points with the least sum of importance [K] times squared rounding error."""
-        padding = (0, self.count * self._block - self.weight.shape[1])
-        cut = torch.nn.functional.pad(self.weight, padding).unflatten(1, (self.count, self._block))
-        share = torch.nn.functional.pad(importance, padding).unflatten(0, (self.count, self._block))
+        padding = (0, self.count * self.block - self.weight.shape[1])
+        cut = torch.nn.functional.pad(self.weight, padding).unflatten(1, (self.count, self.block))
+        share = torch.nn.functional.pad(importance, padding).unflatten(0, (self.count, self.block))
         high, low = cut.amax(2).clamp(min=0), cut.amin(2).clamp(max=0)  # zero, and with it the padding, stays exact
         middle = 2 ** (self._bits - 1)
         least = torch.full_like(high, torch.inf)
@@ -123,50 +125,15 @@ class _Grid:
             better = errors < least
             least, best = torch.where(better, errors, least), torch.where(better, scales, best)
             best_zero = torch.where(better, zero, best_zero)
-        self._set(best, best_zero)
-
-    def fit_scales(self, codes: Tensor, hessian: Tensor) -> None:
-        """For each row the scales with the least error under H, with codes [N, K] as they are.
-
-        With c_b the codes less the zero point, zero outside block b: sum_b s_b (c_a H c_b^T) = c_a H w^T.
-        """
-        rows = max(1, (1 << 25) // (self.count * self.weight.shape[1]))
-        fitted = self._scales.clone()
-        for start in range(0, len(codes), rows):
-            part = slice(start, start + rows)
-            levels = codes[part] - self.zero[part]
-            products = torch.stack(
-                [
-                    levels[:, at : at + self._block] @ hessian[at : at + self._block]
-                    for at in range(0, levels.shape[1], self._block)
-                ],
-                1,
-            )
-            normal = self._sums(products * levels[:, None])
-            right = self._sums((self.weight[part] @ hessian) * levels)
-            # A block of zeros has no scale to fit; it keeps the one it has.
-            diagonal = normal.diagonal(dim1=1, dim2=2)
-            ridge = diagonal.mean(1, keepdim=True) * 1e-6 + _TINY
-            right += ridge * self._scales[part]
-            diagonal += ridge
-            fitted[part] = torch.linalg.solve(normal, right)
-        old, old_errors = self._scales, _errors(self.weight - self.values(codes), hessian)
-        self._set(torch.where(fitted > _TINY, _half(fitted), old), self._zero)
-        worse = _errors(self.weight - self.values(codes), hessian) > old_errors
-        self._set(torch.where(worse[:, None], old, self._scales), self._zero)
-
-    def _sums(self, values: Tensor) -> Tensor:
-        """[..., K] -> [..., blocks]."""
-        padding = self.count * self._block - values.shape[-1]
-        return torch.nn.functional.pad(values, (0, padding)).unflatten(-1, (self.count, self._block)).sum(-1)
+        self.set(best, best_zero)
 
     def blocks(self, codes: Tensor) -> Blocks:
         """The blocks with the codes [N, K]; padding has the code of zero."""
-        padded = self._zero.repeat_interleave(self._block, 1)
+        padded = self.block_zero.repeat_interleave(self.block, 1)
         padded[:, : codes.shape[1]] = codes
-        stored = padded.unflatten(1, (self.count, self._block)).to(torch.uint8).cpu().numpy()
-        zero = None if self._symmetric else self._zero.to(torch.uint8).cpu().numpy()
-        return Blocks(stored, self._scales.half().cpu().numpy(), zero, self._bits, codes.shape[1])
+        stored = padded.unflatten(1, (self.count, self.block)).to(torch.uint8).cpu().numpy()
+        zero = None if self._symmetric else self.block_zero.to(torch.uint8).cpu().numpy()
+        return Blocks(stored, self.block_scales.half().cpu().numpy(), zero, self._bits, codes.shape[1])
 
 
 def _greedy(grid: _Grid, hessian: Tensor) -> Tensor:
@@ -191,23 +158,43 @@ def _greedy(grid: _Grid, hessian: Tensor) -> Tensor:
 
 
 def _descend(grid: _Grid, codes: Tensor, hessian: Tensor) -> None:
-    """One pass over the codes [N, K], in place: each takes the value that is best with all others as they are."""
-    error = grid.values(codes) - grid.weight
-    slope = (error @ hessian).T.contiguous()
-    scales, zero = grid.scales.T.contiguous(), grid.zero.T.contiguous()
-    columns = codes.T.contiguous()
-    curvature = hessian.diagonal()
-    for start in range(0, len(columns), _LAZY):
-        end = min(start + _LAZY, len(columns))
-        moved = torch.empty_like(columns[start:end])
-        for index in range(start, end):
-            value = (columns[index] - zero[index]) * scales[index]
-            wanted = value - slope[index] / curvature[index]
-            columns[index] = (wanted / scales[index]).add_(zero[index]).round_().clamp_(0, grid.top)
-            moved[index - start] = (columns[index] - zero[index]) * scales[index] - value
-            slope[start:end].addr_(hessian[index, start:end], moved[index - start])
-        slope[end:].addmm_(hessian[end:, start:end], moved)
-    codes.copy_(columns.T)
+    """One pass over the codes [N, K] and the scales, in place: each takes the value that is best with all others as
+    they are.
+
+    With the error e = q - w of a row and its slope e H, a change d of q changes the loss by 2 d (e H)^T + d H d^T.
+    """
+    columns, weight = codes.T.contiguous(), grid.weight.T
+    scales, zero = grid.block_scales.T.contiguous(), grid.block_zero.T
+    levels = columns - zero.repeat_interleave(grid.block, 0)[: len(columns)]
+    values = levels * scales.repeat_interleave(grid.block, 0)[: len(columns)]
+    slope = hessian @ (values - weight)
+    panel = max(1, _LAZY // grid.block) * grid.block
+    for start in range(0, len(columns), panel):
+        end = min(start + panel, len(columns))
+        before = values[start:end].clone()
+        for low in range(start, end, grid.block):
+            high, at = min(low + grid.block, end), low // grid.block
+            for index in range(low, high):
+                wanted = values[index] - slope[index] / hessian[index, index]
+                level = (wanted / scales[at]).round_()
+                level = torch.minimum(torch.maximum(level, -zero[at]), grid.top - zero[at])
+                value = level * scales[at]
+                slope[start:end].addr_(hessian[index, start:end], value - values[index])
+                levels[index], values[index] = level, value
+            part = levels[low:high]
+            curvature = (part * (hessian[low:high, low:high] @ part)).sum(0)
+            descent = (part * slope[low:high]).sum(0)
+            fitted = _half(scales[at] - descent / curvature.clamp(min=_TINY))
+            step = fitted - scales[at]
+            better = (2 * step * descent + step * step * curvature < 0) & (curvature > 0)
+            step = torch.where(better, step, 0)
+            scales[at] += step
+            moved = part * step
+            values[low:high] += moved
+            slope[start:end].addmm_(hessian[start:end, low:high], moved)
+        slope[end:].addmm_(hessian[end:, start:end], values[start:end] - before)
+    codes.copy_(levels.T + grid.zero)
+    grid.set(scales.T, grid.block_zero)
 
 
 def _take_better(grid: _Grid, codes: Tensor, others: Tensor, hessian: Tensor) -> None:

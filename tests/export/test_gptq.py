@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import torch
 
-from edgemix.export.quantization.gptq import _Grid, gptq
+from edgemix.export.quantization.gptq import gptq
 from edgemix.export.quantization.rtn import rtn
 
 if TYPE_CHECKING:
@@ -107,19 +106,21 @@ def test_zero_weights_stay_zero() -> None:
     assert not blocks.dequantized()[:, 32:].any()
 
 
-def test_fitted_scales_are_a_minimum() -> None:
-    """No scale of a row can be changed for the better, once fitted to given codes."""
-    x, weight = torch.from_numpy(inputs(500, 64)), torch.from_numpy(weights(6, 64))
-    h = 2 / 500 * x.T @ x
-    grid = _Grid(weight, 4, 16, symmetric=False)
-    grid.search(h.diagonal())
-    codes = grid.round(weight)
-    before = ((weight - grid.values(codes)) @ x.T).square().sum()
-    grid.fit_scales(codes, h)
-    fitted = ((weight - grid.values(codes)) @ x.T).square().sum(1)
-    assert fitted.sum() < before
-    for block in range(4):
-        for factor in (0.99, 1.01):
-            moved = grid.values(codes)
-            moved[:, block * 16 : block * 16 + 16] *= factor
-            assert (((weight - moved) @ x.T).square().sum(1) >= 0.9999 * fitted).all()
+def test_refined_blocks_are_a_minimum() -> None:
+    """No single code and no single scale can be changed for the better."""
+    x, weight = inputs(500, 64), weights(6, 64)
+    blocks = gptq(weight, hessian(x), bits=4, block=16, sweeps=60, damping=0)
+    scales = blocks.scales[..., None].astype(np.float64)
+    lost = weight - blocks.dequantized().astype(np.float64)
+    least = ((lost @ x.T) ** 2).sum(1)
+    for column in range(64):
+        for step in (-1, 1):
+            possible = np.isin(blocks.codes[:, column // 16, column % 16].astype(int) + step, range(16))
+            moved = lost.copy()
+            moved[:, column] -= step * scales[:, column // 16, 0]
+            assert (((moved @ x.T) ** 2).sum(1) > 0.9999 * least)[possible].all()
+    for start in range(0, 64, 16):
+        for factor in (-0.003, 0.003):
+            moved = lost.copy()
+            moved[:, start : start + 16] -= factor * blocks.dequantized()[:, start : start + 16]
+            assert (((moved @ x.T) ** 2).sum(1) > 0.9999 * least).all()

@@ -31,6 +31,7 @@ from edgemix.export.training import fingerprint
 from edgemix.graph_io import GraphFacts
 from edgemix.manifest import (
     SCHEMA,
+    STUDENT,
     GraphParity,
     Manifest,
     MemberEntry,
@@ -184,7 +185,7 @@ class _Export:
 
     def _export_member(self, spec: MemberRecipe, text: list[list[int]] | None, mixed: list[list[int]]) -> _MemberRecord:
         """The stages of one member: load and merge, graph, format; the last finished one is where it goes on."""
-        folder, master = self._writer.folder / "members" / spec.name, self._writer.scratch / spec.name
+        folder, master = self._writer.folder / _place(spec), self._writer.scratch / spec.name
         stages = self._writer.stages
         key = stage_key(
             graph=self._graph_key(spec),
@@ -339,7 +340,7 @@ class _Export:
         return MemberEntry(
             name=spec.name,
             format=self._format(spec),
-            graph=f"members/{spec.name}/{MODEL_FILE}",
+            graph=f"{_place(spec)}/{MODEL_FILE}",
             source=graph.source,
             facts=record.facts,
             parity=graph.parity,
@@ -374,6 +375,11 @@ class _Export:
                 figures = compare_mixtures(mixture, kept, texts, progress=self._progress)
             self._writer.stages.mark_done("mixture", key, figures)
         return figures
+
+
+def _place(spec: MemberRecipe) -> str:
+    """The folder in the bundle of a member's graph, or of the student's."""
+    return STUDENT if spec.name == STUDENT else f"members/{spec.name}"
 
 
 def given_weights(recipe: Recipe) -> Weights:

@@ -141,7 +141,7 @@ def evaluate(
     if speed:
         prompt = mixture.tokenizer.encode(next(iter(taken.values()))[0])
         timed = [index for index, line in enumerate(lines) if line.kind != "mixture" or line is own]
-        blends = [(lines[i].name, Blend.of(models, lines[i].shares, "linear", mixture.vocabulary)) for i in timed]
+        blends = [Blend.of(models, lines[i].shares, "linear", mixture.vocabulary) for i in timed]
         for i, rate in zip(timed, decoding_rates(blends, prompt, context=context, progress=progress), strict=True):
             rows[i] = replace(rows[i], decode_rate=rate)
     return Evaluation(tuple(rows), own.name)

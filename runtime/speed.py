@@ -23,7 +23,7 @@ PROMPT, STEPS, ROUNDS = 64, 24, 3
 
 
 def decoding_rates(
-    blends: Sequence[tuple[str, Blend]], prompt: Sequence[int], *, context: int, progress: Progress = SILENT
+    blends: Sequence[Blend], prompt: Sequence[int], *, context: int, progress: Progress = SILENT
 ) -> list[float]:
     """Tokens a second of greedy decoding at batch 1, prefill not counted, for each blend.
 
@@ -31,7 +31,7 @@ def decoding_rates(
     median of the others counts.
 
     Args:
-        blends: Who decodes, each with its name.
+        blends: Who decodes.
         prompt: Token ids that all continue, at least one; its first `PROMPT` are taken.
         context: Most tokens of a sequence. One that leaves no room to decode gives NaN.
         progress: Hears of the turns.
@@ -40,11 +40,11 @@ def decoding_rates(
     rates: list[list[float]] = [[] for _ in blends]
     with progress.stage("speed", (ROUNDS + 1) * len(blends)) as task:
         for turn in range(ROUNDS + 1):
-            for (name, blend), found in zip(blends, rates, strict=True):
+            for blend, found in zip(blends, rates, strict=True):
                 rate = _rate(blend, start, context)
                 if turn > 0:
                     found.append(rate)
-                task.advance(note=name)
+                task.advance()
     return [statistics.median(found) for found in rates]
 
 

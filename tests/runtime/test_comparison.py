@@ -79,7 +79,7 @@ def test_no_numbers_are_an_error(load):
 def test_the_first_turn_is_a_warm_up_and_the_median_counts(blend, monkeypatch):
     told = iter([1000.0, 1.0, 10.0, 4.0, 90.0, 6.0, 20.0, 5.0])
     monkeypatch.setattr(speed, "_rate", lambda *_: next(told))
-    assert decoding_rates([("a", blend), ("b", blend)], [1], context=100) == [20.0, 5.0]
+    assert decoding_rates([blend, blend], [1], context=100) == [20.0, 5.0]
 
 
 def test_every_turn_decodes_as_many_tokens(load, monkeypatch):
@@ -88,7 +88,7 @@ def test_every_turn_decodes_as_many_tokens(load, monkeypatch):
     calls = []
     real = type(member).extend
     monkeypatch.setattr(type(member), "extend", lambda *a: calls.append(1) or real(*a))
-    (rate,) = decoding_rates([("a", Blend((member,), np.ones(1), "linear", 258))], [ord("N")], context=4096)
+    (rate,) = decoding_rates([Blend((member,), np.ones(1), "linear", 258)], [ord("N")], context=4096)
     assert len(calls) == (ROUNDS + 1) * (STEPS + 1)
     assert rate > 0
 
@@ -96,5 +96,5 @@ def test_every_turn_decodes_as_many_tokens(load, monkeypatch):
 @pytest.mark.parametrize(("context", "measured"), [(1, False), (3, True), (40, True)])
 def test_short_contexts(load, context, measured):
     member = load(random_member(0, context=context))
-    (rate,) = decoding_rates([("a", Blend((member,), np.ones(1), "linear", TOKENS))], [1, 2, 3] * 20, context=context)
+    (rate,) = decoding_rates([Blend((member,), np.ones(1), "linear", TOKENS)], [1, 2, 3] * 20, context=context)
     assert (rate > 0) if measured else math.isnan(rate)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import msgspec
 
+from edgemix.errors import InputError
 from edgemix.formats import Format
 from edgemix.yaml_reader import Problem, Where
 
@@ -58,6 +59,11 @@ class Pruning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     criterion: Literal["wanda", "magnitude"] = "wanda"
     steps: int = 1
     recover: float = 5.0
+
+    @property
+    def zeros(self) -> float:
+        """Share of the linears' weights that is zero in the end."""
+        return 0.5 if self.pattern == "2:4" else self.sparsity
 
 
 class Student(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -116,6 +122,14 @@ def pruning_problems(pruning: Pruning, where: Where) -> Iterator[Problem]:
     yield from _bounds({**shares, "steps": (pruning.steps, 1, 100), "recover": (pruning.recover, 0, math.inf)}, where)
     if pruning.pattern == "2:4" and pruning.sparsity not in (0.0, 0.5):
         yield Problem((*where, "sparsity"), f"is {pruning.sparsity}; two of every four weights is 0.5")
+    if not (pruning.layers or pruning.ffn or pruning.heads or pruning.zeros):
+        yield Problem(where, "removes nothing; give a share of layers, ffn, heads or of weights (sparsity)")
+
+
+def check_pruning(pruning: Pruning) -> None:
+    """Raise an InputError with all mistakes of a `Pruning` that was made in Python or from options."""
+    if problems := [str(problem) for problem in pruning_problems(pruning, ())]:
+        raise InputError("; ".join(problems))
 
 
 def student_problems(student: Student, members: list[str], where: Where) -> Iterator[Problem]:

@@ -36,6 +36,8 @@ HEADER = struct.Struct("<8sQQ")
 MAX_RATIO = 64
 """Weights of 32 bits with 95% zeros shrink by a factor of 17; a file that grows more than this is no model."""
 MAX_INDEX_BYTES = 16 << 20
+WORTH_A_MASK = 1 / 8
+"""Share of zeros from which they are left out; fewer cost less as frequent values than as bits of a mask."""
 PLANES = {4: 1, 8: 1, 16: 2, 32: 4}
 """Width of an element in bits -> number of streams for its values: a byte each, and two elements of 4 bits in one."""
 

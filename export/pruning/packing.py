@@ -13,7 +13,7 @@ from edgemix.external_data import external_tensors
 from edgemix.manifest import SparseWeights
 from edgemix.progress import SILENT, Progress
 from edgemix.runtime.sparse_weights import expand
-from edgemix.sparse_storage import MAX_RATIO, PLANES, SUFFIX, Segment, ZeroPoints, deflate, write_header
+from edgemix.sparse_storage import MAX_RATIO, PLANES, SUFFIX, WORTH_A_MASK, Segment, ZeroPoints, deflate, write_header
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Elements: TypeAlias = NDArray[np.unsignedinteger[Any]]
-
-WORTH_A_MASK = 1 / 8
-"""Share of zeros from which they are left out; fewer cost less as frequent values than as bits of a mask."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from edgemix.recipe_checks import local_path
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from peft import PeftModel
+
     from edgemix.recipe import MemberRecipe
 
 _TASK = "text-generation"
@@ -166,39 +168,66 @@ def load_member(spec: MemberRecipe, folder: Path, progress: Progress = SILENT) -
     return MemberLoader(folder, progress).load(spec)
 
 
-def load_model(location: Location) -> PreTrainedModel:
+def load_model(location: Location, *, quantization: Any = None) -> PreTrainedModel:
     """Read a causal language model as fp32 on the CPU, weights dequantised, in evaluation mode.
+
+    Args:
+        location: Where it lies.
+        quantization: transformers' configuration of a quantisation to be made while the weights are read, one after
+            the other, so that they never lie in memory whole; not for GGUF files.
 
     Raises:
         InputError: See `MemberLoader.load`.
     """
     location.weight_files()
     with _reading(location):
-        config = AutoConfig.from_pretrained(**location.arguments, trust_remote_code=False)
-        loader = TasksManager.get_model_class_for_task(_TASK, model_type=config.model_type)
+        config, loader = _class_of(location)
+        if quantization is not None and hasattr(config, "quantization_config"):
+            raise _already_quantized(location)
         model = loader.from_pretrained(
             **location.arguments,
             config=config,
             dtype=torch.float32,
             trust_remote_code=False,
             use_safetensors=True,
+            **({} if quantization is None else {"quantization_config": quantization, "device_map": {"": "cpu"}}),
         )
-    if getattr(model, "hf_quantizer", None) is not None:
+    if quantization is None and getattr(model, "hf_quantizer", None) is not None:
         model = _forget_quantization(model, location)
     return model.eval().requires_grad_(False)
+
+
+def load_skeleton(location: Location) -> PreTrainedModel:
+    """A model's modules and their shapes, without its weights (torch's meta device).
+
+    Raises:
+        InputError: See `MemberLoader.load`.
+    """
+    with _reading(location), torch.device("meta"):
+        config, loader = _class_of(location)
+        return loader.from_config(config, trust_remote_code=False)
+
+
+def _class_of(location: Location) -> tuple[Any, Any]:
+    config = AutoConfig.from_pretrained(**location.arguments, trust_remote_code=False)
+    return config, TasksManager.get_model_class_for_task(_TASK, model_type=config.model_type)
 
 
 def _forget_quantization(model: PreTrainedModel, location: Location) -> PreTrainedModel:
     """A GGUF file's weights are plain floats once they are read: drop what says otherwise."""
     if location.gguf is None:
-        raise InputError(
-            f"{location.name}: its weights are already quantised", "Give the unquantised model, or a GGUF file."
-        )
+        raise _already_quantized(location)
     model.hf_quantizer = None
     model.is_quantized = False
     model.quantization_method = None
     del model.config.quantization_config
     return model
+
+
+def _already_quantized(location: Location) -> InputError:
+    return InputError(
+        f"{location.name}: its weights are already quantised", "Give the unquantised model, or a GGUF file."
+    )
 
 
 def load_tokenizer(location: Location) -> PreTrainedTokenizerBase:
@@ -220,6 +249,18 @@ def merge_adapter(model: PreTrainedModel, adapter: Location) -> PreTrainedModel:
     """Merge a LoRA adapter into `model`, in place.
 
     Raises:
+        InputError: See `add_adapter`.
+    """
+    merged = add_adapter(model, adapter).merge_and_unload()
+    return merged.eval().requires_grad_(False)
+
+
+def add_adapter(
+    model: PreTrainedModel | PeftModel, adapter: Location, name: str = "default", *, trainable: bool = False
+) -> PeftModel:
+    """Put a LoRA adapter's layers into a model, which may have others already.
+
+    Raises:
         InputError: It is not a LoRA adapter in safetensors, or it does not fit the model.
     """
     from peft import PeftConfig, PeftModel
@@ -232,8 +273,10 @@ def merge_adapter(model: PreTrainedModel, adapter: Location) -> PreTrainedModel:
             raise InputError(f"{adapter.name}: a {kind} adapter; edgemix merges LoRA adapters")
         if config.megatron_config:  # it would import a module of the adapter's choice
             raise InputError(f"{adapter.name}: an adapter for Megatron; edgemix merges plain LoRA adapters")
-        merged = PeftModel.from_pretrained(model, str(adapter.folder)).merge_and_unload()
-    return merged.eval().requires_grad_(False)
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(adapter.folder), name, is_trainable=trainable)
+            return model
+        return PeftModel.from_pretrained(model, str(adapter.folder), name, is_trainable=trainable)
 
 
 @contextmanager

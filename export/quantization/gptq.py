@@ -58,7 +58,8 @@ def gptq(
         sweeps: Rounds of refinement.
 
     Returns:
-        The blocks; no row has a larger error than rounding to nearest on the same scales leaves.
+        The blocks; no row has a larger error than rounding to nearest on the same scales leaves. A weight that is zero,
+        as pruning made it, stays zero.
     """
     grid = _Grid(torch.as_tensor(weight).float(), bits, block, symmetric=symmetric)
     damped = _damped(torch.as_tensor(hessian).to(grid.weight), damping)
@@ -141,6 +142,7 @@ def _greedy(grid: _Grid, hessian: Tensor) -> Tensor:
     order = hessian.diagonal().argsort(descending=True)
     upper = _inverse_factor(hessian[order][:, order])
     weight = grid.weight[:, order]
+    alive = (weight != 0).T.contiguous()
     scales, zero = grid.scales[:, order].T.contiguous(), grid.zero[:, order].T.contiguous()
     codes = torch.empty_like(scales)  # [K, N]: a column at a time is read and written
     for start in range(0, len(order), _LAZY):
@@ -150,7 +152,8 @@ def _greedy(grid: _Grid, hessian: Tensor) -> Tensor:
         for index in range(end - start):
             at = start + index
             value = part[index]
-            codes[at] = (value / scales[at]).add_(zero[at]).round_().clamp_(0, grid.top)
+            code = (value / scales[at]).add_(zero[at]).round_().clamp_(0, grid.top)
+            codes[at] = torch.where(alive[at], code, zero[at])
             errors[index] = (value - (codes[at] - zero[at]) * scales[at]) / upper[at, at]
             part[index + 1 :].addr_(upper[at, at + 1 : end], errors[index], alpha=-1)
         weight[:, end:].addmm_(errors.T, upper[start:end, end:], alpha=-1)
@@ -164,6 +167,7 @@ def _descend(grid: _Grid, codes: Tensor, hessian: Tensor) -> None:
     With the error e = q - w of a row and its slope e H, a change d of q changes the loss by 2 d (e H)^T + d H d^T.
     """
     columns, weight = codes.T.contiguous(), grid.weight.T
+    alive = (weight != 0).to(weight)
     scales, zero = grid.block_scales.T.contiguous(), grid.block_zero.T
     levels = columns - zero.repeat_interleave(grid.block, 0)[: len(columns)]
     values = levels * scales.repeat_interleave(grid.block, 0)[: len(columns)]
@@ -177,7 +181,7 @@ def _descend(grid: _Grid, codes: Tensor, hessian: Tensor) -> None:
             for index in range(low, high):
                 wanted = values[index] - slope[index] / hessian[index, index]
                 level = (wanted / scales[at]).round_()
-                level = torch.minimum(torch.maximum(level, -zero[at]), grid.top - zero[at])
+                level = torch.minimum(torch.maximum(level, -zero[at]), grid.top - zero[at]) * alive[index]
                 value = level * scales[at]
                 slope[start:end].addr_(hessian[index, start:end], value - values[index])
                 levels[index], values[index] = level, value

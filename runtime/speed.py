@@ -27,8 +27,8 @@ def decoding_rates(
 ) -> list[float]:
     """Tokens a second of greedy decoding at batch 1, prefill not counted, for each blend.
 
-    The blends take turns, so that a machine that slows down does so for all; the first turn is a warm-up, and the
-    median of the others counts.
+    The blends take turns, so that a machine that slows down does so for all, and the first turn is a warm-up. What
+    counts is the median over the tokens of the others: another process that takes a core for a moment does not matter.
 
     Args:
         blends: Who decodes.
@@ -37,24 +37,27 @@ def decoding_rates(
         progress: Hears of the turns.
     """
     start = prompt[: max(1, min(PROMPT, context - STEPS))]
-    rates: list[list[float]] = [[] for _ in blends]
+    seconds: list[list[float]] = [[] for _ in blends]
     with progress.stage("speed", (ROUNDS + 1) * len(blends)) as task:
         for turn in range(ROUNDS + 1):
-            for blend, found in zip(blends, rates, strict=True):
-                rate = _rate(blend, start, context)
-                if turn > 0:
-                    found.append(rate)
+            for blend, found in zip(blends, seconds, strict=True):
+                timed = _decode(blend, start, context)
+                found.extend(timed if turn > 0 else [])
                 task.advance()
-    return [statistics.median(found) for found in rates]
+    return [1 / statistics.median(found) if found else math.nan for found in seconds]
 
 
-def _rate(blend: Blend, prompt: Sequence[int], context: int) -> float:
+def _decode(blend: Blend, prompt: Sequence[int], context: int) -> list[float]:
+    """Seconds that each token took, after the first."""
     decoding = Decoding(
         blend, [prompt], Sampling(), seeds=[0], max_new_tokens=STEPS + 1, context=context, eos=()
     )  # without an end of text, every turn is as long
+    seconds = []
     with closing(decoding):
         decoding.step()
-        begun, tokens = time.perf_counter(), 0
+        begun = time.perf_counter()
         while decoding.step():
-            tokens += 1
-        return tokens / (time.perf_counter() - begun) if tokens else math.nan
+            now = time.perf_counter()
+            seconds.append(now - begun)
+            begun = now
+    return seconds

@@ -76,10 +76,10 @@ def test_no_numbers_are_an_error(load):
         compare(Blend((load(ClosedForm(table)),), np.array([1.0]), "linear", TOKENS), [1, 2])
 
 
-def test_the_first_turn_is_a_warm_up_and_the_median_counts(blend, monkeypatch):
-    told = iter([1000.0, 1.0, 10.0, 4.0, 90.0, 6.0, 20.0, 5.0])
-    monkeypatch.setattr(speed, "_rate", lambda *_: next(told))
-    assert decoding_rates([blend, blend], [1], context=100) == [20.0, 5.0]
+def test_the_first_turn_is_a_warm_up_and_the_median_token_counts(blend, monkeypatch):
+    told = iter([[9.0], [9.0], [0.5, 7.0], [0.25], [0.5], [0.25, 0.2], [0.4, 0.5], [0.125, 0.25]])
+    monkeypatch.setattr(speed, "_decode", lambda *_: next(told))
+    assert decoding_rates([blend, blend], [1], context=100) == [2.0, 4.0]
 
 
 def test_every_turn_decodes_as_many_tokens(load, monkeypatch):

@@ -20,6 +20,7 @@ RUNTIME = {"numpy", "onnxruntime", "tokenizers", "msgspec", "jinja2", "psutil", 
 """All that the runtime may import beside the standard library."""
 MAY_USE_RUNTIME = {
     "demo",
+    "distillation.distil",
     "distillation.teacher",
     "mixture_parity",
     "mixture_weights",

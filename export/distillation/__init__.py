@@ -1,8 +1,8 @@
 """The student: a small model that learns to say what the mixture says.
 
-What an export calls, once the bundle's graphs stand and its weights are known:
+`distil.distil` is the whole of it. What an export calls, once the bundle's graphs stand and its weights are known:
 
-    make_student(
+    distil.make_student(
         recipe: Recipe,               # with recipe.student
         weights: Mapping[str, float], # member name -> share, fitted or given
         mixture: Mixture,             # the teacher, as it ships

@@ -6,6 +6,7 @@ off by 1/2048 of themselves at most, and made to sum to one again when they are 
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from typing import TYPE_CHECKING
@@ -43,12 +44,16 @@ class TeacherCache:
         teacher: Who is asked; its key and the two numbers below decide what an older shard is worth.
         k: Tokens of each distribution that are kept.
         temperature: Of the distributions.
+
+    Attributes:
+        spent: Seconds that the teacher has taken for the windows, as `fill` has found it.
     """
 
     def __init__(
         self, folder: Path, windows: NDArray[np.int64], teacher: Teacher, *, k: int, temperature: float
     ) -> None:
         self.windows = windows
+        self.spent = 0.0
         self._folder, self._teacher = folder, teacher
         self._k, self._temperature = k, temperature
         self._settings = {"teacher": teacher.key, "k": k, "temperature": temperature, "vocabulary": teacher.vocabulary}
@@ -60,7 +65,7 @@ class TeacherCache:
         workers: Accelerator | None = None,
         title: str = "teacher",
         progress: Progress = SILENT,
-    ) -> int:
+    ) -> TeacherCache:
         """Ask for what is not there yet, from the first window on.
 
         Args:
@@ -70,7 +75,7 @@ class TeacherCache:
             progress: Hears of the windows.
 
         Returns:
-            How many windows are there now, from the first on without a gap: one shard's at least.
+            A cache of the windows that are there now, from the first on without a gap: one shard's at least.
 
         Raises:
             EdgemixError: The disk refuses, or the teacher fails.
@@ -81,20 +86,19 @@ class TeacherCache:
             self._folder.mkdir(parents=True, exist_ok=True)
         spent = 0.0
         with progress.stage(title, len(self.windows)) as task:
-            for shard in range(shards):
-                if seconds is not None and spent >= seconds * (1 if places == 1 else places):
+            for shard in range(place, shards, places):
+                if seconds is not None and spent >= seconds and shard > place:
                     break
                 found = self._seconds(shard)
-                if found is None and shard % places == place:
-                    found = self._ask(shard)
-                spent += found if found is not None else spent / max(shard, 1)
-                task.advance(len(self._numbers(shard)))
+                spent += self._ask(shard) if found is None else found
+                task.advance(places * len(self._numbers(shard)))
         if workers:
             workers.wait_for_everyone()
-        there = 0
-        while there < shards and self._seconds(there) is not None:
-            there += 1
-        return min(there * _SHARD, len(self.windows))
+        there = next((shard for shard in range(shards) if self._seconds(shard) is None), shards)
+        filled = copy.copy(self)
+        filled.windows = self.windows[: there * _SHARD]
+        filled.spent = sum(self._seconds(shard) or 0.0 for shard in range(there)) / places
+        return filled
 
     def read(self, numbers: NDArray[np.int64]) -> TopK:
         """The distributions of some windows, row after row [len(numbers) * (length - 1)].

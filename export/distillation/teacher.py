@@ -9,26 +9,36 @@ softmax, as the runtime does.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Protocol
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch.nn import functional
 
 from edgemix.export.architecture import context_length
 from edgemix.export.losses import TopK, top_k_of_probabilities
+from edgemix.export.members import MemberLoader, load_tokenizer, locate
+from edgemix.export.mixture_weights import fit
+from edgemix.export.shared_tokenizer import check_shared, tokenizer_size
+from edgemix.export.text import windows
 from edgemix.export.token_loss import bfloat16_pays, plain_head
+from edgemix.progress import SILENT, Progress
+from edgemix.runtime import Mixture
+from edgemix.runtime.mixing import normalise
 from edgemix.staging import stage_key
+from edgemix.text_files import read_documents
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
-    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor, nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from edgemix.export.members import LoadedMember
-    from edgemix.runtime import Mixture
+    from edgemix.recipe import Recipe
     from edgemix.runtime.engine import Blend
 
 _ROWS = 64
@@ -102,51 +112,46 @@ class TorchTeacher:
     """Members as torch models: in bfloat16 where the hardware multiplies it, in 4 bits where a GPU lacks the memory.
 
     Args:
-        members: Those that weigh something; their models are copied to the device.
-        weights: Member name -> share, normalised here.
+        members: Taken one after the other; their models are copied to the device.
         vocabulary: The tokenizer's.
         device: Where they run.
-        four_bit: Whether their linears are quantised to NF4 (bitsandbytes); None decides by the device's memory.
+        four_bit: Whether their linears are quantised to NF4 (bitsandbytes); None decides by the device's free memory.
     """
 
     def __init__(
-        self,
-        members: Sequence[LoadedMember],
-        weights: Mapping[str, float],
-        vocabulary: int,
-        device: torch.device,
-        *,
-        four_bit: bool | None = None,
+        self, members: Iterable[LoadedMember], vocabulary: int, device: torch.device, *, four_bit: bool | None = None
     ) -> None:
-        heavy = [member for member in members if weights.get(member.name, 0) > 0]
-        total = sum(weights[member.name] for member in heavy)
-        self._weights = [weights[member.name] / total for member in heavy]
         self.vocabulary = vocabulary
-        self.context = min(context_length(member.model.config) for member in heavy)
+        self.context = 0
         self._device = device
         self._dtype = torch.bfloat16 if bfloat16_pays(device) else torch.float32
-        self.four_bit = four_bit
-        if four_bit is None:
-            bytes_needed = self._dtype.itemsize * sum(member.model.num_parameters() for member in heavy)
-            self.four_bit = device.type == "cuda" and bytes_needed * _ROOM > torch.cuda.mem_get_info(device)[0]
-        self._models = [self._placed(member.model) for member in heavy]
-        self.key = stage_key(
-            members=[member.source.sha256 for member in heavy],
-            weights=self._weights,
-            precision=[str(self._dtype), self.four_bit],
-        )
+        self._models: dict[str, _Placed] = {}
+        for member in members:
+            self._models[member.name] = self._placed(member, four_bit)
+            context = context_length(member.model.config)
+            self.context = min(self.context, context) if self.context else context
+        self.weigh(dict.fromkeys(self._models, 1.0))
+
+    def weigh(self, weights: Mapping[str, float]) -> None:
+        """Mix by these weights, normalised here; members without one are not evaluated. At first all weigh the same."""
+        total = sum(weights.values())
+        self._heavy = [placed for name, placed in self._models.items() if weights.get(name, 0) > 0]
+        self._weights = [weights[name] / total for name in self._models if weights.get(name, 0) > 0]
+        self.key = stage_key(members=[placed.key for placed in self._heavy], weights=self._weights)
 
     def top_k(self, ids: NDArray[np.int64], k: int, temperature: float) -> TopK:
         with torch.inference_mode():
-            top = _top_of_mixture(self._all_logits(ids), self._weights, self.vocabulary, k, temperature)
+            top = _top_of_mixture(self._all_logits(ids, self._heavy), self._weights, self.vocabulary, k, temperature)
         return TopK(*(each.clone() for each in top))  # which training may use
 
     def target_log_probabilities(self, ids: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Each member's log-probability of every token but the first of its window: float64 [members, tokens]."""
+        """Each member's log-probability of every token but the first of its window: float64 [members, tokens]; all are
+        evaluated, whatever they weigh.
+        """
         targets = torch.from_numpy(ids[:, 1:]).flatten().to(self._device)
         scored, at = [], 0
         with torch.inference_mode():
-            for logits in self._all_logits(ids):
+            for logits in self._all_logits(ids, self._models.values()):
                 wanted = targets[at : at + len(logits[0])]
                 cut = (each[:, : self.vocabulary].float() for each in logits)
                 scored.append(torch.stack([functional.cross_entropy(each, wanted, reduction="none") for each in cut]))
@@ -154,28 +159,87 @@ class TorchTeacher:
         own: NDArray[np.float64] = -torch.cat(scored, 1).cpu().double().numpy()
         return own
 
-    def _placed(self, model: PreTrainedModel) -> tuple[PreTrainedModel, nn.Linear | None]:
-        """A copy of the model on the device, and its output layer if it is a plain one."""
-        placed = copy.deepcopy(model)
-        if self.four_bit:
-            quantize_linears(placed, self._dtype)
-        placed = placed.to(self._dtype).to(self._device).eval()
-        return placed, plain_head(placed)
+    def _placed(self, member: LoadedMember, four_bit: bool | None) -> _Placed:
+        model = copy.deepcopy(member.model)
+        if four_bit is None:
+            needed = _ROOM * self._dtype.itemsize * model.num_parameters()
+            four_bit = self._device.type == "cuda" and needed > torch.cuda.mem_get_info(self._device)[0]
+        if four_bit:
+            quantize_linears(model, self._dtype)
+        model = model.to(self._dtype).to(self._device).eval()
+        key = stage_key(member=member.source.sha256, precision=[str(self._dtype), four_bit])
+        return _Placed(model, plain_head(model), key)
 
-    def _logits(self, model: PreTrainedModel, head: nn.Linear | None, ids: Tensor) -> Iterator[Tensor]:
+    def _logits(self, placed: _Placed, ids: Tensor) -> Iterator[Tensor]:
         """Logits [some rows, width] after each token of windows [windows, length], row after row."""
         rows = _ROWS if self._device.type == "cpu" else _GPU_ROWS
-        if head is None:
-            yield from model(input_ids=ids, use_cache=False).logits.flatten(0, 1).split(rows)
+        if placed.head is None:
+            yield from placed.model(input_ids=ids, use_cache=False).logits.flatten(0, 1).split(rows)
             return
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        hidden = placed.model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
         for some in hidden.split(4 * rows):  # enough for a fast matrix product
-            yield from head(some).split(rows)
+            yield from placed.head(some).split(rows)
 
-    def _all_logits(self, ids: NDArray[np.int64]) -> Iterator[tuple[Tensor, ...]]:
-        """Every member's logits [some rows, width] after each token but the last of windows, row after row."""
+    def _all_logits(self, ids: NDArray[np.int64], members: Iterable[_Placed]) -> Iterator[tuple[Tensor, ...]]:
+        """Members' logits [some rows, width] after each token but the last of windows, row after row."""
+        members = list(members)
         for some in torch.from_numpy(ids[:, :-1]).to(self._device).split(max(1, _TOKENS // ids.shape[1])):
-            yield from zip(*(self._logits(model, head, some) for model, head in self._models), strict=True)
+            yield from zip(*(self._logits(member, some) for member in members), strict=True)
+
+
+class _Placed(NamedTuple):
+    """A member on the teacher's device: its model, its output layer if that is a plain one, and a digest of it."""
+
+    model: PreTrainedModel
+    head: nn.Linear | None
+    key: str
+
+
+@contextmanager
+def open_teacher(
+    recipe: Recipe, bundle: Path | None, device: torch.device, progress: Progress = SILENT
+) -> Iterator[tuple[Teacher, dict[str, float]]]:
+    """The teacher of a recipe's student, with the weights of its members.
+
+    Args:
+        recipe: Whose members are loaded, and whose weights are taken or fitted, where there is no bundle.
+        bundle: Whose mixture teaches, with the bundle's own weights.
+        device: Where torch members run.
+        progress: Hears of the stages.
+
+    Raises:
+        BundleError: The bundle cannot be opened.
+        InputError: A member cannot be read, the members do not share one tokenizer, or a text cannot be read.
+    """
+    if bundle is not None:
+        with Mixture.load(bundle) as mixture:
+            yield RuntimeTeacher(mixture, mixture.weights), dict(mixture.weights)
+        return
+    tokenizers = {spec.name: load_tokenizer(locate(spec.model, recipe.folder)) for spec in recipe.members}
+    check_shared(tokenizers)
+    tokenizer, names = next(iter(tokenizers.values())), list(tokenizers)
+    loader = MemberLoader(recipe.folder, progress)
+    teacher = TorchTeacher(map(loader.load, recipe.members), tokenizer_size(tokenizer), device)
+    given = recipe.weights if isinstance(recipe.weights, dict) else dict.fromkeys(names, 1.0)
+    weights = dict(zip(names, normalise(given, names).tolist(), strict=True))
+    if recipe.weights == "fit":
+        with progress.stage("fit weights"):
+            found = fit(np.concatenate([*_validation(recipe, tokenizer, teacher)], axis=1))
+        weights = dict(zip(names, found.weights.tolist(), strict=True))
+    teacher.weigh(weights)
+    yield teacher, weights
+
+
+def _validation(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, teacher: TorchTeacher
+) -> Iterator[NDArray[np.float64]]:
+    """Each member's log-probabilities of a recipe's validation text, domain by domain."""
+    data = recipe.data
+    for source in data.validation.values():
+        documents = read_documents(source, recipe.folder)
+        length = min(data.window, teacher.context)
+        ids = np.array(windows(documents, tokenizer, length, max_tokens=data.max_tokens), np.int64)
+        yield teacher.target_log_probabilities(ids)
 
 
 def mix(logits: Sequence[Tensor], weights: Sequence[float], vocabulary: int) -> Tensor:

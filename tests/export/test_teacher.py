@@ -36,7 +36,13 @@ def members():
 
 @pytest.fixture
 def torch_teacher(members):
-    return TorchTeacher(members, WEIGHTS, VOCABULARY, torch.device("cpu"))
+    return teacher_of(members)
+
+
+def teacher_of(members, weights=WEIGHTS, **options):
+    teacher = TorchTeacher(members, VOCABULARY, torch.device("cpu"), **options)
+    teacher.weigh(weights)
+    return teacher
 
 
 def mixture_of(members, ids, weights):
@@ -56,7 +62,7 @@ def same_top(one, other, **tolerance):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_torch_members_are_mixed_linearly(members, temperature, monkeypatch):
     monkeypatch.setattr("edgemix.export.distillation.teacher.bfloat16_pays", lambda device: False)
-    teacher = TorchTeacher(members, {"a": 3.0, "b": 2.0}, VOCABULARY, torch.device("cpu"))
+    teacher = teacher_of(members, {"a": 3.0, "b": 2.0})
     ids = windows(5)
     expected = top_k(mixture_of(members, ids, WEIGHTS).log(), 7, temperature)
     same_top(teacher.top_k(ids, 7, temperature), expected, rtol=1e-4, atol=1e-4)
@@ -66,11 +72,12 @@ def test_torch_members_are_mixed_linearly(members, temperature, monkeypatch):
 def test_half_precision_and_4_bits_are_near(members):
     ids = windows(5)
     whole = mixture_of(members, ids, WEIGHTS)
-    plain = TorchTeacher(members, WEIGHTS, VOCABULARY, torch.device("cpu"))
-    small = TorchTeacher(members, WEIGHTS, VOCABULARY, torch.device("cpu"), four_bit=True)
-    kinds = {type(module).__name__ for model, _ in small._models for module in model.modules()}
-    assert "Linear4bit" in kinds
-    assert not plain.four_bit
+    plain, small = teacher_of(members), teacher_of(members, four_bit=True)
+    kinds = [
+        {type(module).__name__ for placed in teacher._heavy for module in placed.model.modules()}
+        for teacher in (plain, small)
+    ]
+    assert ["Linear4bit" in each for each in kinds] == [False, True]
     off = {}
     for name, teacher in (("plain", plain), ("small", small)):
         top = teacher.top_k(ids, VOCABULARY, 1.0)
@@ -87,7 +94,7 @@ def test_target_log_probabilities(members, torch_teacher):
     with torch.no_grad():
         logits = members[1].model(input_ids=torch.from_numpy(ids)).logits[:, :-1, :VOCABULARY]
     expected = logits.log_softmax(-1).gather(-1, torch.from_numpy(ids[:, 1:, None])).flatten()
-    assert own.shape == (2, 5 * 11)
+    assert own.shape == (3, 5 * 11)
     np.testing.assert_allclose(own[1], expected, atol=0.1)
 
 
@@ -120,8 +127,8 @@ def cache(folder, teacher, ids=None, k=8, temperature=1.0):
 
 
 def test_what_is_read_is_what_the_teacher_says(torch_teacher, tmp_path):
-    kept = cache(tmp_path, torch_teacher)
-    assert kept.fill() == 40
+    kept = cache(tmp_path, torch_teacher).fill()
+    assert len(kept.windows) == 40
     numbers = np.array([39, 0, 17])
     read, live = kept.read(numbers), torch_teacher.top_k(kept.windows[numbers], 8, 1.0)
     same_top(read, live, rtol=2e-3, atol=2e-3)
@@ -149,8 +156,8 @@ def test_an_interrupted_cache_goes_on(torch_teacher, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         cache(tmp_path, Counting(torch_teacher, stop=16)).fill()
     again = Counting(torch_teacher)
-    kept = cache(tmp_path, again)
-    assert kept.fill() == 40
+    kept = cache(tmp_path, again).fill()
+    assert len(kept.windows) == 40
     assert again.asked == 24
     whole = cache(tmp_path / "whole", torch_teacher)
     whole.fill()
@@ -169,7 +176,7 @@ def test_another_question_is_asked_again(torch_teacher, tmp_path, change):
 def test_more_windows_keep_what_is_there(torch_teacher, tmp_path):
     cache(tmp_path, torch_teacher, windows()[:32]).fill()
     asked = Counting(torch_teacher)
-    assert cache(tmp_path, asked).fill() == 40
+    assert len(cache(tmp_path, asked).fill().windows) == 40
     assert asked.asked == 8
 
 
@@ -181,7 +188,7 @@ def test_damaged_shards_are_made_anew(torch_teacher, tmp_path):
     with pytest.raises(EdgemixError, match="000001"):
         kept.read(np.array([20]))
     asked = Counting(torch_teacher)
-    assert cache(tmp_path, asked).fill() == 40
+    assert len(cache(tmp_path, asked).fill().windows) == 40
     assert asked.asked == 16
 
 
@@ -190,6 +197,8 @@ def test_time_is_limited_over_all_runs(torch_teacher, tmp_path, monkeypatch):
     clock = iter(range(0, 10_000, 10))
     monkeypatch.setattr("edgemix.export.distillation.cache.time.monotonic", lambda: next(clock))
     asked = Counting(torch_teacher)
-    assert cache(tmp_path, asked).fill(seconds=15) == 32
-    assert cache(tmp_path, asked).fill(seconds=15) == 32
-    assert asked.asked == 32
+    for _ in range(2):
+        filled = cache(tmp_path, asked).fill(seconds=15)
+        assert (len(filled.windows), filled.spent) == (32, 20)
+    assert len(cache(tmp_path / "none", asked).fill(seconds=0).windows) == 16
+    assert asked.asked == 32 + 16

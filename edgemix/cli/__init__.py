@@ -25,6 +25,7 @@ COMMANDS = {
     "doctor": "doctor:doctor",
     "init": "init:init",
     "finetune": "finetune:finetune",
+    "distill": "distill:distill",
     "demo": "demo:demo",
 }
 """Every command and where it lives (module:name); a module is imported when its command is asked for."""

@@ -168,6 +168,7 @@ _EXAMPLE_MEMBERS = """\
     model: HuggingFaceTB/SmolLM2-135M
     adapter: adapters/math # a LoRA adapter; edgemix finetune makes one
     # format: int4           # this member's own format
+    # prune: {ffn: 0.25}     # share of its feed-forward channels that goes; also layers, heads, sparsity
 """
 
 _TEMPLATE = f"""\
@@ -193,9 +194,15 @@ target: cpu
 #   group: 32        # weights that share a scale
 #   steps: 80        # of training, 2,048 tokens each
 
+# A small model that is distilled from the mixture on the text under data: training, for where memory or power is short.
+# It is cut from the members to a third of one's decoding time.
+# student:
+#   format: int4
+#   minutes: 30
+
 # Texts, one file for each domain: .txt, or .jsonl with a template for its lines. Weights are fitted on validation,
 # which no member was trained on. Quantisation looks at calibration, which may be training text; the check after it
-# reads that, or validation without it.
+# reads that, or validation without it. The student learns from training.
 # data:
 #   validation:
 #     prose: data/prose.txt
@@ -204,6 +211,8 @@ target: cpu
 #       template: "Question: {{{{question}}}}\\nAnswer: {{{{answer}}}}\\n"
 #   calibration:
 #     math: {{{{file: data/math-train.jsonl, template: "{{{{question}}}} {{{{answer}}}}"}}}}
+#   training:
+#     prose: data/prose-train.txt
 #   window: 512       # longest stretch that is scored at once, in tokens
 #   max_tokens: 8000  # most tokens that are read of each text
 

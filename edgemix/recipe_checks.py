@@ -97,6 +97,8 @@ def _format_problems(recipe: Recipe) -> Iterator[Problem]:
     if recipe.target == "cuda":
         formats: list[tuple[Where, Format | None]] = [(("format",), recipe.format)]
         formats += [(("members", i, "format"), m.format) for i, m in enumerate(recipe.members)]
+        if recipe.student is not None:
+            formats.append((("student", "format"), recipe.student.format))
         for where, form in formats:
             if form == "int8-dynamic":
                 yield Problem(where, "int8-dynamic runs on the CPU only; with target: cuda choose int8")
@@ -152,7 +154,6 @@ def _compression_problems(recipe: Recipe) -> Iterator[Problem]:
         if quantization.algorithm == "distil" and not (recipe.data.calibration or recipe.data.training):
             yield Problem((*where, "algorithm"), "distil learns from text; name some under data: calibration:")
     if recipe.student is not None:
-        yield Problem(("student",), "export does not distil a student yet; leave it out")
         yield from student_problems(recipe.student, [member.name for member in recipe.members], ("student",))
         if not recipe.data.training:
             yield Problem(("student",), "learns from text; name some under data: training:")

@@ -19,12 +19,14 @@ from edgemix.bundle import Weights
 from edgemix.errors import InputError
 from edgemix.progress import SILENT, Prefixed, Progress
 from edgemix.runtime.evaluation import score_documents
+from edgemix.runtime.mixing import normalise
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
+    from edgemix.recipe import Recipe
     from edgemix.runtime import Mixture
 
 
@@ -81,6 +83,14 @@ def fit(
 
 def _mean_log(mixed: NDArray[np.float64], top: NDArray[np.float64]) -> float:
     return float(np.mean(np.log(mixed) + top))
+
+
+def given_weights(recipe: Recipe) -> Weights:
+    """The weights before any fitting: the recipe's own, normalised, or uniform ones."""
+    names = [member.name for member in recipe.members]
+    if isinstance(recipe.weights, dict):
+        return Weights("given", dict(zip(names, normalise(recipe.weights, names).tolist(), strict=True)))
+    return Weights("uniform", dict.fromkeys(names, 1 / len(names)))
 
 
 def fit_weights(

@@ -17,10 +17,11 @@ import edgemix
 from edgemix.errors import InputError, RecipeError, storage_errors
 from edgemix.export import shared_tokenizer
 from edgemix.export.checkpoint import Checkpoint
+from edgemix.export.distillation.distil import make_student
 from edgemix.export.graph import MODEL_FILE, export_graph
 from edgemix.export.members import Location, MemberLoader, end_ids, load_tokenizer, locate, versions
 from edgemix.export.mixture_parity import MIXTURE_TOKENS, compare_mixtures, keep_distributions
-from edgemix.export.mixture_weights import fit_weights
+from edgemix.export.mixture_weights import fit_weights, given_weights
 from edgemix.export.parity import check_quantized, enforce, own_texts
 from edgemix.export.quantization import quantize
 from edgemix.export.quantization.block_table import BlockTable
@@ -41,9 +42,8 @@ from edgemix.manifest import (
     Weights,
 )
 from edgemix.progress import SILENT, Prefixed, Progress
-from edgemix.recipe import check
+from edgemix.recipe import MemberRecipe, check
 from edgemix.runtime import Mixture
-from edgemix.runtime.mixing import normalise
 from edgemix.staging import BundleWriter, stage_key
 from edgemix.text_files import read_documents
 
@@ -53,9 +53,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from edgemix.compression import Quantization
+    from edgemix.compression import Quantization, Student
     from edgemix.formats import Format
-    from edgemix.recipe import MemberRecipe, Recipe
+    from edgemix.recipe import Recipe
 
 CALIBRATION_WINDOWS = 32
 """Windows that int8-dynamic looks at."""
@@ -132,6 +132,8 @@ class _Export:
         if recipe.weights == "fit":
             manifest = msgspec.structs.replace(manifest, weights=self._fit(manifest))
         manifest = msgspec.structs.replace(manifest, quantization=self._mixture_parity(manifest, mixed))
+        if recipe.student is not None:
+            manifest = msgspec.structs.replace(manifest, student=self._student(recipe.student, manifest, text))
         return self._writer.finish(manifest, self._progress)
 
     def _share_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -376,15 +378,19 @@ class _Export:
             self._writer.stages.mark_done("mixture", key, figures)
         return figures
 
+    def _student(self, student: Student, manifest: Manifest, text: list[list[int]] | None) -> MemberEntry:
+        """Distil the mixture, with its weights and its graphs as they ship; then a graph is made as for any member."""
+        folder = self._writer.scratch / "distillation"
+        with Mixture.assemble(self._writer.folder, manifest) as mixture:
+            model = make_student(self._recipe, manifest.weights.default, mixture, folder, self._progress)
+        spec = MemberRecipe(STUDENT, str(model), format=student.format)
+        entry = self._entry(spec, self._export_member(spec, text, []))
+        licences = {member.source.licence for member in manifest.members}
+        licence = None if None in licences else ", ".join(sorted(filter(None, licences)))
+        source = msgspec.structs.replace(entry.source, model="distilled from the mixture", licence=licence)
+        return msgspec.structs.replace(entry, source=source)
+
 
 def _place(spec: MemberRecipe) -> str:
     """The folder in the bundle of a member's graph, or of the student's."""
     return STUDENT if spec.name == STUDENT else f"members/{spec.name}"
-
-
-def given_weights(recipe: Recipe) -> Weights:
-    """The weights before any fitting: the recipe's own, normalised, or uniform ones."""
-    names = [member.name for member in recipe.members]
-    if isinstance(recipe.weights, dict):
-        return Weights("given", dict(zip(names, normalise(recipe.weights, names).tolist(), strict=True)))
-    return Weights("uniform", dict.fromkeys(names, 1 / len(names)))

@@ -280,6 +280,7 @@ def test_what_the_template_comments_out_is_right_too(folder: Path) -> None:
     (folder / "data/prose.txt").write_text("text")
     (folder / "data/math.jsonl").write_text('{"question": "1+1", "answer": 2}')
     (folder / "data/math-train.jsonl").write_text('{"question": "2+2", "answer": 4}')
+    (folder / "data/prose-train.txt").write_text("other text")
     text = template("model")
     start = text.index("# data:")
     data = "\n".join(line.removeprefix("# ") for line in text[start:].splitlines())

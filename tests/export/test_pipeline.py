@@ -12,9 +12,11 @@ from edgemix.bundle import read_manifest, verify_bundle
 from edgemix.compression import Pruning, Student
 from edgemix.errors import EdgemixError, InputError, ParityError, RecipeError
 from edgemix.export import pipeline
+from edgemix.export.distillation import distil
 from edgemix.export.pipeline import export_bundle
 from edgemix.recipe import Data, MemberRecipe, Quantization, Recipe
 from edgemix.runtime import Mixture
+from edgemix.runtime.evaluation import evaluate
 from edgemix.text_files import TextSource
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it sleeps. " * 40
@@ -270,10 +272,64 @@ def test_members_may_be_quantised_in_their_own_way(folder, tmp_path):
         ({"quantization": Quantization("distil"), "data": Data()}, "learns from text"),
         ({"quantization": Quantization(group=33)}, "is 33; it may be 16, 32"),
         ({"quantization": Quantization(steps=0)}, "steps: is 0"),
-        ({"student": Student()}, "does not distil a student yet"),
+        ({"student": Student()}, "learns from text; name some under data: training:"),
         ({"members": (MemberRecipe("one", "one", prune=Pruning()),)}, "does not prune yet"),
     ],
 )
 def test_compression_that_makes_no_sense_is_refused(folder, tmp_path, changes, message):
     with pytest.raises(RecipeError, match=message):
         export_bundle(int4_recipe(folder, **changes), tmp_path / "bundle")
+
+
+def student_recipe(folder, **changes):
+    (folder / "training.txt").write_text(TEXT[::-1])
+    data = Data(validation={"prose": TextSource("text.txt")}, training={"more": TextSource("training.txt")})
+    options = {"data": data, "weights": "fit", "student": Student(format="int8", steps=2, batch=2, length=32, top_k=8)}
+    return recipe(folder, **(options | changes))
+
+
+def test_a_student_is_distilled_from_the_mixture_as_it_ships(folder, tmp_path, monkeypatch):
+    distilled = Spy(monkeypatch, "make_student")
+    manifest = export_bundle(student_recipe(folder), tmp_path / "bundle")
+    ((_, weights, mixture, *_),) = distilled.calls
+    assert weights == manifest.weights.default
+    assert mixture.members == ("one", "two")
+    assert (manifest.student.name, manifest.student.graph, manifest.student.format) == (
+        "student", "student/model.onnx", "int8",
+    )  # fmt: skip
+    assert manifest.student.quantization.kl < manifest.student.quantization.kl_limit
+    verify_bundle(tmp_path / "bundle", manifest)
+    loaded = {"provider": "cpu", "threads": 1}
+    with (
+        Mixture.load(tmp_path / "bundle", **loaded) as both,
+        Mixture.load(tmp_path / "bundle", **loaded, student=True) as student,
+    ):
+        assert student.generate("the quick", max_new_tokens=4).token_ids
+        found = evaluate(both, {"prose": [TEXT[:300]]}, student=student)
+    assert found.row("student").overall.acceptance > 0.1
+
+
+def test_a_distilled_student_is_kept_over_an_interruption_and_a_refusal(folder, tmp_path, monkeypatch):
+    real = pipeline.check_quantized
+
+    def bad(source, path, *arguments, **options):
+        figures = real(source, path, *arguments, **options)
+        return msgspec.structs.replace(figures, kl=9.0) if path.parent.name == "student" else figures
+
+    monkeypatch.setattr(pipeline, "check_quantized", bad)
+    trained = []
+    monkeypatch.setattr(distil, "train", lambda *a, real=distil.train, **k: trained.append(1) or real(*a, **k))
+    graph = Spy(monkeypatch, "export_graph")
+    with monkeypatch.context() as patch:
+
+        def cut(*_, **__):
+            raise KeyboardInterrupt
+
+        patch.setattr(pipeline, "export_graph", lambda *a, **k: graph(*a, **k) if len(graph.calls) < 2 else cut())
+        with pytest.raises(KeyboardInterrupt):
+            export_bundle(student_recipe(folder), tmp_path / "bundle")
+    with pytest.raises(ParityError, match="'student'"):
+        export_bundle(student_recipe(folder), tmp_path / "bundle")
+    manifest = export_bundle(student_recipe(folder), tmp_path / "bundle", force=True)
+    assert (len(trained), len(graph.calls)) == (1, 3)
+    assert (manifest.student.forced, manifest.members[1].forced) == (True, False)

@@ -2,6 +2,12 @@
 
 The statistics of one layer are alive at a time, and each layer reads what the layers before it make after they were
 quantised, as GPTQ wants it (Frantar et al., arXiv 2210.17323): their errors are then part of what is made up for.
+
+Not every output matters alike. With g the gradient of the model's own loss (labels drawn from its distributions) at a
+linear's outputs, weighting each token by |g|^2 turns the squared error of outputs into the loss's second order, up to
+the direction of g (as in GuidedQuant, Kim et al., arXiv 2505.07004). Measured on the wiki expert of SmolLM2-135M, every
+fourth window of WikiText-2's test, GPTQ to 4 bits in blocks of 32: 14.70 without weights, 14.49 to 14.63 with (fp32
+13.95, rounded 16.61).
 """
 
 from __future__ import annotations
@@ -11,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.nn import functional
 
 from edgemix.errors import InputError
 from edgemix.export.layout import Layer, Layout, Part, layout
@@ -18,7 +25,7 @@ from edgemix.export.token_loss import bfloat16_pays
 from edgemix.progress import SILENT, Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel
@@ -35,7 +42,8 @@ class Statistics:
     """What one linear's inputs x [K] were.
 
     Attributes:
-        hessian: fp32 [K, K], 2 / n sum x x^T: the second derivative of the mean squared output error by a weight row.
+        hessian: fp32 [K, K], 2 / n sum x x^T, each token with its weight: the second derivative of the mean squared
+            output error by a weight row.
         maxima: fp32 [K], the largest |x|.
         mean_absolute: fp32 [K], the mean |x|.
         tokens: n.
@@ -51,13 +59,14 @@ class Statistics:
         """Those of nothing seen yet."""
         return cls(torch.zeros(columns, columns, device=device), *torch.zeros(2, columns, device=device))
 
-    def add(self, inputs: Tensor) -> None:
-        """Take up inputs [..., K]."""
+    def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
+        """Take up inputs [..., K]; `weights` are those of all tokens, of which the next ones are meant."""
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        weighted = rows if weights is None else rows * weights[self.tokens : self.tokens + len(rows), None]
         kept = self.tokens / (self.tokens + len(rows))
         self.tokens += len(rows)
         magnitudes = rows.abs()
-        self.hessian.addmm_(rows.T, rows, beta=kept, alpha=2 / self.tokens)
+        self.hessian.addmm_(weighted.T, rows, beta=kept, alpha=2 / self.tokens)
         self.maxima = torch.maximum(self.maxima, magnitudes.amax(0))
         self.mean_absolute.mul_(kept).add_(magnitudes.sum(0), alpha=1 / self.tokens)
 
@@ -68,6 +77,18 @@ class Statistics:
         self.mean_absolute.div_(scale)
 
 
+class Gradients(NamedTuple):
+    """How much the model's loss depends on one linear's outputs y [tokens, N].
+
+    Attributes:
+        tokens: fp32 [tokens], the squared norm of d loss / d y of each, in the order of `calibrate`.
+        rows: fp32 [N], the mean square over tokens of each output's.
+    """
+
+    tokens: Tensor
+    rows: Tensor
+
+
 @dataclass(frozen=True)
 class CalibratedLayer:
     """One layer and its inputs; its weights may be replaced until the next one is asked for.
@@ -75,7 +96,7 @@ class CalibratedLayer:
     Attributes:
         layer: The layer.
         linears: Name within the model -> linear.
-        statistics: Name -> what it read. Linears that read the same tensor share one object.
+        statistics: Name -> what it read. Without gradients, linears that read the same tensor share one object.
         run: Computes what the layer makes of calibration windows, with the weights as they are at that time: hidden
             states [batch, length, hidden], one after the other.
     """
@@ -91,6 +112,7 @@ def calibrate(
     windows: Sequence[Sequence[int]],
     *,
     parts: Layout | None = None,
+    gradients: Mapping[str, Gradients] | None = None,
     progress: Progress = SILENT,
 ) -> Iterator[CalibratedLayer]:
     """Walk through a decoder's layers with the statistics of each.
@@ -103,6 +125,7 @@ def calibrate(
         model: In evaluation mode; runs where its weights lie.
         windows: Token ids, of calibration text.
         parts: The model's layout, if it is known already.
+        gradients: From `output_gradients` on the same windows: weights of tokens.
         progress: Hears of every layer.
 
     Raises:
@@ -117,7 +140,7 @@ def calibrate(
                 for state in states:
                     yield _run(layer, state, options[state.shape[:2]][index])
 
-            yield CalibratedLayer(layer, layer.linears(), _observe(layer, run), run)
+            yield CalibratedLayer(layer, layer.linears(), _observe(layer, run, gradients), run)
             for position, state in enumerate(run()):
                 states[position] = state
             task.advance(note=layer.name)
@@ -152,23 +175,93 @@ def activation_maxima(
     return maxima
 
 
-def _observe(layer: Layer, run: Callable[[], Iterator[Tensor]]) -> dict[str, Statistics]:
-    """The statistics of a layer's linears: measured once for those that read the same tensor."""
-    modules = {part.module: name for name, part in layer.linears().items()}
+def output_gradients(
+    model: PreTrainedModel,
+    windows: Sequence[Sequence[int]],
+    *,
+    parts: Layout | None = None,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> dict[str, Gradients]:
+    """Name of each linear in the layers -> the gradients of the loss at its outputs.
+
+    The loss is the summed negative log-probability of tokens that the model itself would say next: the mean square of
+    its gradient is the Fisher information, which is the second derivative of KL(model || changed model).
+
+    Args:
+        model: In evaluation mode.
+        windows: Token ids, of calibration text.
+        parts: The model's layout, if it is known already.
+        seed: Of the tokens drawn.
+        progress: Hears of every window.
+    """
+    parts = layout(model) if parts is None else parts
+    linears = parts.linears()
+    norms: dict[str, list[Tensor]] = {name: [] for name in linears}
+    squares = {name: torch.zeros(len(part.weight), device=part.weight.device) for name, part in linears.items()}
+    generator = torch.Generator(model.device).manual_seed(seed)
+
+    def hook(name: str) -> Callable[..., None]:
+        def look(_: nn.Module, __: object, outputs: tuple[Tensor, ...]) -> None:
+            square = outputs[0].flatten(0, -2).float().square()
+            norms[name].append(square.sum(1))
+            squares[name] += square.sum(0)
+
+        return look
+
+    def begin(_: nn.Module, __: object, output: Tensor) -> Tensor:
+        return output.detach().requires_grad_()
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with ExitStack() as stack, progress.stage("gradients", len(windows)) as task:
+        for parameter in trained:
+            stack.callback(parameter.requires_grad_(False).requires_grad_)
+        stack.callback(parts.embedding.register_forward_hook(begin).remove)
+        for name, part in linears.items():
+            stack.callback(part.module.register_full_backward_hook(hook(name)).remove)
+        stack.enter_context(torch.enable_grad())
+        for ids in (window[None] for batch in _batches(windows, model.device) for window in batch):
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16_pays(model.device)):
+                logits = model(input_ids=ids, use_cache=False).logits[0].float()
+            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+            functional.cross_entropy(logits, drawn, reduction="sum").backward()
+            task.advance()
+    tokens = sum(len(window) for window in windows)
+    return {name: Gradients(torch.cat(norms[name]), squares[name] / tokens) for name in linears}
+
+
+def _observe(
+    layer: Layer, run: Callable[[], Iterator[Tensor]], gradients: Mapping[str, Gradients] | None
+) -> dict[str, Statistics]:
+    """The statistics of a layer's linears; without weights, measured once for those that read the same tensor."""
+    linears = layer.linears()
+    modules = {part.module: name for name, part in linears.items()}
     readers = (layer.attention_readers, (layer.output,), layer.mlp_readers, (layer.down,))
+    groups = [list(dict.fromkeys(modules[part.module] for part in parts)) for parts in readers]
+    if gradients is not None:
+        groups = [[name] for group in groups for name in group]
     found: dict[str, Statistics] = {}
     with ExitStack() as hooks:
-        for parts in readers:
-            statistics = Statistics.of(parts[0].weight.shape[1], parts[0].weight.device)
-            found.update({modules[part.module]: statistics for part in parts})
+        for group in groups:
+            part, weights = linears[group[0]], None
+            statistics = Statistics.of(part.weight.shape[1], part.weight.device)
+            found.update(dict.fromkeys(group, statistics))
+            if gradients is not None:
+                weights = gradients[group[0]].tokens
+                weights = weights / weights.mean() if bool(weights.any()) else torch.ones_like(weights)
 
-            def look(_: nn.Module, inputs: tuple[Tensor, ...], statistics: Statistics = statistics) -> None:
-                statistics.add(inputs[0])
+            def look(
+                _: nn.Module,
+                inputs: tuple[Tensor, ...],
+                statistics: Statistics = statistics,
+                weights: Tensor | None = weights,
+            ) -> None:
+                statistics.add(inputs[0], weights)
 
-            hooks.callback(parts[0].module.register_forward_pre_hook(look).remove)
+            hooks.callback(part.module.register_forward_pre_hook(look).remove)
         for _ in run():
             pass
-    return {name: found[name] for name in modules.values()}
+    return {name: found[name] for name in linears}
 
 
 class _Arguments(NamedTuple):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edgemix.export.layout import Layer, Layout, Norm, Part
-    from edgemix.export.quantization.calibration import CalibratedLayer
+    from edgemix.export.quantization.calibration import CalibratedLayer, Statistics
 
 Place = Literal["attention", "output", "mlp", "down"]
 
@@ -134,18 +134,19 @@ def scale_weights(calibrated: CalibratedLayer, *, bits: int, block: int, symmetr
 
     taken: dict[str, float] = {}
     for fold in folds(calibrated.layer):
-        statistics = calibrated.statistics[next(iter(fold.readers))]
-        hessian, sizes = statistics.hessian, fold.shared(statistics.mean_absolute).clamp(min=_TINY)
+        statistics = {name: calibrated.statistics[name] for name in fold.readers}
+        first = next(iter(statistics.values()))
+        sizes = fold.shared(first.mean_absolute).clamp(min=_TINY)
 
-        def error(scale: Tensor, fold: Fold = fold, hessian: Tensor = hessian) -> float:
+        def error(scale: Tensor, fold: Fold = fold, statistics: dict[str, Statistics] = statistics) -> float:
             total = 0.0
-            for part in fold.readers.values():
-                weight = part.weight
+            for name, part in fold.readers.items():
+                weight, hessian = part.weight, statistics[name].hessian
                 lost = weight - rounded(weight * scale) / scale
                 total += float(((lost @ hessian) * lost).sum())
             return total
 
-        best, least = (0.0, torch.ones_like(sizes)), error(torch.ones(len(hessian)).to(hessian))
+        best, least = (0.0, torch.ones_like(sizes)), error(torch.ones_like(first.maxima))
         for alpha in _ALPHAS:
             scale = sizes**alpha
             scale = scale / (scale.amax() * scale.amin()).sqrt()
@@ -153,7 +154,9 @@ def scale_weights(calibrated: CalibratedLayer, *, bits: int, block: int, symmetr
                 best, least = (alpha, scale), found
         taken[fold.place], scale = best
         if taken[fold.place]:
-            statistics.divide(fold.apply(scale))
+            spread = fold.apply(scale)
+            for each in {id(each): each for each in statistics.values()}.values():  # some are shared
+                each.divide(spread)
     return taken
 
 

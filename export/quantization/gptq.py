@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from edgemix.export.quantization.blocks import Matrix
 
-DAMPING = 0.01
-"""Added to H's diagonal, as a share of its mean."""
+DAMPING = 0.05
+"""Added to H's diagonal, as a share of its mean. With weighted tokens 0.05 measured a little better than 0.01 and 0.1."""
 
 _RATIOS = tuple(1 - 0.04 * step for step in range(13))
 """Shares of a block's range that scales are tried for."""
@@ -44,7 +44,7 @@ def gptq(
     block: int,
     symmetric: bool = False,
     damping: float = DAMPING,
-    sweeps: int = 4,
+    sweeps: int = 2,
 ) -> Blocks:
     """Quantise a weight [N, K] for inputs with the Hessian [K, K].
 

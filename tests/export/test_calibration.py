@@ -12,7 +12,7 @@ from tiny_models import tiny_model
 from edgemix.errors import InputError
 from edgemix.export.layout import layout
 from edgemix.export.quantization import calibration
-from edgemix.export.quantization.calibration import activation_maxima, calibrate
+from edgemix.export.quantization.calibration import activation_maxima, calibrate, output_gradients
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,3 +108,46 @@ def test_no_hook_stays_after_an_interruption() -> None:
 def test_no_windows() -> None:
     with pytest.raises(InputError, match="no calibration text"):
         next(iter(calibrate(tiny_model("llama"), [])))
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "gemma2", "phi3"])
+def test_gradients_are_those_of_the_models_own_loss(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checked by moving one output, with labels that are sure: those the model finds most probable."""
+    monkeypatch.setattr(torch, "multinomial", lambda p, *_, **__: p.argmax(-1, keepdim=True))
+    model = tiny_model(family)
+    gradients = output_gradients(model, WINDOWS[:2])
+    name = next(name for name in gradients if name.endswith(("down_proj", "mlp.c_proj")))
+    module, token, step = model.get_submodule(name), 5, 1e-3
+    slopes = []
+    with torch.no_grad():
+        labels = model(input_ids=torch.tensor(WINDOWS[:1])).logits[0].argmax(-1)
+    for row in range(64):
+
+        def loss(change: float, row: int = row) -> float:
+            def move(_: object, __: object, output: torch.Tensor) -> torch.Tensor:
+                output[0, token, row] += change
+                return output
+
+            handle = module.register_forward_hook(move)
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor(WINDOWS[:1])).logits[0].double()
+            handle.remove()
+            return float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+
+        slopes.append((loss(step) - loss(-step)) / (2 * step))
+    assert gradients[name].tokens.shape == (48,)
+    assert float(gradients[name].tokens[token]) == pytest.approx(sum(s * s for s in slopes), rel=0.02)
+    assert float(gradients[name].rows.sum()) == pytest.approx(float(gradients[name].tokens.mean()), rel=1e-4)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_tokens_count_by_their_gradients() -> None:
+    model = tiny_model("llama")
+    inputs, gradients = inputs_of(model, WINDOWS), output_gradients(model, WINDOWS)
+    statistics = {
+        name: s for layer in calibrate(model, WINDOWS, gradients=gradients) for name, s in layer.statistics.items()
+    }
+    for name, rows in inputs.items():
+        weights = gradients[name].tokens / gradients[name].tokens.mean()
+        expected = 2 / 144 * (rows * weights[:, None]).T @ rows
+        torch.testing.assert_close(statistics[name].hessian, expected, rtol=1e-3, atol=1e-3)

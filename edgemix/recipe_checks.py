@@ -147,8 +147,9 @@ def _compression_problems(recipe: Recipe) -> Iterator[Problem]:
         if member.quantization is not None:
             quantizations.append((("members", index, "quantization"), member.quantization))
         if member.prune is not None:
-            yield Problem(("members", index, "prune"), "export does not prune yet; leave it out")
             yield from pruning_problems(member.prune, ("members", index, "prune"))
+            if not (recipe.data.calibration or recipe.data.training):
+                yield Problem(("members", index, "prune"), "looks at text; name some under data: calibration:")
     for where, quantization in quantizations:
         yield from quantization_problems(quantization, where)
         if quantization.algorithm == "distil" and not (recipe.data.calibration or recipe.data.training):

@@ -6,6 +6,7 @@ are the same, down to the bytes of the weights.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from functools import cache
 from typing import TYPE_CHECKING
@@ -19,10 +20,22 @@ from edgemix.export import shared_tokenizer
 from edgemix.export.checkpoint import Checkpoint
 from edgemix.export.distillation.distil import make_student
 from edgemix.export.graph import MODEL_FILE, export_graph
-from edgemix.export.members import Location, MemberLoader, end_ids, load_tokenizer, locate, versions
+from edgemix.export.members import (
+    LoadedMember,
+    Location,
+    MemberLoader,
+    end_ids,
+    load_model,
+    load_tokenizer,
+    locate,
+    versions,
+)
 from edgemix.export.mixture_parity import MIXTURE_TOKENS, compare_mixtures, keep_distributions
 from edgemix.export.mixture_weights import fit_weights, given_weights
 from edgemix.export.parity import check_quantized, enforce, own_texts
+from edgemix.export.pruning.packing import pack_weights
+from edgemix.export.pruning.prune import prune_member, pruning_domains
+from edgemix.export.pruning.report import sparsity
 from edgemix.export.quantization import quantize
 from edgemix.export.quantization.block_table import BlockTable
 from edgemix.export.quantization.distilled import BATCH, LENGTH, distill_blocks
@@ -37,8 +50,10 @@ from edgemix.manifest import (
     Manifest,
     MemberEntry,
     MixtureParity,
+    PruningFigures,
     QuantizationParity,
     Source,
+    SparseWeights,
     Weights,
 )
 from edgemix.progress import SILENT, Prefixed, Progress
@@ -63,6 +78,9 @@ CALIBRATION_WINDOWS = 32
 GATE_TOKENS = 2_048
 """Tokens of text that the gate after quantisation reads, over all domains."""
 
+SPARSE = 0.2
+"""Share of zeros from which weights are stored without them; a model that nobody pruned has less."""
+
 
 class _GraphRecord(msgspec.Struct, frozen=True):
     """What the graph stage found: the fp32 graph's facts and figures, and what the loaded model told on the way."""
@@ -72,6 +90,8 @@ class _GraphRecord(msgspec.Struct, frozen=True):
     parity: GraphParity
     fallbacks: tuple[str, ...]
     eos: tuple[int, ...]
+    pruning: PruningFigures | None = None
+    sparsity: float = 0.0
 
 
 class _MemberRecord(msgspec.Struct, frozen=True):
@@ -80,6 +100,7 @@ class _MemberRecord(msgspec.Struct, frozen=True):
     graph: _GraphRecord
     facts: GraphFacts
     parity: QuantizationParity | None
+    sparse: SparseWeights | None = None
 
 
 def export_bundle(recipe: Recipe, output: Path, *, force: bool = False, progress: Progress = SILENT) -> Manifest:
@@ -207,6 +228,9 @@ class _Export:
                 files.append(self._kept(spec))
                 progress = Prefixed(self._progress, spec.name)
                 keep_distributions(master / MODEL_FILE, graph.facts, mixed, self._kept(spec), progress=progress)
+            if graph.sparsity > SPARSE:
+                sparse = pack_weights(folder / MODEL_FILE, Prefixed(self._progress, spec.name))
+                record = msgspec.structs.replace(record, sparse=sparse)
             stages.mark_done(f"member/{spec.name}", key, record, files=files)
             shutil.rmtree(master)
         return record
@@ -217,10 +241,44 @@ class _Export:
 
     def _graph_key(self, spec: MemberRecipe) -> str:
         return stage_key(
-            weights=[self._digest(locate(part, self._recipe.folder)) for part in (spec.model, spec.adapter) if part],
+            weights=self._weights_key(spec),
             target=self._recipe.target,
             versions=versions() | {"edgemix": edgemix.__version__},
         )
+
+    def _weights_key(self, spec: MemberRecipe) -> str:
+        """Of a member's weights, and of all that pruning makes of them."""
+        parts = [self._digest(locate(part, self._recipe.folder)) for part in (spec.model, spec.adapter) if part]
+        if spec.prune is None:
+            return stage_key(parts=parts)
+        domains, seed = pruning_domains(self._recipe), self._recipe.seed
+        return stage_key(parts=parts, prune=spec.prune, domains=domains, versions=versions(), seed=seed)
+
+    def _load(self, spec: MemberRecipe) -> LoadedMember:
+        """A member's model as it is exported: pruned where the recipe says so."""
+        member = self._loader.load(spec)
+        if spec.prune is None:
+            return member
+        self._prune(spec)
+        return dataclasses.replace(member, model=load_model(Location(self._pruned(spec), None, spec.name)))
+
+    def _pruned(self, spec: MemberRecipe) -> Path:
+        """Where a member's pruned model lies."""
+        return self._writer.scratch / f"{spec.name}.pruned"
+
+    def _prune(self, spec: MemberRecipe) -> PruningFigures | None:
+        """The stage that prunes a member, if the recipe says so; its figures have passed the gate or were forced."""
+        if spec.prune is None:
+            return None
+        key, stages = self._weights_key(spec), self._writer.stages
+        figures = stages.done(f"prune/{spec.name}", key, PruningFigures)
+        if figures is None:
+            member, output = self._loader.load(spec), self._pruned(spec)
+            progress, scratch = Prefixed(self._progress, spec.name), output.with_name(f"{spec.name}.pruning")
+            figures = prune_member(member, spec.prune, self._recipe, output, scratch=scratch, progress=progress)
+            stages.mark_done(f"prune/{spec.name}", key, figures, files=[self._pruned(spec)])
+        enforce(figures, forced=self._force, member=spec.name)
+        return figures
 
     def _graph(self, spec: MemberRecipe) -> _GraphRecord:
         """A member's fp32 graph, in its folder of the scratch."""
@@ -232,7 +290,7 @@ class _Export:
         return graph
 
     def _make_graph(self, spec: MemberRecipe, master: Path) -> _GraphRecord:
-        member = self._loader.load(spec)
+        pruning, member = self._prune(spec), self._load(spec)
         logits, ids = member.model.config.get_text_config().vocab_size, tokenizer_size(member.tokenizer)
         if logits < ids:
             raise InputError(
@@ -244,7 +302,8 @@ class _Export:
         with progress.stage("graph"), storage_errors(f"writing {master}"):
             graph = export_graph(member.model, master, target=self._recipe.target, force=self._force, progress=progress)
         ends = end_ids(member)
-        return _GraphRecord(member.source, graph.facts, graph.parity, graph.fallbacks, tuple(sorted(ends)))
+        found = graph.facts, graph.parity, graph.fallbacks, tuple(sorted(ends))
+        return _GraphRecord(member.source, *found, pruning, sparsity(member.model))
 
     def _make_format(
         self, spec: MemberRecipe, graph: _GraphRecord, master: Path, folder: Path, text: list[list[int]] | None
@@ -290,7 +349,7 @@ class _Export:
         if not (data.calibration or data.training):
             progress.say(f"{spec.name}: int4 by plain rounding; with text under data: calibration: it loses far less")
             return None
-        member = self._loader.load(spec)
+        member = self._load(spec)
         text = self._calibration(member.tokenizer, spec.name, quantization.steps * BATCH)
         model, seed = fingerprint(member.model), self._recipe.seed
         key = stage_key(model=model, quantization=quantization, text=text, versions=versions(), seed=seed)
@@ -333,9 +392,8 @@ class _Export:
     def _entry(self, spec: MemberRecipe, record: _MemberRecord) -> MemberEntry:
         """The manifest's word on a member, once its format has passed or was forced through the gate."""
         graph, figures = record.graph, record.parity
-        verdicts = [
-            enforce(gate, forced=self._force, member=spec.name) for gate in (graph.parity, figures) if gate is not None
-        ]
+        gates = [gate for gate in (graph.pruning, graph.parity, figures) if gate is not None]
+        verdicts = [enforce(gate, forced=self._force, member=spec.name) for gate in gates]
         forced = any(verdicts)
         if forced:
             self._progress.say(f"{spec.name}: over its parity limits, kept because the export is forced")
@@ -349,6 +407,8 @@ class _Export:
             quantization=figures,
             fallbacks=graph.fallbacks,
             forced=forced,
+            pruning=graph.pruning,
+            sparse=record.sparse,
         )
 
     def _fit(self, manifest: Manifest) -> Weights:

@@ -26,6 +26,7 @@ COMMANDS = {
     "init": "init:init",
     "finetune": "finetune:finetune",
     "distill": "distill:distill",
+    "prune": "prune:prune",
     "demo": "demo:demo",
 }
 """Every command and where it lives (module:name); a module is imported when its command is asked for."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from edgemix.compression import check_pruning
-from edgemix.errors import InputError
+from edgemix.errors import InputError, storage_errors
 from edgemix.export.members import load_member
 from edgemix.export.output_folder import alone, prepare, written
 from edgemix.export.pruning.cuts import Cuts, Stand
@@ -28,6 +28,7 @@ from edgemix.export.training import Budget, fingerprint
 from edgemix.progress import SILENT, Progress
 from edgemix.recipe import MemberRecipe
 from edgemix.staging import stage_key
+from edgemix.text_files import read_documents
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from edgemix.compression import Pruning
+    from edgemix.export.members import LoadedMember
+    from edgemix.manifest import PruningFigures
+    from edgemix.recipe import Recipe
 
 LENGTH = 256
 """Tokens of a window."""
@@ -113,6 +117,49 @@ def prune(
                 (folder / "README.md").write_text(f"---\nlicense: {member.source.licence}\n---\n", "utf-8")
         shutil.rmtree(scratch, ignore_errors=True)
     return pruned.report
+
+
+def prune_member(
+    member: LoadedMember,
+    pruning: Pruning,
+    recipe: Recipe,
+    output: Path,
+    *,
+    scratch: Path,
+    progress: Progress = SILENT,
+) -> PruningFigures:
+    """Prune a recipe's member for export.
+
+    Args:
+        member: As it was read.
+        pruning: What is cut away.
+        recipe: For its texts and its seed.
+        output: Where what is left is written to, without the tokenizer; replaced if it is there.
+        scratch: For this run alone; gone when the call ends well.
+        progress: Hears of every stage.
+
+    Returns:
+        How far the model has moved.
+
+    Raises:
+        InputError, EdgemixError, KeyboardInterrupt: See `prune_model`.
+    """
+    texts = prune_texts(pruning_domains(recipe), member.tokenizer, name=member.name, seed=recipe.seed)
+    pruned = prune_model(member.model, pruning, texts, scratch=scratch, seed=recipe.seed, progress=progress)
+    with storage_errors(f"writing {output}"):
+        shutil.rmtree(output, ignore_errors=True)
+        pruned.model.save_pretrained(output)
+        shutil.rmtree(scratch, ignore_errors=True)
+    return pruned.report.figures
+
+
+def pruning_domains(recipe: Recipe) -> dict[str, list[str]]:
+    """The text that a recipe has for pruning, by domain: calibration and training."""
+    domains: dict[str, list[str]] = {}
+    for part in (recipe.data.calibration, recipe.data.training):
+        for domain, source in part.items():
+            domains.setdefault(domain, []).extend(read_documents(source, recipe.folder))
+    return domains
 
 
 def prune_texts(

@@ -273,7 +273,6 @@ def test_members_may_be_quantised_in_their_own_way(folder, tmp_path):
         ({"quantization": Quantization(group=33)}, "is 33; it may be 16, 32"),
         ({"quantization": Quantization(steps=0)}, "steps: is 0"),
         ({"student": Student()}, "learns from text; name some under data: training:"),
-        ({"members": (MemberRecipe("one", "one", prune=Pruning()),)}, "does not prune yet"),
     ],
 )
 def test_compression_that_makes_no_sense_is_refused(folder, tmp_path, changes, message):

@@ -15,14 +15,21 @@ from tiny_models import tiny_model
 from trained_models import text, trained
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from edgemix.bundle import read_manifest, verify_bundle
 from edgemix.compression import Pruning
-from edgemix.errors import InputError, ParityError
-from edgemix.export.parity import enforce
+from edgemix.errors import InputError, ParityError, RecipeError
+from edgemix.export import pipeline
+from edgemix.export.parity import PruningLimits, enforce
+from edgemix.export.pipeline import export_bundle
+from edgemix.export.pruning import report
 from edgemix.export.pruning.prune import LENGTH, Texts, prune, prune_model, prune_texts
 from edgemix.export.pruning.report import compare, sparsity
 from edgemix.export.pruning.structure import Sizes
 from edgemix.progress import SILENT
+from edgemix.recipe import Data, MemberRecipe, Recipe
+from edgemix.runtime import Mixture
 from edgemix.staging import Lock
+from edgemix.text_files import TextSource
 
 PROSE = [f"the {animal} sat on the {place}, and all was well with the {animal}.\n" * 12
          for animal in ("cat", "dog", "owl", "fox") for place in ("mat", "log", "bough")]  # fmt: skip
@@ -303,3 +310,78 @@ def test_the_gate_judges_a_pruned_model(texts):
     good = prune_model(trained(), Pruning(sparsity=0.1), texts, recovery_steps=0).report
     assert not enforce(good.figures)
     assert not good.over_limits
+
+
+def exported(folder, output, pruning, *, force=False, **options):
+    """A bundle of one pruned member."""
+    (folder.parent / "text.txt").write_text("".join(PROSE))
+    data = Data(calibration={"prose": TextSource("text.txt")})
+    member = MemberRecipe("a", "base", prune=pruning)
+    recipe = Recipe(members=(member,), data=data, folder=folder.parent, **{"format": "int8", **options})
+    return export_bundle(recipe, output, force=force)
+
+
+def test_a_pruned_member_in_a_bundle(folder, tmp_path):
+    """Loose limits: the weights are random, and nothing that is cut from them is dispensable."""
+    plain = exported(folder, tmp_path / "plain", None)
+    manifest = exported(folder, tmp_path / "bundle", Pruning(ffn=0.33, sparsity=0.5, recover=0.02), force=True)
+    verify_bundle(tmp_path / "bundle", read_manifest(tmp_path / "bundle"))
+    member = manifest.members[0]
+    assert member.pruning.sparsity == pytest.approx(0.5, abs=0.01)
+    assert member.pruning.parameters_after == member.pruning.parameters_before - 2 * 3 * 32 * 64
+    assert member.source.parameters == member.pruning.parameters_before == plain.members[0].source.parameters
+    assert member.forced is (member.pruning.kl > member.pruning.kl_limit)
+    assert plain.members[0].pruning is plain.members[0].sparse is None
+    assert "members/a/model.onnx.data.sparse" in manifest.files
+    assert "members/a/model.onnx.data" not in manifest.files
+    assert member.sparse.size > manifest.files["members/a/model.onnx.data.sparse"].size
+    with Mixture.load(tmp_path / "bundle", provider="cpu") as mixture:
+        assert len(mixture.generate("the cat", max_new_tokens=4).token_ids) == 4
+
+
+def test_a_member_that_was_pruned_before_is_stored_sparse_too(folder, tmp_path):
+    prune(str(folder), folder.parent / "sparse", {"prose": PROSE}, Pruning(pattern="2:4"), recovery_steps=0)
+    data = Data(calibration={"prose": TextSource("text.txt")})
+    recipe = Recipe(members=(MemberRecipe("a", "sparse"),), data=data, folder=folder.parent, format="fp16")
+    (folder.parent / "text.txt").write_text("".join(PROSE))
+    member = export_bundle(recipe, tmp_path / "bundle").members[0]
+    assert member.pruning is None
+    assert member.sparse is not None
+
+
+def test_a_stopped_export_keeps_the_pruned_model(folder, tmp_path, monkeypatch):
+    pruning = Pruning(ffn=0.33, recover=0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "export_graph", _power_cut)
+        with pytest.raises(KeyboardInterrupt):
+            exported(folder, tmp_path / "bundle", pruning, force=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "prune_member", _power_cut)
+        exported(folder, tmp_path / "bundle", pruning, force=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "prune_member", _power_cut)
+        patch.setattr(pipeline.BundleWriter, "finish", _power_cut)
+        with pytest.raises(KeyboardInterrupt):  # other settings are another stage
+            exported(folder, tmp_path / "bundle", Pruning(ffn=0.34, recover=0.01), force=True)
+
+
+def _power_cut(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_the_export_stops_at_the_gate(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "PRUNING_LIMITS", PruningLimits(kl=1e-9, perplexity_ratio=1.0))
+    graph = []
+    monkeypatch.setattr(pipeline, "export_graph", lambda *_, **__: graph.append(1))
+    with pytest.raises(ParityError, match="too far from the model before pruning"):
+        exported(folder, tmp_path / "bundle", Pruning(ffn=0.33, recover=0))
+    assert not graph  # nothing is built of a model that will not pass
+
+
+def test_a_recipe_without_text_cannot_prune(folder, tmp_path):
+    recipe = Recipe(members=(MemberRecipe("a", "base", prune=Pruning(ffn=0.5)),), folder=folder.parent)
+    with pytest.raises(RecipeError, match=r"members\[0\].prune: looks at text"):
+        export_bundle(recipe, tmp_path / "bundle")
+    empty = Recipe(members=(MemberRecipe("a", "base", prune=Pruning()),), folder=folder.parent)
+    with pytest.raises(RecipeError, match="removes nothing"):
+        export_bundle(empty, tmp_path / "bundle")

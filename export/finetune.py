@@ -15,7 +15,7 @@ from edgemix.export.checkpoint import Checkpoint
 from edgemix.export.finetune_options import HELD_OUT, Training, TrainingOptions, held_out_windows
 from edgemix.export.members import load_tokenizer, locate
 from edgemix.export.output_folder import alone, prepare, written
-from edgemix.export.qlora import load_base
+from edgemix.export.qlora import is_in_four_bits, load_base
 from edgemix.export.text import split
 from edgemix.export.token_loss import bfloat16_pays, token_loss
 from edgemix.export.training import fingerprint, train
@@ -135,7 +135,11 @@ def finetune_model(
     )
     checkpoint = Checkpoint(output.with_name(f".{output.name}.training"), key)
     fresh = FreshAdapter(training.rank, training.alpha or 2 * training.rank, training.seed)
-    with alone(output), adapted(model, [fresh]) as adapters, fast_attention(model, length):
+    with (
+        alone(output),
+        adapted(model, [fresh], recompute=is_in_four_bits(model)) as adapters,
+        fast_attention(model, length),
+    ):
         device = adapters.device
         loss = token_loss(model, bfloat16=bfloat16_pays(device))
         before = _mean_loss(loss, held_out, training.batch, device)

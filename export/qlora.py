@@ -1,7 +1,8 @@
 """QLoRA (Dettmers et al., arXiv 2305.14314): the frozen base in 4 bits (bitsandbytes' NF4), adapters in fp32 on it.
 
 A linear layer takes 4.13 bits a weight in place of 32. Its weights are expanded, one layer at a time, wherever they are
-used, so a step takes longer. The embedding, the head and the norms stay as they are.
+used. The embedding, the head and the norms stay as they are. As most of the memory is the activations', none are kept
+but between layers (`adapters.adapted`, recompute). Both make a step longer.
 """
 
 from __future__ import annotations
@@ -136,6 +137,10 @@ def quantize_linears(model: PreTrainedModel) -> PreTrainedModel:
         model.set_submodule(name, new)
     model.is_loaded_in_4bit = True  # what peft asks for
     return model.eval().requires_grad_(False)
+
+
+def is_in_four_bits(model: PreTrainedModel) -> bool:
+    return bool(getattr(model, "is_loaded_in_4bit", False))
 
 
 def _never_pack(layer: Linear4bit) -> None:

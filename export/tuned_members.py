@@ -99,7 +99,7 @@ def open_members(
     Args:
         recipe: The members.
         training: Of fresh adapters; its `length` is what attention is prepared for.
-        four_bit: Keep base models in 4 bits.
+        four_bit: Keep base models in 4 bits, and no more activations than must be.
         vocabulary: How many logits count; see `token_losses`.
         progress: Hears of every model.
 
@@ -116,7 +116,7 @@ def open_members(
             with progress.stage(f"load {location.name}"):
                 model = load_base(location, four_bit=four_bit, progress=progress)
             base = [location.name, fingerprint(model)]
-            adapters = stack.enter_context(adapted(model, begins))
+            adapters = stack.enter_context(adapted(model, begins, recompute=four_bit))
             stack.enter_context(fast_attention(model, training.length))
             read = token_losses(model, bfloat16=bfloat16_pays(adapters.device), vocabulary=vocabulary)
             for place, (index, begin) in enumerate(zip(indices, begins, strict=True)):

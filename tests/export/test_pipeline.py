@@ -9,7 +9,7 @@ from test_members import tiny_tokenizer
 from tiny_models import tiny_model
 
 from edgemix.bundle import read_manifest, verify_bundle
-from edgemix.compression import Pruning, Student
+from edgemix.compression import Student
 from edgemix.errors import EdgemixError, InputError, ParityError, RecipeError
 from edgemix.export import pipeline
 from edgemix.export.distillation import distil

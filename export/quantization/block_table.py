@@ -17,7 +17,7 @@ import safetensors.numpy
 
 from edgemix.bundle import write_atomically
 from edgemix.errors import EdgemixError
-from edgemix.export.quantization.blocks import Blocks
+from edgemix.export.quantization.blocks import Blocks, joined
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 
 
 class BlockTable:
-    """Blocks of matrices, found again row by row."""
+    """Blocks of matrices, found again whole or row by row."""
 
     def __init__(self) -> None:
         self._blocks: list[Blocks] = []
         self._digests: list[NDArray[np.uint8]] = []
+        self._matrices: dict[bytes, int] = {}
         self._rows: dict[bytes, tuple[int, int]] = {}
 
     def __len__(self) -> int:
@@ -43,39 +44,41 @@ class BlockTable:
         self._add(_digests(matrix), blocks)
 
     def _add(self, digests: NDArray[np.uint8], blocks: Blocks) -> None:
+        index = len(self._blocks)
+        self._matrices[digests.tobytes()] = index
         for row, digest in enumerate(digests):
-            self._rows[digest.tobytes()] = len(self._blocks), row
+            known = self._rows.get(digest.tobytes())
+            # A row of several matrices (zeros, say) stays narrow, or one 8-bit row would widen a 4-bit matrix.
+            if known is None or blocks.bits <= self._blocks[known[0]].bits:
+                self._rows[digest.tobytes()] = index, row
         self._blocks.append(blocks)
         self._digests.append(digests)
 
     def find(self, matrix: Matrix) -> Blocks | None:
-        """The blocks of a matrix [N, K] whose rows were added, in any order; None if none of them was.
+        """The blocks of a matrix [N, K] whose rows were added, in any order; None if any of them was not.
+
+        Where rows of 4 and of 8 bits meet in one matrix, it has 8 bits: that is exact.
 
         Raises:
-            EdgemixError: Some rows were added and others not, or rows of different layouts are in one matrix.
+            EdgemixError: Rows with blocks of different sizes are in one matrix.
         """
-        places = [self._rows.get(digest.tobytes()) for digest in _digests(matrix)]
-        found = [place for place in places if place is not None]
-        if not found:
+        digests = _digests(matrix)
+        whole = self._matrices.get(digests.tobytes())
+        if whole is not None:
+            return self._blocks[whole]
+        places = [self._rows.get(digest.tobytes()) for digest in digests]
+        found = np.array([place for place in places if place is not None]).reshape(-1, 2)
+        if len(found) < len(places):
             return None
-        layouts = {_layout(self._blocks[index]) for index, _ in found}
-        if len(found) < len(places) or len(layouts) > 1:
+        sources = np.unique(found[:, 0])
+        if len({self._blocks[source].block for source in sources}) > 1:
             raise EdgemixError(
-                f"the graph joins weights that were quantised in different ways, in a matrix {list(matrix.shape)}",
+                f"the graph joins weights with blocks of different sizes, in a matrix {list(matrix.shape)}",
                 "Choose a format that treats all layers alike, such as int8.",
             )
-        # Most matrices are one Blocks, whole and in order.
-        index = found[0][0]
-        if found == [(index, row) for row in range(len(self._blocks[index].codes))]:
-            return self._blocks[index]
-        rows = [self._row(index, row) for index, row in found]
-        return Blocks(
-            np.concatenate([each.codes for each in rows]),
-            np.concatenate([each.scales for each in rows]),
-            None if rows[0].zero_points is None else np.concatenate([each.zero_points for each in rows]),
-            rows[0].bits,
-            rows[0].columns,
-        )
+        by_source = [np.flatnonzero(found[:, 0] == source) for source in sources]
+        parts = [self._blocks[source].rows(found[at, 1]) for source, at in zip(sources, by_source, strict=True)]
+        return joined(parts).rows(np.argsort(np.concatenate(by_source)))
 
     def save(self, path: Path) -> None:
         """Write all blocks to one safetensors file."""
@@ -104,15 +107,6 @@ class BlockTable:
                 parts = tensor(i, "codes"), tensor(i, "scales"), tensor(i, "zero_points")
                 table._add(tensor(i, "digests"), Blocks(*parts, bits, columns))
         return table
-
-    def _row(self, index: int, row: int) -> Blocks:
-        blocks, part = self._blocks[index], slice(row, row + 1)
-        zero_points = None if blocks.zero_points is None else blocks.zero_points[part]
-        return Blocks(blocks.codes[part], blocks.scales[part], zero_points, blocks.bits, blocks.columns)
-
-
-def _layout(blocks: Blocks) -> tuple[int, int, int, bool]:
-    return blocks.bits, blocks.block, blocks.columns, blocks.zero_points is None
 
 
 def _digests(matrix: Matrix) -> NDArray[np.uint8]:

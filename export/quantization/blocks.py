@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -43,6 +43,18 @@ class Blocks:
         values = (self.codes.astype(np.float32) - zero) * self.scales[..., None].astype(np.float32)
         return np.ascontiguousarray(values.reshape(len(values), -1)[:, : self.columns])
 
+    def widened(self) -> Blocks:
+        """The same weights in 8 bits: 4-bit codes around the middle of 8 bits; 8-bit blocks as they are."""
+        if self.bits == 8:
+            return self
+        zero = np.uint8(8) if self.zero_points is None else self.zero_points[..., None]
+        return replace(self, codes=self.codes + np.uint8(128) - zero, zero_points=None, bits=8)
+
+    def rows(self, chosen: NDArray[np.int64]) -> Blocks:
+        """Some of the rows, in the order in which they are named."""
+        zero_points = None if self.zero_points is None else self.zero_points[chosen]
+        return replace(self, codes=self.codes[chosen], scales=self.scales[chosen], zero_points=zero_points)
+
     def packed_codes(self) -> NDArray[np.uint8]:
         """uint8 [N, blocks, block * bits / 8], the lower bits first, as MatMulNBits reads them."""
         return _pack(self.codes, self.bits)
@@ -56,12 +68,29 @@ Quantizer: TypeAlias = Callable[[Matrix], Blocks]
 """An algorithm with its options bound: a float32 weight [N, K] in, its blocks out."""
 
 
+def joined(parts: Sequence[Blocks]) -> Blocks:
+    """Matrices of equal columns and blocks, one below the other: the weights stay, in the width of the widest."""
+    if len({part.bits for part in parts}) > 1:
+        parts = [part.widened() for part in parts]
+    zero_points = None
+    if any(part.zero_points is not None for part in parts):
+        zero_points = np.concatenate([_zero_points(part) for part in parts])
+    codes, scales = (np.concatenate([getattr(part, kind) for part in parts]) for kind in ("codes", "scales"))
+    return replace(parts[0], codes=codes, scales=scales, zero_points=zero_points)
+
+
 def cut(weight: Matrix, block: int) -> Matrix:
     """The weight [N, K] as [N, blocks, block], padded with zeros."""
     rows, columns = weight.shape
     padding = -columns % block
     padded = np.pad(weight, ((0, 0), (0, padding))) if padding else weight
     return padded.reshape(rows, -1, block)
+
+
+def _zero_points(blocks: Blocks) -> NDArray[np.uint8]:
+    if blocks.zero_points is not None:
+        return blocks.zero_points
+    return np.full(blocks.scales.shape, 2 ** (blocks.bits - 1), np.uint8)
 
 
 def _pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

@@ -55,13 +55,58 @@ def test_joined_and_split_matrices_find_theirs() -> None:
     np.testing.assert_array_equal(part.codes, one.codes[2:5])
 
 
-def test_what_was_quantised_in_different_ways_cannot_be_joined() -> None:
-    one, other = blocks(0), blocks(1, bits=8)
-    table = table_of(one, other)
-    strange = np.ones((1, 40), np.float32)
-    for second in (other.dequantized(), strange):
-        with pytest.raises(EdgemixError, match="different ways"):
-            table.find(np.concatenate([one.dequantized(), second]))
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (blocks(0), blocks(1, bits=8, symmetric=True)),
+        (blocks(0), blocks(1, bits=8)),
+        (blocks(0, symmetric=True), blocks(1, bits=8, symmetric=True)),
+        (blocks(0, symmetric=True), blocks(1)),
+    ],
+)
+def test_what_was_quantised_in_different_ways_is_joined_exactly(first: Blocks, second: Blocks) -> None:
+    order = np.random.default_rng(2).permutation(12)
+    mixed = np.concatenate([first.dequantized(), second.dequantized()])[order]
+    found = table_of(first, second).find(mixed)
+    assert found is not None
+    assert found.bits == max(first.bits, second.bits)
+    np.testing.assert_array_equal(found.dequantized(), mixed)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_widening_is_exact(symmetric: bool) -> None:
+    narrow = blocks(0, symmetric=symmetric)
+    wide = narrow.widened()
+    assert wide.bits == 8
+    assert wide.zero_points is None
+    assert wide.widened() is wide
+    np.testing.assert_array_equal(wide.dequantized(), narrow.dequantized())
+
+
+def test_a_matrix_that_is_only_partly_known_is_not() -> None:
+    known = blocks(0)
+    table = table_of(known)
+    assert table.find(np.concatenate([known.dequantized(), np.ones((1, 40), np.float32)])) is None
+
+
+def test_blocks_of_different_sizes_cannot_be_joined() -> None:
+    one = blocks(0)
+    other = rtn(one.dequantized() + 1, bits=4, block=32, symmetric=True)
+    with pytest.raises(EdgemixError, match="different sizes"):
+        table_of(one, other).find(np.concatenate([one.dequantized(), other.dequantized()]))
+
+
+@pytest.mark.parametrize("wide_first", [True, False])
+def test_a_row_of_zeros_in_an_8_bit_matrix_widens_no_other(wide_first: bool) -> None:
+    weight = np.random.default_rng(0).standard_normal((6, 40)).astype(np.float32)
+    weight[3] = 0
+    narrow = rtn(weight, bits=4, block=16, symmetric=False)
+    wide = rtn(weight * 2, bits=8, block=16, symmetric=True)
+    table = table_of(*((wide, narrow) if wide_first else (narrow, wide)))
+    turned = table.find(narrow.dequantized()[::-1])
+    assert turned is not None
+    assert turned.bits == 4
+    assert table.find(wide.dequantized()) is wide
 
 
 @pytest.mark.parametrize("make", [blocks, partial(blocks, bits=8, symmetric=True)])

@@ -1,0 +1,334 @@
+"""Which format each member gets, and which of its layers 8 bits, so that the mixture loses least within a budget.
+
+KL divergence is jointly convex: what quantisation costs the mixture is at most the weighted mean of what it costs the
+members,
+
+    KL(sum_i w_i p_i || sum_i w_i q_i) <= sum_i w_i KL(p_i || q_i),
+
+and to second order a member's KL is the sum over its linears. The right side is minimised, under limits on bytes and
+seconds: a knapsack with a choice for each group of linears. A price that weighs bytes against seconds orders all steps
+by the loss that they save for it; each member's steps follow the lower convex hull of loss over price, so taking them
+in that order solves the linear relaxation (Sinha and Zoltners, 1979), and the loss is within one step of the best. The
+price at which both limits bind is found by bisection.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from edgemix.errors import InputError
+from edgemix.formats import Format
+
+POINTS = 20
+"""Of a curve, about."""
+
+_HALVINGS = 24
+_ROUNDING = 1 + 1e-12
+"""Sums of seconds in another order."""
+
+
+class Cost(msgspec.Struct, frozen=True):
+    """What something costs.
+
+    Attributes:
+        bytes: On disk.
+        seconds: Of decoding a token; 0 where nobody limits it.
+        loss: Estimated KL from fp32, nats a token.
+    """
+
+    bytes: int = 0
+    seconds: float = 0.0
+    loss: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.bytes + other.bytes, self.seconds + other.seconds, self.loss + other.loss)
+
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(self.bytes - other.bytes, self.seconds - other.seconds, self.loss - other.loss)
+
+
+class Group(msgspec.Struct, frozen=True):
+    """Linears of one layer that read the same activation. They share their bits, as a graph may join their weights.
+
+    Attributes:
+        linears: Names within the model.
+        four, eight: At so many bits.
+    """
+
+    linears: tuple[str, ...]
+    four: Cost
+    eight: Cost
+
+
+class MemberCosts(msgspec.Struct, frozen=True):
+    """All that a member can cost.
+
+    Attributes:
+        name: The member's.
+        weight: Its share of the mixture. A member that weighs nothing takes no time.
+        fixed: Of int4, what is in no group: tables, norms, the graph.
+        groups: Of int4, each in 4 or 8 bits.
+        wholes: Other formats, of the whole member.
+    """
+
+    name: str
+    weight: float
+    fixed: Cost
+    groups: tuple[Group, ...]
+    wholes: dict[Format, Cost] = {}
+
+
+class Budget(msgspec.Struct, frozen=True):
+    """The most that a bundle may cost; None for no limit.
+
+    Attributes:
+        bytes: Of its whole folder.
+        seconds: Of decoding a token with its members, at batch 1, on this machine.
+    """
+
+    bytes: int | None = None
+    seconds: float | None = None
+
+
+class MemberPlan(msgspec.Struct, frozen=True):
+    """How a member is stored.
+
+    Attributes:
+        name: The member's.
+        format: Of its graph.
+        eight_bits: Names of the linears that have 8 bits in int4.
+        cost: By itself: its weight in the mixture is not counted.
+    """
+
+    name: str
+    format: Format
+    eight_bits: tuple[str, ...]
+    cost: Cost
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """How a mixture is stored.
+
+    Attributes:
+        members: In order.
+        cost: Of the bundle; its loss is the weighted mean of the members'.
+        curve: What the best plans cost, from the smallest (or fastest) to the largest; this plan's cost is among them.
+    """
+
+    members: tuple[MemberPlan, ...]
+    cost: Cost
+    curve: tuple[Cost, ...]
+
+
+_Limit: TypeAlias = Literal["bytes", "seconds"]
+_Price: TypeAlias = Callable[[Cost], float]
+
+
+def plan(members: Sequence[MemberCosts], budget: Budget, *, shared: Cost | None = None) -> Plan:
+    """Choose.
+
+    Args:
+        members: What they can cost.
+        budget: With a limit at least.
+        shared: What the bundle costs beside: tokenizer, manifest, student, members that nobody chooses for.
+
+    Raises:
+        InputError: Nothing is within the budget; the message tells what the smallest and the fastest choice need.
+    """
+    shared = shared or Cost()
+    alone = [share for share, limit in ((1.0, budget.bytes), (0.0, budget.seconds)) if limit is not None]
+    attempts = [_Attempt(members, budget, shared, _price(budget, share)) for share in alone]
+    low, high = 0.0, 1.0
+    for _ in range(_HALVINGS if len(alone) == 2 else 0):
+        middle = (low + high) / 2
+        attempts.append(_Attempt(members, budget, shared, _price(budget, middle)))
+        low, high = (middle, high) if attempts[-1].blocked == "bytes" else (low, middle)
+    fitting = [each for each in attempts if not _exceeded(each.cost, budget)]
+    if not fitting:
+        raise _too_small(attempts, budget)
+    best = min(fitting, key=lambda each: _rank(each.cost))
+    chosen = tuple(state.described(member) for member, state in zip(members, best.states, strict=True))
+    unlimited = _Attempt(members, Budget(), shared, best.price)
+    return Plan(chosen, best.cost, _curve(unlimited.passed, best.cost))
+
+
+class _State(msgspec.Struct, frozen=True):
+    """A way to store a member.
+
+    Attributes:
+        form: The format.
+        eight: Of int4, the indices of the groups at 8 bits.
+        cost: To the mixture.
+    """
+
+    form: Format
+    eight: frozenset[int]
+    cost: Cost
+
+    def toggled(self, member: MemberCosts, group: int) -> _State:
+        """The same with the other bits for a group."""
+        now, other = _bits(member, group, eight=group in self.eight)
+        return _State(self.form, self.eight ^ {group}, self.cost - now + other)
+
+    def described(self, member: MemberCosts) -> MemberPlan:
+        if self.form != "int4":
+            return MemberPlan(member.name, self.form, (), member.wholes[self.form])
+        parts = [group.eight if index in self.eight else group.four for index, group in enumerate(member.groups)]
+        names = [name for index in sorted(self.eight) for name in member.groups[index].linears]
+        return MemberPlan(member.name, self.form, tuple(names), sum(parts, member.fixed))
+
+
+class _Attempt:
+    """The best that one price finds.
+
+    Attributes:
+        price: What it was.
+        states: Each member's.
+        cost: Of all.
+        blocked: The limit that was met first; None if none was.
+        passed: What the bundle cost at the start and after each step.
+    """
+
+    def __init__(self, members: Sequence[MemberCosts], budget: Budget, shared: Cost, price: _Price) -> None:
+        self._members, self._budget, self._shared, self.price = members, budget, shared, price
+        chains = [_chain(member, price) for member in members]
+        self.states = [chain[0] for chain in chains]
+        self.cost = self._total()
+        self.passed = [self.cost]
+        self.blocked: _Limit | None = _exceeded(self.cost, budget)
+        if self.blocked:
+            return
+        steps = [
+            (-_slope(chain[index - 1].cost, chain[index].cost, price), member, index)
+            for member, chain in enumerate(chains)
+            for index in range(1, len(chain))
+        ]
+        for _, member, index in sorted(steps):
+            if self.states[member] is chains[member][index - 1]:
+                self._take(member, chains[member][index])
+        self._fill()
+
+    def _total(self) -> Cost:
+        return sum((state.cost for state in self.states), self._shared)
+
+    def _take(self, member: int, state: _State) -> None:
+        """Store a member in another way, if that is within the budget."""
+        before, self.states[member] = self.states[member], state
+        cost = self._total()
+        if limit := _exceeded(cost, self._budget):
+            self.states[member] = before
+            self.blocked = self.blocked or limit
+        else:
+            self.cost = cost
+            self.passed.append(cost)
+
+    def _fill(self) -> None:
+        """Use what is left of the budget for steps that are not on a hull."""
+        singles = []
+        for member, (costs, state) in enumerate(zip(self._members, self.states, strict=True)):
+            for group in range(len(costs.groups) if state.form == "int4" else 0):
+                now, other = _bits(costs, group, eight=group in state.eight)
+                if other.loss < now.loss:
+                    singles.append((-_slope(now, other, self.price), member, group))
+        for _, member, group in sorted(singles):
+            self._take(member, self.states[member].toggled(self._members[member], group))
+        for member, costs in enumerate(self._members):
+            for whole in _wholes(costs):
+                if _rank(whole.cost) < _rank(self.states[member].cost):
+                    self._take(member, whole)
+
+
+def _chain(member: MemberCosts, price: _Price) -> list[_State]:
+    """The ways to store a member that lie on the lower convex hull of loss over price, the cheapest first."""
+
+    def order(cost: Cost) -> tuple[float, float, int]:
+        return price(cost), cost.loss, cost.bytes
+
+    eight, steps = set(), []
+    for index in range(len(member.groups)):
+        pair = _bits(member, index, eight=False)
+        cheap, dear = sorted(pair, key=order)
+        if cheap is pair[1]:
+            eight.add(index)
+        if dear.loss < cheap.loss:
+            steps.append((-_slope(cheap, dear, price), index))
+    parts = [_bits(member, index, eight=index in eight)[0] for index in range(len(member.groups))]
+    states = [_State("int4", frozenset(eight), sum(parts, _weighed(member, member.fixed)))]
+    for _, index in sorted(steps):
+        states.append(states[-1].toggled(member, index))
+    hull: list[_State] = []
+    for state in sorted([*states, *_wholes(member)], key=lambda state: order(state.cost)):
+        if hull and state.cost.loss >= hull[-1].cost.loss:
+            continue
+        while len(hull) > 1 and _slope(hull[-1].cost, state.cost, price) >= _slope(hull[-2].cost, hull[-1].cost, price):
+            hull.pop()
+        hull.append(state)
+    return hull
+
+
+def _bits(member: MemberCosts, index: int, *, eight: bool) -> tuple[Cost, Cost]:
+    """What a group costs the mixture at its bits, and at the other."""
+    group = member.groups[index]
+    four, eights = _weighed(member, group.four), _weighed(member, group.eight)
+    return (eights, four) if eight else (four, eights)
+
+
+def _wholes(member: MemberCosts) -> list[_State]:
+    return [_State(form, frozenset(), _weighed(member, cost)) for form, cost in member.wholes.items()]
+
+
+def _weighed(member: MemberCosts, cost: Cost) -> Cost:
+    """What a member's cost is to the mixture."""
+    return Cost(cost.bytes, cost.seconds if member.weight > 0 else 0.0, member.weight * cost.loss)
+
+
+def _rank(cost: Cost) -> tuple[float, int]:
+    return cost.loss, cost.bytes
+
+
+def _price(budget: Budget, share: float) -> _Price:
+    """Bytes and seconds in units of their limits, with the weights `share` and 1 - `share`."""
+    a_byte = share / max(budget.bytes or 1, 1)
+    a_second = (1 - share) / (budget.seconds or 1)
+    return lambda cost: a_byte * cost.bytes + a_second * cost.seconds
+
+
+def _slope(before: Cost, after: Cost, price: _Price) -> float:
+    """Loss saved for its price."""
+    saved, paid = before.loss - after.loss, price(after) - price(before)
+    return saved / paid if paid > 0 else math.copysign(math.inf, saved)
+
+
+def _exceeded(cost: Cost, budget: Budget) -> _Limit | None:
+    if budget.bytes is not None and cost.bytes > budget.bytes:
+        return "bytes"
+    return "seconds" if budget.seconds is not None and cost.seconds > budget.seconds * _ROUNDING else None
+
+
+def _curve(passed: Sequence[Cost], chosen: Cost) -> tuple[Cost, ...]:
+    """Of the costs passed, the first, the last and about `POINTS` between, and the chosen one."""
+    every = math.ceil(len(passed) / POINTS)
+    return tuple(sorted({*passed[::every], passed[-1], chosen}, key=lambda cost: (-cost.loss, cost.bytes)))
+
+
+def _too_small(attempts: Sequence[_Attempt], budget: Budget) -> InputError:
+    """What to say where nothing is within the budget."""
+    starts = [attempt.passed[0] for attempt in attempts]
+    smallest, fastest = min(starts, key=lambda cost: cost.bytes), min(starts, key=lambda cost: cost.seconds)
+    remedy = "Prune the members, leave one out, or ship a student of the mixture alone (edgemix distill)."
+    size, time = f"{(budget.bytes or 0) / 1e6:,.2f} MB", f"{1000 * (budget.seconds or 0):,.2f} ms a token"
+    if budget.bytes is not None and smallest.bytes > budget.bytes:
+        least = f"the smallest bundle of this recipe has {smallest.bytes / 1e6:,.2f} MB"
+        return InputError(f"a budget of {size} is too small: {least}", remedy)
+    if budget.seconds is not None and fastest.seconds > budget.seconds:
+        least = f"the fastest mixture of this recipe takes {1000 * fastest.seconds:,.2f} ms here"
+        return InputError(f"a budget of {time} is too small: {least}", remedy)
+    return InputError(
+        f"no bundle of this recipe is within {size} and {time}: the smallest takes {1000 * smallest.seconds:,.2f} ms, "
+        f"the fastest has {fastest.bytes / 1e6:,.2f} MB",
+        remedy,
+    )

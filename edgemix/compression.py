@@ -14,7 +14,7 @@ from edgemix.yaml_reader import Problem, Where
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-Algorithm = Literal["auto", "distil", "rtn", "hqq"]
+Algorithm = Literal["auto", "distil", "gptq", "rtn", "hqq"]
 Divergence = Literal["forward", "reverse", "skewed", "total-variation"]
 
 GROUPS = (16, 32, 64, 128, 256)
@@ -25,16 +25,29 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How int4 finds its blocks; the other formats have one way each.
 
     Attributes:
-        algorithm: `distil` trains roundings and scales against the model's own fp32 distributions, on the text under
-            data: calibration (or training); `rtn` rounds to nearest; `hqq` fits zero points to the error (Half-
-            Quadratic Quantization); `auto` is `distil` where there is such text, else `rtn`.
+        algorithm: `distil` trains roundings and scales against the model's own fp32 distributions, `gptq` makes up for
+            each rounding in the weights that are rounded after it, both on the text under data: calibration (or
+            training); `rtn` rounds to nearest; `hqq` fits zero points to the error (Half-Quadratic Quantization);
+            `auto` is `distil` where there is such text, else `rtn`.
         group: Inputs that share a scale.
         steps: Optimiser steps of `distil`, 2,048 tokens each.
+        rotate: Turn the residual stream and attention's values first, so that no channel stands out (QuaRot); of
+            int8-dynamic, too. Embedding and head are then stored apart.
+        scale: Move scales from weights to the activations that they read first (AWQ).
+        eight_bits: Share of the weights that gets 8 bits: the layers that suffer most from 4.
     """
 
     algorithm: Algorithm = "auto"
     group: int = 32
     steps: int = 80
+    rotate: bool = False
+    scale: bool = False
+    eight_bits: float = 0.0
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it cannot do without text."""
+        return self.algorithm in ("distil", "gptq") or self.scale or bool(self.eight_bits)
 
 
 class Pruning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -113,7 +126,11 @@ def quantization_problems(quantization: Quantization, where: Where) -> Iterator[
     """What is wrong with a recipe's `quantization`."""
     if quantization.group not in GROUPS:
         yield Problem((*where, "group"), f"is {quantization.group}; it may be {', '.join(map(str, GROUPS))}")
-    yield from _bounds({"steps": (quantization.steps, 1, 1 << 40)}, where)
+    yield from _bounds(
+        {"steps": (quantization.steps, 1, 1 << 40), "eight_bits": (quantization.eight_bits, 0, 1)}, where
+    )
+    if quantization.eight_bits and quantization.algorithm in ("rtn", "hqq"):
+        yield Problem((*where, "eight_bits"), f"goes with algorithm distil or gptq; {quantization.algorithm} has none")
 
 
 def pruning_problems(pruning: Pruning, where: Where) -> Iterator[Problem]:

@@ -152,8 +152,9 @@ def _compression_problems(recipe: Recipe) -> Iterator[Problem]:
                 yield Problem(("members", index, "prune"), "looks at text; name some under data: calibration:")
     for where, quantization in quantizations:
         yield from quantization_problems(quantization, where)
-        if quantization.algorithm == "distil" and not (recipe.data.calibration or recipe.data.training):
-            yield Problem((*where, "algorithm"), "distil learns from text; name some under data: calibration:")
+        if quantization.reads_text and not (recipe.data.calibration or recipe.data.training):
+            word = next(word for word in ("scale", "eight_bits", "algorithm") if getattr(quantization, word))
+            yield Problem((*where, word), "looks at text; name some under data: calibration:")
     if recipe.student is not None:
         yield from student_problems(recipe.student, [member.name for member in recipe.members], ("student",))
         if not recipe.data.training:

@@ -157,6 +157,12 @@ class Layer:
         names = {module: name for name, module in self.module.named_modules()}
         return {f"{self.name}.{names[module]}": Part(module) for module in modules}
 
+    def groups(self) -> list[tuple[str, ...]]:
+        """The names of `linears`, those together that read one activation; exporters may pack their weights."""
+        names = {part.module: name for name, part in self.linears().items()}
+        readers = (self.attention_readers, (self.output,), self.mlp_readers, (self.down,))
+        return [tuple(dict.fromkeys(names[part.module] for part in parts)) for parts in readers]
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:

@@ -6,42 +6,28 @@ are the same, down to the bytes of the weights.
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from functools import cache
 from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
 
 import edgemix
 from edgemix.errors import InputError, RecipeError, storage_errors
 from edgemix.export import shared_tokenizer
-from edgemix.export.checkpoint import Checkpoint
 from edgemix.export.distillation.distil import make_student
 from edgemix.export.graph import MODEL_FILE, export_graph
-from edgemix.export.members import (
-    LoadedMember,
-    Location,
-    MemberLoader,
-    end_ids,
-    load_model,
-    load_tokenizer,
-    locate,
-    versions,
-)
+from edgemix.export.member_blocks import MemberBlocks
+from edgemix.export.member_models import MemberModels
+from edgemix.export.members import end_ids, load_tokenizer, locate, versions
 from edgemix.export.mixture_parity import MIXTURE_TOKENS, compare_mixtures, keep_distributions
 from edgemix.export.mixture_weights import fit_weights, given_weights
 from edgemix.export.parity import check_quantized, enforce, own_texts
 from edgemix.export.pruning.packing import pack_weights
-from edgemix.export.pruning.prune import prune_member, pruning_domains
 from edgemix.export.pruning.report import sparsity
 from edgemix.export.quantization import quantize
-from edgemix.export.quantization.block_table import BlockTable
-from edgemix.export.quantization.distilled import BATCH, LENGTH, distill_blocks
 from edgemix.export.shared_tokenizer import tokenizer_size
-from edgemix.export.text import calibration_windows, windows
-from edgemix.export.training import fingerprint
+from edgemix.export.text import windows
 from edgemix.graph_io import GraphFacts
 from edgemix.manifest import (
     SCHEMA,
@@ -68,12 +54,11 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from edgemix.compression import Quantization, Student
-    from edgemix.formats import Format
+    from edgemix.compression import Student
     from edgemix.recipe import Recipe
 
-CALIBRATION_WINDOWS = 32
-"""Windows that int8-dynamic looks at."""
+CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 32, 256
+"""What int8-dynamic looks at."""
 
 GATE_TOKENS = 2_048
 """Tokens of text that the gate after quantisation reads, over all domains."""
@@ -129,8 +114,8 @@ class _Export:
 
     def __init__(self, recipe: Recipe, writer: BundleWriter, force: bool, progress: Progress) -> None:
         self._recipe, self._writer, self._force, self._progress = recipe, writer, force, progress
-        self._loader = MemberLoader(recipe.folder, progress)
-        self._digest = cache(Location.sha256)
+        self._models = MemberModels(recipe, writer, force, progress)
+        self._blocks = MemberBlocks(recipe, self._models, writer, progress)
 
     def run(self) -> Manifest:
         recipe = self._recipe
@@ -189,7 +174,7 @@ class _Export:
         where that is little, what the first member's fp32 graph writes. Empty where there is nothing to compare.
         """
         recipe = self._recipe
-        if len(recipe.members) == 1 or all(self._format(spec) == "fp32" for spec in recipe.members):
+        if len(recipe.members) == 1 or all(self._models.format(spec) == "fp32" for spec in recipe.members):
             return []
         windows = gate_text or []
         share = max(2, MIXTURE_TOKENS // max(1, len(windows)))
@@ -212,9 +197,9 @@ class _Export:
         stages = self._writer.stages
         key = stage_key(
             graph=self._graph_key(spec),
-            format=self._format(spec),
-            quantization=(spec.quantization or self._recipe.quantization) if self._format(spec) == "int4" else None,
-            data=self._data_digest(),
+            format=self._models.format(spec),
+            quantization=self._models.quantization(spec) if self._models.format(spec) == "int4" else None,
+            data=self._models.data_digest(),
             text=text,
             mixed=mixed,
             seed=self._recipe.seed,
@@ -241,44 +226,10 @@ class _Export:
 
     def _graph_key(self, spec: MemberRecipe) -> str:
         return stage_key(
-            weights=self._weights_key(spec),
+            weights=self._models.key(spec),
             target=self._recipe.target,
             versions=versions() | {"edgemix": edgemix.__version__},
         )
-
-    def _weights_key(self, spec: MemberRecipe) -> str:
-        """Of a member's weights, and of all that pruning makes of them."""
-        parts = [self._digest(locate(part, self._recipe.folder)) for part in (spec.model, spec.adapter) if part]
-        if spec.prune is None:
-            return stage_key(parts=parts)
-        domains, seed = pruning_domains(self._recipe), self._recipe.seed
-        return stage_key(parts=parts, prune=spec.prune, domains=domains, versions=versions(), seed=seed)
-
-    def _load(self, spec: MemberRecipe) -> LoadedMember:
-        """A member's model as it is exported: pruned where the recipe says so."""
-        member = self._loader.load(spec)
-        if spec.prune is None:
-            return member
-        self._prune(spec)
-        return dataclasses.replace(member, model=load_model(Location(self._pruned(spec), None, spec.name)))
-
-    def _pruned(self, spec: MemberRecipe) -> Path:
-        """Where a member's pruned model lies."""
-        return self._writer.scratch / f"{spec.name}.pruned"
-
-    def _prune(self, spec: MemberRecipe) -> PruningFigures | None:
-        """The stage that prunes a member, if the recipe says so; its figures have passed the gate or were forced."""
-        if spec.prune is None:
-            return None
-        key, stages = self._weights_key(spec), self._writer.stages
-        figures = stages.done(f"prune/{spec.name}", key, PruningFigures)
-        if figures is None:
-            member, output = self._loader.load(spec), self._pruned(spec)
-            progress, scratch = Prefixed(self._progress, spec.name), output.with_name(f"{spec.name}.pruning")
-            figures = prune_member(member, spec.prune, self._recipe, output, scratch=scratch, progress=progress)
-            stages.mark_done(f"prune/{spec.name}", key, figures, files=[self._pruned(spec)])
-        enforce(figures, forced=self._force, member=spec.name)
-        return figures
 
     def _graph(self, spec: MemberRecipe) -> _GraphRecord:
         """A member's fp32 graph, in its folder of the scratch."""
@@ -290,7 +241,7 @@ class _Export:
         return graph
 
     def _make_graph(self, spec: MemberRecipe, master: Path) -> _GraphRecord:
-        pruning, member = self._prune(spec), self._load(spec)
+        pruning, member = self._models.prune(spec), self._models.load(spec)
         logits, ids = member.model.config.get_text_config().vocab_size, tokenizer_size(member.tokenizer)
         if logits < ids:
             raise InputError(
@@ -308,17 +259,16 @@ class _Export:
     def _make_format(
         self, spec: MemberRecipe, graph: _GraphRecord, master: Path, folder: Path, text: list[list[int]] | None
     ) -> _MemberRecord:
-        form, source, output = self._format(spec), master / MODEL_FILE, folder / MODEL_FILE
+        form, source, output = self._models.format(spec), master / MODEL_FILE, folder / MODEL_FILE
         progress = Prefixed(self._progress, spec.name)
         shutil.rmtree(folder, ignore_errors=True)
-        quantization = spec.quantization or self._recipe.quantization
+        quantization = self._models.quantization(spec)
         calibration: Sequence[Sequence[int]] | None = None
         if form == "int8-dynamic":
-            tokenizer = load_tokenizer(locate(spec.model, self._recipe.folder))
-            calibration = self._calibration(tokenizer, spec.name, CALIBRATION_WINDOWS) or own_texts(
-                source, graph.facts, GATE_TOKENS, seed=self._recipe.seed
-            )
-        table = self._distilled_blocks(spec, quantization, progress) if form == "int4" else None
+            tokenizer, seed = load_tokenizer(locate(spec.model, self._recipe.folder)), self._recipe.seed
+            calibration = self._models.calibration(tokenizer, spec.name, CALIBRATION_LENGTH, CALIBRATION_WINDOWS)
+            calibration = calibration or own_texts(source, graph.facts, GATE_TOKENS, seed=seed)
+        table = self._blocks.find(spec) if form == "int4" else None
         with progress.stage(form), storage_errors(f"writing {output}"):
             quantize(
                 source,
@@ -339,56 +289,6 @@ class _Export:
         figures = check_quantized(source, output, facts, text, format=form, seed=seed, progress=progress)
         return _MemberRecord(graph, facts, figures)
 
-    def _distilled_blocks(
-        self, spec: MemberRecipe, quantization: Quantization, progress: Progress
-    ) -> BlockTable | None:
-        """Trained blocks for a member; None where the recipe wants others, or has no text to train on."""
-        data, stages = self._recipe.data, self._writer.stages
-        if quantization.algorithm not in ("auto", "distil"):
-            return None
-        if not (data.calibration or data.training):
-            progress.say(f"{spec.name}: int4 by plain rounding; with text under data: calibration: it loses far less")
-            return None
-        member = self._load(spec)
-        text = self._calibration(member.tokenizer, spec.name, quantization.steps * BATCH)
-        model, seed = fingerprint(member.model), self._recipe.seed
-        key = stage_key(model=model, quantization=quantization, text=text, versions=versions(), seed=seed)
-        path = self._writer.scratch / f"{spec.name}.blocks.safetensors"
-        if not stages.done(f"blocks/{spec.name}", key, bool):
-            checkpoint = Checkpoint(self._writer.scratch / f"{spec.name}.training", key)
-            table = distill_blocks(
-                member.model,
-                np.array(text, np.int64),
-                block=quantization.group,
-                steps=quantization.steps,
-                seed=seed,
-                checkpoint=checkpoint,
-                progress=progress,
-            )
-            with storage_errors(f"writing {path}"):
-                table.save(path)
-            stages.mark_done(f"blocks/{spec.name}", key, files=[path])
-            checkpoint.remove()
-        return BlockTable.load(path)
-
-    def _data_digest(self) -> str:
-        """Of the texts that quantisation may look at."""
-        data = self._recipe.data
-        sources = data.calibration or data.training
-        return stage_key(texts={domain: read_documents(each, self._recipe.folder) for domain, each in sources.items()})
-
-    def _calibration(self, tokenizer: PreTrainedTokenizerBase, name: str, count: int) -> list[list[int]]:
-        """Windows of the calibration text (of the training text where there is none) for one member."""
-        data = self._recipe.data
-        sources = data.calibration or data.training
-        domains = {domain: read_documents(source, self._recipe.folder) for domain, source in sources.items()}
-        if not domains:
-            return []
-        return calibration_windows(domains, tokenizer, LENGTH, count, name=name, seed=self._recipe.seed)
-
-    def _format(self, spec: MemberRecipe) -> Format:
-        return spec.format or self._recipe.format
-
     def _entry(self, spec: MemberRecipe, record: _MemberRecord) -> MemberEntry:
         """The manifest's word on a member, once its format has passed or was forced through the gate."""
         graph, figures = record.graph, record.parity
@@ -399,7 +299,7 @@ class _Export:
             self._progress.say(f"{spec.name}: over its parity limits, kept because the export is forced")
         return MemberEntry(
             name=spec.name,
-            format=self._format(spec),
+            format=self._models.format(spec),
             graph=f"{_place(spec)}/{MODEL_FILE}",
             source=graph.source,
             facts=record.facts,
@@ -432,7 +332,7 @@ class _Export:
         key = stage_key(members=manifest.members, weights=manifest.weights.default, texts=texts)
         figures = self._writer.stages.done("mixture", key, MixtureParity)
         if figures is None:
-            kept = {spec.name: self._kept(spec) for spec in self._recipe.members if self._format(spec) != "fp32"}
+            kept = {spec.name: self._kept(spec) for spec in self._recipe.members if self._models.format(spec) != "fp32"}
             with Mixture.assemble(self._writer.folder, manifest) as mixture:
                 figures = compare_mixtures(mixture, kept, texts, progress=self._progress)
             self._writer.stages.mark_done("mixture", key, figures)

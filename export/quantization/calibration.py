@@ -235,11 +235,7 @@ def _observe(
 ) -> dict[str, Statistics]:
     """The statistics of a layer's linears; without weights, measured once for those that read the same tensor."""
     linears = layer.linears()
-    modules = {part.module: name for name, part in linears.items()}
-    readers = (layer.attention_readers, (layer.output,), layer.mlp_readers, (layer.down,))
-    groups = [list(dict.fromkeys(modules[part.module] for part in parts)) for parts in readers]
-    if gradients is not None:
-        groups = [[name] for group in groups for name in group]
+    groups = layer.groups() if gradients is None else [(name,) for name in linears]
     found: dict[str, Statistics] = {}
     with ExitStack() as hooks:
         for group in groups:

@@ -31,12 +31,15 @@ from edgemix.export.training import Budget, train
 from edgemix.progress import SILENT, Progress
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from edgemix.export.checkpoint import Checkpoint
 
+BITS = 4
 STEPS = 80
 BATCH, LENGTH = 8, 256
 """Windows a step, and their tokens."""
@@ -52,8 +55,9 @@ def distill_blocks(
     model: PreTrainedModel,
     windows: NDArray[np.int64],
     *,
-    bits: int = 4,
+    bits: Mapping[str, int] | None = None,
     block: int = 32,
+    start: BlockTable | None = None,
     steps: int = STEPS,
     seed: int = 0,
     checkpoint: Checkpoint | None = None,
@@ -64,8 +68,9 @@ def distill_blocks(
     Args:
         model: A causal language model in fp32 and evaluation mode; unchanged when the call ends.
         windows: int64 [windows, tokens], calibration text.
-        bits: 4 or 8.
+        bits: Name of a linear -> 8, for those that get more than 4.
         block: Inputs that share a scale.
+        start: Blocks to begin with, for all linears; None rounds to nearest.
         steps: Optimiser steps of `BATCH` windows.
         seed: Of the windows' order.
         checkpoint: Where to go on from, and where to keep the state.
@@ -80,7 +85,7 @@ def distill_blocks(
     """
     student = copy.deepcopy(model).requires_grad_(False)
     linears = [
-        _Linear(name, module, bits, block)
+        _Linear(name, module, (bits or {}).get(name, BITS), block, start)
         for name, module in student.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D)
         and module is not student.get_output_embeddings()
@@ -137,18 +142,21 @@ class _Start:
 class _Linear:
     """A linear layer whose weight is computed from movable roundings and scales."""
 
-    def __init__(self, name: str, module: torch.nn.Module, bits: int, block: int) -> None:
+    def __init__(self, name: str, module: torch.nn.Module, bits: int, block: int, table: BlockTable | None) -> None:
         self.name, self._module, self._bits = name, module, bits
         self._transposed = isinstance(module, Conv1D)
         weight = module._parameters.pop("weight").detach()
         self.original: NDArray[np.float32] = (weight.T if self._transposed else weight).contiguous().cpu().numpy()
-        start = rtn(self.original, bits=bits, block=block, symmetric=False)
+        found = None if table is None else table.find(self.original)
+        start = found or rtn(self.original, bits=bits, block=block, symmetric=False)
         self._zero_points = start.zero_points
-        parts = cut(self.original, block).copy(), start.scales, np.asarray(start.zero_points)[..., None]
-        values, scales, zero = (torch.from_numpy(part.astype(np.float32)).to(weight.device) for part in parts)
+        parts = cut(self.original, block).copy(), start.scales, np.asarray(start.zero_points)[..., None], start.codes
+        values, scales, zero, codes = (torch.from_numpy(part.astype(np.float32)).to(weight.device) for part in parts)
         self._start = _Start(values, scales, zero, 2**bits - 1)
+        # Nearest codes need no offset; others get the one that they are the nearest with.
+        offset = codes - zero - values / scales[..., None]
         self.movable = {
-            "rounding": torch.zeros_like(self._start.weight, requires_grad=True),
+            "rounding": torch.where(offset.abs() > 0.5, offset, 0).requires_grad_(),
             "scale": torch.zeros_like(self._start.scales, requires_grad=True),
         }
 

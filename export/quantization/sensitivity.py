@@ -83,6 +83,31 @@ def costs(
     return {name: {bits: factor * cost for bits, cost in each.items()} for name, each in found.items()}
 
 
+def most_sensitive(found: Mapping[str, Mapping[int, float]], parts: Layout, share: float) -> tuple[str, ...]:
+    """The linears that 8 bits help most, each with those that read the same activation.
+
+    Args:
+        found: What `costs` returned.
+        parts: The layout of the same model.
+        share: Of the layers' weights, about; more than none of it is at least one group.
+    """
+    linears = parts.linears()
+    sizes = {name: part.weight.numel() for name, part in linears.items()}
+
+    def worth(group: tuple[str, ...]) -> float:
+        saved = sum(found[name][4] - found[name][8] for name in group)
+        return saved / sum(sizes[name] for name in group)
+
+    groups = sorted((group for layer in parts.layers for group in layer.groups()), key=worth, reverse=True)
+    room, taken = share * sum(sizes.values()), []
+    for group in groups:
+        if room <= 0:
+            break
+        taken += group
+        room -= sum(sizes[name] for name in group)
+    return tuple(name for name in linears if name in taken)
+
+
 def _measure(
     model: PreTrainedModel, parts: Layout, weights: Mapping[str, Tensor], windows: Sequence[Sequence[int]]
 ) -> float:

@@ -91,7 +91,7 @@ def dequantized(model: PreTrainedModel, table: BlockTable) -> dict[str, np.ndarr
 def test_training_beats_rounding(name: str) -> None:
     model = trained(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    table = distill_blocks(model, text(1, 256), bits=BITS, block=BLOCK, steps=40)
+    table = distill_blocks(model, text(1, 256), block=BLOCK, steps=40)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     rounded = {
         key: rtn(matrix, bits=BITS, block=BLOCK, symmetric=False).dequantized()

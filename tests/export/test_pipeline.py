@@ -11,7 +11,7 @@ from tiny_models import tiny_model
 from edgemix.bundle import read_manifest, verify_bundle
 from edgemix.compression import Student
 from edgemix.errors import EdgemixError, InputError, ParityError, RecipeError
-from edgemix.export import pipeline
+from edgemix.export import member_blocks, pipeline
 from edgemix.export.distillation import distil
 from edgemix.export.pipeline import export_bundle
 from edgemix.recipe import Data, MemberRecipe, Quantization, Recipe
@@ -43,9 +43,9 @@ def recipe(folder, **changes):
 class Spy:
     """Calls through, and remembers with what."""
 
-    def __init__(self, monkeypatch, name):
-        self.calls, self._real = [], getattr(pipeline, name)
-        monkeypatch.setattr(pipeline, name, self)
+    def __init__(self, monkeypatch, name, module=pipeline):
+        self.calls, self._real = [], getattr(module, name)
+        monkeypatch.setattr(module, name, self)
 
     def __call__(self, *arguments, **options):
         self.calls.append(arguments)
@@ -246,7 +246,7 @@ def test_int4_is_trained_where_there_is_text(folder, tmp_path):
 
 
 def test_trained_blocks_are_kept_over_an_interruption(folder, tmp_path, monkeypatch):
-    trained = Spy(monkeypatch, "distill_blocks")
+    trained = Spy(monkeypatch, "distill_blocks", member_blocks)
     with monkeypatch.context() as patch:
 
         def cut(*_, **__):
@@ -269,7 +269,10 @@ def test_members_may_be_quantised_in_their_own_way(folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quantization": Quantization("distil"), "data": Data()}, "learns from text"),
+        ({"quantization": Quantization("distil"), "data": Data()}, "quantization.algorithm: looks at text"),
+        ({"quantization": Quantization(scale=True), "data": Data()}, "quantization.scale: looks at text"),
+        ({"quantization": Quantization("rtn", eight_bits=0.5)}, "goes with algorithm distil or gptq"),
+        ({"quantization": Quantization(eight_bits=2)}, "eight_bits: is 2; it may be 0 to 1"),
         ({"quantization": Quantization(group=33)}, "is 33; it may be 16, 32"),
         ({"quantization": Quantization(steps=0)}, "steps: is 0"),
         ({"student": Student()}, "learns from text; name some under data: training:"),

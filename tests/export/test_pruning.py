@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from edgemix.bundle import read_manifest, verify_bundle
 from edgemix.compression import Pruning
 from edgemix.errors import InputError, ParityError, RecipeError
-from edgemix.export import pipeline
+from edgemix.export import member_models, pipeline
 from edgemix.export.parity import PruningLimits, enforce
 from edgemix.export.pipeline import export_bundle
 from edgemix.export.pruning import report
@@ -356,10 +356,10 @@ def test_a_stopped_export_keeps_the_pruned_model(folder, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             exported(folder, tmp_path / "bundle", pruning, force=True)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "prune_member", _power_cut)
+        patch.setattr(member_models, "prune_member", _power_cut)
         exported(folder, tmp_path / "bundle", pruning, force=True)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "prune_member", _power_cut)
+        patch.setattr(member_models, "prune_member", _power_cut)
         patch.setattr(pipeline.BundleWriter, "finish", _power_cut)
         with pytest.raises(KeyboardInterrupt):  # other settings are another stage
             exported(folder, tmp_path / "bundle", Pruning(ffn=0.34, recover=0.01), force=True)

@@ -1,0 +1,125 @@
+"""The 4-bit and 8-bit blocks of a recipe's members: the algorithm that it names, on the text that it has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgemix.errors import storage_errors
+from edgemix.export.checkpoint import Checkpoint
+from edgemix.export.layout import layout
+from edgemix.export.members import versions
+from edgemix.export.quantization import calibration, distilled
+from edgemix.export.quantization.block_table import BlockTable
+from edgemix.export.quantization.distilled import distill_blocks
+from edgemix.export.quantization.sensitivity import costs, most_sensitive
+from edgemix.export.quantization.sequential import gptq_blocks
+from edgemix.export.training import fingerprint
+from edgemix.progress import Prefixed, Progress
+from edgemix.staging import BundleWriter, stage_key
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edgemix.export.member_models import MemberModels
+    from edgemix.export.members import LoadedMember
+    from edgemix.recipe import MemberRecipe, Recipe
+
+
+class MemberBlocks:
+    """Finds members' blocks; they lie in the writer's scratch.
+
+    Args:
+        recipe: Checked.
+        models: Of its members.
+        writer: Of the bundle that is being built.
+        progress: Hears of every stage.
+    """
+
+    def __init__(self, recipe: Recipe, models: MemberModels, writer: BundleWriter, progress: Progress) -> None:
+        self._recipe, self._models, self._writer, self._progress = recipe, models, writer, progress
+
+    def find(self, spec: MemberRecipe, eight_bit: Sequence[str] | None = None) -> BlockTable | None:
+        """The blocks of an int4 member's linears; None where plain rounding will do.
+
+        Args:
+            spec: The member.
+            eight_bit: Names of the linears that get 8 bits; None leaves the choice to the recipe's `eight_bits`.
+
+        Raises:
+            InputError: The member cannot be read, or its structure is not known.
+        """
+        quantization = self._models.quantization(spec)
+        if quantization.algorithm in ("rtn", "hqq"):
+            return None
+        if not self._models.has_text():
+            progress = self._progress
+            progress.say(f"{spec.name}: int4 by plain rounding; with text under data: calibration: it loses far less")
+            return None
+        member, stages = self._models.load(spec), self._writer.stages
+        if eight_bit is None:
+            eight_bit = self._sensitive(spec, member)
+        key = stage_key(
+            model=fingerprint(member.model),
+            quantization=quantization,
+            eight_bit=eight_bit,
+            text=self._models.data_digest(),
+            name=spec.name,
+            versions=versions(),
+            seed=self._recipe.seed,
+        )
+        path = self._writer.scratch / f"{spec.name}.blocks.safetensors"
+        if not stages.done(f"blocks/{spec.name}", key, bool):
+            table = self._make(spec, member, eight_bit, key)
+            with storage_errors(f"writing {path}"):
+                table.save(path)
+            stages.mark_done(f"blocks/{spec.name}", key, files=[path])
+            self._checkpoint(spec, key).remove()
+        return BlockTable.load(path)
+
+    def _make(self, spec: MemberRecipe, member: LoadedMember, eight_bit: Sequence[str], key: str) -> BlockTable:
+        quantization, seed = self._models.quantization(spec), self._recipe.seed
+        progress, bits = Prefixed(self._progress, spec.name), dict.fromkeys(eight_bit, 8)
+        if quantization.algorithm == "gptq":
+            text = self._calibration(spec, member)
+            return gptq_blocks(member.model, text, bits=bits, block=quantization.group, seed=seed, progress=progress)
+        count = quantization.steps * distilled.BATCH
+        text = self._models.calibration(member.tokenizer, spec.name, distilled.LENGTH, count)
+        return distill_blocks(
+            member.model,
+            np.array(text, np.int64),
+            bits=bits,
+            block=quantization.group,
+            steps=quantization.steps,
+            seed=seed,
+            checkpoint=self._checkpoint(spec, key),
+            progress=progress,
+        )
+
+    def _sensitive(self, spec: MemberRecipe, member: LoadedMember) -> tuple[str, ...]:
+        """The linears that the recipe wants at 8 bits."""
+        quantization = self._models.quantization(spec)
+        if not quantization.eight_bits:
+            return ()
+        found = self.costs(spec, member)
+        return most_sensitive(found, layout(member.model), quantization.eight_bits)
+
+    def costs(self, spec: MemberRecipe, member: LoadedMember) -> dict[str, dict[int, float]]:
+        """What each linear of a member loses at 4 and at 8 bits; see `sensitivity.costs`."""
+        quantization, stages, seed = self._models.quantization(spec), self._writer.stages, self._recipe.seed
+        text = self._calibration(spec, member)
+        model, group = fingerprint(member.model), quantization.group
+        key = stage_key(model=model, group=group, text=text, versions=versions(), seed=seed)
+        found = stages.done(f"costs/{spec.name}", key, dict[str, dict[int, float]])
+        if found is None:
+            progress = Prefixed(self._progress, spec.name)
+            found = costs(member.model, text, block=group, progress=progress)
+            stages.mark_done(f"costs/{spec.name}", key, found)
+        return found
+
+    def _calibration(self, spec: MemberRecipe, member: LoadedMember) -> list[list[int]]:
+        return self._models.calibration(member.tokenizer, spec.name, calibration.LENGTH, calibration.WINDOWS)
+
+    def _checkpoint(self, spec: MemberRecipe, key: str) -> Checkpoint:
+        return Checkpoint(self._writer.scratch / f"{spec.name}.training", key)

@@ -11,7 +11,7 @@ from tiny_models import tiny_model
 from edgemix.bundle import read_manifest, verify_bundle
 from edgemix.compression import Student
 from edgemix.errors import EdgemixError, InputError, ParityError, RecipeError
-from edgemix.export import member_blocks, pipeline
+from edgemix.export import member_blocks, member_models, pipeline
 from edgemix.export.distillation import distil
 from edgemix.export.pipeline import export_bundle
 from edgemix.recipe import Data, MemberRecipe, Quantization, Recipe
@@ -264,6 +264,42 @@ def test_members_may_be_quantised_in_their_own_way(folder, tmp_path):
     export_bundle(int4_recipe(folder, members=members, data=Data()), tmp_path / "bundle", force=True)
     sizes = [(tmp_path / "bundle/members" / name / "model.onnx.data").stat().st_size for name in ("one", "two")]
     assert sizes[0] < sizes[1]
+
+
+def test_the_parts_of_quantisation_can_be_named(folder, tmp_path):
+    parts = {"rotate": {"rotate": True}, "scale": {"scale": True}, "eight_bits": {"eight_bits": 0.5}}
+    found, sizes = {}, {}
+    for name, options in ({"gptq": {}} | parts).items():
+        bundle = tmp_path / name
+        export_bundle(int4_recipe(folder, quantization=Quantization("gptq", **options)), bundle, force=True)
+        found[name] = tuple(graphs(bundle).values())
+        sizes[name] = (bundle / "members/one/model.onnx.data").stat().st_size
+    assert len(set(found.values())) == 4
+    assert sizes["gptq"] == sizes["scale"] == sizes["rotate"] < sizes["eight_bits"]
+
+
+def test_activations_may_be_rotated_first(folder, tmp_path):
+    plain, rotated = (
+        export_bundle(int4_recipe(folder, format="int8-dynamic", quantization=quantization), tmp_path / name)
+        for name, quantization in (("plain", Quantization()), ("rotated", Quantization(rotate=True)))
+    )
+    assert graphs(tmp_path / "plain") != graphs(tmp_path / "rotated")
+    assert not rotated.members[0].forced
+    assert plain.members[0].source == rotated.members[0].source
+
+
+def test_a_prepared_model_is_kept_over_an_interruption(folder, tmp_path, monkeypatch):
+    prepared, quantization = Spy(monkeypatch, "prepare_model", member_models), Quantization("gptq", scale=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(member_blocks, "gptq_blocks", _cut)
+        with pytest.raises(KeyboardInterrupt):
+            export_bundle(int4_recipe(folder, quantization=quantization), tmp_path / "bundle", force=True)
+    export_bundle(int4_recipe(folder, quantization=quantization), tmp_path / "bundle", force=True)
+    assert len(prepared.calls) == 1
+
+
+def _cut(*_, **__):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(

@@ -56,11 +56,10 @@ class Group(msgspec.Struct, frozen=True):
 
     Attributes:
         linears: Names within the model.
-        four, eight: At so many bits.
+        eight: What 8 bits cost more than 4; of loss, less.
     """
 
     linears: tuple[str, ...]
-    four: Cost
     eight: Cost
 
 
@@ -70,14 +69,14 @@ class MemberCosts(msgspec.Struct, frozen=True):
     Attributes:
         name: The member's.
         weight: Its share of the mixture. A member that weighs nothing takes no time.
-        fixed: Of int4, what is in no group: tables, norms, the graph.
-        groups: Of int4, each in 4 or 8 bits.
+        int4: With 4 bits in all groups.
+        groups: Those that int4 may have in 8 bits.
         wholes: Other formats, of the whole member.
     """
 
     name: str
     weight: float
-    fixed: Cost
+    int4: Cost
     groups: tuple[Group, ...]
     wholes: dict[Format, Cost] = {}
 
@@ -171,15 +170,19 @@ class _State(msgspec.Struct, frozen=True):
 
     def toggled(self, member: MemberCosts, group: int) -> _State:
         """The same with the other bits for a group."""
-        now, other = _bits(member, group, eight=group in self.eight)
-        return _State(self.form, self.eight ^ {group}, self.cost - now + other)
+        return _State(self.form, self.eight ^ {group}, self.cost + self.step(member, group))
+
+    def step(self, member: MemberCosts, group: int) -> Cost:
+        """What the other bits for a group cost more."""
+        more = _weighed(member, member.groups[group].eight)
+        return Cost() - more if group in self.eight else more
 
     def described(self, member: MemberCosts) -> MemberPlan:
         if self.form != "int4":
             return MemberPlan(member.name, self.form, (), member.wholes[self.form])
-        parts = [group.eight if index in self.eight else group.four for index, group in enumerate(member.groups)]
-        names = [name for index in sorted(self.eight) for name in member.groups[index].linears]
-        return MemberPlan(member.name, self.form, tuple(names), sum(parts, member.fixed))
+        groups = [member.groups[index] for index in sorted(self.eight)]
+        names = tuple(name for group in groups for name in group.linears)
+        return MemberPlan(member.name, self.form, names, sum((group.eight for group in groups), member.int4))
 
 
 class _Attempt:
@@ -231,9 +234,9 @@ class _Attempt:
         singles = []
         for member, (costs, state) in enumerate(zip(self._members, self.states, strict=True)):
             for group in range(len(costs.groups) if state.form == "int4" else 0):
-                now, other = _bits(costs, group, eight=group in state.eight)
-                if other.loss < now.loss:
-                    singles.append((-_slope(now, other, self.price), member, group))
+                step = state.step(costs, group)
+                if step.loss < 0:
+                    singles.append((-_slope(Cost(), step, self.price), member, group))
         for _, member, group in sorted(singles):
             self._take(member, self.states[member].toggled(self._members[member], group))
         for member, costs in enumerate(self._members):
@@ -248,16 +251,14 @@ def _chain(member: MemberCosts, price: _Price) -> list[_State]:
     def order(cost: Cost) -> tuple[float, float, int]:
         return price(cost), cost.loss, cost.bytes
 
-    eight, steps = set(), []
+    cheapest, steps = _State("int4", frozenset(), _weighed(member, member.int4)), []
     for index in range(len(member.groups)):
-        pair = _bits(member, index, eight=False)
-        cheap, dear = sorted(pair, key=order)
-        if cheap is pair[1]:
-            eight.add(index)
-        if dear.loss < cheap.loss:
-            steps.append((-_slope(cheap, dear, price), index))
-    parts = [_bits(member, index, eight=index in eight)[0] for index in range(len(member.groups))]
-    states = [_State("int4", frozenset(eight), sum(parts, _weighed(member, member.fixed)))]
+        if order(cheapest.step(member, index)) < order(Cost()):
+            cheapest = cheapest.toggled(member, index)
+        step = cheapest.step(member, index)
+        if step.loss < 0:
+            steps.append((-_slope(Cost(), step, price), index))
+    states = [cheapest]
     for _, index in sorted(steps):
         states.append(states[-1].toggled(member, index))
     hull: list[_State] = []
@@ -268,13 +269,6 @@ def _chain(member: MemberCosts, price: _Price) -> list[_State]:
             hull.pop()
         hull.append(state)
     return hull
-
-
-def _bits(member: MemberCosts, index: int, *, eight: bool) -> tuple[Cost, Cost]:
-    """What a group costs the mixture at its bits, and at the other."""
-    group = member.groups[index]
-    four, eights = _weighed(member, group.four), _weighed(member, group.eight)
-    return (eights, four) if eight else (four, eights)
 
 
 def _wholes(member: MemberCosts) -> list[_State]:

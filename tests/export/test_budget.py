@@ -16,18 +16,19 @@ def members(seed: int, *, count: int = 2, groups: int = 4, eager: float = 1.0) -
     generator = np.random.default_rng(seed)
     found = []
     for index, weight in enumerate(generator.dirichlet(np.ones(count))):
-        parts = []
+        int4, parts = Cost(500, 0.004), []
         for group in range(groups):
             size, loss = int(generator.integers(100, 1000)), float(generator.exponential(0.1))
             rates = generator.uniform(0.8, 1.2, 2) * (1, eager) * 1e-5
-            four = Cost(size, size * rates[0], loss)
-            parts.append(Group((f"{group}.a", f"{group}.b"), four, Cost(2 * size, 2 * size * rates[1], loss / 100)))
-        all_eight = sum((group.eight for group in parts), Cost(500, 0.004))
+            four, eight = Cost(size, size * rates[0], loss), Cost(2 * size, 2 * size * rates[1], loss / 100)
+            int4 += four
+            parts.append(Group((f"{group}.a", f"{group}.b"), eight - four))
+        eight = sum((group.eight for group in parts), int4)
         wholes = {
-            "int8": Cost(all_eight.bytes - 30, all_eight.seconds, all_eight.loss),
-            "fp16": Cost(2 * all_eight.bytes, 2 * all_eight.seconds, 0.0),
+            "int8": Cost(eight.bytes - 30, eight.seconds, eight.loss),
+            "fp16": Cost(2 * eight.bytes, 2 * eight.seconds, 0.0),
         }
-        found.append(MemberCosts(f"m{index}", float(weight), Cost(500, 0.004), tuple(parts), wholes))
+        found.append(MemberCosts(f"m{index}", float(weight), int4, tuple(parts), wholes))
     return found
 
 
@@ -39,16 +40,15 @@ def every_cost(mixture: list[MemberCosts], shared: Cost) -> list[Cost]:
     """Of every way to store a mixture."""
     ways = []
     for member in mixture:
-        choices = itertools.product(*((group.four, group.eight) for group in member.groups))
-        ways.append([weighed(member, sum(each, member.fixed)) for each in choices])
+        choices = itertools.product(*((Cost(), group.eight) for group in member.groups))
+        ways.append([weighed(member, sum(each, member.int4)) for each in choices])
         ways[-1] += [weighed(member, cost) for cost in member.wholes.values()]
     return [sum(each, shared) for each in itertools.product(*ways)]
 
 
 def largest_step(mixture: list[MemberCosts]) -> float:
     return max(
-        member.weight
-        * max(*(group.four.loss - group.eight.loss for group in member.groups), member.wholes["int8"].loss)
+        member.weight * max(*(-group.eight.loss for group in member.groups), member.wholes["int8"].loss)
         for member in mixture
     )
 
@@ -61,7 +61,7 @@ def cost_of(found: Plan, mixture: list[MemberCosts], shared: Cost) -> Cost:
         if chosen.format == "int4":
             eight = set(chosen.eight_bits)
             assert all(len(eight & set(group.linears)) in (0, len(group.linears)) for group in member.groups)
-            own = sum(((g.eight if g.linears[0] in eight else g.four) for g in member.groups), member.fixed)
+            own = sum((group.eight for group in member.groups if group.linears[0] in eight), member.int4)
         else:
             own = member.wholes[chosen.format]
         assert close(own, chosen.cost)
@@ -126,8 +126,7 @@ def test_the_curve_is_convex_and_holds_the_choice() -> None:
     assert found.cost in found.curve
     assert 15 <= len(found.curve) <= 22
     assert [cost.bytes for cost in found.curve] == sorted(cost.bytes for cost in found.curve)
-    four = sum((weighed(member, group.four) for member in mixture for group in member.groups), Cost(100))
-    assert found.curve[0].bytes == four.bytes + sum(member.fixed.bytes for member in mixture)
+    assert found.curve[0].bytes == 100 + sum(member.int4.bytes for member in mixture)
     assert found.curve[-1].loss == pytest.approx(0, abs=1e-12)
     whole = plan(mixture, Budget(10**9)).curve
     slopes = [(b.loss - a.loss) / (b.bytes - a.bytes) for a, b in itertools.pairwise(whole)]
@@ -139,19 +138,19 @@ def test_the_curve_is_convex_and_holds_the_choice() -> None:
 def test_weights_decide_where_bits_go() -> None:
     one = members(1, count=1, groups=6)[0]
     heavy, light, absent = (
-        MemberCosts(name, weight, one.fixed, one.groups, one.wholes)
+        MemberCosts(name, weight, one.int4, one.groups, one.wholes)
         for name, weight in (("heavy", 0.8), ("light", 0.2), ("absent", 0.0))
     )
     mixture = [light, absent, heavy]
     for limit in range(plan(mixture, Budget(10**9)).curve[0].bytes, 60_000, 997):
         costs = {member.name: member.cost for member in plan(mixture, Budget(limit)).members}
         assert costs["heavy"].loss <= costs["light"].loss <= costs["absent"].loss
-        assert costs["absent"].bytes == one.fixed.bytes + sum(group.four.bytes for group in one.groups)
+        assert costs["absent"] == one.int4
 
 
 def test_a_member_that_weighs_nothing_takes_no_time() -> None:
     one = members(1, count=1)[0]
-    none = MemberCosts("none", 0.0, one.fixed, one.groups, one.wholes)
+    none = MemberCosts("none", 0.0, one.int4, one.groups, one.wholes)
     assert plan([one, none], Budget(10**9)).cost.seconds == pytest.approx(plan([one], Budget(10**9)).cost.seconds)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,44 @@ class Number(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
         return number
+
+
+class Quantity(click.ParamType):
+    """A number above zero with a unit, in the unit whose factor is 1: `Quantity("size", ...)` makes 2.5e8 of `250MB`.
+
+    Args:
+        name: Of what is measured.
+        units: Unit in lower case -> factor; "" is a number alone, if that may be.
+        example: For messages.
+    """
+
+    def __init__(self, name: str, units: Mapping[str, float], example: str) -> None:
+        self.name, self._units, self._example = name, units, example
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):  # already converted: click may ask twice
+            return value
+        match = _QUANTITY.fullmatch(str(value))
+        if match is None:
+            self.fail(f"{value!r} is no {self.name} like {self._example}.", param, ctx)
+        unit = match["unit"].lower()
+        if unit not in self._units:
+            problem = f"has the unknown unit {match['unit']!r}" if unit else "has no unit"
+            self.fail(f"{value!r} {problem}; write it like {self._example}.", param, ctx)
+        number = float(match["number"]) * self._units[unit]
+        if not 0 < number < math.inf:
+            self.fail(f"{value!r} is not above zero and finite.", param, ctx)
+        return number
+
+
+_QUANTITY = re.compile(r"\s*(?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(?P<unit>[A-Za-z]*)\s*")
+
+SIZE = Quantity(
+    "size",
+    {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30},
+    example="250MB (0.25 GB, 240 MiB, or 250e6 bytes)",
+)
+DURATION = Quantity("duration", {"ms": 1e-3, "s": 1.0}, example="20ms (or 0.02s)")
 
 
 class WeightsType(click.ParamType):

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from edgemix.cli import edgemix
-from edgemix.cli.options import WeightsType
+from edgemix.cli.options import DURATION, SIZE, WeightsType
 
 
 def run(*arguments: str, **settings):
@@ -61,6 +61,46 @@ def test_nonsense_is_a_usage_error(option, value):
 )
 def test_weights(text, weights):
     assert WeightsType().convert(text, None, None) == weights
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "number"),
+    [
+        (SIZE, "250MB", 250e6),
+        (SIZE, "0.2 GB", 2e8),
+        (SIZE, "95e6", 95e6),
+        (SIZE, " 200 MiB ", 200 * 2**20),
+        (SIZE, "1.5e3kb", 1.5e6),
+        (SIZE, "4096 B", 4096),
+        (DURATION, "20ms", 0.02),
+        (DURATION, "0.02s", 0.02),
+        (DURATION, ".5 MS", 0.0005),
+    ],
+)
+def test_quantities(kind, text, number):
+    assert kind.convert(text, None, None) == pytest.approx(number)
+    assert kind.convert(kind.convert(text, None, None), None, None) == pytest.approx(number)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        (SIZE, "big", "'big' is no size like 250MB"),
+        (SIZE, "", "'' is no size"),
+        (SIZE, "1 2MB", "is no size"),
+        (SIZE, "nan", "is no size"),
+        (SIZE, "250MBit", "unknown unit 'MBit'; write it like 250MB"),
+        (SIZE, "20ms", "unknown unit 'ms'"),
+        (SIZE, "-1MB", "is not above zero"),
+        (SIZE, "0", "is not above zero"),
+        (SIZE, "1e400", "is not above zero and finite"),
+        (DURATION, "20", "'20' has no unit; write it like 20ms"),
+        (DURATION, "20MB", "unknown unit 'MB'"),
+    ],
+)
+def test_no_quantities(kind, text, message):
+    with pytest.raises(click.BadParameter, match=message):
+        kind.convert(text, None, None)
 
 
 def test_the_line_ends_in_a_template_may_be_typed():

@@ -4,11 +4,12 @@
     attention_mask               int64 [batch, past + sequence], 1 for a slot that holds a token, 0 for padding
     position_ids                 int64 [batch, sequence]; absent where the graph derives positions from the mask
     past_key_values.{i}.key      float [batch, kv_heads, past, head_size], and .value
-    logits                       float [batch, sequence, vocabulary]
+    logits_to_keep               int64 [1], of how many of the last tokens there shall be logits; optional: all of them
+    logits                       float [batch, kept, vocabulary]
     present.{i}.key              float [batch, kv_heads, past + sequence, head_size], and .value
 
-`past`, `sequence` and `batch` are dynamic; kv_heads, head_size and vocabulary are fixed in the graph, and the runtime
-reads them there. How the cache moves from one call to the next is the graph's `CacheKind`.
+`past`, `sequence`, `kept` and `batch` are dynamic; kv_heads, head_size and vocabulary are fixed in the graph, and the
+runtime reads them there. How the cache moves from one call to the next is the graph's `CacheKind`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import msgspec
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 POSITION_IDS = "position_ids"
+LOGITS_TO_KEEP = "logits_to_keep"
 LOGITS = "logits"
 PAST_PREFIX = "past_key_values."
 PRESENT_PREFIX = "present."

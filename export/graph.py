@@ -27,6 +27,8 @@ from edgemix.errors import EdgemixError, ParityError
 from edgemix.export import graph_mobius, graph_transformers
 from edgemix.export.architecture import context_length
 from edgemix.export.parity import check_graph, enforce
+from edgemix.export.quantization.emission import add_initializer
+from edgemix.export.quantization.weights import head
 from edgemix.graph_io import CacheKind, GraphFacts
 from edgemix.progress import SILENT, Progress
 
@@ -42,6 +44,9 @@ DATA_FILE = "model.onnx.data"
 _CUDA_OPSET = 23
 """ONNX Runtime's CUDA provider lacks kernels for what opset 24 revised, such as Cast, Reshape and Shape (its issue
 27729): those nodes would run on the CPU, with copies around each."""
+
+_ALL = 2**62
+_LAST = (("end", 2**63 - 1), ("axis", 1))
 
 Gate = Callable[[Path, GraphFacts], "GraphParity"]
 
@@ -146,6 +151,7 @@ def _finish(graph: ir.Model, model: PreTrainedModel, path: _Path, target: Target
         graph.graph.inputs.remove(value)
     vocabulary = _name_axes(graph.graph)
     _share_tied_head(graph.graph)
+    _keep_some_logits(graph.graph)
     graph.graph.name = model.config.model_type
     graph.producer_name, graph.producer_version = "edgemix", None
     common.ClearMetadataAndDocStringPass()(graph)
@@ -178,7 +184,7 @@ def _name_axes(graph: ir.Graph) -> int:
     for value in graph.outputs:
         if value.name == graph_io.LOGITS:
             vocabulary = value.shape[2]
-            value.shape = ir.Shape(["batch", "sequence", vocabulary])
+            value.shape = ir.Shape(["batch", "kept", vocabulary])
         elif value.name in presents:
             past = presents.pop(value.name)
             value.shape = ir.Shape(["batch", past.shape[1], "total", past.shape[3]])
@@ -200,6 +206,25 @@ def _share_tied_head(graph: ir.Graph) -> None:
             graph.insert_before(copy.uses()[0].node, transpose)
             copy.replace_all_uses_with(transpose.outputs[0])
             del graph.initializers[copy.name]
+
+
+def _keep_some_logits(graph: ir.Graph) -> None:
+    """Let callers ask for the last tokens' logits only: reading a prompt then does without most of the head's work.
+
+    The new input has a value, all, for callers that do not know it. A head that is not found reads every token.
+    """
+    linear = head(graph)
+    hidden = None if linear is None else linear.node.inputs[0]
+    if linear is None or hidden is None or hidden.shape is None or hidden.shape.rank() != 3:
+        return
+    keep = add_initializer(graph, graph_io.LOGITS_TO_KEEP, np.array([_ALL], np.int64))
+    graph.inputs.append(keep)
+    end, axis = (add_initializer(graph, f"logits.{name}", np.array([number], np.int64)) for name, number in _LAST)
+    start = ir.node("Neg", [keep])
+    last = ir.node("Slice", [hidden, start.outputs[0], end, axis])
+    last.outputs[0].dtype = hidden.dtype
+    graph.insert_before(linear.node, [start, last])
+    linear.node.replace_input_with(0, last.outputs[0])
 
 
 def _is_transpose(value: ir.Value, table: ir.Value) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from edgemix import graph_io
 from edgemix.errors import BundleError, EdgemixError, InputError
 from edgemix.runtime.kv_cache import KINDS, CacheLayout, KVCache, Slot
-from edgemix.runtime.providers import PROVIDERS, onnxruntime_errors, open_session, plain
+from edgemix.runtime.providers import PROVIDERS, onnxruntime_errors, open_session, place, plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -38,10 +38,14 @@ _ELEMENT_TYPES: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A binding for one shape of call, with the buffer [batch, new, vocabulary] that its logits are written to."""
+    """A binding for ids [batch, new], with the buffer [batch, kept, vocabulary] that their logits are written to, and
+    what it reads `kept` from.
+    """
 
     binding: Any
     logits: NDArray[Any]
+    new: int
+    kept: Any
 
 
 class Member:
@@ -61,6 +65,7 @@ class Member:
         self._session = session
         self._inputs = {tensor.name: tensor for tensor in session.get_inputs()}
         self._outputs = {tensor.name: tensor for tensor in session.get_outputs()}
+        self._can_keep = any(t.name == graph_io.LOGITS_TO_KEEP for t in session.get_overridable_initializers())
         self._check()
         logits = self._outputs[graph_io.LOGITS]
         self._logits_dtype = _ELEMENT_TYPES[logits.type]
@@ -128,7 +133,7 @@ class Member:
         together = np.stack(rows)
         step = max(1, self.chunk // cache.batch)
         for start in range(0, together.shape[1], step):
-            last = self._run(cache, together[:, start : start + step])[:, -1]
+            last = self._run(cache, together[:, start : start + step], last=True)[:, -1]
         return last.astype(np.float32, copy=False)
 
     def extend_all(self, cache: KVCache, tokens: Tokens) -> list[NDArray[np.float32]]:
@@ -166,12 +171,18 @@ class Member:
         logits = self._run(cache, ids, mask).astype(np.float32, copy=False)
         return [row[:count] for row, count in zip(logits, counts, strict=True)]
 
-    def _run(self, cache: KVCache, ids: NDArray[np.int64], mask: NDArray[np.int64] | None = None) -> NDArray[Any]:
-        """Call the graph on ids [batch, new]: logits [batch, new, vocabulary], which the next call overwrites."""
-        new = ids.shape[1]
+    def _run(
+        self, cache: KVCache, ids: NDArray[np.int64], mask: NDArray[np.int64] | None = None, *, last: bool = False
+    ) -> NDArray[Any]:
+        """Call the graph on ids [batch, new]: logits [batch, new, vocabulary], which the next call overwrites.
+
+        With `last`, those before the last token's may be missing.
+        """
+        batch, new = ids.shape
+        kept = 1 if last and self._can_keep else new
         call: _Call | None = cache.call
-        if call is None or call.logits.shape[:2] != ids.shape:
-            call = cache.call = self._new_call(*ids.shape)
+        if call is None or (call.new, *call.logits.shape[:2]) != (new, batch, kept):
+            call = cache.call = self._new_call(batch, new, kept)
         binding = call.binding
         # Bound anew each time: a provider with memory of its own copies them when they are bound.
         binding.bind_cpu_input(graph_io.INPUT_IDS, np.ascontiguousarray(ids))
@@ -186,11 +197,14 @@ class Member:
         cache.advance(binding, new)
         return call.logits
 
-    def _new_call(self, batch: int, new: int) -> _Call:
+    def _new_call(self, batch: int, new: int, kept: int) -> _Call:
         binding = self._session.io_binding()
-        logits = np.empty((batch, new, self.vocabulary), self._logits_dtype)
+        logits = np.empty((batch, kept, self.vocabulary), self._logits_dtype)
         binding.bind_output(graph_io.LOGITS, "cpu", 0, logits.dtype, list(logits.shape), logits.ctypes.data)
-        return _Call(binding, logits)
+        number = place(np.array([kept], np.int64), PROVIDERS["cpu"])
+        if self._can_keep:  # bound by value: ONNX Runtime does not find optional inputs by array
+            binding.bind_ortvalue_input(graph_io.LOGITS_TO_KEEP, number)
+        return _Call(binding, logits, new, number)
 
     def _rows(self, tokens: Tokens, cache: KVCache) -> list[NDArray[np.int64]]:
         """The new tokens as arrays, once it is clear that the cache can take them."""

@@ -50,7 +50,10 @@ VOCABULARY = 258
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """The numbers behind a graph: `table` float32 [tokens, width], width at least tokens (the rest is padding)."""
+    """The numbers behind a graph: `table` float32 [tokens, width], width at least tokens (the rest is padding).
+
+    With `keeps`, the graph can be asked for the last logits only.
+    """
 
     table: np.ndarray
     pull: float = 0.0
@@ -58,6 +61,7 @@ class ClosedForm:
     cache: CacheKind = "shared"
     context: int = 4096
     dtype: Literal["float32", "float16"] = "float32"
+    keeps: bool = True
 
     def logits(self, ids: list[int] | np.ndarray) -> np.ndarray:
         """float64 [len(ids), width]."""
@@ -131,7 +135,7 @@ def write_graph(path: Path, member: ClosedForm) -> GraphFacts:
     extra_inputs = []
     if member.cache == "shared":
         nodes += _shares_by_attention(constants)
-        output = "logits"
+        output = "all"
     else:
         nodes += _shares_by_hand(constants, real)
         output = "untilted"
@@ -146,8 +150,15 @@ def write_graph(path: Path, member: ClosedForm) -> GraphFacts:
             helper.make_node("Cast", ["position_ids"], ["position"], to=real),
             helper.make_node("Unsqueeze", ["position", "last_axis"], ["position_column"]),
             helper.make_node("Mul", ["position_column", "first"], ["tilt"]),
-            helper.make_node("Add", ["untilted", "tilt"], ["logits"]),
+            helper.make_node("Add", ["untilted", "tilt"], ["all"]),
         ]
+    constants |= {"end": np.array([2**63 - 1]), "axis": np.array([1]), "logits_to_keep": np.array([2**62])}
+    nodes += [
+        helper.make_node("Neg", ["logits_to_keep"], ["start"]),
+        helper.make_node("Slice", ["all", "start", "end", "axis"], ["logits"]),
+    ]
+    if member.keeps:
+        extra_inputs.append(helper.make_tensor_value_info("logits_to_keep", TensorProto.INT64, [1]))
     graph = helper.make_graph(
         nodes,
         "closed_form",
@@ -158,7 +169,7 @@ def write_graph(path: Path, member: ClosedForm) -> GraphFacts:
             *(_state(f"past_key_values.0.{kind}", "past", size, real) for kind in ("key", "value")),
         ],
         [
-            helper.make_tensor_value_info("logits", real, ["batch", "sequence", width]),
+            helper.make_tensor_value_info("logits", real, ["batch", "kept", width]),
             *(_state(f"present.0.{kind}", "total", size, real) for kind in ("key", "value")),
         ],
         [_initializer(name, value, member.dtype) for name, value in constants.items()],

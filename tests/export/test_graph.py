@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 from tiny_models import tiny_model
 
@@ -37,6 +39,18 @@ EXPORTERS = {
     "opt": "mobius",
     "stablelm": "mobius",
 }
+
+
+def run(path: Path, length: int, keep: int | None) -> np.ndarray:
+    """Logits [1, kept, vocabulary] of a text without a past."""
+    session = ort.InferenceSession(path / "model.onnx", providers=["CPUExecutionProvider"])
+    ids = np.random.default_rng(0).integers(3, 150, (1, length))
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(length)[None]}
+    for tensor in session.get_inputs():
+        if tensor.name.startswith("past"):
+            feed[tensor.name] = np.zeros((1, tensor.shape[1], 0, tensor.shape[3]), np.float32)
+    feed = {tensor.name: feed[tensor.name] for tensor in session.get_inputs()}
+    return session.run(["logits"], feed | ({} if keep is None else {"logits_to_keep": np.array([keep])}))[0]
 
 
 class Listener:
@@ -78,6 +92,10 @@ def test_graph_is_the_model(architecture: str, exporter: str, tmp_path: Path) ->
     figures = exported.parity
     assert max(figures.prefill, figures.decode, figures.padded_batch) < TOLERANCE
     assert (exported.facts.exporter, exported.facts.layers) == (exporter, model.config.num_hidden_layers)
+    logits = run(tmp_path, 9, None)
+    assert logits.shape[1] == 9
+    for keep in (1, 3, 9, 12):
+        np.testing.assert_allclose(run(tmp_path, 9, keep), logits[:, -keep:], rtol=1e-4, atol=1e-4)
     assert (exported.facts.vocabulary, exported.facts.context) == (model.config.vocab_size, 256)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
 

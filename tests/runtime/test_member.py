@@ -18,9 +18,10 @@ def tokens(count, seed=0):
     return np.random.default_rng(seed).integers(0, 16, count)
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[*((kind, True) for kind in KINDS), ("shared", False)])
 def form(request):
-    return random_member(3, padding=4, cache=request.param)
+    cache, keeps = request.param
+    return random_member(3, padding=4, cache=cache, keeps=keeps)
 
 
 @pytest.fixture
@@ -35,6 +36,13 @@ def same(actual, expected):
 def test_prefill_gives_the_last_logits(form, member):
     ids = tokens(9)
     same(member.extend(member.new_cache(), [ids]), form.logits(ids)[-1:])
+
+
+def test_prefill_makes_no_other_logits(form, member):
+    cache = member.new_cache()
+    member.extend(cache, [tokens(9)])
+    assert cache.call.logits.shape[1] == (1 if form.keeps else 9)
+    same(member.extend_all(cache, [tokens(3)])[0], form.logits([*tokens(9), *tokens(3)])[-3:])
 
 
 def test_extend_all_gives_every_position(form, member):

@@ -188,11 +188,15 @@ format: int8
 target: cpu
 
 # How int4 finds its weights. auto is distil (trained on the text under data: calibration; minutes) where there is such
-# text, else rtn (rounding to nearest); hqq is Half-Quadratic Quantization.
+# text, else rtn (rounding to nearest); gptq looks at that text, too, but does not train; hqq is Half-Quadratic
+# Quantization.
 # quantization:
 #   algorithm: auto
 #   group: 32        # weights that share a scale
 #   steps: 80        # of training, 2,048 tokens each
+#   eight_bits: 0.1  # share of the weights that gets 8 bits: the layers that suffer most from 4
+#   scale: true      # move scales from weights to what they read first (AWQ)
+#   rotate: true     # turn the residual stream first (QuaRot); of int8-dynamic, too
 
 # A small model that is distilled from the mixture on the text under data: training, for where memory or power is short.
 # It is cut from the members to a third of one's decoding time.

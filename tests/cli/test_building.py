@@ -108,6 +108,7 @@ def test_finetune(library, tmp_path):
     assert result.exit_code == 0
     assert arguments == ("base", Path("law"), ["one", "two", "three"])
     assert options == {
+        "four_bit": False,
         "rank": 8,
         "steps": None,
         "minutes": 1.5,
@@ -119,6 +120,66 @@ def test_finetune(library, tmp_path):
     assert "12 steps, 24,576 tokens, 61 s" in result.stdout
     assert "3.0000 before, 2.7500 after" in result.stdout
     assert json.loads(run("finetune", "base", *texts, "-o", "law", "--json").stdout)["steps"] == 12
+
+
+@dataclass
+class TunedMember:
+    """The fields of a member's report."""
+
+    name: str = "a"
+    adapter: Path = Path("tuned/a")
+    parameters: int = 100
+    weight: float = 1.0
+    validation_before: float | None = 3.0
+    validation_after: float | None = 2.5
+
+
+@dataclass
+class TunedMixture:
+    """The fields of a joint fine-tuning's report."""
+
+    recipe: Path = Path("tuned/recipe.yaml")
+    joint: bool = True
+    members: tuple[TunedMember, ...] = (TunedMember(),)
+    steps: int = 12
+    tokens: int = 24_576
+    seconds: float = 61.0
+    training_loss: float = 2.5
+    validation_before: float | None = 2.75
+    validation_after: float | None = 2.25
+
+
+def test_finetune_of_a_recipe(library, recipe, tmp_path):
+    calls = library("edgemix.export.joint_finetuning", "finetune_mixture", TunedMixture())
+    (tmp_path / "law.txt").write_text("one")
+
+    result = run("finetune", recipe, "-o", "tuned", "--qlora", "--separate", "--steps", "12")
+    run("finetune", recipe, tmp_path / "law.txt", "-o", "tuned")
+
+    ((built, output, texts), options), ((_, _, given), _) = calls
+    assert result.exit_code == 0
+    assert [member.name for member in built.members] == ["a"]
+    assert (output, texts, given) == (Path("tuned"), None, {"law": ["one"]})
+    assert (options["four_bit"], options["separate"], options["steps"]) == (True, True, 12)
+    assert "tuned jointly" in result.stdout
+    assert "mixture                          2.7500   2.2500" in result.stdout
+    assert "Next: edgemix export tuned/recipe.yaml" in result.stdout
+    assert json.loads(run("finetune", recipe, "-o", "tuned", "--json").stdout)["members"][0]["weight"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["base"], "Missing argument 'TEXT...'"),
+        (["base", "law.txt", "--separate"], "--separate is for recipes"),
+        (["recipe.yml"], "there is no such recipe"),
+    ],
+)
+def test_finetune_that_makes_no_sense(arguments, message):
+    result = run("finetune", *arguments, "-o", "law")
+
+    assert result.exit_code == 2
+    assert message in result.stderr
 
 
 def test_finetune_without_text(library, tmp_path):

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING
 import msgspec
 
 import edgemix
-from edgemix.errors import InputError, RecipeError, storage_errors
+from edgemix.errors import RecipeError, storage_errors
 from edgemix.export import shared_tokenizer
 from edgemix.export.distillation.distil import make_student
-from edgemix.export.graph import MODEL_FILE, export_graph
+from edgemix.export.graph import MODEL_FILE
 from edgemix.export.member_blocks import MemberBlocks
+from edgemix.export.member_graphs import GraphRecord, MemberGraphs
 from edgemix.export.member_models import MemberModels
-from edgemix.export.members import end_ids, load_tokenizer, locate, versions
+from edgemix.export.members import load_tokenizer, locate, versions
 from edgemix.export.mixture_parity import MIXTURE_TOKENS, compare_mixtures, keep_distributions
 from edgemix.export.mixture_weights import fit_weights, given_weights
 from edgemix.export.parity import check_quantized, enforce, own_texts
 from edgemix.export.pruning.packing import pack_weights
-from edgemix.export.pruning.report import sparsity
 from edgemix.export.quantization import quantize
 from edgemix.export.shared_tokenizer import tokenizer_size
 from edgemix.export.text import windows
@@ -32,13 +32,10 @@ from edgemix.graph_io import GraphFacts
 from edgemix.manifest import (
     SCHEMA,
     STUDENT,
-    GraphParity,
     Manifest,
     MemberEntry,
     MixtureParity,
-    PruningFigures,
     QuantizationParity,
-    Source,
     SparseWeights,
     Weights,
 )
@@ -63,26 +60,11 @@ CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 32, 256
 GATE_TOKENS = 2_048
 """Tokens of text that the gate after quantisation reads, over all domains."""
 
-SPARSE = 0.2
-"""Share of zeros from which weights are stored without them; a model that nobody pruned has less."""
-
-
-class _GraphRecord(msgspec.Struct, frozen=True):
-    """What the graph stage found: the fp32 graph's facts and figures, and what the loaded model told on the way."""
-
-    source: Source
-    facts: GraphFacts
-    parity: GraphParity
-    fallbacks: tuple[str, ...]
-    eos: tuple[int, ...]
-    pruning: PruningFigures | None = None
-    sparsity: float = 0.0
-
 
 class _MemberRecord(msgspec.Struct, frozen=True):
     """What the format stage found: the graph that the bundle holds, and how far it is from the fp32 one."""
 
-    graph: _GraphRecord
+    graph: GraphRecord
     facts: GraphFacts
     parity: QuantizationParity | None
     sparse: SparseWeights | None = None
@@ -115,6 +97,7 @@ class _Export:
     def __init__(self, recipe: Recipe, writer: BundleWriter, force: bool, progress: Progress) -> None:
         self._recipe, self._writer, self._force, self._progress = recipe, writer, force, progress
         self._models = MemberModels(recipe, writer, force, progress)
+        self._graphs = MemberGraphs(recipe, self._models, writer, force=force, progress=progress)
         self._blocks = MemberBlocks(recipe, self._models, writer, progress)
 
     def run(self) -> Manifest:
@@ -183,20 +166,19 @@ class _Export:
 
     def _own_text(self, vocabulary: int) -> list[list[int]]:
         spec, stages, seed = self._recipe.members[0], self._writer.stages, self._recipe.seed
-        key = stage_key(graph=self._graph_key(spec), vocabulary=vocabulary, seed=seed)
+        key = stage_key(graph=self._graphs.key(spec), vocabulary=vocabulary, seed=seed)
         text = stages.done("text", key, list[list[int]])
         if text is None:
-            facts, path = self._graph(spec).facts, self._writer.scratch / spec.name / MODEL_FILE
+            facts, path = self._graphs.make(spec).facts, self._graphs.path(spec)
             text = own_texts(path, facts, MIXTURE_TOKENS // 2, seed=seed, vocabulary=vocabulary)
             stages.mark_done("text", key, text)
         return text
 
     def _export_member(self, spec: MemberRecipe, text: list[list[int]] | None, mixed: list[list[int]]) -> _MemberRecord:
         """The stages of one member: load and merge, graph, format; the last finished one is where it goes on."""
-        folder, master = self._writer.folder / _place(spec), self._writer.scratch / spec.name
-        stages = self._writer.stages
+        folder, master, stages = self._writer.folder / _place(spec), self._graphs.path(spec), self._writer.stages
         key = stage_key(
-            graph=self._graph_key(spec),
+            graph=self._graphs.key(spec),
             format=self._models.format(spec),
             quantization=self._models.quantization(spec) if self._models.format(spec) == "int4" else None,
             data=self._models.data_digest(),
@@ -206,60 +188,28 @@ class _Export:
         )
         record = stages.done(f"member/{spec.name}", key, _MemberRecord)
         if record is None:
-            graph = self._graph(spec)
-            record = self._make_format(spec, graph, master, folder, text)
+            graph = self._graphs.make(spec)
+            record = self._make_format(spec, graph, folder, text)
             files = [folder]
             if mixed and record.parity is not None:
                 files.append(self._kept(spec))
                 progress = Prefixed(self._progress, spec.name)
-                keep_distributions(master / MODEL_FILE, graph.facts, mixed, self._kept(spec), progress=progress)
-            if graph.sparsity > SPARSE:
+                keep_distributions(master, graph.facts, mixed, self._kept(spec), progress=progress)
+            if graph.sparse:
                 sparse = pack_weights(folder / MODEL_FILE, Prefixed(self._progress, spec.name))
                 record = msgspec.structs.replace(record, sparse=sparse)
             stages.mark_done(f"member/{spec.name}", key, record, files=files)
-            shutil.rmtree(master)
+            self._graphs.discard(spec)
         return record
 
     def _kept(self, spec: MemberRecipe) -> Path:
         """Where the distributions of a member's fp32 graph are kept."""
         return self._writer.scratch / f"{spec.name}.distributions.safetensors"
 
-    def _graph_key(self, spec: MemberRecipe) -> str:
-        return stage_key(
-            weights=self._models.key(spec),
-            target=self._recipe.target,
-            versions=versions() | {"edgemix": edgemix.__version__},
-        )
-
-    def _graph(self, spec: MemberRecipe) -> _GraphRecord:
-        """A member's fp32 graph, in its folder of the scratch."""
-        key, stages, master = self._graph_key(spec), self._writer.stages, self._writer.scratch / spec.name
-        graph = stages.done(f"graph/{spec.name}", key, _GraphRecord)
-        if graph is None:
-            graph = self._make_graph(spec, master)
-            stages.mark_done(f"graph/{spec.name}", key, graph, files=[master])
-        return graph
-
-    def _make_graph(self, spec: MemberRecipe, master: Path) -> _GraphRecord:
-        pruning, member = self._models.prune(spec), self._models.load(spec)
-        logits, ids = member.model.config.get_text_config().vocab_size, tokenizer_size(member.tokenizer)
-        if logits < ids:
-            raise InputError(
-                f"member {spec.name}: the model has {logits} logits, but its tokenizer has {ids} token ids",
-                "Give the tokenizer that the model was trained with, or resize the model's embeddings.",
-            )
-        progress = Prefixed(self._progress, spec.name)
-        shutil.rmtree(master, ignore_errors=True)  # what a killed run left
-        with progress.stage("graph"), storage_errors(f"writing {master}"):
-            graph = export_graph(member.model, master, target=self._recipe.target, force=self._force, progress=progress)
-        ends = end_ids(member)
-        found = graph.facts, graph.parity, graph.fallbacks, tuple(sorted(ends))
-        return _GraphRecord(member.source, *found, pruning, sparsity(member.model))
-
     def _make_format(
-        self, spec: MemberRecipe, graph: _GraphRecord, master: Path, folder: Path, text: list[list[int]] | None
+        self, spec: MemberRecipe, graph: GraphRecord, folder: Path, text: list[list[int]] | None
     ) -> _MemberRecord:
-        form, source, output = self._models.format(spec), master / MODEL_FILE, folder / MODEL_FILE
+        form, source, output = self._models.format(spec), self._graphs.path(spec), folder / MODEL_FILE
         progress = Prefixed(self._progress, spec.name)
         shutil.rmtree(folder, ignore_errors=True)
         quantization = self._models.quantization(spec)

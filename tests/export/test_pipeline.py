@@ -11,7 +11,7 @@ from tiny_models import tiny_model
 from edgemix.bundle import read_manifest, verify_bundle
 from edgemix.compression import Student
 from edgemix.errors import EdgemixError, InputError, ParityError, RecipeError
-from edgemix.export import member_blocks, member_models, pipeline
+from edgemix.export import member_blocks, member_graphs, member_models, pipeline
 from edgemix.export.distillation import distil
 from edgemix.export.pipeline import export_bundle
 from edgemix.recipe import Data, MemberRecipe, Quantization, Recipe
@@ -134,7 +134,7 @@ def test_finished_stages_are_kept(folder, tmp_path, monkeypatch):
     class PowerCut(BaseException):
         pass
 
-    graph, stored = Spy(monkeypatch, "export_graph"), Spy(monkeypatch, "quantize")
+    graph, stored = Spy(monkeypatch, "export_graph", member_graphs), Spy(monkeypatch, "quantize")
     with monkeypatch.context() as patch:
 
         def cut(*_, **__):
@@ -181,7 +181,7 @@ def test_given_weights_are_normalised(folder, tmp_path):
 
 
 def test_other_tokenizer_is_refused_before_any_work(folder, tmp_path, monkeypatch):
-    graph = Spy(monkeypatch, "export_graph")
+    graph = Spy(monkeypatch, "export_graph", member_graphs)
     (folder / "other").mkdir()
     tiny_model("llama", vocab_size=288).save_pretrained(folder / "other")
     tiny_tokenizer(merges=(("a", "c"),)).save_pretrained(folder / "other")
@@ -357,13 +357,13 @@ def test_a_distilled_student_is_kept_over_an_interruption_and_a_refusal(folder, 
     monkeypatch.setattr(pipeline, "check_quantized", bad)
     trained = []
     monkeypatch.setattr(distil, "train", lambda *a, real=distil.train, **k: trained.append(1) or real(*a, **k))
-    graph = Spy(monkeypatch, "export_graph")
+    graph = Spy(monkeypatch, "export_graph", member_graphs)
     with monkeypatch.context() as patch:
 
         def cut(*_, **__):
             raise KeyboardInterrupt
 
-        patch.setattr(pipeline, "export_graph", lambda *a, **k: graph(*a, **k) if len(graph.calls) < 2 else cut())
+        patch.setattr(member_graphs, "export_graph", lambda *a, **k: graph(*a, **k) if len(graph.calls) < 2 else cut())
         with pytest.raises(KeyboardInterrupt):
             export_bundle(student_recipe(folder), tmp_path / "bundle")
     with pytest.raises(ParityError, match="'student'"):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from edgemix.bundle import read_manifest, verify_bundle
 from edgemix.compression import Pruning
 from edgemix.errors import InputError, ParityError, RecipeError
-from edgemix.export import member_models, pipeline
+from edgemix.export import member_graphs, member_models, pipeline
 from edgemix.export.parity import PruningLimits, enforce
 from edgemix.export.pipeline import export_bundle
 from edgemix.export.pruning import report
@@ -352,7 +352,7 @@ def test_a_member_that_was_pruned_before_is_stored_sparse_too(folder, tmp_path):
 def test_a_stopped_export_keeps_the_pruned_model(folder, tmp_path, monkeypatch):
     pruning = Pruning(ffn=0.33, recover=0.01)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "export_graph", _power_cut)
+        patch.setattr(member_graphs, "export_graph", _power_cut)
         with pytest.raises(KeyboardInterrupt):
             exported(folder, tmp_path / "bundle", pruning, force=True)
     with monkeypatch.context() as patch:
@@ -372,7 +372,7 @@ def _power_cut(*_, **__):
 def test_the_export_stops_at_the_gate(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "PRUNING_LIMITS", PruningLimits(kl=1e-9, perplexity_ratio=1.0))
     graph = []
-    monkeypatch.setattr(pipeline, "export_graph", lambda *_, **__: graph.append(1))
+    monkeypatch.setattr(member_graphs, "export_graph", lambda *_, **__: graph.append(1))
     with pytest.raises(ParityError, match="too far from the model before pruning"):
         exported(folder, tmp_path / "bundle", Pruning(ffn=0.33, recover=0))
     assert not graph  # nothing is built of a model that will not pass

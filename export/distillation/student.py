@@ -17,6 +17,7 @@ import torch
 from optimum.exporters.tasks import TasksManager
 from transformers import AutoConfig
 
+from edgemix.compression import Student
 from edgemix.errors import InputError
 from edgemix.export.layout import layout
 from edgemix.export.members import MemberLoader
@@ -142,15 +143,49 @@ def new_student(
     if student.config is not None:
         return Beginning(_random(recipe, student.config, tokenizer), None)
     spec, model = _start(recipe, weights, distance, progress)
-    form, now = spec.format or recipe.format, Structure(model).sizes
-    if student.prune is None:
-        to = replace(now, layers=default_layers(Shape.of(model), form, student.format, recipe.target))
-    else:
-        to = sizes(model, student.prune)
+    form = spec.format or recipe.format
+    to = _sizes_to_be(model, student, form, recipe.target)
     calibration = windows[: max(1, SETTLE_TOKENS // windows.shape[1])]
     cost = decoding_cost(Shape.of(model, to), student.format, recipe.target)
     share = cost / decoding_cost(Shape.of(model), form, recipe.target)
     return Beginning(smaller(model, to, calibration, progress), share)
+
+
+def expected_shape(
+    recipe: Recipe, weights: Mapping[str, float], tokenizer: PreTrainedTokenizerBase, form: Format
+) -> Shape:
+    """The shape that a recipe's student will have.
+
+    Args:
+        recipe: With a student.
+        weights: Member name -> share.
+        tokenizer: The members'.
+        form: Of the graph of the member that it is cut from.
+
+    Raises:
+        InputError: As `new_student`.
+    """
+    student = recipe.student or Student()
+    if student.config is not None:
+        return Shape.of(_random(recipe, student.config, tokenizer))
+    model = MemberLoader(recipe.folder).load(start_member(recipe, weights)).model
+    return Shape.of(model, _sizes_to_be(model, student, form, recipe.target))
+
+
+def start_member(recipe: Recipe, weights: Mapping[str, float]) -> MemberRecipe:
+    """The member that a student is cut from, or one of its shape: what the recipe names, or the heaviest."""
+    named = recipe.student.start if recipe.student is not None else None
+    if named is not None:
+        return next(spec for spec in recipe.members if spec.name == named)
+    return max(recipe.members, key=lambda spec: weights.get(spec.name, 0.0))
+
+
+def _sizes_to_be(model: PreTrainedModel, student: Student, form: Format, target: Target) -> Sizes:
+    """What a model with a graph of format `form` is cut to."""
+    if student.prune is not None:
+        return sizes(model, student.prune)
+    layers = default_layers(Shape.of(model), form, student.format, target)
+    return replace(Structure(model).sizes, layers=layers)
 
 
 def smaller(model: PreTrainedModel, to: Sizes, windows: Tensor, progress: Progress = SILENT) -> PreTrainedModel:
@@ -265,13 +300,10 @@ def _start(
     """What the student is cut from, with the member that it is of a kind with: the one that the recipe names; or the
     heaviest, or the mean of all that have its shape where that is closer to the mixture.
     """
-    loader = MemberLoader(recipe.folder, progress)
-    specs = {spec.name: spec for spec in recipe.members}
-    if recipe.student is not None and recipe.student.start is not None:
-        best = specs[recipe.student.start]
-        return best, loader.load(best).model
-    best = specs[max(specs, key=lambda name: weights.get(name, 0.0))]
+    loader, best = MemberLoader(recipe.folder, progress), start_member(recipe, weights)
     model = loader.load(best).model
+    if recipe.student is not None and recipe.student.start is not None:
+        return best, model
     others = [spec for spec in recipe.members if spec is not best and weights.get(spec.name, 0) > 0]
     average = mean(model, weights[best.name], ((loader.load(spec).model, weights[spec.name]) for spec in others))
     if average is None:

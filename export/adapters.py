@@ -129,7 +129,7 @@ def adapted(
             work, a fraction of the memory (Chen et al., arXiv 1604.06174).
 
     Raises:
-        InputError: The model has no linear layer, or an adapter does not fit it.
+        InputError: The model has no linear layer, an adapter does not fit it, or a rank is more than any layer's.
     """
     device = model.device
     names = [f"member{index}" for index in range(len(adapters))]
@@ -158,6 +158,8 @@ def adapted(
 def _add_fresh(
     model: PreTrainedModel | peft.PeftModel, name: str, adapter: FreshAdapter, *, fan_in_fan_out: bool
 ) -> peft.PeftModel:
+    if 0 < (most := _highest_rank(model)) < adapter.rank:
+        raise InputError(f"the rank {adapter.rank} is more than that of any layer of this model, {most}")
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank,
@@ -174,6 +176,16 @@ def _add_fresh(
         except ValueError as error:
             raise InputError(f"this model has no linear layer for an adapter: {error}") from error
     return model
+
+
+def _highest_rank(model: PreTrainedModel | peft.PeftModel) -> int:
+    """Of a linear layer's updates; 0 without such a layer. More changes nothing, and may take all memory there is."""
+    shapes = [
+        module.weight.shape if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+    ]
+    return max((min(shape) for shape in shapes), default=0)
 
 
 @contextmanager

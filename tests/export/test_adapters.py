@@ -70,3 +70,13 @@ def test_a_model_without_linear_layers_is_refused():
     model.model.layers = torch.nn.ModuleList()
     with pytest.raises(InputError, match="no linear layer"), adapted(model, FRESH):
         pass
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_rank_that_no_layer_has_is_refused(name):
+    """One of 100,000 took all memory, and the system killed the process without a word."""
+    with (
+        pytest.raises(InputError, match="the rank 65 is more than that of any layer of this model, 64"),
+        adapted(tiny_model(name), [FreshAdapter(64, 8, 0), FreshAdapter(65, 8, 0)]),
+    ):
+        pass

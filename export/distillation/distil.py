@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import accelerate
 import msgspec
@@ -26,12 +26,13 @@ from edgemix.export.checkpoint import Checkpoint
 from edgemix.export.distillation.cache import TeacherCache
 from edgemix.export.distillation.head_loss import distillation_loss
 from edgemix.export.distillation.lesson import Lesson, mean_loss
-from edgemix.export.distillation.student import new_student
+from edgemix.export.distillation.student import SETTLE_TOKENS, new_student
 from edgemix.export.distillation.teacher import RuntimeTeacher, open_teacher
 from edgemix.export.distillation.texts import read_texts
 from edgemix.export.losses import Objective
 from edgemix.export.members import load_tokenizer, locate
 from edgemix.export.output_folder import alone, prepare
+from edgemix.export.pruning.sparsity import sparsify, zeros_kept
 from edgemix.export.tiny import save_member
 from edgemix.export.token_loss import bfloat16_pays
 from edgemix.export.training import Budget, Validation, train
@@ -284,6 +285,7 @@ class _Distillation:
                 distance=distance,
                 progress=self._progress,
             )
+            self._set_zeros(beginning.model, texts)
             beginning.model.config.edgemix_decoding = beginning.decoding
             save_member(beginning.model, self._tokenizer, folder)
         if self._workers:
@@ -296,6 +298,14 @@ class _Distillation:
                 "Set student: length: to that, or less.",
             )
         return model.to(self._device).eval(), decoding
+
+    def _set_zeros(self, model: PreTrainedModel, texts: Texts) -> None:
+        """Where the recipe wants zeros in the student's weights, all at once: what comes is recovery enough."""
+        prune = self._student.prune
+        if prune is not None and prune.zeros:
+            calibration = texts.training[: max(1, SETTLE_TOKENS // self._length)].tolist()
+            options: dict[str, Any] = {"pattern": prune.pattern, "criterion": prune.criterion}
+            sparsify(model, prune.zeros, windows=calibration, progress=self._progress, **options)
 
     def _train(
         self, model: PreTrainedModel, cache: TeacherCache, watched: TeacherCache, key: str, spent: float, *, watch: bool
@@ -315,11 +325,13 @@ class _Distillation:
         seconds = None
         if self._minutes is not None:
             seconds = 60 * max(self._minutes - spent / 60, self._minutes * (1 - TEACHER_SHARE) / 2)
-        with fast_attention(model, self._length):
+        model.requires_grad_()
+        pruned = student.prune is not None and student.prune.zeros
+        with fast_attention(model, self._length), zeros_kept(model) if pruned else nullcontext():
             before = lesson.measure(watched)
             state = train(
                 lesson,
-                dict(model.requires_grad_().named_parameters()),
+                dict(model.named_parameters()),
                 np.arange(len(cache.windows))[:, None],
                 budget=Budget(student.steps, seconds),
                 batch=student.batch,

@@ -11,6 +11,7 @@ import torch
 from distillation_setting import LENGTH, TEXTS, recipe_in, write_setting
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from edgemix.compression import Pruning
 from edgemix.errors import InputError, RecipeError
 from edgemix.export.distillation import distil as module
 from edgemix.export.distillation.cache import TeacherCache
@@ -23,6 +24,7 @@ from edgemix.export.distillation.texts import read_texts
 from edgemix.export.losses import Objective
 from edgemix.export.members import load_model, load_tokenizer, locate
 from edgemix.export.pipeline import export_bundle
+from edgemix.export.pruning.sparsity import linears
 from edgemix.export.text import windows
 from edgemix.export.training import Budget
 from edgemix.progress import SILENT
@@ -166,6 +168,17 @@ def test_a_student_from_a_configuration_learns(setting, tmp_path):
     assert report.decoding is None
     assert report.layers == 6
     assert report.held_out < report.held_out_before - 1
+
+
+@pytest.mark.parametrize("options", [{}, {"eight_bit_optimizer": True, "steps": 2}])
+def test_zeros_that_the_recipe_asks_for_are_there_in_the_end(setting, tmp_path, options):
+    """`sparsity` and `pattern` of a student's `prune` were passed over in silence."""
+    prune = Pruning(layers=0.5, pattern="2:4")
+    distil(recipe_in(setting, prune=prune, **options), tmp_path / "student")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)
+    assert model.config.num_hidden_layers == 3
+    for part in linears(model).values():
+        assert bool(((part.weight.reshape(-1, 4) == 0).sum(1) == 2).all())
 
 
 def test_a_bundle_teaches(setting, tmp_path):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from edgemix.bundle import Manifest, MemberEntry, MixtureParity, QuantizationParity, Weights
+    from edgemix.bundle import Manifest, MemberEntry, MixtureParity, PruningFigures, QuantizationParity, Weights
     from edgemix.cli.console import Console
 
 
@@ -75,6 +75,12 @@ def show_manifest(console: Console, bundle: Path, manifest: Manifest) -> None:
         ("Member", "Torch\n(nats)", "KL\n(nats)", "KL decoding\n(nats)", "Flips\n(%)", "Perplexity\nratio", "Forced"),
         rows,
     )
+    if pruned := [(entry.name, entry.pruning) for entry in manifest.graphs if entry.pruning is not None]:
+        console.table(
+            "Pruning (against the model before it)",
+            ("Member", "Parameters\nbefore (M)", "After\n(M)", "Zeros\n(%)", "KL\n(nats)", "Perplexity\nratio"),
+            [_pruning(name, figures) for name, figures in pruned],
+        )
     names = [member.name for member in manifest.members]
     show_weights(console, f"Weights ({manifest.weights.method})", manifest.weights, names)
     if mixed is not None and mixed.weights != manifest.weights.default:
@@ -117,6 +123,17 @@ def _parity(member: MemberEntry) -> tuple[str, ...]:
     decoding = "" if stored is None or stored.decode_kl is None else f"{stored.decode_kl:.4f}"
     forced = "yes" if member.forced else "no"
     return member.name, f"{worst:.1e}", *_distances(stored, decoding), forced
+
+
+def _pruning(name: str, figures: PruningFigures) -> tuple[str, ...]:
+    return (
+        name,
+        f"{figures.parameters_before / 1e6:,.1f}",
+        f"{figures.parameters_after / 1e6:,.1f}",
+        f"{100 * figures.sparsity:.1f}",
+        f"{figures.kl:.4f}",
+        f"{figures.perplexity_ratio:.4f}",
+    )
 
 
 def _distances(stored: QuantizationParity | MixtureParity | None, decoding: str) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from edgemix.bundle import MANIFEST, TOKENIZER, MixtureParity, read_manifest, write_manifest
+from edgemix.bundle import MANIFEST, TOKENIZER, MixtureParity, PruningFigures, read_manifest, write_manifest
 from edgemix.cli import edgemix
 
 
@@ -44,6 +44,19 @@ def test_inspect_shows_the_student_and_the_mixtures_parity(own_bundle, student_b
     assert "other weights" not in same
     assert "measured with other weights: math 0.500, code 0.500" in other
     assert max(map(len, run("inspect", own_bundle).output.splitlines()[1:])) <= 80
+
+
+def test_inspect_shows_what_was_pruned(own_bundle):
+    manifest = read_manifest(own_bundle)
+    assert "Pruning" not in run("inspect", own_bundle).output
+    figures = PruningFigures(2_000_000, 1_500_000, 0.5, 4096, 0.0321, 0.5, 1.0416, 1.5)
+    pruned = msgspec.structs.replace(manifest.members[0], pruning=figures)
+    write_manifest(own_bundle, msgspec.structs.replace(manifest, members=(pruned, *manifest.members[1:])))
+
+    result = run("inspect", own_bundle)
+
+    assert " math 2.0 1.5 50.0 0.0321 1.0416 " in " ".join(result.output.split())
+    assert max(map(len, result.output.splitlines()[1:])) <= 80
 
 
 def test_inspect_json_is_the_manifest(bundle):

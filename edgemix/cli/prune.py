@@ -101,6 +101,8 @@ def prune(
     from edgemix.compression import Pruning, check_pruning
 
     pruning = Pruning(**shares)
+    if not (pruning.layers or pruning.ffn or pruning.heads or pruning.zeros):
+        raise click.UsageError("Nothing to cut: give --layers, --ffn, --heads, --sparsity or --pattern 2:4.")
     check_pruning(pruning)
     domains = read_files(texts, template)
     with console.progress.stage("import torch"):
@@ -116,11 +118,13 @@ def prune(
     console.table("Pruning", ("", ""), _facts(report), left=2)
     console.table(
         "Layers",
-        ("", "Parameters before", "After", "Zeros", "Zeros (%)", "MB before", "MB after"),
+        ("", "Parameters\nbefore", "After", "Zeros", "Zeros\n(%)", "MB\nbefore", "MB\nafter"),
         [_row(part) for part in (*report.parts, report.total)],
     )
     if report.total.zeros:
         console.line(SPEED)
+    elif report.total.parameters_after == report.total.parameters_before:
+        console.note("Nothing was cut: sizes are rounded to what kernels like, and so small a share rounds to nothing.")
     if report.over_limits:
         console.note("Over the limits of the parity gate: a recipe takes this model as it is, but it has lost much.")
     console.line(f"In a recipe: {{name: {output.name}, model: {output}}}")

@@ -27,7 +27,7 @@ _PREFIX = "tag:yaml.org,2002:"
 _TAGS = frozenset(
     _PREFIX + name for name in ("str", "int", "float", "bool", "null", "timestamp", "map", "seq", "merge")
 )
-_WORDS = {str: "text", int: "a whole number", float: "a number"}
+_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _SPECIAL_FLOATS = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}
 _BROKEN: Any = object()
 
@@ -146,7 +146,8 @@ class _Reader:
             return None
         if origin is Literal:
             return self._read_word
-        return {str: self._read_text, int: self._read_number, float: self._read_number}.get(kind)
+        readers = {str: self._read_text, int: self._read_number, float: self._read_number, bool: self._read_switch}
+        return readers.get(kind)
 
     def _read_text(self, node: yaml.ScalarNode, kind: type[str], where: Where) -> Any:
         if not node.value:
@@ -163,6 +164,11 @@ class _Reader:
                 return kind(text)
         except ValueError:
             pass
+        return self._problem(where, f"is {_found(node)}; expected {_WORDS[kind]}")
+
+    def _read_switch(self, node: yaml.ScalarNode, kind: type[bool], where: Where) -> Any:
+        if node.tag == f"{_PREFIX}bool":
+            return yaml.SafeLoader.bool_values[node.value.lower()]
         return self._problem(where, f"is {_found(node)}; expected {_WORDS[kind]}")
 
     def _read_word(self, node: yaml.ScalarNode, kind: Any, where: Where) -> Any:
@@ -222,7 +228,7 @@ def _blank(kind: Any) -> Any:
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         required = (field for field in msgspec.structs.fields(kind) if field.required)
         return kind(**{field.name: _blank(field.type) for field in required})
-    return {str: "", float: 1.0, int: 1}.get(kind) if get_origin(kind) is None else get_origin(kind)()
+    return {str: "", float: 1.0, int: 1, bool: False}.get(kind) if get_origin(kind) is None else get_origin(kind)()
 
 
 def _describe(kind: Any) -> str:

@@ -85,6 +85,29 @@ def test_a_whole_recipe(folder: Path) -> None:
     assert recipe.resolve("prose.txt") == folder / "prose.txt"
 
 
+@pytest.mark.parametrize(("word", "value"), [("true", True), ("no", False), ("Off", False)])
+def test_switches(folder: Path, word: str, value: bool) -> None:
+    """Any switch ended in a KeyError: nothing read true and false."""
+    read = load(
+        folder,
+        f"""
+        members: [{{name: a, model: model, quantization: {{rotate: {word}}}}}]
+        student: {{eight_bit_optimizer: {word}}}
+        data: {{training: [prose.txt]}}
+        """,
+    )
+    assert read.student is not None
+    assert read.members[0].quantization is not None
+    assert (read.members[0].quantization.rotate, read.student.eight_bit_optimizer) == (value, value)
+
+
+@pytest.mark.parametrize("value", ["1", "'true'", "maybe", "[true]", "''"])
+def test_what_is_no_switch(folder: Path, value: str) -> None:
+    (told,) = mistakes(folder, f"members: [{{name: a, model: model}}]\nquantization: {{rotate: {value}}}")
+    assert told.startswith("2: quantization.rotate: is ")
+    assert told.endswith("; expected true or false")
+
+
 def test_texts_as_a_list_are_domains_by_name(folder: Path) -> None:
     recipe = load(folder, "members: [{name: a, model: model}]\nweights: fit\ndata: {validation: [prose.txt]}")
     assert recipe.data.validation == {"prose": TextSource("prose.txt")}

@@ -69,7 +69,7 @@ def _source_problems(recipe: Recipe, index: int) -> Iterator[Problem]:
         yield Problem(("members", index, "model"), error.message)
     else:
         gguf = path is not None and path.is_file() and path.suffix.lower() == ".gguf"
-        if path is not None and not gguf and not (path / "config.json").is_file():
+        if path is not None and not gguf and not _has_config(path):
             yield Problem(
                 ("members", index, "model"),
                 f"{member.model!r} is neither a folder with a config.json nor a .gguf file; save a model with "
@@ -83,6 +83,10 @@ def _source_problems(recipe: Recipe, index: int) -> Iterator[Problem]:
                 f"there is no folder {member.adapter!r} with an adapter_config.json, seen from "
                 f"{recipe.folder.resolve()}; edgemix finetune makes one",
             )
+
+
+def _has_config(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
 
 
 def _existing(path: str, folder: Path) -> Path | None:
@@ -159,6 +163,12 @@ def _compression_problems(recipe: Recipe) -> Iterator[Problem]:
         yield from student_problems(recipe.student, [member.name for member in recipe.members], ("student",))
         if not recipe.data.training:
             yield Problem(("student",), "learns from text; name some under data: training:")
+        config = recipe.student.config
+        if config is not None and ((path := _existing(config, recipe.folder)) is None or not _has_config(path)):
+            yield Problem(
+                ("student", "config"),
+                f"there is no folder {config!r} with a config.json, seen from {recipe.folder.resolve()}",
+            )
 
 
 def local_path(model: str, folder: Path) -> Path | None:

@@ -14,6 +14,8 @@ from edgemix.recipe import Data, MemberRecipe, Recipe, check, load_recipe, templ
 from edgemix.recipe_checks import local_path
 from edgemix.text_files import TextSource
 
+_WITH_STUDENT = "members: [{name: a, model: model}]\ndata: {training: [prose.txt]}\n"
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -232,6 +234,14 @@ MEMBER = "members: [{name: a, model: model}, {name: b, model: model}]\n"
         ("members: [{name: a, model: a/b/c}]", "1: members[0].model: there is no file or folder"),
         ("members: [{name: a, model: lora}]", "1: members[0].model: 'lora' is neither a folder with a config.json"),
         ("members: [{name: a, model: model, adapter: model}]", "1: members[0].adapter: there is no folder 'model'"),
+        (
+            f"{_WITH_STUDENT}student: {{config: gone}}",
+            "3: student.config: there is no folder 'gone' with a config.json",
+        ),
+        (
+            f"{_WITH_STUDENT}student: {{config: lora}}",
+            "3: student.config: there is no folder 'lora' with a config.json",
+        ),
     ],
 )
 def test_one_mistake_is_told_once(folder: Path, text: str, expected: str) -> None:

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from edgemix.errors import InputError
 from edgemix.export.architecture import context_length
 from edgemix.export.losses import TopK, top_k_of_probabilities
 from edgemix.export.members import MemberLoader, load_tokenizer, locate
 from edgemix.export.mixture_weights import fit
-from edgemix.export.shared_tokenizer import check_shared, tokenizer_size
+from edgemix.export.shared_tokenizer import check_shared, tokenizer_json, tokenizer_size
 from edgemix.export.text import windows
 from edgemix.export.token_loss import bfloat16_pays, plain_head
 from edgemix.progress import SILENT, Progress
@@ -28,6 +29,7 @@ from edgemix.runtime import Mixture
 from edgemix.runtime.mixing import normalise
 from edgemix.staging import stage_key
 from edgemix.text_files import read_documents
+from edgemix.tokenizer_identity import TokenizerIdentity
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -209,10 +211,12 @@ def open_teacher(
 
     Raises:
         BundleError: The bundle cannot be opened.
-        InputError: A member cannot be read, the members do not share one tokenizer, or a text cannot be read.
+        InputError: A member cannot be read, the members (or they and the bundle) do not share one tokenizer, or a text
+            cannot be read.
     """
     if bundle is not None:
         with Mixture.load(bundle) as mixture:
+            _check_tokenizer(recipe, bundle, mixture)
             yield RuntimeTeacher(mixture, mixture.weights), dict(mixture.weights)
         return
     tokenizers = {spec.name: load_tokenizer(locate(spec.model, recipe.folder)) for spec in recipe.members}
@@ -228,6 +232,17 @@ def open_teacher(
         weights = dict(zip(names, found.weights.tolist(), strict=True))
     teacher.weigh(weights)
     yield teacher, weights
+
+
+def _check_tokenizer(recipe: Recipe, bundle: Path, mixture: Mixture) -> None:
+    """The student reads and writes the ids of the recipe's members: they must mean the same to its teacher."""
+    first = recipe.members[0]
+    identity = TokenizerIdentity.parse(tokenizer_json(load_tokenizer(locate(first.model, recipe.folder))))
+    if identity.sha256() != mixture.manifest.tokenizer.sha256:
+        raise InputError(
+            f"{bundle} has another tokenizer than {first.name}, the recipe's first member",
+            "Let a bundle of this recipe teach, or leave --bundle out.",
+        )
 
 
 def _validation(

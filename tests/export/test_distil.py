@@ -203,6 +203,12 @@ def test_a_bundle_teaches(setting, tmp_path):
         assert weights_of(make_student(other, mixture.weights, mixture, tmp_path / "work")) != before
 
 
+def test_a_bundle_with_another_tokenizer_does_not_teach(setting, tmp_path, own_bundle):
+    """Its distributions were over other tokens, and the student learned them all the same."""
+    with pytest.raises(InputError, match="has another tokenizer than animals"):
+        distil(recipe_in(setting), tmp_path / "student", bundle=own_bundle)
+
+
 def test_what_is_there_already_is_kept(setting, tmp_path):
     with pytest.raises(InputError, match="is there already"):
         distil(recipe_in(setting), tmp_path)

@@ -116,6 +116,39 @@ class MixtureParity(_Record, frozen=True):
     perplexity_ratio: float
 
 
+class BudgetPoint(_Record, frozen=True):
+    """What a choice of formats costs.
+
+    Attributes:
+        bytes: Of the bundle's folder.
+        seconds: Of decoding a token with its members; None where time was not limited.
+        loss: Estimated KL divergence of the mixture from fp32, in nats a token: the weighted mean of the members'.
+    """
+
+    bytes: int
+    seconds: float | None
+    loss: float
+
+
+class BudgetFigures(_Record, frozen=True):
+    """The budget that the members' formats were chosen by.
+
+    Attributes:
+        bytes, seconds: The limits; None where there was none.
+        chosen: As estimated before anything was trained.
+        losses: Member name -> its own part of the estimate, before it is weighted; of those that were chosen for.
+        curve: The best choices, from the smallest (or fastest) to the largest.
+        measured: Seconds a token of the mixture as it ships, on the machine that made it.
+    """
+
+    bytes: int | None
+    seconds: float | None
+    chosen: BudgetPoint
+    losses: dict[str, float]
+    curve: tuple[BudgetPoint, ...]
+    measured: float | None = None
+
+
 class PruningFigures(_Record, frozen=True):
     """A pruned model against the model that it was cut from, on `tokens` tokens of text that neither was fitted to.
 
@@ -155,6 +188,7 @@ class MemberEntry(_Record, frozen=True):
         forced: True if a gate was over its limit and `--force` let it pass.
         pruning: None for a model that was not pruned.
         sparse: Set where the weights are stored without their zeros.
+        eight_bits: Share of the layers' weights that int4 has in 8 bits.
     """
 
     name: str
@@ -169,6 +203,7 @@ class MemberEntry(_Record, frozen=True):
     kind: Literal["decoder"] = "decoder"
     pruning: PruningFigures | None = None
     sparse: SparseWeights | None = None
+    eight_bits: float = 0.0
 
 
 class TokenizerEntry(_Record, frozen=True):
@@ -210,6 +245,7 @@ class Manifest(_Record, frozen=True):
         checksum: Sha256 of the manifest itself, see `checksum_of`.
         student: The small model that was distilled from the mixture; it is no member, and has no weight.
         quantization: What quantisation costs the mixture; None where it has one member, or all are fp32.
+        budget: What decided on the members' formats; None where the recipe did.
     """
 
     schema: int
@@ -224,6 +260,7 @@ class Manifest(_Record, frozen=True):
     checksum: str = ""
     student: MemberEntry | None = None
     quantization: MixtureParity | None = None
+    budget: BudgetFigures | None = None
 
     @property
     def graphs(self) -> tuple[MemberEntry, ...]:
@@ -238,7 +275,9 @@ class Manifest(_Record, frozen=True):
     def alone(self, entry: MemberEntry) -> Manifest:
         """The bundle as if one of its graphs were all of it: a mixture of one."""
         weights = Weights("given", {entry.name: 1.0})
-        return msgspec.structs.replace(self, members=(entry,), weights=weights, student=None, quantization=None)
+        return msgspec.structs.replace(
+            self, members=(entry,), weights=weights, student=None, quantization=None, budget=None
+        )
 
 
 def checksum_of(document: Mapping[str, Any]) -> str:
@@ -303,6 +342,8 @@ def _graph_faults(manifest: Manifest) -> Iterator[str]:
             value = getattr(entry.facts, name)
             if not 1 <= value <= limit:
                 yield f"{where}: {name} is {value}, and may be 1 to {limit}"
+        if not 0 <= entry.eight_bits <= 1:
+            yield f"{where}: a share of {entry.eight_bits} in 8 bits"
         if entry.sparse is not None and entry.sparse.size < 1:
             yield f"{where}: its sparse weights would expand to {entry.sparse.size} bytes"
 

@@ -7,7 +7,7 @@ are the same, down to the bytes of the weights.
 from __future__ import annotations
 
 import shutil
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -15,6 +15,9 @@ import msgspec
 import edgemix
 from edgemix.errors import RecipeError, storage_errors
 from edgemix.export import shared_tokenizer
+from edgemix.export.budget.planner import Planner, decided, undecided
+from edgemix.export.budget.trials import Trials
+from edgemix.export.budget.verdict import verdict
 from edgemix.export.distillation.distil import make_student
 from edgemix.export.graph import MODEL_FILE
 from edgemix.export.member_blocks import MemberBlocks
@@ -32,6 +35,7 @@ from edgemix.graph_io import GraphFacts
 from edgemix.manifest import (
     SCHEMA,
     STUDENT,
+    BudgetFigures,
     Manifest,
     MemberEntry,
     MixtureParity,
@@ -46,12 +50,13 @@ from edgemix.staging import BundleWriter, stage_key
 from edgemix.text_files import read_documents
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from transformers import PreTrainedTokenizerBase
 
     from edgemix.compression import Student
+    from edgemix.export.budget.plan import Budget
     from edgemix.recipe import Recipe
 
 CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 32, 256
@@ -68,43 +73,59 @@ class _MemberRecord(msgspec.Struct, frozen=True):
     facts: GraphFacts
     parity: QuantizationParity | None
     sparse: SparseWeights | None = None
+    eight_bits: float = 0.0
 
 
-def export_bundle(recipe: Recipe, output: Path, *, force: bool = False, progress: Progress = SILENT) -> Manifest:
+def export_bundle(
+    recipe: Recipe, output: Path, *, force: bool = False, budget: Budget | None = None, progress: Progress = SILENT
+) -> Manifest:
     """Build the bundle that `recipe` describes.
 
     Args:
         recipe: What to build; from `load_recipe`, or made in Python.
         output: The bundle's folder. A bundle that is there already is replaced, in one step, when the new one is whole.
         force: Let a format pass that is over its parity limits; the manifest says so.
+        budget: Within which formats are chosen for the members that have none of their own, layer by layer.
         progress: Hears of every stage.
 
     Raises:
         RecipeError: The recipe has mistakes.
-        InputError: A member cannot be read, or the members do not share one tokenizer.
+        InputError: A member cannot be read, the members do not share one tokenizer, or no choice is within the budget.
         ParityError: A graph is further from its source than its format allows.
-        EdgemixError: A model type that no exporter knows, a full disk.
+        EdgemixError: A model type that no exporter knows, a full disk, a bundle that is over its budget after all.
     """
     if problems := check(recipe):
         raise RecipeError("\n".join(["the recipe has mistakes:", *problems]))
     with BundleWriter(output) as writer:
-        return _Export(recipe, writer, force, progress).run()
+        return _Export(recipe, writer, force, progress).run(budget)
 
 
 class _Export:
     """One export under way."""
 
     def __init__(self, recipe: Recipe, writer: BundleWriter, force: bool, progress: Progress) -> None:
-        self._recipe, self._writer, self._force, self._progress = recipe, writer, force, progress
-        self._models = MemberModels(recipe, writer, force, progress)
+        self._writer, self._force, self._progress = writer, force, progress
+        self._eight_bits: dict[str, tuple[str, ...]] = {}
+        self._take(recipe)
+
+    def _take(self, recipe: Recipe) -> None:
+        writer, force, progress = self._writer, self._force, self._progress
+        self._recipe, self._models = recipe, MemberModels(recipe, writer, force, progress)
         self._graphs = MemberGraphs(recipe, self._models, writer, force=force, progress=progress)
         self._blocks = MemberBlocks(recipe, self._models, writer, progress)
 
-    def run(self) -> Manifest:
-        recipe = self._recipe
+    def run(self, budget: Budget | None) -> Manifest:
+        kept = [spec for spec in self._recipe.members if spec.format is not None]
+        if budget is not None:
+            self._take(undecided(self._recipe))
         tokenizer = self._share_tokenizer()
         text = self._gate_text(tokenizer)
         mixed = self._mixture_text(text, tokenizer_size(tokenizer))
+        judge = None
+        if budget is not None:
+            entries = [self._entry(spec, self._export_member(spec, text, mixed)) for spec in kept]
+            judge = self._choose(budget, entries, tokenizer)
+        recipe = self._recipe
         records = {spec.name: self._export_member(spec, text, mixed) for spec in recipe.members}
         eos = {end for record in records.values() for end in record.graph.eos}
         manifest = Manifest(
@@ -123,7 +144,24 @@ class _Export:
         manifest = msgspec.structs.replace(manifest, quantization=self._mixture_parity(manifest, mixed))
         if recipe.student is not None:
             manifest = msgspec.structs.replace(manifest, student=self._student(recipe.student, manifest, text))
+        if judge is not None:
+            manifest = msgspec.structs.replace(manifest, budget=judge(manifest))
         return self._writer.finish(manifest, self._progress)
+
+    def _choose(
+        self, budget: Budget, kept: Sequence[MemberEntry], tokenizer: PreTrainedTokenizerBase
+    ) -> Callable[[Manifest], BudgetFigures]:
+        """Find formats for the other members and go on with them; what will judge the bundle."""
+        recipe, models, writer, progress = self._recipe, self._models, self._writer, self._progress
+        trials = Trials(
+            recipe, models=models, graphs=self._graphs, blocks=self._blocks, writer=writer, progress=progress
+        )
+        planner = Planner(recipe, kept, tokenizer, models=models, trials=trials, writer=writer, progress=progress)
+        found = planner.plan(budget)
+        self._take(decided(recipe, found))
+        self._eight_bits = {member.name: member.eight_bits for member in found.members}
+        judge = partial(verdict, budget=budget, found=found, folder=writer.folder, prompt=planner.prompt)
+        return partial(judge, forced=self._force, progress=progress)
 
     def _share_tokenizer(self) -> PreTrainedTokenizerBase:
         """Read every member's tokenizer, make sure that they are one, and put its files in the bundle."""
@@ -181,6 +219,7 @@ class _Export:
             graph=self._graphs.key(spec),
             format=self._models.format(spec),
             quantization=self._models.quantization(spec) if self._models.format(spec) == "int4" else None,
+            eight_bits=self._eight_bits.get(spec.name),
             data=self._models.data_digest(),
             text=text,
             mixed=mixed,
@@ -218,7 +257,7 @@ class _Export:
             tokenizer, seed = load_tokenizer(locate(spec.model, self._recipe.folder)), self._recipe.seed
             calibration = self._models.calibration(tokenizer, spec.name, CALIBRATION_LENGTH, CALIBRATION_WINDOWS)
             calibration = calibration or own_texts(source, graph.facts, GATE_TOKENS, seed=seed)
-        table = self._blocks.find(spec) if form == "int4" else None
+        table = self._blocks.find(spec, self._eight_bits.get(spec.name)) if form == "int4" else None
         with progress.stage(form), storage_errors(f"writing {output}"):
             quantize(
                 source,
@@ -235,9 +274,10 @@ class _Export:
         facts = msgspec.structs.replace(graph.facts, dtype="float16" if half else "float32")
         if form == "fp32":
             return _MemberRecord(graph, facts, None)
+        eight_bits = table.share(8) if table is not None else 0.0
         seed = self._recipe.seed
         figures = check_quantized(source, output, facts, text, format=form, seed=seed, progress=progress)
-        return _MemberRecord(graph, facts, figures)
+        return _MemberRecord(graph, facts, figures, eight_bits=eight_bits)
 
     def _entry(self, spec: MemberRecipe, record: _MemberRecord) -> MemberEntry:
         """The manifest's word on a member, once its format has passed or was forced through the gate."""
@@ -259,6 +299,7 @@ class _Export:
             forced=forced,
             pruning=graph.pruning,
             sparse=record.sparse,
+            eight_bits=record.eight_bits,
         )
 
     def _fit(self, manifest: Manifest) -> Weights:

@@ -19,6 +19,8 @@ HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "mobius", "peft", "bits
 RUNTIME = {"numpy", "onnxruntime", "tokenizers", "msgspec", "jinja2", "psutil", "edgemix"}
 """All that the runtime may import beside the standard library."""
 MAY_USE_RUNTIME = {
+    "budget.planner",
+    "budget.speed",
     "demo",
     "distillation.distil",
     "distillation.teacher",

@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from edgemix.bundle import Manifest, MemberEntry, MixtureParity, PruningFigures, QuantizationParity, Weights
+    from edgemix.bundle import (
+        BudgetFigures,
+        Manifest,
+        MemberEntry,
+        MixtureParity,
+        PruningFigures,
+        QuantizationParity,
+        Weights,
+    )
     from edgemix.cli.console import Console
 
 
@@ -83,6 +91,8 @@ def show_manifest(console: Console, bundle: Path, manifest: Manifest) -> None:
         )
     names = [member.name for member in manifest.members]
     show_weights(console, f"Weights ({manifest.weights.method})", manifest.weights, names)
+    if manifest.budget is not None:
+        _show_budget(console, manifest, manifest.budget)
     if mixed is not None and mixed.weights != manifest.weights.default:
         shares = ", ".join(f"{name} {mixed.weights[name]:.3f}" for name in names)
         console.line(f"The mixture's parity was measured with other weights: {shares}")
@@ -98,17 +108,52 @@ def show_weights(console: Console, title: str, weights: Weights, members: Sequen
     console.table(title, ("Weights", *members), shares)
 
 
+def _show_budget(console: Console, manifest: Manifest, budget: BudgetFigures) -> None:
+    """Print what was chosen within a budget, and the curve that it lies on."""
+    rows: list[tuple[str, ...]] = [
+        (entry.name, entry.format, _share(entry), megabytes(_bytes(manifest, entry)), f"{loss:.5f}")
+        for entry in manifest.members
+        if (loss := budget.losses.get(entry.name)) is not None
+    ]
+    chosen, limits = budget.chosen, []
+    rows.append(("mixture, whole bundle", "", "", megabytes(chosen.bytes), f"{chosen.loss:.5f}"))
+    console.table("Budget", ("Member", "Format", "At 8 bits\n(%)", "MB", "Estimated KL\n(nats)"), rows, left=2)
+    if budget.bytes is not None:
+        limits.append(f"{megabytes(budget.bytes)} MB")
+    if budget.seconds is not None:
+        measured = "" if budget.measured is None else f", measured {_milliseconds(budget.measured)}"
+        limits.append(f"{_milliseconds(budget.seconds)} ms a token (planned {_milliseconds(chosen.seconds)}{measured})")
+    console.line(f"Limits: {', '.join(limits)}\n")
+    curve = [
+        (megabytes(point.bytes), _milliseconds(point.seconds), f"{point.loss:.5f}", "chosen" if point == chosen else "")
+        for point in budget.curve
+    ]
+    console.table("What other budgets would lose", ("MB", "ms a token", "Estimated KL\n(nats)", ""), curve, left=0)
+
+
+def _share(entry: MemberEntry) -> str:
+    return f"{100 * entry.eight_bits:.0f}" if entry.format == "int4" else ""
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1000 * seconds:.2f}"
+
+
 def _facts(manifest: Manifest, member: MemberEntry) -> tuple[str, ...]:
-    folder = member.graph.rpartition("/")[0] + "/"
-    size = sum(entry.size for name, entry in manifest.files.items() if name.startswith(folder))
     return (
         member.name,
         member.format,
         member.facts.exporter,
-        megabytes(size),
+        megabytes(_bytes(manifest, member)),
         f"{member.source.parameters / 1e6:,.1f}",
         f"{member.facts.context:,}",
     )
+
+
+def _bytes(manifest: Manifest, member: MemberEntry) -> int:
+    """Of a member's graph, on disk."""
+    folder = member.graph.rpartition("/")[0] + "/"
+    return sum(entry.size for name, entry in manifest.files.items() if name.startswith(folder))
 
 
 def _source(member: MemberEntry) -> tuple[str, ...]:

@@ -68,7 +68,6 @@ def member_costs(
         loss = sum(losses[each][8] - losses[each][4] for each in group)
         parts.append(Group(tuple(group), Cost(round(stored * larger), rate * larger, loss)))
     lost = {bits: sum(each[bits] for each in losses.values()) for bits in (4, 8)}
-    wholes = {
-        form: cost + Cost(loss=lost[8] if form == "int8" else 0.0) for form, cost in graphs.items() if form != "int4"
-    }
+    wholes = dict(graphs) | {"int8": int8 + Cost(loss=lost[8])}
+    del wholes["int4"]
     return MemberCosts(name, weight, int4 + Cost(loss=lost[4]), tuple(parts), wholes)

@@ -80,6 +80,12 @@ class BlockTable:
         parts = [self._blocks[source].rows(found[at, 1]) for source, at in zip(sources, by_source, strict=True)]
         return joined(parts).rows(np.argsort(np.concatenate(by_source)))
 
+    def share(self, bits: int) -> float:
+        """The share of all weights that have so many bits."""
+        sizes = [blocks.codes.size for blocks in self._blocks]
+        chosen = [blocks.codes.size for blocks in self._blocks if blocks.bits == bits]
+        return sum(chosen) / max(sum(sizes), 1)
+
     def save(self, path: Path) -> None:
         """Write all blocks to one safetensors file."""
         tensors: dict[str, np.ndarray] = {}

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from edgemix.bundle import MixtureParity, QuantizationParity, read_manifest
+from edgemix.bundle import BudgetFigures, BudgetPoint, MixtureParity, QuantizationParity, read_manifest
 from edgemix.cli import edgemix
 from edgemix.runtime.evaluation import Evaluation, Figures, Row
 
@@ -70,6 +70,64 @@ def test_export(library, recipe, bundle):
     assert "Next: edgemix generate out" in result.stdout
     told = json.loads(run("export", recipe, "-o", "out", "--json").stdout)
     assert told["members"][0]["quantization"]["kl"] == 0.01234
+
+
+def test_export_within_a_budget(library, recipe, bundle):
+    from edgemix.export.budget.plan import Budget
+
+    manifest = read_manifest(bundle)
+    names = [member.name for member in manifest.members]
+    members = tuple(
+        msgspec.structs.replace(member, format=form, eight_bits=share)
+        for member, form, share in zip(manifest.members, ("int4", "int8"), (0.375, 0.0), strict=True)
+    )
+    points = tuple(BudgetPoint(int(size * 1e6), size / 1e4, 1 / size) for size in (100, 180, 200, 400))
+    figures = BudgetFigures(
+        bytes=200_000_000,
+        seconds=0.02,
+        chosen=points[1],
+        losses=dict(zip(names, (0.01234, 0.00012), strict=True)),
+        curve=points,
+        measured=0.0191,
+    )
+    manifest = msgspec.structs.replace(manifest, members=members, budget=figures)
+    calls = library("edgemix.export.pipeline", "export_bundle", manifest)
+
+    result = run("export", recipe, "-o", "out", "--budget", "200MB", "--max-tpot", "20 ms")
+
+    assert result.exit_code == 0, result.stderr
+    assert calls[0][1]["budget"] == Budget(200_000_000, 0.02)
+    shown = [line.split() for line in result.stdout.splitlines()]
+    assert ["math", "int4", "38"] in [line[:3] for line in shown]
+    assert ["math", "0.01234"] in [[*line[:1], *line[-1:]] for line in shown]
+    assert ["code", "int8"] in [line[:2] for line in shown]
+    assert "Limits: 200.0 MB, 20.00 ms a token (planned 18.00, measured 19.10)" in result.stdout
+    assert ["180.0", "18.00", "0.00556", "chosen"] in shown
+    assert ["400.0", "40.00", "0.00250"] in shown
+    assert json.loads(run("export", recipe, "-o", "out", "--json").stdout)["budget"]["measured"] == 0.0191
+    run("export", recipe, "-o", "out", "--max-tpot", "0.02s")
+    run("export", recipe, "-o", "out")
+    assert [options["budget"] for _, options in calls[2:]] == [Budget(None, 0.02), None]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--budget", "lots", "'lots' is no size like 250MB"),
+        ("--budget", "0MB", "'0MB' is not above zero"),
+        ("--budget", "250 parsecs", "unknown unit 'parsecs'"),
+        ("--max-tpot", "20", "'20' has no unit; write it like 20ms"),
+        ("--max-tpot", "-20ms", "is not above zero"),
+    ],
+)
+def test_no_budget(library, recipe, option, value, message):
+    calls = library("edgemix.export.pipeline", "export_bundle", None)
+
+    result = run("export", recipe, "-o", "out", option, value)
+
+    assert (result.exit_code, calls) == (2, [])
+    assert f"error: Invalid value for '{option}': " in result.stderr
+    assert message in result.stderr
 
 
 def test_export_interrupted(library, recipe):

@@ -1,0 +1,314 @@
+"""From a recipe to a plan: graphs that are made and measured, losses that are estimated, and the choice.
+
+Where time is limited the choice is rehearsed: its graphs are made by rounding and run together, before anything takes
+long.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from edgemix.errors import InputError
+from edgemix.export import shared_tokenizer
+from edgemix.export.budget.costs import member_costs
+from edgemix.export.budget.plan import Budget, Cost, Plan, plan
+from edgemix.export.budget.speed import StoredGraph, Times, decoding_times
+from edgemix.export.budget.student_size import student_bytes
+from edgemix.export.budget.trials import CHOICES, Measured, Trials
+from edgemix.export.distillation.student import Shape, expected_shape, start_member
+from edgemix.export.members import versions
+from edgemix.export.mixture_weights import fit_weights, given_weights
+from edgemix.formats import Format
+from edgemix.manifest import SCHEMA, TOKENIZER, GraphParity, Manifest, MemberEntry, Source
+from edgemix.progress import Prefixed, Progress
+from edgemix.runtime import Mixture
+from edgemix.staging import BundleWriter, stage_key
+from edgemix.text_files import read_documents
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    from edgemix.export.member_models import MemberModels
+    from edgemix.recipe import MemberRecipe, Recipe
+
+_MANIFEST = 2_200
+"""About the bytes of a manifest, and of each member in it."""
+_SLACK = 1e-3
+"""Share of the bytes that is left alone: what tensors are aligned by."""
+_REHEARSALS = 3
+_PROMPT = 64
+
+
+def undecided(recipe: Recipe) -> Recipe:
+    """The recipe with int4, as a beginning, for all members that have no format of their own.
+
+    Raises:
+        InputError: There is none, or one whose blocks cannot have bits of their own.
+    """
+    chosen = [spec for spec in recipe.members if spec.format is None]
+    if not chosen:
+        raise InputError(
+            "every member of the recipe has a format of its own: a budget has nothing to choose",
+            "Take format: away from some members.",
+        )
+    for spec in chosen:
+        algorithm = (spec.quantization or recipe.quantization).algorithm
+        if algorithm in ("rtn", "hqq"):
+            raise InputError(
+                f"member {spec.name}: a budget chooses bits layer by layer, which algorithm {algorithm} cannot do",
+                "Take auto, distil or gptq.",
+            )
+    return _with_formats(recipe, {spec.name: "int4" for spec in chosen})
+
+
+def decided(recipe: Recipe, found: Plan) -> Recipe:
+    """The recipe with the formats of a plan."""
+    return _with_formats(recipe, {member.name: member.format for member in found.members})
+
+
+def _with_formats(recipe: Recipe, formats: Mapping[str, Format]) -> Recipe:
+    members = [msgspec.structs.replace(spec, format=formats.get(spec.name, spec.format)) for spec in recipe.members]
+    return msgspec.structs.replace(recipe, members=tuple(members))
+
+
+class Planner:
+    """Finds formats for those members of a recipe that have none of their own.
+
+    Args:
+        recipe: Whose members have the format int4 where it is to be chosen.
+        kept: The other members, as they are already in the bundle.
+        tokenizer: The members'.
+        models: Of the recipe's members.
+        trials: Of them.
+        writer: Of the bundle that is being built.
+        progress: Hears of every stage.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        kept: Sequence[MemberEntry],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        models: MemberModels,
+        trials: Trials,
+        writer: BundleWriter,
+        progress: Progress,
+    ) -> None:
+        self._recipe, self._tokenizer, self._models = recipe, tokenizer, models
+        self._trials, self._writer, self._progress = trials, writer, progress
+        self._kept = {entry.name: entry for entry in kept}
+        self._chosen = [spec for spec in recipe.members if spec.name not in self._kept]
+
+    @property
+    def prompt(self) -> list[int]:
+        """Token ids that time is measured after."""
+        return self._models.calibration(self._tokenizer, "prompt", _PROMPT, 1)[0]
+
+    def plan(self, budget: Budget) -> Plan:
+        """Choose; what was chosen before for the same inputs is chosen again.
+
+        Raises:
+            InputError: The recipe has no text, a member cannot be read, or nothing is within the budget.
+            EdgemixError: Time cannot be measured here.
+        """
+        if not self._models.has_text():
+            raise InputError(
+                "a budget (--budget, --max-tpot) looks at text", "Name some under data: calibration: in the recipe."
+            )
+        recipe, stages = self._recipe, self._writer.stages
+        key = stage_key(
+            members=self._key(),
+            quantization=recipe.quantization,
+            weights=recipe.weights,
+            student=recipe.student,
+            text=(self._models.data_digest(), self._validation()),
+            budget=budget,
+        )
+        found = stages.done("plan", key, Plan)
+        if found is None:
+            found = self._make(budget)
+            stages.mark_done("plan", key, found)
+        self._trials.remove()
+        return found
+
+    def _key(self) -> str:
+        """Of the members' graphs, for all stages."""
+        members = [(spec, self._models.key(spec)) for spec in self._recipe.members]
+        rest = {"target": self._recipe.target, "versions": versions(), "seed": self._recipe.seed}
+        return stage_key(members=members, kept=list(self._kept.values()), **rest)
+
+    def _make(self, budget: Budget) -> Plan:
+        measured = {spec.name: self._trials.measure(spec) for spec in self._chosen}
+        weights = self._weights(measured)
+        times = self._times(measured, weights) if budget.seconds is not None else {}
+        found, scale = self._choose(budget, measured, weights, times), 1.0
+        for _ in range(_REHEARSALS if budget.seconds is not None else 0):
+            taken = self._rehearse(found, measured, weights)
+            if taken <= (budget.seconds or 0):
+                break
+            scale *= taken / found.cost.seconds
+            scaled = {name: {form: scale * time for form, time in each.items()} for name, each in times.items()}
+            found = self._choose(budget, measured, weights, scaled)
+        return found
+
+    def _choose(
+        self,
+        budget: Budget,
+        measured: Mapping[str, Measured],
+        weights: Mapping[str, float],
+        times: Mapping[str, Mapping[Format, float]],
+    ) -> Plan:
+        members = []
+        for spec in self._chosen:
+            of, time = measured[spec.name], times.get(spec.name, {})
+            members.append(
+                member_costs(
+                    spec.name,
+                    weights[spec.name],
+                    {form: Cost(size, time.get(form, 0.0)) for form, size in of.bytes.items()},
+                    groups=of.groups,
+                    shapes=of.shapes,
+                    losses=of.losses,
+                    block=self._models.quantization(spec).group,
+                    sparse=of.sparse,
+                )
+            )
+        room = budget if budget.bytes is None else Budget(int(budget.bytes * (1 - _SLACK)), budget.seconds)
+        shared = Cost(
+            self._tokenizer_bytes() + _MANIFEST * (1 + len(self._recipe.members)) + self._size(self._kept.values()),
+            sum(time for name in self._kept for time in times.get(name, {}).values()),
+        )
+        if self._recipe.student is None:
+            return plan(members, room, shared=shared)
+        # How much is left of the student depends on the format of the member that it is cut from.
+        start = start_member(self._recipe, weights)
+        form: Format = self._models.format(start)
+        found = plan(members, room, shared=shared + Cost(self._student(start, weights, form, measured)))
+        then = next((each.format for each in found.members if each.name == start.name), form)
+        if then == form:
+            return found
+        return plan(members, room, shared=shared + Cost(self._student(start, weights, then, measured)))
+
+    def _student(
+        self, start: MemberRecipe, weights: Mapping[str, float], form: Format, measured: Mapping[str, Measured]
+    ) -> int:
+        """About the bytes of the student's graph, if its start has the format `form`."""
+        student = self._recipe.student
+        if student is None:
+            return 0
+        shape = expected_shape(self._recipe, weights, self._tokenizer, form)
+        member = Shape.of(self._models.load(start).model)
+        own = self._models.format(start)
+        size = measured[start.name].bytes[own] if start.name in measured else self._size([self._kept[start.name]])
+        group = self._models.quantization(start).group
+        return student_bytes(shape, student.format, member, size, own, group=group)
+
+    def _weights(self, measured: Mapping[str, Measured]) -> dict[str, float]:
+        """The mixture's, as far as they are known: fitted ones are those of graphs in int8."""
+        recipe, stages = self._recipe, self._writer.stages
+        if recipe.weights != "fit":
+            return given_weights(recipe).default
+        domains = self._validation()
+        window, most = recipe.data.window, recipe.data.max_tokens
+        key = stage_key(members=self._key(), domains=domains, window=window, max_tokens=most)
+        weights = stages.done("trials/weights", key, dict[str, float])
+        if weights is None:
+            with self._mixture(measured) as mixture:
+                fitted = fit_weights(mixture, domains, window=window, max_tokens=most, progress=self._progress)
+            weights = fitted.default
+            stages.mark_done("trials/weights", key, weights)
+        return weights
+
+    def _mixture(self, measured: Mapping[str, Measured]) -> Mixture:
+        """The members in int8."""
+        graphs = self._graphs(measured, "int8")
+        root = self._writer.scratch.parent
+        none = Source("", "", 0, ""), GraphParity(0, 0, 0, 0)
+        manifest = Manifest(
+            schema=SCHEMA,
+            edgemix="",
+            target=self._recipe.target,
+            seed=self._recipe.seed,
+            members=tuple(
+                MemberEntry(name, "int8", graph.path.relative_to(root).as_posix(), none[0], graph.facts, none[1])
+                for name, graph in graphs.items()
+            ),
+            weights=given_weights(msgspec.structs.replace(self._recipe, weights="uniform")),
+            tokenizer=shared_tokenizer.describe(self._tokenizer, set()),
+            files={},
+        )
+        shared_tokenizer.save(self._tokenizer, root)
+        return Mixture.assemble(root, manifest)
+
+    def _graphs(self, measured: Mapping[str, Measured], form: Format) -> dict[str, StoredGraph]:
+        """Every member's graph: in the format where it is chosen for, else as it is."""
+        return {
+            spec.name: StoredGraph(self._trials.path(spec, form), measured[spec.name].facts)
+            if spec.name in measured
+            else self._as_kept(self._kept[spec.name])
+            for spec in self._recipe.members
+        }
+
+    def _as_kept(self, entry: MemberEntry) -> StoredGraph:
+        return StoredGraph(self._writer.folder / entry.graph, entry.facts)
+
+    def _times(self, measured: Mapping[str, Measured], weights: Mapping[str, float]) -> dict[str, dict[Format, float]]:
+        """Seconds that a token of the mixture takes each member that weighs something, by format."""
+        stages, heavy = self._writer.stages, [name for name in weights if weights[name] > 0]
+        key = stage_key(members=self._key(), heavy=heavy)
+        found = stages.done("trials/times", key, dict[str, dict[Format, float]])
+        if found is None:
+            found = {name: {} for name in heavy}
+            in_turns = 1.0
+            for form in CHOICES:
+                graphs = {name: graph for name, graph in self._graphs(measured, form).items() if name in heavy}
+                if form == "fp16":  # CPUs widen it: all members at once might not fit into memory
+                    alone = {
+                        name: self._time({name: graph}, form).together
+                        for name, graph in graphs.items()
+                        if name in measured
+                    }
+                else:
+                    alone, together = self._time(graphs, form)
+                    # In turns they push each other out of the caches.
+                    in_turns = together / sum(alone.values())
+                for name, time in alone.items():
+                    if name in measured or not found[name]:
+                        found[name][form] = time * in_turns
+            stages.mark_done("trials/times", key, found)
+        return found
+
+    def _rehearse(self, found: Plan, measured: Mapping[str, Measured], weights: Mapping[str, float]) -> float:
+        """Seconds a token of the mixture that was chosen."""
+        graphs = {name: self._as_kept(entry) for name, entry in self._kept.items()}
+        for spec, chosen in zip(self._chosen, found.members, strict=True):
+            path = self._trials.path(spec, chosen.format)
+            if chosen.eight_bits and weights[spec.name] > 0:
+                path = self._trials.mix(spec, chosen.eight_bits)
+            graphs[spec.name] = StoredGraph(path, measured[spec.name].facts)
+        return self._time({name: graph for name, graph in graphs.items() if weights[name] > 0}, "choice").together
+
+    def _time(self, graphs: Mapping[str, StoredGraph], what: str) -> Times:
+        progress = Prefixed(self._progress, what)
+        return decoding_times(graphs, self.prompt, target=self._recipe.target, progress=progress)
+
+    def _validation(self) -> dict[str, list[str]]:
+        """The texts that weights are fitted on, where they are fitted."""
+        if self._recipe.weights != "fit":
+            return {}
+        sources = self._recipe.data.validation
+        return {domain: read_documents(each, self._recipe.folder) for domain, each in sources.items()}
+
+    def _size(self, entries: Iterable[MemberEntry]) -> int:
+        """Bytes of graphs that are in the bundle already."""
+        folders = [(self._writer.folder / entry.graph).parent for entry in entries]
+        return sum(path.stat().st_size for folder in folders for path in folder.iterdir())
+
+    def _tokenizer_bytes(self) -> int:
+        folder = (self._writer.folder / TOKENIZER).parent
+        return sum(path.stat().st_size for path in folder.iterdir())

@@ -45,14 +45,14 @@ class BlockTable:
 
     def _add(self, digests: NDArray[np.uint8], blocks: Blocks) -> None:
         index = len(self._blocks)
+        self._blocks.append(blocks)
+        self._digests.append(digests)
         self._matrices[digests.tobytes()] = index
         for row, digest in enumerate(digests):
             known = self._rows.get(digest.tobytes())
             # A row of several matrices (zeros, say) stays narrow, or one 8-bit row would widen a 4-bit matrix.
             if known is None or blocks.bits <= self._blocks[known[0]].bits:
                 self._rows[digest.tobytes()] = index, row
-        self._blocks.append(blocks)
-        self._digests.append(digests)
 
     def find(self, matrix: Matrix) -> Blocks | None:
         """The blocks of a matrix [N, K] whose rows were added, in any order; None if any of them was not.

@@ -83,6 +83,15 @@ def test_widening_is_exact(symmetric: bool) -> None:
     np.testing.assert_array_equal(wide.dequantized(), narrow.dequantized())
 
 
+def test_rows_may_be_equal() -> None:
+    weight = np.random.default_rng(0).standard_normal((6, 40)).astype(np.float32)
+    weight[4] = weight[1]
+    some = rtn(weight, bits=4, block=16, symmetric=False)
+    found = table_of(some).find(some.dequantized()[::-1])
+    assert found is not None
+    np.testing.assert_array_equal(found.dequantized(), some.dequantized()[::-1])
+
+
 def test_a_matrix_that_is_only_partly_known_is_not() -> None:
     known = blocks(0)
     table = table_of(known)

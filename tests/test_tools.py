@@ -1,0 +1,82 @@
+"""Tools: that they run, and that what they print is what it says."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from edgemix.compression import Quantization
+from edgemix.export.members import load_tokenizer, locate
+from edgemix.export.tiny import train_member, train_tokenizer
+
+TEXT = "".join(f"{i} birds sat on {i * i} boughs, and <unk> wrote it down for the {i}th time.\n" for i in range(120))
+
+
+@pytest.fixture
+def formats(monkeypatch):
+    path = Path(__file__).parents[1] / "tools" / "formats.py"
+    specification = importlib.util.spec_from_file_location("formats_tool", path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # where dataclasses look themselves up
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "quantization"),
+    [
+        ("int8-dynamic", "int8-dynamic", None),
+        ("int8-dynamic-rotate", "int8-dynamic", Quantization(rotate=True)),
+        ("int4-hqq", "int4", Quantization(algorithm="hqq")),
+        ("int4-gptq-group=128-scale-eight_bits=0.05", "int4",
+         Quantization(algorithm="gptq", group=128, scale=True, eight_bits=0.05)),
+    ],
+)  # fmt: skip
+def test_formats_by_name(formats, form, name, quantization):
+    member = formats.member(form, "model", None)
+    assert (member.format, member.quantization) == (name, quantization)
+
+
+@pytest.mark.parametrize("form", ["", "int5", "int8dynamic", "int8-rtn", "int4-best", "int4-group", "int4-group=x"])
+def test_formats_that_are_none(formats, form):
+    with pytest.raises(ValueError, match=f"{form}: "):
+        formats.member(form, "model", None)
+
+
+def test_the_table_of_formats(formats, monkeypatch, tmp_path, capsys):
+    train_member(tmp_path / "model", [TEXT], train_tokenizer([TEXT]), steps=2)
+    (tmp_path / "text.txt").write_text(TEXT)
+    monkeypatch.setattr(formats, "STEPS", 2)
+    monkeypatch.setattr(formats, "PAUSE", 0)
+
+    def run(*forms):
+        arguments = [tmp_path / "model", tmp_path / "text.txt", "-o", tmp_path / "out", "--rounds", 2, "--windows", 3]
+        monkeypatch.setattr("sys.argv", ["formats.py", *map(str, arguments), "--formats", *forms])
+        formats.main()
+        return capsys.readouterr().out
+
+    first = run("fp32")
+    told = json.loads(run("fp32", "int4-rtn").splitlines()[-1])
+
+    assert "int4" not in first
+    assert (told["ratios_to"], list(told["formats"])) == ("int4-rtn", ["fp32", "int4-rtn"])
+    whole, small = told["formats"].values()
+    assert small["megabytes"] < whole["megabytes"]
+    assert (small["decode_ratio"], small["forced"]) == (1, False)
+    assert min(whole["decode"], whole["prefill"], whole["decode_ratio"]) > 0
+
+    ids = load_tokenizer(locate("model", tmp_path)).backend_tokenizer.encode(TEXT.replace("<unk>", "unk")).ids
+    windows = torch.tensor(np.array(ids[: 3 * 512]).reshape(3, 512))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    with torch.no_grad():
+        loss = model(input_ids=windows, labels=windows).loss
+    assert whole["perplexity"]["text"] == pytest.approx(float(loss.exp()), rel=1e-4)

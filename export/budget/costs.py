@@ -5,21 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgemix.export.budget.plan import Cost, Group, MemberCosts
+from edgemix.export.quantization.weights import SMALLEST
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from edgemix.formats import Format
 
-_SMALLEST = 16
-"""Matrices with fewer rows or columns are not quantised."""
 _INT8_BLOCK = 32
 """Of the format int8, whatever int4 has."""
 
 
 def block_bytes(rows: int, columns: int, *, bits: int, block: int, zero_points: bool) -> int:
     """Bytes of a matrix [rows, columns] in blocks, as a graph holds them: codes, scales and, if stored, zero points."""
-    if min(rows, columns) < _SMALLEST:
+    if min(rows, columns) < SMALLEST:
         return 0
     blocks = -(-columns // block)
     zeros = -(-blocks * bits // 8) if zero_points else 0

@@ -56,12 +56,12 @@ def undecided(recipe: Recipe) -> Recipe:
             "Take format: away from some members.",
         )
     for spec in chosen:
-        algorithm = (spec.quantization or recipe.quantization).algorithm
-        if algorithm in ("rtn", "hqq"):
-            raise InputError(
-                f"member {spec.name}: a budget chooses bits layer by layer, which algorithm {algorithm} cannot do",
-                "Take auto, distil or gptq.",
-            )
+        quantization, what = spec.quantization or recipe.quantization, f"member {spec.name}: a budget chooses bits"
+        if quantization.algorithm in ("rtn", "hqq"):
+            problem = f"{what} layer by layer, which algorithm {quantization.algorithm} cannot do"
+            raise InputError(problem, "Take auto, distil or gptq.")
+        if quantization.eight_bits:
+            raise InputError(f"{what}, and so does eight_bits", "Leave out one of the two.")
     return _with_formats(recipe, {spec.name: "int4" for spec in chosen})
 
 

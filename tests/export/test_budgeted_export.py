@@ -135,6 +135,10 @@ def test_members_with_a_format_of_their_own_keep_it(folder: Path, ends, tmp_path
             r"a budget \(--budget, --max-tpot\) looks at text\nName some under data: calibration:",
         ),
         ({"quantization": Quantization("hqq")}, "member animals: a budget chooses bits layer by layer, which .* hqq"),
+        (
+            {"quantization": Quantization(eight_bits=0.3)},
+            "member animals: a budget chooses bits, and so does eight_bits",
+        ),
     ],
 )
 def test_what_a_budget_cannot_do_is_refused(folder: Path, tmp_path: Path, changes: Any, message: str) -> None:

@@ -180,7 +180,7 @@ def load_model(location: Location, *, quantization: Any = None) -> PreTrainedMod
         InputError: See `MemberLoader.load`.
     """
     location.weight_files()
-    with _reading(location):
+    with reading(location):
         config, loader = _class_of(location)
         if quantization is not None and hasattr(config, "quantization_config"):
             raise _already_quantized(location)
@@ -203,7 +203,7 @@ def load_skeleton(location: Location) -> PreTrainedModel:
     Raises:
         InputError: See `MemberLoader.load`.
     """
-    with _reading(location), torch.device("meta"):
+    with reading(location), torch.device("meta"):
         config, loader = _class_of(location)
         return loader.from_config(config, trust_remote_code=False)
 
@@ -236,7 +236,7 @@ def load_tokenizer(location: Location) -> PreTrainedTokenizerBase:
     Raises:
         InputError: There is none, or it has no fast form.
     """
-    with _reading(location):
+    with reading(location):
         tokenizer = AutoTokenizer.from_pretrained(**location.arguments, trust_remote_code=False)
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
@@ -266,7 +266,7 @@ def add_adapter(
     from peft import PeftConfig, PeftModel
 
     adapter.weight_files()
-    with _reading(adapter):
+    with reading(adapter):
         config = PeftConfig.from_pretrained(str(adapter.folder))
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if kind != "LORA":
@@ -280,7 +280,7 @@ def add_adapter(
 
 
 @contextmanager
-def _reading(location: Location) -> Iterator[None]:
+def reading(location: Location) -> Iterator[None]:
     """Give the many errors of model libraries one form; they name a file, a key or a shape, which is what helps."""
     try:
         yield

@@ -94,7 +94,7 @@ class BlockTable:
             tensors[f"{index}.codes"], tensors[f"{index}.scales"] = blocks.codes, blocks.scales
             if blocks.zero_points is not None:
                 tensors[f"{index}.zero_points"] = blocks.zero_points
-        layouts = [[blocks.bits, blocks.columns] for blocks in self._blocks]
+        layouts = [[blocks.bits, blocks.columns, blocks.sums] for blocks in self._blocks]
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
         write_atomically(path, safetensors.numpy.save(tensors, {"layouts": json.dumps(layouts)}))
 
@@ -109,9 +109,9 @@ class BlockTable:
                 return file.get_tensor(f"{index}.{kind}") if f"{index}.{kind}" in names else None
 
             table = cls()
-            for i, (bits, columns) in enumerate(layouts):
+            for i, layout in enumerate(layouts):
                 parts = tensor(i, "codes"), tensor(i, "scales"), tensor(i, "zero_points")
-                table._add(tensor(i, "digests"), Blocks(*parts, bits, columns))
+                table._add(tensor(i, "digests"), Blocks(*parts, *layout))
         return table
 
 

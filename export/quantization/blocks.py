@@ -19,12 +19,16 @@ class Blocks:
 
     weight[n, b * block + j] = (codes[n, b, j] - zero_points[n, b]) * scales[n, b]
 
+    Behind them there may be columns for the sums of each block's inputs, in blocks of their own: what all weights of a
+    row's block have in common but no whole zero point can say, such as a minimum that is no multiple of the scale.
+
     Attributes:
-        codes: uint8 [N, blocks, block], one code a byte, each below 2**bits.
+        codes: uint8 [N, blocks, block], one code a byte, each below 2**bits; the blocks of K come first.
         scales: float16 [N, blocks], as GGUF's formats have them: half the size, and exact enough for 8-bit codes.
         zero_points: uint8 [N, blocks]; None means 2**(bits - 1) everywhere, which is then not stored.
         bits: 4 or 8.
         columns: K.
+        sums: Columns for the sums of blocks: K / block, or 0.
     """
 
     codes: NDArray[np.uint8]
@@ -32,16 +36,24 @@ class Blocks:
     zero_points: NDArray[np.uint8] | None
     bits: int
     columns: int
+    sums: int = 0
 
     @property
     def block(self) -> int:
         return int(self.codes.shape[2])
 
+    @property
+    def inputs(self) -> int:
+        """How many inputs the stored product has: K, and the sums, filled up to a multiple of 8 for CUDA's kernels."""
+        return self.columns + self.sums + -self.sums % 8
+
     def dequantized(self) -> Matrix:
         """The float matrix [N, K] that the blocks stand for."""
         zero = np.float32(2 ** (self.bits - 1)) if self.zero_points is None else self.zero_points[..., None]
         values = (self.codes.astype(np.float32) - zero) * self.scales[..., None].astype(np.float32)
-        return np.ascontiguousarray(values.reshape(len(values), -1)[:, : self.columns])
+        flat = values.reshape(len(values), -1)
+        weight, rest = flat[:, : self.columns], flat[:, self.columns : self.columns + self.sums]
+        return np.ascontiguousarray(weight + np.repeat(rest, self.block, axis=1) if self.sums else weight)
 
     def widened(self) -> Blocks:
         """The same weights in 8 bits: 4-bit codes around the middle of 8 bits; 8-bit blocks as they are."""
@@ -70,6 +82,8 @@ Quantizer: TypeAlias = Callable[[Matrix], Blocks]
 
 def joined(parts: Sequence[Blocks]) -> Blocks:
     """Matrices of equal columns and blocks, one below the other: the weights stay, in the width of the widest."""
+    if len({part.sums for part in parts}) > 1:
+        parts = [_with_sums(part) for part in parts]
     if len({part.bits for part in parts}) > 1:
         parts = [part.widened() for part in parts]
     zero_points = None
@@ -85,6 +99,21 @@ def cut(weight: Matrix, block: int) -> Matrix:
     padding = -columns % block
     padded = np.pad(weight, ((0, 0), (0, padding))) if padding else weight
     return padded.reshape(rows, -1, block)
+
+
+def _with_sums(blocks: Blocks) -> Blocks:
+    """The same weights with columns for sums, zeros where there were none."""
+    if blocks.sums:
+        return blocks
+    sums, middle = blocks.codes.shape[1], 2 ** (blocks.bits - 1)
+    behind = (0, 0), (0, -(-sums // blocks.block))
+    return replace(
+        blocks,
+        codes=np.pad(blocks.codes, (*behind, (0, 0)), constant_values=middle),
+        scales=np.pad(blocks.scales, behind, constant_values=1),
+        zero_points=np.pad(_zero_points(blocks), behind, constant_values=middle),
+        sums=sums,
+    )
 
 
 def _zero_points(blocks: Blocks) -> NDArray[np.uint8]:

@@ -29,11 +29,52 @@ def block_emitter(quantizer: Quantizer) -> Emitter:
     """Linears as MatMulNBits over the quantizer's blocks."""
 
     def emit(graph: ir.Graph, linear: Linear) -> None:
-        blocks = quantizer(linear.matrix())
-        tensors = add_blocks(graph, linear.weight.name, blocks)
-        replace_linear(graph, linear, [matmul_nbits(linear, blocks, tensors)])
+        emit_blocks(graph, linear, quantizer(linear.matrix()), BlockSums(graph))
 
     return emit
+
+
+def emit_blocks(graph: ir.Graph, linear: Linear, blocks: Blocks, sums: BlockSums) -> None:
+    """Put a product with blocks in the place of a linear."""
+    nodes, value = sums.behind(linear.node.inputs[0], blocks)
+    tensors = add_blocks(graph, linear.weight.name, blocks)
+    replace_linear(graph, linear, [*nodes, matmul_nbits(value, blocks, tensors)])
+
+
+class BlockSums:
+    """Puts the sums of an activation's blocks behind it, once however many linears read it."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._extended: dict[ir.Value, ir.Value] = {}
+        self._constants: dict[str, ir.Value] = {}
+
+    def behind(self, value: ir.Value, blocks: Blocks) -> tuple[list[ir.Node], ir.Value]:
+        """The nodes that make the blocks' input of an activation [..., K] (none if they are there) and their output."""
+        if not blocks.sums:
+            return [], value
+        if value in self._extended:
+            return [], self._extended[value]
+        nodes = self._sums(value, blocks)
+        joined = ir.node("Concat", [value, nodes[-1].outputs[0]], {"axis": -1})
+        self._extended[value] = joined.outputs[0]
+        return [*nodes, joined], joined.outputs[0]
+
+    def _sums(self, value: ir.Value, blocks: Blocks) -> list[ir.Node]:
+        """Sums that need no filling up are added up; others come out of one product, which small inputs barely feel."""
+        if value.shape is not None and blocks.inputs == blocks.columns + blocks.sums:
+            shape = [0] * (value.shape.rank() - 1) + [-1, blocks.block]
+            cut = ir.node("Reshape", [value, self._constant(f"sums.shape.{len(shape)}", np.array(shape, np.int64))])
+            last = self._constant("sums.last", np.array([-1], np.int64))
+            return [cut, ir.node("ReduceSum", [cut.outputs[0], last], {"keepdims": 0})]
+        ones = np.repeat(np.eye(blocks.sums, blocks.inputs - blocks.columns, dtype=np.float16), blocks.block, axis=0)
+        return [ir.node("MatMul", [value, self._constant(f"sums.{blocks.columns}", ones)])]
+
+    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
+        if name not in self._constants:
+            add = add_half if array.dtype == np.float16 else add_initializer
+            self._constants[name] = add(self._graph, name, array)
+        return self._constants[name]
 
 
 def nf4_emitter(graph: ir.Graph, linear: Linear) -> None:
@@ -48,16 +89,16 @@ def nf4_emitter(graph: ir.Graph, linear: Linear) -> None:
     replace_linear(graph, linear, [node])
 
 
-def matmul_nbits(linear: Linear, blocks: Blocks, tensors: Sequence[ir.Value]) -> ir.Node:
-    """The linear's product with stored blocks."""
+def matmul_nbits(value: ir.Value, blocks: Blocks, tensors: Sequence[ir.Value]) -> ir.Node:
+    """The product of an activation (with sums behind it, where the blocks have some) and stored blocks."""
     attributes = {
-        "K": blocks.columns,
+        "K": blocks.inputs,
         "N": len(blocks.codes),
         "bits": blocks.bits,
         "block_size": blocks.block,
         "accuracy_level": 4,  # permits products in int8; CPUs use it, CUDA computes in float16 all the same
     }
-    return ir.node("MatMulNBits", [linear.node.inputs[0], *tensors], attributes, domain=CONTRIB)
+    return ir.node("MatMulNBits", [value, *tensors], attributes, domain=CONTRIB)
 
 
 def add_blocks(graph: ir.Graph, name: str, blocks: Blocks) -> list[ir.Value]:

@@ -10,7 +10,7 @@ from onnx_ir.passes import common
 
 from edgemix.errors import InputError
 from edgemix.export.quantization.dynamic import quantize_dynamic
-from edgemix.export.quantization.emission import CONTRIB, Emitter, block_emitter, nf4_emitter
+from edgemix.export.quantization.emission import CONTRIB, BlockSums, Emitter, block_emitter, emit_blocks, nf4_emitter
 from edgemix.export.quantization.float16 import compute_in_float16, store_in_float16
 from edgemix.export.quantization.hqq import hqq
 from edgemix.export.quantization.rtn import rtn
@@ -97,8 +97,8 @@ def quantize(
     emit = block_emitter(partial(INT4_ALGORITHMS[algorithm], block=group)) if format == "int4" else FORMATS[format]
     if emit is not None:
         if table is not None:
-            emit = _known_first(table, emit)
-        quantize_tables(graph)
+            emit = _known_first(table, emit, BlockSums(graph))
+        quantize_tables(graph, table)
         for linear in list(linears(graph)):
             emit(graph, linear)
     elif format == "int8-dynamic":
@@ -111,7 +111,7 @@ def quantize(
     _save(model, output)
 
 
-def _known_first(table: BlockTable, otherwise: Emitter) -> Emitter:
+def _known_first(table: BlockTable, otherwise: Emitter, sums: BlockSums) -> Emitter:
     """An emitter that takes a linear's blocks from the table where it has them."""
 
     def emit(graph: ir.Graph, linear: Linear) -> None:
@@ -119,7 +119,7 @@ def _known_first(table: BlockTable, otherwise: Emitter) -> Emitter:
         if blocks is None:
             otherwise(graph, linear)
         else:
-            block_emitter(lambda _: blocks)(graph, linear)
+            emit_blocks(graph, linear, blocks, sums)
 
     return emit
 

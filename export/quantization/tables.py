@@ -23,19 +23,25 @@ from edgemix.export.quantization.rtn import rtn
 from edgemix.export.quantization.weights import head, lookups
 
 if TYPE_CHECKING:
+    from edgemix.export.quantization.block_table import BlockTable
     from edgemix.export.quantization.blocks import Blocks, Matrix
 
 _BITS = 8
 _BLOCK = 32
 
 
-def quantize_tables(graph: ir.Graph) -> None:
-    """Store every embedding and the head in 8-bit blocks and read them from there."""
+def quantize_tables(graph: ir.Graph, known: BlockTable | None = None) -> None:
+    """Store every embedding and the head in 8-bit blocks and read them from there.
+
+    Args:
+        graph: Changed in place.
+        known: Has blocks for some of them; those that 8 bits around the middle code can say are kept.
+    """
     tables: dict[ir.Value, _Table] = {}
 
     def table_of(weight: ir.Value, matrix: Matrix) -> _Table:
         if weight not in tables:
-            blocks = rtn(matrix, bits=_BITS, block=_BLOCK, symmetric=True)
+            blocks = _known_blocks(known, matrix) or rtn(matrix, bits=_BITS, block=_BLOCK, symmetric=True)
             tables[weight] = _Table(blocks, add_blocks(graph, weight.name, blocks))
         return tables[weight]
 
@@ -45,7 +51,14 @@ def quantize_tables(graph: ir.Graph) -> None:
     linear = head(graph)
     if linear is not None:
         table = table_of(linear.weight, linear.matrix())
-        replace_linear(graph, linear, [matmul_nbits(linear, table.blocks, table.tensors)])
+        replace_linear(graph, linear, [matmul_nbits(linear.node.inputs[0], table.blocks, table.tensors)])
+
+
+def _known_blocks(known: BlockTable | None, matrix: Matrix) -> Blocks | None:
+    blocks = known.find(matrix) if known is not None else None
+    if blocks is None or blocks.sums or (wide := blocks.widened()).zero_points is not None:
+        return None
+    return wide
 
 
 class _Table(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from edgemix.export.quantization.block_table import BlockTable
 from edgemix.export.quantization.rtn import rtn
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from edgemix.export.quantization.blocks import Blocks
@@ -31,8 +33,22 @@ def blocks(seed: int, bits: int = 4, rows: int = 6, *, symmetric: bool = False) 
     return rtn(weight, bits=bits, block=16, symmetric=symmetric)
 
 
+def with_sums(seed: int) -> Blocks:
+    """4-bit blocks with columns for the sums of theirs."""
+    weight = np.random.default_rng(seed).standard_normal((6, 48)).astype(np.float32)
+    some = rtn(weight, bits=4, block=16, symmetric=False)
+    behind = rtn(weight[:, :3] / 20, bits=4, block=16, symmetric=False)
+    stored = {
+        kind: np.concatenate([getattr(some, kind), getattr(behind, kind)], axis=1)
+        for kind in ("codes", "scales", "zero_points")
+    }
+    return replace(some, **stored, sums=3)
+
+
 def same(a: Blocks, b: Blocks) -> bool:
-    return a.bits == b.bits and a.columns == b.columns and np.array_equal(a.dequantized(), b.dequantized())
+    return (a.bits, a.columns, a.sums) == (b.bits, b.columns, b.sums) and np.array_equal(
+        a.dequantized(), b.dequantized()
+    )
 
 
 def test_a_matrix_finds_its_blocks() -> None:
@@ -83,6 +99,27 @@ def test_widening_is_exact(symmetric: bool) -> None:
     np.testing.assert_array_equal(wide.dequantized(), narrow.dequantized())
 
 
+def test_a_sum_weighs_all_inputs_of_its_block() -> None:
+    some = with_sums(0)
+    plain = replace(
+        some, codes=some.codes[:, :3], scales=some.scales[:, :3], zero_points=some.zero_points[:, :3], sums=0
+    )
+    rest = (some.codes[:, 3, :3].astype(np.float32) - some.zero_points[:, 3:]) * some.scales[:, 3:].astype(np.float32)
+    expected = plain.dequantized() + np.repeat(rest, 16, axis=1)
+    np.testing.assert_array_equal(some.dequantized(), expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_with_and_without_sums_are_joined_exactly(bits: int) -> None:
+    weight = np.random.default_rng(1).standard_normal((4, 48)).astype(np.float32)
+    first, second = with_sums(0), rtn(weight, bits=bits, block=16, symmetric=True)
+    mixed = np.concatenate([second.dequantized(), first.dequantized()])
+    found = table_of(first, second).find(mixed)
+    assert found is not None
+    assert (found.bits, found.sums) == (bits, 3)
+    np.testing.assert_array_equal(found.dequantized(), mixed)
+
+
 def test_rows_may_be_equal() -> None:
     weight = np.random.default_rng(0).standard_normal((6, 40)).astype(np.float32)
     weight[4] = weight[1]
@@ -118,8 +155,8 @@ def test_a_row_of_zeros_in_an_8_bit_matrix_widens_no_other(wide_first: bool) -> 
     assert table.find(wide.dequantized()) is wide
 
 
-@pytest.mark.parametrize("make", [blocks, partial(blocks, bits=8, symmetric=True)])
-def test_a_table_comes_back_from_disk(make: partial[Blocks], tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [blocks, partial(blocks, bits=8, symmetric=True), with_sums])
+def test_a_table_comes_back_from_disk(make: Callable[[int], Blocks], tmp_path: Path) -> None:
     table = table_of(make(0), make(1))
     table.save(tmp_path / "blocks.safetensors")
     loaded = BlockTable.load(tmp_path / "blocks.safetensors")

@@ -94,8 +94,13 @@ def test_digest_follows_the_weights(base, tmp_path):
     assert load_member(MemberRecipe("m", "base"), tmp_path).source.sha256 != same.sha256
 
 
-def write_gguf(path, model):
-    """A llama as llama.cpp stores it: 8-bit blocks for matrices, queries and keys in its rotary order."""
+def in_8_bits(name, array):
+    return gguf.quantize(array, gguf.GGMLQuantizationType.Q8_0), gguf.GGMLQuantizationType.Q8_0
+
+
+def write_gguf(path, model, pack=in_8_bits):
+    """A llama as llama.cpp stores it: queries and keys in its rotary order, matrices as `pack` makes them of a name and
+    values: bytes and a type."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_license("mit")
@@ -134,8 +139,8 @@ def write_gguf(path, model):
         for part, theirs in names.items():
             ours = ours.replace(part, theirs)
         if array.ndim == 2:
-            packed = gguf.quantize(np.ascontiguousarray(array), gguf.GGMLQuantizationType.Q8_0)
-            writer.add_tensor(ours, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+            packed, kind = pack(ours, np.ascontiguousarray(array))
+            writer.add_tensor(ours, packed, raw_dtype=kind)
         else:
             writer.add_tensor(ours, array)
     writer.write_header_to_file()

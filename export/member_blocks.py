@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from edgemix.errors import storage_errors
 from edgemix.export.checkpoint import Checkpoint
 from edgemix.export.layout import layout
-from edgemix.export.members import versions
+from edgemix.export.members import locate, versions
 from edgemix.export.quantization import calibration, distilled
 from edgemix.export.quantization.block_table import BlockTable
-from edgemix.export.quantization.distilled import distill_blocks
+from edgemix.export.quantization.distilled import distill_blocks, weights
+from edgemix.export.quantization.gguf_blocks import gguf_blocks
 from edgemix.export.quantization.sensitivity import costs, most_sensitive
 from edgemix.export.quantization.sequential import gptq_blocks
 from edgemix.export.training import fingerprint
@@ -20,11 +21,15 @@ from edgemix.progress import Prefixed, Progress
 from edgemix.staging import BundleWriter, stage_key
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from edgemix.export.member_models import MemberModels
     from edgemix.export.members import LoadedMember
+    from edgemix.formats import Format
     from edgemix.recipe import MemberRecipe, Recipe
+
+_BITS: Mapping[Format, Literal[4, 8]] = {"int4": 4, "int8": 8}
+_GGUF_BLOCK = 32
 
 
 class MemberBlocks:
@@ -41,17 +46,19 @@ class MemberBlocks:
         self._recipe, self._models, self._writer, self._progress = recipe, models, writer, progress
 
     def find(self, spec: MemberRecipe, eight_bit: Sequence[str] | None = None) -> BlockTable | None:
-        """The blocks of an int4 member's linears; None where plain rounding will do.
+        """The blocks of an int4 or int8 member's linears; None where plain rounding will do, and for other formats.
 
         Args:
             spec: The member.
-            eight_bit: Names of the linears that get 8 bits; None leaves the choice to the recipe's `eight_bits`.
+            eight_bit: Names of the linears that get 8 bits in int4; None leaves the choice to the recipe.
 
         Raises:
             InputError: The member cannot be read, or its structure is not known.
         """
-        quantization = self._models.quantization(spec)
-        if quantization.algorithm in ("rtn", "hqq"):
+        form, quantization = self._models.format(spec), self._models.quantization(spec)
+        if eight_bit is None and form in _BITS and (kept := self._repacked(spec, _BITS[form])) is not None:
+            return kept
+        if form != "int4" or quantization.algorithm in ("rtn", "hqq"):
             return None
         if not self._models.has_text():
             progress = self._progress
@@ -77,6 +84,21 @@ class MemberBlocks:
             stages.mark_done(f"blocks/{spec.name}", key, files=[path])
             self._checkpoint(spec, key).remove()
         return BlockTable.load(path)
+
+    def _repacked(self, spec: MemberRecipe, bits: Literal[4, 8]) -> BlockTable | None:
+        """The blocks that a member's GGUF file has itself, if its weights come as they are and all have some."""
+        location = locate(spec.model, self._recipe.folder)
+        own = self._models.quantization(spec)
+        plain = own.algorithm == "auto" and own.group == _GGUF_BLOCK and not (own.rotate or own.scale or own.eight_bits)
+        if not plain or spec.adapter or spec.prune or not location.gguf:
+            return None
+        progress = Prefixed(self._progress, spec.name)
+        with progress.stage("repack"):
+            table, model = gguf_blocks(location, bits), self._models.load(spec).model
+            if not (len(table) and all(table.find(matrix) is not None for matrix in weights(model).values())):
+                return None
+        progress.say("keeps the quantisation of its GGUF file")
+        return table
 
     def _make(self, spec: MemberRecipe, member: LoadedMember, eight_bit: Sequence[str], key: str) -> BlockTable:
         quantization, seed = self._models.quantization(spec), self._recipe.seed

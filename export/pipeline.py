@@ -218,7 +218,7 @@ class _Export:
         key = stage_key(
             graph=self._graphs.key(spec),
             format=self._models.format(spec),
-            quantization=self._models.quantization(spec) if self._models.format(spec) == "int4" else None,
+            quantization=self._models.quantization(spec),
             eight_bits=self._eight_bits.get(spec.name),
             data=self._models.data_digest(),
             text=text,
@@ -257,7 +257,7 @@ class _Export:
             tokenizer, seed = load_tokenizer(locate(spec.model, self._recipe.folder)), self._recipe.seed
             calibration = self._models.calibration(tokenizer, spec.name, CALIBRATION_LENGTH, CALIBRATION_WINDOWS)
             calibration = calibration or own_texts(source, graph.facts, GATE_TOKENS, seed=seed)
-        table = self._blocks.find(spec, self._eight_bits.get(spec.name)) if form == "int4" else None
+        table = self._blocks.find(spec, self._eight_bits.get(spec.name))
         with progress.stage(form), storage_errors(f"writing {output}"):
             quantize(
                 source,
@@ -274,7 +274,8 @@ class _Export:
         facts = msgspec.structs.replace(graph.facts, dtype="float16" if half else "float32")
         if form == "fp32":
             return _MemberRecord(graph, facts, None)
-        eight_bits = table.share(8) if table is not None else 0.0
+        mixed = table is not None and (self._eight_bits.get(spec.name) or quantization.eight_bits)
+        eight_bits = table.share(8) if table is not None and mixed else 0.0
         seed = self._recipe.seed
         figures = check_quantized(source, output, facts, text, format=form, seed=seed, progress=progress)
         return _MemberRecord(graph, facts, figures, eight_bits=eight_bits)

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from edgemix.export.quantization.block_table import BlockTable
 from edgemix.export.quantization.blocks import Blocks, cut
 from edgemix.export.quantization.rtn import rtn
+from edgemix.export.quantization.weights import SMALLEST
 from edgemix.export.self_divergence import self_divergence
 from edgemix.export.token_loss import bfloat16_pays
 from edgemix.export.training import Budget, train
@@ -47,8 +48,6 @@ BATCH, LENGTH = 8, 256
 _RATE = 2.5e-3
 _SCALES_RATE = 0.4
 """The scales' learning rate as a share of the roundings'."""
-
-_SMALLEST = 16
 
 
 def distill_blocks(
@@ -85,11 +84,7 @@ def distill_blocks(
     """
     student = copy.deepcopy(model).requires_grad_(False)
     linears = [
-        _Linear(name, module, (bits or {}).get(name, BITS), block, start)
-        for name, module in student.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D)
-        and module is not student.get_output_embeddings()
-        and min(module.weight.shape) >= _SMALLEST
+        _Linear(name, module, (bits or {}).get(name, BITS), block, start) for name, module in _linears(student).items()
     ]
     parameters = {f"{linear.name}.{kind}": tensor for linear in linears for kind, tensor in linear.movable.items()}
     loss = self_divergence(model, student, bfloat16=bfloat16_pays(model.device))
@@ -119,6 +114,29 @@ def distill_blocks(
     return table
 
 
+def weights(model: PreTrainedModel) -> dict[str, NDArray[np.float32]]:
+    """Name -> weight [N, K] of all linears that are quantised block by block, the head left out."""
+    return {
+        name: _matrix(module.weight.detach(), transposed=isinstance(module, Conv1D))
+        for name, module in _linears(model).items()
+    }
+
+
+def _linears(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        and module is not model.get_output_embeddings()
+        and min(module.weight.shape) >= SMALLEST
+    }
+
+
+def _matrix(weight: Tensor, *, transposed: bool) -> NDArray[np.float32]:
+    matrix: NDArray[np.float32] = (weight.T if transposed else weight).contiguous().cpu().numpy()
+    return matrix
+
+
 @dataclass(frozen=True)
 class _Start:
     """Where training starts: the weight [N, blocks, block], its scales [N, blocks] and zero points [N, blocks, 1]."""
@@ -146,7 +164,7 @@ class _Linear:
         self.name, self._module, self._bits = name, module, bits
         self._transposed = isinstance(module, Conv1D)
         weight = module._parameters.pop("weight").detach()
-        self.original: NDArray[np.float32] = (weight.T if self._transposed else weight).contiguous().cpu().numpy()
+        self.original = _matrix(weight, transposed=self._transposed)
         found = None if table is None else table.find(self.original)
         start = found or rtn(self.original, bits=bits, block=block, symmetric=False)
         self._zero_points = start.zero_points

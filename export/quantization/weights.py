@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from edgemix.export.quantization.blocks import Matrix
 
-_SMALLEST = 16
+SMALLEST = 16
 """Matrices with fewer rows or columns stay float: the smallest block would not fit, and there is nothing to save."""
 
 
@@ -81,7 +81,7 @@ def is_float_matrix(value: ir.Value | None) -> bool:
         and value.const_value is not None
         and value.const_value.dtype == ir.DataType.FLOAT
         and len(value.const_value.shape) == 2
-        and min(value.const_value.shape.numpy()) >= _SMALLEST
+        and min(value.const_value.shape.numpy()) >= SMALLEST
     )
 
 

@@ -115,7 +115,8 @@ def write_gguf(path, model, pack=in_8_bits):
     writer.add_vocab_size(config.vocab_size)
     backend = json.loads(tiny_tokenizer().backend_tokenizer.to_str())["model"]
     tokens = sorted(backend["vocab"], key=backend["vocab"].get)
-    tokens += [f"<pad{i}>" for i in range(config.vocab_size - len(tokens))]
+    # One token that transformers would add to a tokenizer of this kind.
+    tokens += ["<|endoftext|>", *(f"<pad{i}>" for i in range(config.vocab_size))][: config.vocab_size - len(tokens)]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([3 if t.startswith("<") and t.endswith(">") else 1 for t in tokens])

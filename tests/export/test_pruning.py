@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import signal
 from itertools import count
 
@@ -205,6 +206,20 @@ def test_what_was_finished_is_not_done_again(texts, tmp_path):
     model = trained()
     prune_model(model, CUTS, texts, scratch=tmp_path, **OPTIONS)
     prune_model(model, CUTS, texts, scratch=tmp_path, progress=InterruptAt(stage="calibrate").progress(), **OPTIONS)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gone"])
+def test_a_cut_that_is_not_whole_is_made_again(damage, whole, texts, tmp_path):
+    """A file cut short ended in a safetensors error; without its config.json, in a model of billions of weights."""
+    model = trained()
+    with pytest.raises(KeyboardInterrupt):
+        prune_model(model, CUTS, texts, scratch=tmp_path, progress=InterruptAt(step=3).progress(), **OPTIONS)
+    if damage == "gone":
+        (tmp_path / "cut-1" / "config.json").unlink()
+    else:
+        os.truncate(tmp_path / "cut-1" / "model.safetensors", 1000)
+    resumed = prune_model(model, CUTS, texts, scratch=tmp_path, **OPTIONS)
+    assert same(weights(resumed.model), weights(whole.model))
 
 
 def test_another_run_starts_anew(texts, tmp_path):

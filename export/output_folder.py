@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from edgemix.bundle import files_in, write_atomically
 from edgemix.errors import InputError, storage_errors
 from edgemix.staging import Lock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+_SEAL = "edgemix-sizes.json"
 
 
 def prepare(output: Path) -> None:
@@ -57,3 +61,21 @@ def written(output: Path) -> Iterator[Path]:
         staging.mkdir()
         yield staging
         staging.rename(output)
+
+
+def seal(folder: Path) -> None:
+    """Note the sizes of a folder's files, for `sealed`: where the power fails, a file may lose its end."""
+    write_atomically(folder / _SEAL, json.dumps(_sizes(folder)).encode())
+
+
+def sealed(folder: Path) -> bool:
+    """Whether a folder is there, with all files as they were when it was sealed."""
+    try:
+        return bool(json.loads((folder / _SEAL).read_bytes()) == _sizes(folder))
+    except (OSError, ValueError):
+        return False
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in files_in(folder) if path.name != _SEAL)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}

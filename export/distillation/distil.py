@@ -31,7 +31,7 @@ from edgemix.export.distillation.teacher import RuntimeTeacher, open_teacher
 from edgemix.export.distillation.texts import read_texts
 from edgemix.export.losses import Objective
 from edgemix.export.members import load_tokenizer, locate
-from edgemix.export.output_folder import alone, prepare
+from edgemix.export.output_folder import alone, prepare, seal, sealed
 from edgemix.export.pruning.sparsity import sparsify, zeros_kept
 from edgemix.export.tiny import save_member
 from edgemix.export.token_loss import bfloat16_pays
@@ -269,7 +269,7 @@ class _Distillation:
     def _begin(self, key: str, texts: Texts, watched: TeacherCache) -> tuple[PreTrainedModel, float | None]:
         """The student before it learned, on the device, and its decoding time as a share of its start's."""
         folder = self._folder / f"start-{key[:16]}"
-        if self._first and not folder.is_dir():
+        if self._first and not sealed(folder):
             plain = Objective("forward", temperature=self._student.temperature)
 
             def distance(model: PreTrainedModel) -> float:
@@ -287,7 +287,10 @@ class _Distillation:
             )
             self._set_zeros(beginning.model, texts)
             beginning.model.config.edgemix_decoding = beginning.decoding
-            save_member(beginning.model, self._tokenizer, folder)
+            with storage_errors(f"writing {folder}"):
+                shutil.rmtree(folder, ignore_errors=True)
+                save_member(beginning.model, self._tokenizer, folder)
+                seal(folder)
         if self._workers:
             self._workers.wait_for_everyone()
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)

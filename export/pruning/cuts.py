@@ -12,6 +12,7 @@ import torch
 from edgemix.bundle import sync_folder
 from edgemix.errors import storage_errors
 from edgemix.export.checkpoint import Checkpoint
+from edgemix.export.output_folder import seal, sealed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,10 +41,9 @@ class Stand:
 
 
 class _Record(msgspec.Struct, frozen=True):
-    """What lies beside a cut's weights, with the sizes of their files: a power cut leaves files that are not whole."""
+    """What lies beside a cut's weights."""
 
     key: str
-    files: dict[str, int]
     kept: list[int]
     recovery_steps: int
     recovery_seconds: float
@@ -72,8 +72,9 @@ class Cuts:
                 shutil.rmtree(path, ignore_errors=True)
             self._folder.mkdir(parents=True, exist_ok=True)
             stand.model.save_pretrained(partial)
-            record = _Record(self._key, _sizes(partial), stand.kept, stand.recovery_steps, stand.recovery_seconds)
+            record = _Record(self._key, stand.kept, stand.recovery_steps, stand.recovery_seconds)
             (partial / _RECORD).write_bytes(msgspec.json.encode(record))
+            seal(partial)
             partial.rename(place)
             sync_folder(self._folder)
             shutil.rmtree(self._place(stand.step - 1), ignore_errors=True)
@@ -92,7 +93,7 @@ class Cuts:
                 record = msgspec.json.decode((place / _RECORD).read_bytes(), type=_Record)
             except (OSError, ValueError):
                 continue
-            if record.key == self._key and _sizes(place) == record.files:
+            if record.key == self._key and sealed(place):
                 model = type(like).from_pretrained(place, dtype=torch.float32, local_files_only=True)
                 model = model.to(like.device).eval().requires_grad_(False)
                 return Stand(model, step, record.kept, record.recovery_steps, record.recovery_seconds)
@@ -107,8 +108,3 @@ class Cuts:
 
     def _recovery(self, step: int) -> Path:
         return self._folder / f"recovery-{step}"
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    """Of a cut's files, in bytes, but for the record."""
-    return {path.name: path.stat().st_size for path in folder.iterdir() if path.name != _RECORD}

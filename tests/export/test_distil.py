@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import msgspec
@@ -114,6 +115,18 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(setting, tmp_path, opti
     assert weights_of(tmp_path / "parts") == weights_of(tmp_path / "whole")
     assert (parts.steps, parts.training_loss, parts.held_out) == (whole.steps, whole.training_loss, whole.held_out)
     assert parts.held_out_before == whole.held_out_before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_beginning_that_is_not_whole_is_made_again(setting, tmp_path, name):
+    """A file that a power cut had shortened ended in a safetensors or a JSON error, at every further try."""
+    recipe = recipe_in(setting, steps=2)
+    whole = distil(recipe, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        distil(recipe, tmp_path / "parts", progress=Stop("distil", 1).progress())
+    (start,) = (tmp_path / ".parts.distilling").glob("start-*")
+    os.truncate(start / name, 100)
+    assert distil(recipe, tmp_path / "parts").held_out == whole.held_out
 
 
 @pytest.mark.parametrize("change", [{"loss": "reverse"}, {"loss": "skewed"}, {"loss": "total-variation"},

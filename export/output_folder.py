@@ -27,6 +27,8 @@ def prepare(output: Path) -> None:
     with storage_errors(f"making a folder for {output}"):
         if output.exists():
             raise InputError(f"{output}: is there already", "Choose another folder, or remove it.")
+        if file := next((path for path in output.parents if path.exists() and not path.is_dir()), None):
+            raise InputError(f"{output}: {file} is a file", "Choose another folder.")
         output.parent.mkdir(parents=True, exist_ok=True)
 
 

@@ -51,9 +51,11 @@ def distill(
     import msgspec
 
     from edgemix.compression import Student
+    from edgemix.export.output_folder import prepare
     from edgemix.recipe import load_recipe
 
-    loaded = load_recipe(recipe)  # its mistakes shall not wait for torch
+    loaded = load_recipe(recipe)  # mistakes shall not wait for torch
+    prepare(student)
     given = {name: value for name, value in (("minutes", minutes), ("steps", steps)) if value is not None}
     wanted = msgspec.structs.replace(loaded.student or Student(), **given)
     with console.progress.stage("import torch"):

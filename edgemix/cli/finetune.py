@@ -108,7 +108,10 @@ def finetune(
     if is_recipe:
         _finetune_recipe(console, Path(base), output, domains, separate=separate, **options)
         return
+    from edgemix.export.output_folder import prepare
+
     documents = [document for file in (domains or {}).values() for document in file]
+    prepare(output)  # mistakes shall not wait for torch
     with console.progress.stage("import torch"):
         from edgemix.export.finetune import finetune as train
 
@@ -123,9 +126,11 @@ def finetune(
 def _finetune_recipe(
     console: Console, path: Path, output: Path, texts: dict[str, list[str]] | None, **options: Any
 ) -> None:
+    from edgemix.export.output_folder import prepare
     from edgemix.recipe import load_recipe
 
-    recipe = load_recipe(path)  # its mistakes shall not wait for torch
+    recipe = load_recipe(path)  # mistakes shall not wait for torch
+    prepare(output)
     with console.progress.stage("import torch"):
         from edgemix.export.joint_finetuning import finetune_mixture
 

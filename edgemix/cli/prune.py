@@ -99,12 +99,14 @@ def prune(
     run that was stopped goes on when it is started again.
     """
     from edgemix.compression import Pruning, check_pruning
+    from edgemix.export.output_folder import prepare
 
     pruning = Pruning(**shares)
     if not (pruning.layers or pruning.ffn or pruning.heads or pruning.zeros):
         raise click.UsageError("Nothing to cut: give --layers, --ffn, --heads, --sparsity or --pattern 2:4.")
     check_pruning(pruning)
     domains = read_files(texts, template)
+    prepare(output)  # mistakes shall not wait for torch
     with console.progress.stage("import torch"):
         from edgemix.export.pruning.prune import prune as run
         from edgemix.export.pruning.report import SPEED

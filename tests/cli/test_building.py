@@ -341,3 +341,17 @@ def test_distill_interrupted(library, recipe):
 
     assert result.exit_code == 130
     assert "run the same command to go on" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("finetune", "RECIPE"), ("finetune", "base", "RECIPE"), ("distill", "RECIPE"),
+     ("prune", "base", "--text", "RECIPE", "--ffn", "0.5")],
+)  # fmt: skip
+def test_a_place_that_is_taken_is_told_at_once(recipe, command):
+    """It was told after torch had been imported, many seconds later."""
+    result = run(*(recipe if word == "RECIPE" else word for word in command), "-o", recipe.parent)
+
+    assert result.exit_code == 2
+    assert "is there already" in result.stderr
+    assert "import torch" not in result.stderr

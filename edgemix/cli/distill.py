@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,8 @@ def distill(
 
     changed = msgspec.structs.replace(loaded, student=wanted)
     report = distil(changed, student, bundle=bundle, progress=console.progress)
+    if os.environ.get("RANK", "0") != "0":  # of the processes that accelerate launches, the first one tells
+        return
     if console.as_json:
         console.document({"student": student, **msgspec.to_builtins(report)})
         return

@@ -334,6 +334,15 @@ def test_distill(library, recipe):
     assert (told["student"], told["held_out"]) == ("student", 1.5)
 
 
+def test_of_several_processes_that_distil_one_tells(library, recipe, monkeypatch):
+    """Each printed the report, so that --json was as many documents."""
+    library("edgemix.export.distillation.distil", "distil", Distilled())
+    monkeypatch.setenv("RANK", "0")
+    assert json.loads(run("distill", recipe, "-o", "student", "--json").stdout)["steps"] == 1000
+    monkeypatch.setenv("RANK", "1")
+    assert run("distill", recipe, "-o", "student", "--json").stdout == ""
+
+
 def test_distill_interrupted(library, recipe):
     library("edgemix.export.distillation.distil", "distil", KeyboardInterrupt())
 

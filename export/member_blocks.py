@@ -56,7 +56,7 @@ class MemberBlocks:
             InputError: The member cannot be read, or its structure is not known.
         """
         form, quantization = self._models.format(spec), self._models.quantization(spec)
-        if eight_bit is None and form in _BITS and (kept := self._repacked(spec, _BITS[form])) is not None:
+        if eight_bit is None and form in _BITS and (kept := self.repacked(spec, _BITS[form])) is not None:
             return kept
         if form != "int4" or quantization.algorithm in ("rtn", "hqq"):
             return None
@@ -85,7 +85,7 @@ class MemberBlocks:
             self._checkpoint(spec, key).remove()
         return BlockTable.load(path)
 
-    def _repacked(self, spec: MemberRecipe, bits: Literal[4, 8]) -> BlockTable | None:
+    def repacked(self, spec: MemberRecipe, bits: Literal[4, 8]) -> BlockTable | None:
         """The blocks that a member's GGUF file has itself, if its weights come as they are and all have some."""
         location = locate(spec.model, self._recipe.folder)
         own = self._models.quantization(spec)

@@ -159,7 +159,7 @@ class _Export:
         planner = Planner(recipe, kept, tokenizer, models=models, trials=trials, writer=writer, progress=progress)
         found = planner.plan(budget)
         self._take(decided(recipe, found))
-        self._eight_bits = {member.name: member.eight_bits for member in found.members}
+        self._eight_bits = {member.name: member.eight_bits for member in found.members if member.eight_bits}
         judge = partial(verdict, budget=budget, found=found, folder=writer.folder, prompt=planner.prompt)
         return partial(judge, forced=self._force, progress=progress)
 

@@ -41,7 +41,7 @@ class Measured(msgspec.Struct, frozen=True):
         bytes: Of its graph on disk, by format.
         groups: Names of the linears that must have the same bits.
         shapes: [out, in] of each linear.
-        losses: Of each linear by bits; see `sensitivity.costs`.
+        losses: Of each linear by bits; see `sensitivity.costs`. A GGUF file's own 4 bits lose nothing.
         sparse: Whether graphs are stored without their zeros.
     """
 
@@ -95,13 +95,17 @@ class Trials:
         if found is None:
             record, member = self._graphs.make(spec), self._models.load(spec)
             parts = layout(member.model)
-            losses = self._blocks.costs(spec, member)
+            linears, kept = parts.linears(), self._blocks.repacked(spec, 4)
+            losses = {name: {4: 0.0, 8: 0.0} for name in linears} if kept else self._blocks.costs(spec, member)
             half = self._recipe.target == "cuda"
             found = Measured(
                 facts=msgspec.structs.replace(record.facts, dtype="float16" if half else "float32"),
-                bytes={form: self._make(spec, form, form, sparse=record.sparse) for form in CHOICES},
+                bytes={
+                    form: self._make(spec, form, form, table=kept if form == "int4" else None, sparse=record.sparse)
+                    for form in CHOICES
+                },
                 groups=tuple(group for layer in parts.layers for group in layer.groups()),
-                shapes={name: tuple(part.weight.shape) for name, part in parts.linears().items()},
+                shapes={name: tuple(part.weight.shape) for name, part in linears.items()},
                 losses=losses,
                 sparse=record.sparse,
             )

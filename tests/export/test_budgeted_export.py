@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 from distillation_setting import recipe_in, write_setting
+from test_member_blocks import recipe as gguf_recipe
 
 from edgemix.bundle import read_manifest, verify_bundle
 from edgemix.compression import Pruning, Quantization, Student
@@ -144,6 +145,16 @@ def test_members_with_a_format_of_their_own_keep_it(folder: Path, ends, tmp_path
 def test_what_a_budget_cannot_do_is_refused(folder: Path, tmp_path: Path, changes: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         export_bundle(recipe(folder, **changes), tmp_path / "bundle", budget=Budget(10**6))
+
+
+def test_a_gguf_file_that_fits_keeps_its_own_quantisation(tmp_path: Path, monkeypatch) -> None:
+    for name in ("distill_blocks", "costs"):
+        monkeypatch.setattr(member_blocks, name, None)
+    built = gguf_recipe(tmp_path / "m", {}, "Q4_0", format="int8")
+    manifest = export_bundle(built, tmp_path / "b", budget=Budget(10**7))
+    assert [(member.format, member.eight_bits) for member in manifest.members] == [("int4", 0)]
+    assert manifest.budget.chosen.loss == 0
+    assert size(tmp_path / "b") == pytest.approx(manifest.budget.chosen.bytes, rel=0.02)  # a short curve
 
 
 def test_a_student_counts(folder: Path, ends, tmp_path: Path) -> None:

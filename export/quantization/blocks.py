@@ -44,8 +44,10 @@ class Blocks:
 
     @property
     def inputs(self) -> int:
-        """How many inputs the stored product has: K, and the sums, filled up to a multiple of 8 for CUDA's kernels."""
-        return self.columns + self.sums + -self.sums % 8
+        """Of the stored product: K and the sums, with whole blocks where their number is none that CUDA's kernels take,
+        a multiple of 8.
+        """
+        return self.codes.shape[1] * self.block if self.sums % 8 else self.columns + self.sums
 
     def dequantized(self) -> Matrix:
         """The float matrix [N, K] that the blocks stand for."""
@@ -83,7 +85,8 @@ Quantizer: TypeAlias = Callable[[Matrix], Blocks]
 def joined(parts: Sequence[Blocks]) -> Blocks:
     """Matrices of equal columns and blocks, one below the other: the weights stay, in the width of the widest."""
     if len({part.sums for part in parts}) > 1:
-        parts = [_with_sums(part) for part in parts]
+        wide = next(part for part in parts if part.sums)
+        parts = [_with_sums(part, wide) for part in parts]
     if len({part.bits for part in parts}) > 1:
         parts = [part.widened() for part in parts]
     zero_points = None
@@ -101,18 +104,18 @@ def cut(weight: Matrix, block: int) -> Matrix:
     return padded.reshape(rows, -1, block)
 
 
-def _with_sums(blocks: Blocks) -> Blocks:
-    """The same weights with columns for sums, zeros where there were none."""
+def _with_sums(blocks: Blocks, wide: Blocks) -> Blocks:
+    """The same weights with columns for sums as other blocks have them, zeros where there were none."""
     if blocks.sums:
         return blocks
-    sums, middle = blocks.codes.shape[1], 2 ** (blocks.bits - 1)
-    behind = (0, 0), (0, -(-sums // blocks.block))
+    middle = 2 ** (blocks.bits - 1)
+    behind = (0, 0), (0, wide.codes.shape[1] - blocks.codes.shape[1])
     return replace(
         blocks,
         codes=np.pad(blocks.codes, (*behind, (0, 0)), constant_values=middle),
         scales=np.pad(blocks.scales, behind, constant_values=1),
         zero_points=np.pad(_zero_points(blocks), behind, constant_values=middle),
-        sums=sums,
+        sums=wide.sums,
     )
 
 

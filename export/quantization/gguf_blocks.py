@@ -10,6 +10,11 @@ step for all weights of a block alike, is what plain rounding of a Q4_1 file los
     y = sum_k w_k x_k = sum_b [ d_b sum_{k in b} (q_k - z_b) x_k  +  r_b sum_{k in b} x_k ],
 
 so the r are columns of their own in 4-bit blocks (see `Blocks.sums`) and the sums of x are their inputs.
+
+Measured on SmolLM2-135M (Q4_1, its embedding Q8_0), WikiText-2 test: fp32 26.92, rounded again 33.51, repacked 26.99;
+with activations in float, 26.93. The graph has 100 MB (94 rounded) and runs at 0.90 of the rounded one's decoding rate,
+0.98 of its prefill, 1.0 of its reading of 8 tokens. Exact r, as a float product of the sums that is added to every
+linear's, reach no better perplexity (27.02) and decode 2% slower.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ import numpy as np
 from edgemix.errors import InputError
 from edgemix.export.members import reading
 from edgemix.export.quantization.block_table import BlockTable
-from edgemix.export.quantization.blocks import Blocks
+from edgemix.export.quantization.blocks import Blocks, cut
 from edgemix.export.quantization.rtn import rtn
 
 if TYPE_CHECKING:
@@ -31,7 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemix.export.members import Location
-    from edgemix.export.quantization.blocks import Half
+    from edgemix.export.quantization.blocks import Half, Matrix
 
 _BLOCK = 32
 
@@ -82,7 +87,7 @@ def _q4_1(stored: NDArray[np.uint8]) -> Blocks:
     rest = minima + zero * steps
     if not rest.any():
         return blocks
-    behind = rtn(rest, bits=4, block=_BLOCK, symmetric=False)
+    behind = rtn(_filled(rest), bits=4, block=_BLOCK, symmetric=False)
     return replace(
         blocks,
         codes=np.concatenate([blocks.codes, behind.codes], axis=1),
@@ -90,6 +95,16 @@ def _q4_1(stored: NDArray[np.uint8]) -> Blocks:
         zero_points=np.concatenate([zero, behind.zero_points], axis=1),
         sums=rest.shape[1],
     )
+
+
+def _filled(rest: Matrix) -> Matrix:
+    """With zeros behind, where they make products faster: ONNX Runtime's kernels take four blocks of a row at a time,
+    and each that is left over costs as much as four.
+    """
+    blocks = -(-rest.shape[1] // _BLOCK)
+    if rest.shape[1] % 8 and (rest.shape[1] + blocks) % 4 == 3:
+        blocks += 1
+    return cut(rest, blocks * _BLOCK)[:, 0]
 
 
 def _q8_0(stored: NDArray[np.uint8]) -> Blocks:

@@ -125,6 +125,15 @@ def test_minima_that_whole_zero_points_say_need_no_sums(tmp_path: Path) -> None:
     np.testing.assert_array_equal(blocks.dequantized(), weight)
 
 
+@pytest.mark.parametrize(("columns", "stored", "inputs"), [(576, 20, 640), (896, 29, 928), (1536, 50, 1584)])
+def test_sums_fit_the_kernels(columns: int, stored: int, inputs: int, tmp_path: Path) -> None:
+    """Multiples of 8 for CUDA; four blocks at a time for CPUs, if one more makes them so."""
+    packed = pack(np.random.default_rng(0).standard_normal((16, columns)).astype(np.float32), "Q4_1")
+    blocks = gguf_blocks(write_one(tmp_path, packed, "Q4_1"), 4).find(gguf.dequantize(packed, Kind.Q4_1))
+    assert blocks is not None
+    assert (blocks.codes.shape[1], blocks.inputs) == (stored, inputs)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_linear_that_was_loaded_is_found(kind: str, tmp_path: Path) -> None:
     """Queries and keys too, whose rows llama.cpp keeps in another order."""

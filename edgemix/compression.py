@@ -14,6 +14,8 @@ from edgemix.yaml_reader import Problem, Where
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_ABOVE_ZERO = 1e-9
+
 Algorithm = Literal["auto", "distil", "gptq", "rtn", "hqq"]
 Divergence = Literal["forward", "reverse", "skewed", "total-variation"]
 
@@ -140,7 +142,7 @@ def pruning_problems(pruning: Pruning, where: Where) -> Iterator[Problem]:
     if pruning.pattern == "2:4" and pruning.sparsity not in (0.0, 0.5):
         yield Problem((*where, "sparsity"), f"is {pruning.sparsity}; two of every four weights is 0.5")
     if not (pruning.layers or pruning.ffn or pruning.heads or pruning.zeros):
-        yield Problem(where, "removes nothing; give a share of layers, ffn, heads or of weights (sparsity)")
+        yield Problem(where, "this removes nothing; give a share of layers, ffn, heads or of weights (sparsity)")
 
 
 def check_pruning(pruning: Pruning) -> None:
@@ -159,20 +161,19 @@ def student_problems(student: Student, members: list[str], where: Where) -> Iter
         yield Problem((*where, "prune"), "a student made from a config has nothing to cut; leave one of them out")
     if student.loss not in get_args(Divergence):
         yield Problem((*where, "loss"), f"is {student.loss!r}; it may be {', '.join(get_args(Divergence))}")
-    above_zero = 1e-9
     yield from _bounds(
         {
             "alpha": (student.alpha, 0, 1),
             "temperature": (student.temperature, 0.05, 100),
-            "skew": (student.skew, above_zero, 1 - above_zero),
+            "skew": (student.skew, _ABOVE_ZERO, 1 - _ABOVE_ZERO),
             "samples": (student.samples, 0, 1),
             "top_k": (student.top_k, 1, 1 << 16),
-            "minutes": (student.minutes, above_zero, math.inf),
+            "minutes": (student.minutes, _ABOVE_ZERO, math.inf),
             "steps": (student.steps, 1, 1 << 40),
             "batch": (student.batch, 1, 1 << 16),
             "accumulate": (student.accumulate, 1, 1 << 16),
             "length": (student.length, 2, 1 << 20),
-            "learning_rate": (student.learning_rate, above_zero, 10),
+            "learning_rate": (student.learning_rate, _ABOVE_ZERO, 10),
         },
         where,
     )
@@ -183,5 +184,12 @@ def student_problems(student: Student, members: list[str], where: Where) -> Iter
 def _bounds(values: dict[str, tuple[float | None, float, float]], where: Where) -> Iterator[Problem]:
     for name, (value, low, high) in values.items():
         if value is not None and not (low <= value <= high and math.isfinite(value)):
-            top = "no more than a number" if math.isinf(high) else f"{high:g}"
-            yield Problem((*where, name), f"is {value}; it may be {low:g} to {top}")
+            yield Problem((*where, name), f"is {value}; it may be {_range(low, high)}")
+
+
+def _range(low: float, high: float) -> str:
+    if low != _ABOVE_ZERO:
+        return f"{low:g} or more" if math.isinf(high) else f"{low:g} to {high:g}"
+    if math.isinf(high):
+        return "any number above 0"
+    return "a number between 0 and 1" if high < 1 else f"a number above 0, up to {high:g}"

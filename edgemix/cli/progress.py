@@ -20,12 +20,16 @@ if TYPE_CHECKING:
     from edgemix.progress import Task
 
 
+EVERY = 60.0
+"""Seconds between two lines on a stage that goes on."""
+
+
 class Lines:
-    """A line on stderr when a stage ends."""
+    """A line on stderr when a stage ends, and one a minute until then."""
 
     @contextmanager
-    def stage(self, title: str, total: float | None = None) -> Iterator[Task]:  # noqa: ARG002 - a log shows no share
-        begun, task = time.monotonic(), _Noted()
+    def stage(self, title: str, total: float | None = None) -> Iterator[Task]:
+        begun, task = time.monotonic(), _Line(self, title, total)
         yield task
         self.say(_ended(title, time.monotonic() - begun, task.note))
 
@@ -72,13 +76,31 @@ class Bars:
 
 
 class _Noted:
-    """A stage that remembers its last note and shows nothing."""
+    """A stage that remembers its last note."""
 
     def __init__(self) -> None:
         self.note = ""
 
     def advance(self, amount: float = 1.0, note: str = "") -> None:  # noqa: ARG002 - see Task
         self.note = note or self.note
+
+
+class _Line(_Noted):
+    """A stage that tells now and then how far it is."""
+
+    def __init__(self, lines: Lines, title: str, total: float | None) -> None:
+        super().__init__()
+        self._lines, self._title, self._total = lines, title, total
+        self._done, self._told = 0.0, time.monotonic()
+
+    def advance(self, amount: float = 1.0, note: str = "") -> None:
+        super().advance(amount, note)
+        self._done += amount
+        if time.monotonic() - self._told < EVERY:
+            return
+        self._told = time.monotonic()
+        share = f"{min(self._done / self._total, 1):.0%}" if self._total else "under way"
+        self._lines.say(f"{self._title}: {share}" + (f" ({self.note})" if self.note else ""))
 
 
 class _Bar(_Noted):

@@ -96,14 +96,15 @@ def most_sensitive(found: Mapping[str, Mapping[int, float]], parts: Layout, shar
 
     def worth(group: tuple[str, ...]) -> float:
         saved = sum(found[name][4] - found[name][8] for name in group)
-        return saved / sum(sizes[name] for name in group)
+        return float(saved / sum(sizes[name] for name in group))
 
     groups = sorted((group for layer in parts.layers for group in layer.groups()), key=worth, reverse=True)
-    room, taken = share * sum(sizes.values()), []
+    room: float = share * sum(sizes.values())
+    taken: set[str] = set()
     for group in groups:
         if room <= 0:
             break
-        taken += group
+        taken |= {*group}
         room -= sum(sizes[name] for name in group)
     return tuple(name for name in linears if name in taken)
 

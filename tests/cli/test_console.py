@@ -51,6 +51,28 @@ def test_text_cannot_steer_the_terminal(capsys):
     assert printable("tab\t, line\r\n") == "tab\t, line\r\n"
 
 
+def test_a_long_stage_tells_how_far_it_is(capsys, monkeypatch):
+    """In a log, distillation said nothing for 45 minutes."""
+    now = 0.0
+    monkeypatch.setattr("edgemix.cli.progress.time.monotonic", lambda: now)
+    with Lines().stage("distil", 200) as task:
+        for step in range(200):
+            now += 1
+            task.advance(note=f"step {step + 1}")
+    with Lines().stage("teacher") as task:
+        now += 61
+        task.advance()
+
+    assert capsys.readouterr().err.splitlines() == [
+        "distil: 30% (step 60)",
+        "distil: 60% (step 120)",
+        "distil: 90% (step 180)",
+        "distil: 200.0 s (step 200)",
+        "teacher: under way",
+        "teacher: 61.0 s",
+    ]
+
+
 def test_plain_lines_at_the_end_of_stages(capsys):
     progress = Lines()
     with progress.stage("outer", 2) as outer:

@@ -89,7 +89,8 @@ class Student(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         start: The member that it is cut from; without it, the one of the largest weight.
         config: A folder with a config.json of its own: the student then starts from random weights.
-        prune: What is cut from the start; None takes the defaults, about a third of its decoding time.
+        prune: What is cut from the start, at once: its `steps` and `recover` do not count, as the student learns from
+            the mixture anyway. None takes the defaults, about a third of its decoding time.
         format: Of its graph.
         loss: D: KL(p_mix || p_s), KL(p_s || p_mix), KL(p_mix || (1 - skew) p_s + skew p_mix), or half the L1 distance.
         alpha: Share of the mixture in the loss, against that of the text.

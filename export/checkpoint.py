@@ -29,13 +29,14 @@ class State:
         steps: Optimiser steps taken.
         seconds: Time that they took, over all runs.
         loss: Running mean of the training loss, nats a token.
-        measured: How often the validation loss was due; `best` is the lowest so far, `stale` counts those since.
+        measured: How often the validation loss was due, the start not counted; `best` is the lowest so far, `stale`
+            counts those since.
     """
 
     steps: int = 0
     seconds: float = 0.0
     loss: float = math.nan
-    measured: int = 0
+    measured: int = -1
     best: float = math.inf
     stale: int = 0
 

@@ -68,11 +68,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class Validation:
-    """A loss on text that is held out, measured while training goes on. What measured best is what training ends with.
+    """A loss on text that is held out, measured before the first step and while training goes on. What measured best is
+    what training ends with.
 
     Attributes:
         measure: The loss with the parameters as they are.
-        times: How often, over the whole budget.
+        times: How often, over the whole budget, the start not counted.
         patience: Training ends early after so many measurements in a row without a new best one.
     """
 

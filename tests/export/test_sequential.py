@@ -53,6 +53,7 @@ def test_linears_get_the_bits_that_they_are_given():
     ):
         bits = {name: each.bits for name, each in found(model, table).items()}
         assert {name for name, each in bits.items() if each == 8} == set(names)
+        assert divergence(model, values(found(model, table))) < divergence(model, rounded(model, names))
 
 
 def test_training_may_go_on_from_gptq():

@@ -232,7 +232,7 @@ def test_accumulated_gradients_are_a_larger_batchs():
 def test_the_best_parameters_are_kept_and_training_ends_early():
     """The validation loss falls, then rises: training ends, with the parameters that were best."""
     run, seen = Quadratic(), []
-    losses = [5.0, 4.0, 3.0, 3.5, 3.2, 3.1, 0.0]
+    losses = [6.0, 5.0, 4.0, 3.0, 3.5, 3.2, 3.1, 0.0]
 
     def measure():
         seen.append(run.parameters["p"].detach().clone())
@@ -240,14 +240,23 @@ def test_the_best_parameters_are_kept_and_training_ends_early():
 
     state = run.train(40, validation=Validation(measure, times=10, patience=3))
     assert (state.steps, state.best, state.stale) == (24, 3.0, 3)
-    assert torch.equal(run.parameters["p"], seen[2])
-    assert not torch.equal(seen[2], seen[5])
+    assert torch.equal(run.parameters["p"], seen[3])
+    assert not torch.equal(seen[3], seen[6])
+
+
+def test_what_learning_makes_worse_stays_as_it_was():
+    """A student that began with a held-out loss of 0.6 was kept with one of 3.1."""
+    run, losses = Quadratic(), [0.6]
+    start = run.parameters["p"].detach().clone()
+    state = run.train(4, validation=Validation(lambda: losses.append(losses[-1] + 1) or losses[-1], times=4))
+    assert state.steps == 4
+    assert torch.equal(run.parameters["p"], start)
 
 
 def test_the_last_step_is_measured_too():
     run, seen = Quadratic(), []
     run.train(7, validation=Validation(lambda: -float(len(seen.append(0) or seen)), times=3))
-    assert len(seen) == 3
+    assert len(seen) == 4
     plain = Quadratic()
     plain.train(7)
     assert torch.equal(run.parameters["p"], plain.parameters["p"])

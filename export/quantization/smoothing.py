@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """On SmolLM2-135M 0.4 to 0.5 is best for attention's inputs, 0.7 for the gates', 0.5 for the products'."""
 
+APART = (1, 2, 4, 8, 16, 32)
+"""Numbers of channels that are tried to be set apart; a sixteenth of all at most, or nothing is gained."""
+
 _NORMS: Mapping[str, tuple[int, ...]] = {
     "RMSNormalization": (1,),
     "SimplifiedLayerNormalization": (1,),
@@ -45,11 +48,13 @@ class Smoothing:
         scale: float32 [K], the divisor of the activation; None leaves it as it is.
         error: Mean over tokens of |8-bit products - products|^2 / |products|^2, with the scale.
         spike: The largest |8-bit products - products| of a token, over the median token's |products|.
+        apart: Channels that stay out of the 8-bit products, as their sizes would be a token's only scale.
     """
 
     scale: Matrix | None
     error: float
     spike: float
+    apart: tuple[int, ...] = ()
 
 
 def search(activation: Matrix, maxima: Matrix, weights: Sequence[Matrix], *, foldable: bool) -> Smoothing:
@@ -71,6 +76,30 @@ def search(activation: Matrix, maxima: Matrix, weights: Sequence[Matrix], *, fol
         if found.error < best.error:
             best = found
     return best
+
+
+def set_apart(activation: Matrix, weights: Sequence[Matrix], found: Smoothing, limit: float) -> Smoothing:
+    """Take the largest channels out of the 8-bit products, as few as bring the largest error of a token under a limit
+    (a part of the product in floating point, as in LLM.int8(), Dettmers et al., arXiv 2208.07339).
+
+    Args:
+        activation: float32 [tokens, K], to measure on.
+        weights: The float32 matrices [N, K] that read it.
+        found: From `search`, with a spike above the limit.
+        limit: Of `Smoothing.spike`.
+
+    Returns:
+        `found` as it was if so few do not suffice.
+    """
+    scaled = activation if found.scale is None else activation / found.scale
+    largest = np.argsort(-np.abs(scaled).max(axis=0), kind="stable")
+    exact = [activation @ weight.T for weight in weights]
+    for count in (count for count in APART if 16 * count <= activation.shape[1]):
+        apart = tuple(sorted(largest[:count].tolist()))
+        better = _measure(activation, weights, exact, found.scale, apart)
+        if better.spike <= limit:
+            return better
+    return found
 
 
 def quantize_rows(activation: Matrix) -> Matrix:
@@ -124,16 +153,33 @@ def set_array(value: ir.Value, array: np.ndarray) -> None:
     value.const_value = ir.tensor(np.ascontiguousarray(array, np.float32), name=value.name)
 
 
-def _measure(activation: Matrix, weights: Sequence[Matrix], exact: Sequence[Matrix], scale: Matrix | None) -> Smoothing:
-    rounded = quantize_rows(activation if scale is None else activation / scale)
+def _measure(
+    activation: Matrix,
+    weights: Sequence[Matrix],
+    exact: Sequence[Matrix],
+    scale: Matrix | None,
+    apart: tuple[int, ...] = (),
+) -> Smoothing:
+    scaled = activation if scale is None else activation / scale
+    rounded = quantize_rows(without(scaled, apart))
     lost, power = np.zeros((2, len(activation)), np.float32)
     for weight, product in zip(weights, exact, strict=True):
-        scaled = weight if scale is None else weight * scale
-        stored = rtn(scaled, bits=8, block=scaled.shape[1], symmetric=True).dequantized()
-        lost += ((rounded @ stored.T - product) ** 2).sum(axis=1)
+        whole = weight if scale is None else weight * scale
+        stored = rtn(without(whole, apart), bits=8, block=whole.shape[1], symmetric=True).dequantized()
+        made = rounded @ stored.T + scaled[:, apart] @ whole[:, apart].T
+        lost += ((made - product) ** 2).sum(axis=1)
         power += (product**2).sum(axis=1)
     power = np.maximum(power, np.finfo(np.float32).tiny)
-    return Smoothing(scale, float(np.mean(lost / power)), float(np.sqrt(lost.max() / np.median(power))))
+    return Smoothing(scale, float(np.mean(lost / power)), float(np.sqrt(lost.max() / np.median(power))), apart)
+
+
+def without(matrix: Matrix, columns: Sequence[int]) -> Matrix:
+    """The matrix with zeros in some columns; itself if there are none."""
+    if not columns:
+        return matrix
+    rest = matrix.copy()
+    rest[:, columns] = 0
+    return rest
 
 
 def _product_folds(node: ir.Node) -> list[tuple[ir.Value, int]] | None:

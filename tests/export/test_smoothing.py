@@ -12,12 +12,12 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgemix.export.quantization import smoothing
+from edgemix.export.quantization import dynamic, smoothing
 from edgemix.export.quantization.activations import observe
 from edgemix.export.quantization.dynamic import quantize_dynamic
 from edgemix.export.quantization.emission import block_emitter
 from edgemix.export.quantization.rtn import rtn
-from edgemix.export.quantization.smoothing import divide, folds, multiply, quantize_rows, search
+from edgemix.export.quantization.smoothing import divide, folds, multiply, quantize_rows, search, set_apart
 from edgemix.export.quantization.weights import linears
 from edgemix.progress import SILENT
 
@@ -169,3 +169,41 @@ def test_a_huge_token_keeps_float_activations(tmp_path: Path) -> None:
     path = write_block(tmp_path, spike=1e4)
     _, operators = quantized(tmp_path, path)
     assert operators.count("MatMulNBits") >= 1
+
+
+def test_a_huge_channel_of_one_token_is_set_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All linears keep 8-bit products, and the token's other channels come through."""
+    path = write_block(tmp_path)
+    model = ir.load(path)
+    boost = np.ones((VOCABULARY, INNER), np.float32)
+    boost[5, 7] = 1e4
+    down = model.graph.initializers["down"].const_value.numpy().copy()
+    down[7] /= 1e4
+    model.graph.initializers["boost"].const_value = ir.tensor(boost)
+    model.graph.initializers["down"].const_value = ir.tensor(down)
+    ir.save(model, path)
+    exact = logits(ir.load(path), tmp_path / "exact.onnx")
+    monkeypatch.setattr(smoothing, "ALPHAS", ())
+    found, operators = quantized(tmp_path, path)
+    assert operators.count("MatMulIntegerToFloat") == 4
+    assert operators.count("MatMulNBits") == 0
+    monkeypatch.setattr(smoothing, "APART", ())
+    monkeypatch.setattr(dynamic, "RESISTS", np.inf)
+    whole, _ = quantized(tmp_path, path)
+    lost, before = (np.abs(each - exact)[IDS == 5].mean() for each in (found, whole))
+    assert lost < 0.3 * before
+
+
+def test_as_few_channels_are_set_apart_as_it_takes() -> None:
+    rng = np.random.default_rng(0)
+    activation = rng.standard_normal((200, 96)).astype(np.float32)
+    activation[:3, [5, 40, 41]] *= 1e3
+    weight = rng.standard_normal((INNER, 96)).astype(np.float32)
+    found = search(activation, np.abs(activation).max(axis=0), [weight], foldable=False)
+    better = set_apart(activation, [weight], found, 0.1)
+    assert {5, 40, 41} < set(better.apart)
+    assert len(better.apart) == 4
+    assert better.spike <= 0.1 < found.spike
+    activation[:3] *= 1e3
+    found = search(activation, np.abs(activation).max(axis=0), [weight], foldable=False)
+    assert set_apart(activation, [weight], found, 0.1) is found

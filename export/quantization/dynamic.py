@@ -182,8 +182,8 @@ def _smoothings(
         for activation, largest, rows in zip(activations, maxima, kept, strict=True):
             weights = [linear.matrix() for linear in activation.readers]
             foldable = folds(activation.value, len(activation.readers)) is not None
-            seen = np.concatenate(rows)
-            found = search(seen, largest, weights, foldable=foldable)
-            smoothings.append(found if found.spike <= RESISTS else set_apart(seen, weights, found, RESISTS))
+            sample = np.concatenate(rows)
+            found = search(sample, largest, weights, foldable=foldable)
+            smoothings.append(found if found.spike <= RESISTS else set_apart(sample, weights, found, RESISTS))
             task.advance(1)
     return smoothings

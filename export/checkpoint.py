@@ -29,8 +29,8 @@ class State:
         steps: Optimiser steps taken.
         seconds: Time that they took, over all runs.
         loss: Running mean of the training loss, nats a token.
-        measured: How often the validation loss was due, the start not counted; `best` is the lowest so far, `stale`
-            counts those since.
+        measured: How often the validation loss was due, the start not counted; `best` is the lowest so far, `lowest`
+            that without the start, `stale` counts those since.
     """
 
     steps: int = 0
@@ -38,6 +38,7 @@ class State:
     loss: float = math.nan
     measured: int = -1
     best: float = math.inf
+    lowest: float = math.inf
     stale: int = 0
 
 

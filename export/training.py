@@ -248,9 +248,11 @@ class _Run:
         measured = self.validation.measure()
         with _uninterrupted():
             state.measured = due
-            state.stale += 1
+            if due:  # first steps may lead away from a good start
+                state.stale = 0 if measured < state.lowest else state.stale + 1
+                state.lowest = min(state.lowest, measured)
             if measured < state.best:
-                state.best, state.stale = measured, 0
+                state.best = measured
                 self.best.update({name: each.detach().clone() for name, each in self.parameters.items()})
             state.seconds += time.monotonic() - started
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -55,8 +56,11 @@ if TYPE_CHECKING:
 
 MINUTES = 30.0
 """How long distillation takes where the recipe says nothing."""
-TEACHER_SHARE = 1 / 3
-"""Most of the minutes that the teacher may have; on what it has said by then, the student learns for the rest."""
+READINGS = 3
+"""How often the student reads what the teacher has said, where minutes are limited: they are shared between the two by
+how fast each is. Up to four readings are almost as good as new text (Muennighoff et al., arXiv 2305.16264)."""
+TEACHER_SHARES = (0.1, 0.75)
+"""Least and most of the minutes that the teacher has."""
 
 _MOST_TOKENS = 20_000_000
 _MODEL, _REPORT = "model", "report.json"
@@ -210,9 +214,12 @@ class _Distillation:
         key = self._key(texts)
         if (done := self._done(key)) is not None:
             return done
-        cache, watched = self._ask(texts)
-        spent = cache.spent + watched.spent
+        watched = self._ask_of_held_out(texts)
         model, decoding = self._begin(key, texts, watched)
+        cache = self._cache("training", texts.training).fill(
+            seconds=self._teacher_seconds(model, watched, key), workers=self._workers, progress=self._progress
+        )
+        spent = cache.spent + watched.spent
         before, state = self._train(model, cache, watched, key, spent, watch=bool(len(texts.held_out)))
         report = DistilReport(
             parameters=model.num_parameters(),
@@ -252,19 +259,53 @@ class _Distillation:
             return None
         return done.report if done.key == key and (self._folder / _MODEL).is_dir() else None
 
-    def _ask(self, texts: Texts) -> tuple[TeacherCache, TeacherCache]:
-        """The teacher's word on text to learn from, as much as there is time for, and on text to be watched on."""
-        folder, student = self._folder / "teacher", self._student
+    def _cache(self, name: str, windows: NDArray[np.int64]) -> TeacherCache:
+        student, folder = self._student, self._folder / "teacher" / name
+        return TeacherCache(folder, windows, self._teacher, k=student.top_k, temperature=student.temperature)
 
-        def cache(name: str, windows: NDArray[np.int64]) -> TeacherCache:
-            return TeacherCache(folder / name, windows, self._teacher, k=student.top_k, temperature=student.temperature)
-
+    def _ask_of_held_out(self, texts: Texts) -> TeacherCache:
+        """The teacher's word on text to be watched on."""
         # Too little text to hold some out: what is learned from is watched.
-        watched = cache("held-out", texts.held_out if len(texts.held_out) else texts.training[:8])
-        watched.fill(workers=self._workers, title="teacher, held-out text", progress=self._progress)
-        whole = cache("training", texts.training)
-        seconds = None if self._minutes is None else 60 * self._minutes * TEACHER_SHARE - watched.spent
-        return whole.fill(seconds=seconds, workers=self._workers, progress=self._progress), watched
+        watched = self._cache("held-out", texts.held_out if len(texts.held_out) else texts.training[:8])
+        return watched.fill(workers=self._workers, title="teacher, held-out text", progress=self._progress)
+
+    def _teacher_seconds(self, model: PreTrainedModel, watched: TeacherCache, key: str) -> float | None:
+        """How long the teacher may speak on text to learn from: None where minutes are not limited.
+
+        With t of T seconds for the teacher, v tokens a second, the student, of u tokens a second, reads each of them
+        u (T - t) / (v t) times. What was found once stays, so that a run that goes on reads the same text.
+        """
+        if self._minutes is None:
+            return None
+        path, whole = self._folder / f"shares-{key[:16]}.json", 60 * self._minutes - watched.spent
+        try:
+            share = msgspec.json.decode(path.read_bytes(), type=float)
+        except (FileNotFoundError, msgspec.DecodeError):
+            speed = len(watched.windows) * self._length / max(watched.spent, 1e-6)
+            learning = self._learning_speed(model, watched)
+            least, most = TEACHER_SHARES
+            share = min(max(learning / (learning + READINGS * speed), least), most)
+            if self._workers:  # by the first one's clock
+                found = torch.tensor(share, dtype=torch.float64, device=self._device)
+                share = float(accelerate.utils.broadcast(found))
+            if self._first:
+                with storage_errors(f"writing {path}"):
+                    write_atomically(path, msgspec.json.encode(share))
+        return share * whole
+
+    def _learning_speed(self, model: PreTrainedModel, watched: TeacherCache) -> float:
+        """Tokens that the student learns from in a second, all processes together."""
+        lesson, count = self._lesson(model, watched), min(len(watched.windows), self._student.batch)
+        numbers, seconds = torch.arange(count, device=self._device)[:, None], 0.0
+        model.requires_grad_()
+        with fast_attention(model, self._length):
+            for _ in range(2):  # the first one warms up
+                started = time.monotonic()
+                lesson(numbers).backward()
+                seconds = time.monotonic() - started
+        model.zero_grad()
+        places = self._workers.num_processes if self._workers else 1
+        return count * self._length * places / max(seconds, 1e-6)
 
     def _begin(self, key: str, texts: Texts, watched: TeacherCache) -> tuple[PreTrainedModel, float | None]:
         """The student before it learned, on the device, and its decoding time as a share of its start's."""
@@ -310,12 +351,9 @@ class _Distillation:
             options: dict[str, Any] = {"pattern": prune.pattern, "criterion": prune.criterion}
             sparsify(model, prune.zeros, windows=calibration, progress=self._progress, **options)
 
-    def _train(
-        self, model: PreTrainedModel, cache: TeacherCache, watched: TeacherCache, key: str, spent: float, *, watch: bool
-    ) -> tuple[float, State]:
-        """Let the model learn, in evaluation mode (dropout would blur what the teacher says)."""
+    def _lesson(self, model: PreTrainedModel, cache: TeacherCache) -> Lesson:
         student = self._student
-        lesson = Lesson(
+        return Lesson(
             model,
             cache,
             self._objective,
@@ -325,9 +363,14 @@ class _Distillation:
             k=student.top_k,
             bfloat16=bfloat16_pays(model.device),
         )
-        seconds = None
+
+    def _train(
+        self, model: PreTrainedModel, cache: TeacherCache, watched: TeacherCache, key: str, spent: float, *, watch: bool
+    ) -> tuple[float, State]:
+        """Let the model learn, in evaluation mode (dropout would blur what the teacher says)."""
+        student, lesson, seconds = self._student, self._lesson(model, cache), None
         if self._minutes is not None:
-            seconds = 60 * max(self._minutes - spent / 60, self._minutes * (1 - TEACHER_SHARE) / 2)
+            seconds = 60 * max(self._minutes - spent / 60, self._minutes * (1 - TEACHER_SHARES[1]) / 2)
         model.requires_grad_()
         pruned = student.prune is not None and student.prune.zeros
         with fast_attention(model, self._length), zeros_kept(model) if pruned else nullcontext():

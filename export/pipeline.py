@@ -218,7 +218,7 @@ class _Export:
         key = stage_key(
             graph=self._graphs.key(spec),
             format=self._models.format(spec),
-            quantization=self._models.quantization(spec),
+            quantization=self._models.quantization(spec) if self._models.format(spec) in ("int4", "int8") else None,
             eight_bits=self._eight_bits.get(spec.name),
             data=self._models.data_digest(),
             text=text,

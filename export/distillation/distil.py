@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from edgemix.export.architecture import context_length
 from edgemix.export.checkpoint import Checkpoint
 from edgemix.export.distillation.cache import TeacherCache
 from edgemix.export.distillation.head_loss import distillation_loss
-from edgemix.export.distillation.lesson import Lesson, mean_loss
+from edgemix.export.distillation.lesson import Lesson, learning_speed, mean_loss
 from edgemix.export.distillation.student import SETTLE_TOKENS, new_student
 from edgemix.export.distillation.teacher import RuntimeTeacher, open_teacher
 from edgemix.export.distillation.texts import read_texts
@@ -282,7 +281,9 @@ class _Distillation:
             share = msgspec.json.decode(path.read_bytes(), type=float)
         except (FileNotFoundError, msgspec.DecodeError):
             speed = len(watched.windows) * self._length / max(watched.spent, 1e-6)
-            learning = self._learning_speed(model, watched)
+            batch = min(len(watched.windows), self._student.batch)
+            places = self._workers.num_processes if self._workers else 1
+            learning = places * learning_speed(model, self._lesson(model, watched), batch, self._length)
             least, most = TEACHER_SHARES
             share = min(max(learning / (learning + READINGS * speed), least), most)
             if self._workers:  # by the first one's clock
@@ -292,20 +293,6 @@ class _Distillation:
                 with storage_errors(f"writing {path}"):
                     write_atomically(path, msgspec.json.encode(share))
         return share * whole
-
-    def _learning_speed(self, model: PreTrainedModel, watched: TeacherCache) -> float:
-        """Tokens that the student learns from in a second, all processes together."""
-        lesson, count = self._lesson(model, watched), min(len(watched.windows), self._student.batch)
-        numbers, seconds = torch.arange(count, device=self._device)[:, None], 0.0
-        model.requires_grad_()
-        with fast_attention(model, self._length):
-            for _ in range(2):  # the first one warms up
-                started = time.monotonic()
-                lesson(numbers).backward()
-                seconds = time.monotonic() - started
-        model.zero_grad()
-        places = self._workers.num_processes if self._workers else 1
-        return count * self._length * places / max(seconds, 1e-6)
 
     def _begin(self, key: str, texts: Texts, watched: TeacherCache) -> tuple[PreTrainedModel, float | None]:
         """The student before it learned, on the device, and its decoding time as a share of its start's."""

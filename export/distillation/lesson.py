@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from edgemix.export.adapters import fast_attention
 from edgemix.export.distillation.head_loss import distillation_loss
 from edgemix.export.distillation.samples import write_windows
 from edgemix.export.losses import TopK
@@ -94,6 +96,26 @@ class Lesson:
         ids = write_windows(self._model, text, self._vocabulary, bfloat16=self._bfloat16)
         top = teacher.top_k(ids.cpu().numpy(), self._k, self._temperature)
         return ids, TopK(*(part.to(device) for part in top))
+
+
+def learning_speed(model: PreTrainedModel, lesson: Lesson, batch: int, length: int) -> float:
+    """Tokens a second that a student can learn from; its parameters become trainable, and stay as they are.
+
+    Args:
+        model: The student.
+        lesson: With `batch` windows at least.
+        batch: Windows at once, of `length` tokens.
+        length: Likewise.
+    """
+    numbers, seconds = torch.arange(batch, device=model.device)[:, None], 0.0
+    model.requires_grad_()
+    with fast_attention(model, length):
+        for _ in range(2):  # the first one warms up
+            started = time.monotonic()
+            lesson(numbers).backward()
+            seconds = time.monotonic() - started
+    model.zero_grad()
+    return batch * length / max(seconds, 1e-6)
 
 
 def mean_loss(model: PreTrainedModel, loss: Callable[[Tensor, TopK], Tensor], cache: TeacherCache) -> float:

@@ -165,7 +165,7 @@ def test_minutes_are_shared_between_teacher_and_student(setting, tmp_path, monke
 
     budgets, module_train = [], module.train
     length = recipe_in(setting).student.length
-    monkeypatch.setattr(module._Distillation, "_learning_speed", lambda *_: 6 * 2 * length / 4.0)
+    monkeypatch.setattr(module, "learning_speed", lambda *_: 6 * 2 * length / 4.0)
     monkeypatch.setattr("edgemix.export.distillation.cache._SHARD", 2)
     monkeypatch.setattr(TeacherCache, "_seconds", seconds)
     monkeypatch.setattr(TeacherCache, "_ask", ask)

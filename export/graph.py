@@ -45,7 +45,8 @@ _CUDA_OPSET = 23
 """ONNX Runtime's CUDA provider lacks kernels for what opset 24 revised, such as Cast, Reshape and Shape (its issue
 27729): those nodes would run on the CPU, with copies around each."""
 
-_ALL = 2**62
+_ALL = 2**40
+"""Logits to keep: more than any sequence has, and still a number where a stack of members multiplies it."""
 _LAST = (("end", 2**63 - 1), ("axis", 1))
 
 Gate = Callable[[Path, GraphFacts], "GraphParity"]

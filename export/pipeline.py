@@ -18,7 +18,8 @@ from edgemix.export import shared_tokenizer
 from edgemix.export.budget.planner import Planner, decided, undecided
 from edgemix.export.budget.trials import Trials
 from edgemix.export.budget.verdict import verdict
-from edgemix.export.distillation.distil import make_student
+from edgemix.export.distillation.distil import default_device, make_student
+from edgemix.export.distillation.teacher import teacher_in_export
 from edgemix.export.graph import MODEL_FILE
 from edgemix.export.member_blocks import MemberBlocks
 from edgemix.export.member_graphs import GraphRecord, MemberGraphs
@@ -331,10 +332,12 @@ class _Export:
         return figures
 
     def _student(self, student: Student, manifest: Manifest, text: list[list[int]] | None) -> MemberEntry:
-        """Distil the mixture, with its weights and its graphs as they ship; then a graph is made as for any member."""
-        folder = self._writer.scratch / "distillation"
+        """Distil the mixture with its weights; then a graph is made as for any member."""
+        folder, weights = self._writer.scratch / "distillation", manifest.weights.default
+        specs = {spec.name: spec for spec in self._recipe.members}
         with Mixture.assemble(self._writer.folder, manifest) as mixture:
-            model = make_student(self._recipe, manifest.weights.default, mixture, folder, self._progress)
+            teacher = teacher_in_export(mixture, weights, lambda name: self._models.load(specs[name]), default_device())
+            model = make_student(self._recipe, weights, teacher, folder, self._progress)
         spec = MemberRecipe(STUDENT, str(model), format=student.format)
         entry = self._entry(spec, self._export_member(spec, text, []))
         licences = {member.source.licence for member in manifest.members}

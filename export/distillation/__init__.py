@@ -5,7 +5,7 @@
     distil.make_student(
         recipe: Recipe,               # with recipe.student
         weights: Mapping[str, float], # member name -> share, fitted or given
-        mixture: Mixture,             # the teacher, as it ships
+        teacher: Teacher,             # the mixture, by its graphs or its torch models
         folder: Path,                 # kept between calls: the teacher's cache, the checkpoint and the model lie in it
         progress: Progress = SILENT,
     ) -> Path                         # folder / "model": a Hugging Face folder with the tokenizer, fp32

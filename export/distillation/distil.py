@@ -27,7 +27,7 @@ from edgemix.export.distillation.cache import TeacherCache
 from edgemix.export.distillation.head_loss import distillation_loss
 from edgemix.export.distillation.lesson import Lesson, learning_speed, mean_loss
 from edgemix.export.distillation.student import SETTLE_TOKENS, new_student
-from edgemix.export.distillation.teacher import RuntimeTeacher, open_teacher
+from edgemix.export.distillation.teacher import open_teacher
 from edgemix.export.distillation.texts import read_texts
 from edgemix.export.losses import Objective
 from edgemix.export.members import load_tokenizer, locate
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
     from edgemix.export.distillation.teacher import Teacher
     from edgemix.export.distillation.texts import Texts
     from edgemix.recipe import Recipe
-    from edgemix.runtime import Mixture
 
 MINUTES = 30.0
 """How long distillation takes where the recipe says nothing."""
@@ -136,14 +135,14 @@ def distil(recipe: Recipe, output: Path, *, bundle: Path | None = None, progress
 
 
 def make_student(
-    recipe: Recipe, weights: Mapping[str, float], mixture: Mixture, folder: Path, progress: Progress = SILENT
+    recipe: Recipe, weights: Mapping[str, float], teacher: Teacher, folder: Path, progress: Progress = SILENT
 ) -> Path:
-    """As `distil`, for an export under way: the teacher is the mixture as it ships.
+    """As `distil`, for an export under way.
 
     Args:
         recipe: With a student.
         weights: Member name -> share.
-        mixture: Loaded.
+        teacher: The mixture of these.
         folder: Where the work lies between calls; the same call takes it up, or finds it done.
         progress: Hears of every stage.
 
@@ -155,8 +154,13 @@ def make_student(
     """
     with storage_errors(f"making {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    _Distillation(recipe, weights, RuntimeTeacher(mixture, weights), folder, progress=progress).run()
+    _Distillation(recipe, weights, teacher, folder, progress=progress).run()
     return folder / _MODEL
+
+
+def default_device() -> torch.device:
+    """Where a single process trains."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class _Done(msgspec.Struct, frozen=True):
@@ -194,7 +198,7 @@ class _Distillation:
         self._weights, self._teacher = weights, teacher
         self._folder, self._workers, self._progress = folder, workers, progress
         self._first = workers is None or workers.is_main_process
-        self._device = workers.device if workers else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = workers.device if workers else default_device()
         self._minutes = (
             MINUTES if self._student.minutes is None and self._student.steps is None else self._student.minutes
         )

@@ -132,8 +132,8 @@ class _Task:
     def _slopes_of_some(self, logits: Tensor, targets: Tensor, teacher: TopK) -> Tensor:
         temperature, alpha, count = self.objective.temperature, self.objective.alpha, len(self.targets)
         share, own_share = alpha * temperature / count, (1 - alpha) / count  # T^2, and 1/T from the logits' scale
-        total = torch.zeros((), device=logits.device)
-        shape = (len(logits), logits.shape[1])
+        total, vocabulary = torch.zeros((), device=logits.device), logits.shape[1]
+        shape = (len(logits), vocabulary)
         plain = self.workspace.get("plain", shape, logits) if own_share and temperature != 1 else None
         if plain is not None:
             torch.softmax(logits, -1, out=plain)
@@ -146,8 +146,9 @@ class _Task:
             total -= (1 - alpha) * _log(q.gather(1, targets)).sum()
 
         top = q.gather(1, teacher.ids).float()
-        q.scatter_(1, teacher.ids, 0)
-        tail = q.sum(-1, keepdim=True, dtype=torch.float32).clamp_(min=_TINY)
+        places = teacher.ids + vocabulary * torch.arange(len(q), device=q.device)[:, None]
+        q.view(-1)[places] = 0  # scatter_ would copy all of it
+        tail = q.sum(-1, keepdim=True).float().clamp_(min=_TINY)
         apart, slopes = self._apart(torch.cat([top, tail], 1), teacher)
         total += alpha * temperature**2 * apart
 
@@ -156,7 +157,7 @@ class _Task:
         at_top = share * (slopes[:, :-1] - mass * top) + same * top
         in_tail = share * (slopes[:, -1:] / tail - mass) + same
         torch.mul(q, in_tail.to(q.dtype), out=logits)
-        logits.scatter_(1, teacher.ids, at_top.to(q.dtype))
+        logits.view(-1)[places] = at_top.to(q.dtype)
         if plain is not None:
             logits.add_(plain, alpha=own_share)
         if own_share:

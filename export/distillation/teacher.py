@@ -2,8 +2,8 @@
 
     P(y | x) = sum_i w_i P_i(y | x)
 
-from a bundle's graphs, or from torch models where there is no bundle. Vocabularies' padding is cut off before the
-softmax, as the runtime does.
+from a bundle's graphs, or from torch models where there is no bundle, or where they are faster and the graphs would say
+the same. Vocabularies' padding is cut off before the softmax, as the runtime does.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from edgemix.export.mixture_weights import fit
 from edgemix.export.shared_tokenizer import check_shared, tokenizer_json, tokenizer_size
 from edgemix.export.text import windows
 from edgemix.export.token_loss import bfloat16_pays, plain_head
+from edgemix.export.training import fingerprint
 from edgemix.progress import SILENT, Progress
 from edgemix.runtime import Mixture
 from edgemix.runtime.mixing import normalise
@@ -32,7 +33,7 @@ from edgemix.text_files import read_documents
 from edgemix.tokenizer_identity import TokenizerIdentity
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -40,14 +41,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from edgemix.export.members import LoadedMember
+    from edgemix.formats import Format
     from edgemix.recipe import Recipe
     from edgemix.runtime.engine import Blend
 
 _ROWS = 64
 """Tokens that are mixed at once: their distributions stay in a CPU's cache."""
 _GPU_ROWS = 1024
-_TOKENS = 1024
-"""Tokens that a torch member reads at once."""
+_TOKENS = 4096
+"""Tokens that a torch member reads at once: with 1,024 it takes a sixth more time."""
+_FAITHFUL: frozenset[Format] = frozenset({"fp32", "fp16", "int8", "int8-dynamic"})
+"""Formats in which a graph's distributions are the torch model's, but for what bfloat16 changes in those too."""
 _BLOCK = 64
 _ROOM = 1.25
 """A GPU needs so many times the weights' bytes, for activations and what else is on it."""
@@ -169,7 +173,8 @@ class TorchTeacher:
         if four_bit:
             quantize_linears(model, self._dtype)
         model = model.to(self._dtype).to(self._device).eval()
-        key = stage_key(member=member.source.sha256, precision=[str(self._dtype), four_bit])
+        read = [member.source.sha256, fingerprint(member.model)]  # which may have been pruned since it was read
+        key = stage_key(member=read, precision=[str(self._dtype), four_bit])
         return _Placed(model, plain_head(model), key)
 
     def _logits(self, placed: _Placed, ids: Tensor) -> Iterator[Tensor]:
@@ -187,6 +192,27 @@ class TorchTeacher:
         members = list(members)
         for some in torch.from_numpy(ids[:, :-1]).to(self._device).split(max(1, _TOKENS // ids.shape[1])):
             yield from zip(*(self._logits(member, some) for member in members), strict=True)
+
+
+def teacher_in_export(
+    mixture: Mixture, weights: Mapping[str, float], load: Callable[[str], LoadedMember], device: torch.device
+) -> Teacher:
+    """The mixture of a bundle that is being made, as a teacher: its torch models where the hardware multiplies
+    bfloat16 and the graphs would say the same (three of SmolLM2-135M on two cores with AMX speak on 910 tokens a
+    second, their int8 graphs on 250), else its graphs.
+
+    Args:
+        mixture: As it ships.
+        weights: Member name -> share.
+        load: Gives a member's torch model by its name.
+        device: Where torch models run.
+    """
+    heavy = [entry for entry in mixture.manifest.members if weights.get(entry.name, 0) > 0]
+    if not bfloat16_pays(device) or not all(entry.format in _FAITHFUL for entry in heavy):
+        return RuntimeTeacher(mixture, weights)
+    teacher = TorchTeacher((load(entry.name) for entry in heavy), mixture.vocabulary, device)
+    teacher.weigh(weights)
+    return teacher
 
 
 class _Placed(NamedTuple):

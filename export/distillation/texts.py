@@ -1,4 +1,8 @@
-"""What the student reads: windows of the recipe's training text, the domains taking turns, and a part held out."""
+"""What the student reads: windows of the recipe's training text, the domains taking turns, and a part held out.
+
+Windows come from anywhere in a domain's text: of long documents taken one after the other, a student that has minutes
+would read three or four.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,8 @@ HELD_OUT = 0.03
 """Share of each domain's training text on which the student is watched."""
 HELD_OUT_TOKENS = 8_192
 """Most tokens of it, over all domains."""
+_TOKENISED = 20_000_000
+"""Most tokens of a domain's text that windows are taken from."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +57,11 @@ def read_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, length: int, 
     """
     training, held_out = [], []
     domains = recipe.data.training
-    share = max(length, HELD_OUT_TOKENS // max(1, len(domains)))
+    share = max(1, HELD_OUT_TOKENS // max(1, len(domains)) // length)
     for domain, source in domains.items():
         rest, kept = split(read_documents(source, recipe.folder), HELD_OUT, seed=recipe.seed)
-        training.append(_whole_windows(rest, tokenizer, length, most_tokens, recipe.seed))
-        held_out.append(_whole_windows(kept, tokenizer, length, share, recipe.seed))
+        training.append(_whole_windows(rest, tokenizer, length, recipe.seed))
+        held_out.append(_whole_windows(kept, tokenizer, length, recipe.seed)[:share])
         if not training[-1]:
             raise InputError(
                 f"data.training.{domain}: less than the {length} tokens of a window",
@@ -66,11 +72,12 @@ def read_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, length: int, 
 
 
 def _whole_windows(
-    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, most_tokens: int, seed: int
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, seed: int
 ) -> list[list[int]]:
     if not any(documents):
         return []
-    found = windows(documents, tokenizer, length, max_tokens=max(length, most_tokens), seed=seed)
+    found = windows(documents, tokenizer, length, max_tokens=_TOKENISED, seed=seed)
+    np.random.default_rng(seed).shuffle(found)
     return [window for window in found if len(window) == length]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 
 import msgspec
@@ -20,7 +22,7 @@ from edgemix.export.distillation.distil import distil, make_student
 from edgemix.export.distillation.head_loss import distillation_loss
 from edgemix.export.distillation.lesson import Lesson, mean_loss
 from edgemix.export.distillation.samples import PROMPT, write_windows
-from edgemix.export.distillation.teacher import open_teacher
+from edgemix.export.distillation.teacher import RuntimeTeacher, open_teacher
 from edgemix.export.distillation.texts import read_texts
 from edgemix.export.losses import Objective
 from edgemix.export.members import load_model, load_tokenizer, locate
@@ -207,15 +209,16 @@ def test_a_bundle_teaches(setting, tmp_path):
     assert ours.held_out == pytest.approx(torchs.held_out, rel=0.02)
 
     with Mixture.load(tmp_path / "bundle", provider="cpu") as mixture:
-        folder = make_student(recipe, mixture.weights, mixture, tmp_path / "work")
+        teacher = RuntimeTeacher(mixture, mixture.weights)
+        folder = make_student(recipe, mixture.weights, teacher, tmp_path / "work")
         assert weights_of(folder) == weights_of(tmp_path / "ours")
         (tmp_path / "work" / "teacher" / "training" / "000000.safetensors").unlink()
-        again = make_student(recipe, mixture.weights, mixture, tmp_path / "work")
+        again = make_student(recipe, mixture.weights, teacher, tmp_path / "work")
         assert again == folder
         assert not (tmp_path / "work" / "teacher" / "training" / "000000.safetensors").exists()
         other = msgspec.structs.replace(recipe, seed=1)
         before = weights_of(folder)
-        assert weights_of(make_student(other, mixture.weights, mixture, tmp_path / "work")) != before
+        assert weights_of(make_student(other, mixture.weights, teacher, tmp_path / "work")) != before
 
 
 def test_a_bundle_with_another_tokenizer_does_not_teach(setting, tmp_path, own_bundle):
@@ -240,6 +243,20 @@ def test_texts_take_turns_and_what_is_held_out_is_not_learned(setting):
     assert not learned & {tuple(window) for window in texts.held_out.tolist()}
     assert len(texts.held_out) >= 2
     assert len(read_texts(recipe_in(setting), tokenizer, LENGTH, 3 * LENGTH).training) == 3
+
+
+def test_a_long_document_gives_windows_from_all_over_it(setting, tmp_path):
+    """A student of few minutes read three or four documents' beginnings, and was watched on one."""
+    tokenizer = load_tokenizer(locate("animals", setting))
+    lines = [f"{i} plus {i} is {2 * i}.\n" for i in range(4000)]
+    for name in TEXTS:
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": "".join(lines)}))
+    texts = read_texts(recipe_in(tmp_path), tokenizer, LENGTH, 8 * LENGTH)
+    for part, spread in ((texts.training, 1000), (texts.held_out, 200)):  # what is held out is a piece or two
+        found = [re.search(r"(\d+) plus \1 is", tokenizer.decode(window)) for window in part]
+        firsts = np.array([int(match[1]) for match in found if match])
+        assert len(firsts) >= 4
+        assert np.ptp(firsts) > spread
 
 
 def test_too_little_text(setting):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from tiny_models import tiny_model
 from edgemix.bundle import Source
 from edgemix.errors import EdgemixError
 from edgemix.export.distillation.cache import TeacherCache
-from edgemix.export.distillation.teacher import RuntimeTeacher, TorchTeacher
+from edgemix.export.distillation.teacher import RuntimeTeacher, TorchTeacher, teacher_in_export
 from edgemix.export.losses import top_k
 from edgemix.export.members import LoadedMember
 from edgemix.runtime import Mixture
@@ -120,6 +122,32 @@ def test_a_bundles_mixture(mixture, chunk, monkeypatch):
     ]
     same_top(top, top_k(torch.from_numpy(np.concatenate(mixed)), 6), rtol=1e-3, atol=1e-3)
     assert teacher.key != RuntimeTeacher(loaded, {"a": 1.0}).key
+
+
+def test_torch_models_teach_in_an_export_where_they_are_faster_and_say_the_same(mixture, members, monkeypatch):
+    loaded, _ = mixture
+    by_name = {member.name: member for member in members}
+
+    def chosen(pays):
+        monkeypatch.setattr("edgemix.export.distillation.teacher.bfloat16_pays", lambda device: pays)
+        return teacher_in_export(loaded, WEIGHTS, by_name.__getitem__, torch.device("cpu"))
+
+    assert isinstance(chosen(pays=False), RuntimeTeacher)
+    teacher = chosen(pays=True)
+    assert isinstance(teacher, TorchTeacher)
+    ids = windows(2)
+    monkeypatch.setattr(teacher, "vocabulary", VOCABULARY)
+    same_top(teacher.top_k(ids, 5, 1.0), teacher_of(members).top_k(ids, 5, 1.0), rtol=0, atol=0)
+    lossy = [msgspec.structs.replace(entry, format="int4") for entry in loaded.manifest.members]
+    monkeypatch.setattr(loaded, "manifest", msgspec.structs.replace(loaded.manifest, members=tuple(lossy)))
+    assert isinstance(chosen(pays=True), RuntimeTeacher)
+
+
+def test_a_pruned_member_is_another_teacher(members):
+    pruned = copy.deepcopy(members)
+    with torch.no_grad():
+        pruned[0].model.get_input_embeddings().weight[0, 0] = 0.0
+    assert teacher_of(pruned).key != teacher_of(members).key
 
 
 def cache(folder, teacher, ids=None, k=8, temperature=1.0):

@@ -1,13 +1,10 @@
-"""W8A8: int8 weights with one scale a row, activations quantised as they come.
+"""W8A8: int8 weights with one scale a row, activations quantised as they come with one scale a token.
 
 A scale for each token makes a token's result independent of what else is in the call (a draft is verified exactly as it
 would be decoded), and one huge token costs the others nothing. ONNX Runtime's integer products take one scale for the
 whole activation, so the token's own scale is divided out before and multiplied in after:
 
     m = max_k |x_k|,   q = round(127 x / m) + 128 (uint8),   y = m (q - 128) W / 127
-
-Where all tokens are of about one size, as behind a normalisation, one scale that calibration text gave serves as well,
-and all but the rounding and the product is saved. It keeps tokens independent, too.
 
 Where a few channels of a few tokens are so large that they would be the only ones to survive (those that attention
 rests on), these channels are multiplied in floating point beside:  y = m (q' - 128) W' / 127 + x_c W_c.
@@ -27,7 +24,7 @@ import onnx_ir as ir
 from edgemix.export.quantization.activations import observe
 from edgemix.export.quantization.emission import CONTRIB, add_half, add_initializer, replace_linear
 from edgemix.export.quantization.rtn import rtn
-from edgemix.export.quantization.smoothing import Smoothing, divide, folds, multiply, search, set_apart, steady, without
+from edgemix.export.quantization.smoothing import Smoothing, divide, folds, multiply, search, set_apart, without
 from edgemix.export.quantization.weights import linears
 
 if TYPE_CHECKING:
@@ -83,19 +80,16 @@ def quantize_dynamic(
             if smoothing.scale is not None:
                 multiply(linear, smoothing.scale)
             if smoothing.spike <= RESISTS:
-                rows.emit(linear, smoothing)
+                rows.emit(linear, smoothing.apart)
             else:
                 outliers(graph, linear)
 
 
 class _Quantized(NamedTuple):
-    """An activation's codes and what one is worth, in units of each token's largest value if there is one, and the
-    channels that are set apart.
-    """
+    """An activation's codes, each token's largest value, and the channels that are set apart."""
 
     codes: ir.Value
-    step: ir.Value
-    largest: ir.Value | None
+    largest: ir.Value
     apart: ir.Value | None
 
 
@@ -112,9 +106,9 @@ class _Rows:
         }
         self._constants = {name: add_initializer(graph, f"rows.{name}", array) for name, array in constants.items()}
 
-    def emit(self, linear: Linear, smoothing: Smoothing) -> None:
-        """Replace a linear; what was found for its activation is the same for all that read it."""
-        matrix, apart = linear.matrix(), smoothing.apart
+    def emit(self, linear: Linear, apart: tuple[int, ...] = ()) -> None:
+        """Replace a linear; the channels `apart`, the same for all that read an activation, stay in floating point."""
+        matrix = linear.matrix()
         blocks = rtn(without(matrix, apart), bits=8, block=matrix.shape[1], symmetric=True)
         # Signed weights: uint8 activations times int8 weights is the fast product on ARM and on x86 with VNNI. On x86
         # without VNNI it adds neighbours up in 16 bits and may saturate, which costs some precision there.
@@ -122,44 +116,37 @@ class _Rows:
         name = linear.weight.name
         codes = add_initializer(self._graph, f"{name}.codes", signed)
         scales = add_half(self._graph, f"{name}.scales", blocks.scales[:, 0])
-        nodes, rows = self._quantize(linear.node.inputs[0], matrix.shape[1], smoothing)
-        inputs = [rows.codes, codes, rows.step, scales, self._constants["middle"]]
-        nodes.append(ir.node("MatMulIntegerToFloat", inputs, domain=CONTRIB))
-        if rows.largest is not None:
-            nodes.append(ir.node("Mul", [nodes[-1].outputs[0], rows.largest]))
+        nodes, rows = self._quantize(linear.node.inputs[0], matrix.shape[1], apart)
+        inputs = [rows.codes, codes, self._constants["step"], scales, self._constants["middle"]]
+        product = ir.node("MatMulIntegerToFloat", inputs, domain=CONTRIB)
+        scaled = ir.node("Mul", [product.outputs[0], rows.largest])
+        nodes = [*nodes, product, scaled]
         if rows.apart is not None:
             # In fp32: what these few inputs are multiplied with must not be rounded.
             kept = add_initializer(self._graph, f"{name}.apart", matrix[:, apart].T)
             beside = ir.node("MatMul", [rows.apart, kept])
-            nodes += [beside, ir.node("Add", [nodes[-1].outputs[0], beside.outputs[0]])]
+            nodes += [beside, ir.node("Add", [scaled.outputs[0], beside.outputs[0]])]
         replace_linear(self._graph, linear, nodes)
 
-    def _quantize(self, value: ir.Value, channels: int, smoothing: Smoothing) -> tuple[list[ir.Node], _Quantized]:
+    def _quantize(self, value: ir.Value, channels: int, apart: tuple[int, ...]) -> tuple[list[ir.Node], _Quantized]:
         """The nodes that quantise an activation, none if they are there already, and what they make."""
         if value in self._quantized:
             return [], self._quantized[value]
         constants, whole, nodes, kept = self._constants, value, list[ir.Node](), None
-        if smoothing.apart:
-            indices = add_initializer(self._graph, f"{whole.name}.apart", np.array(smoothing.apart, np.int64))
+        if apart:
+            indices = add_initializer(self._graph, f"{whole.name}.apart", np.array(apart, np.int64))
             rest = np.ones(channels, np.float32)
-            rest[list(smoothing.apart)] = 0
+            rest[list(apart)] = 0
             taken = ir.node("Gather", [whole, indices], {"axis": -1})
             others = ir.node("Mul", [whole, add_initializer(self._graph, f"{whole.name}.rest", rest)])
             nodes, kept, value = [taken, others], taken.outputs[0], others.outputs[0]
-        step, largest = constants["step"], None
-        if smoothing.step is None:
-            size = ir.node("Abs", [value])
-            maximum = ir.node("ReduceMax", [size.outputs[0], constants["last"]], {"keepdims": 1})
-            largest = maximum.outputs[0]
-            # A token of zeros has no shares, but whatever they are rounded to is multiplied by its largest value, zero.
-            share = ir.node("Div", [value, largest])
-            nodes += [size, maximum, share]
-            value = share.outputs[0]
-        else:
-            step = add_initializer(self._graph, f"{whole.name}.step", np.array(smoothing.step, np.float32))
-        nodes.append(ir.node("QuantizeLinear", [value, step, constants["middle"]]))
-        self._quantized[whole] = _Quantized(nodes[-1].outputs[0], step, largest, kept)
-        return nodes, self._quantized[whole]
+        size = ir.node("Abs", [value])
+        largest = ir.node("ReduceMax", [size.outputs[0], constants["last"]], {"keepdims": 1})
+        # A token of zeros has no shares, but whatever they are rounded to is multiplied by its largest value, zero.
+        share = ir.node("Div", [value, largest.outputs[0]])
+        rounded = ir.node("QuantizeLinear", [share.outputs[0], constants["step"], constants["middle"]])
+        self._quantized[whole] = _Quantized(rounded.outputs[0], largest.outputs[0], kept)
+        return [*nodes, size, largest, share, rounded], self._quantized[whole]
 
 
 def _activations(found: Sequence[Linear]) -> list[_Activation]:
@@ -197,8 +184,6 @@ def _smoothings(
             foldable = folds(activation.value, len(activation.readers)) is not None
             sample = np.concatenate(rows)
             found = search(sample, largest, weights, foldable=foldable)
-            if found.spike > RESISTS:
-                found = set_apart(sample, weights, found, RESISTS)
-            smoothings.append(steady(sample, largest, weights, found))
+            smoothings.append(found if found.spike <= RESISTS else set_apart(sample, weights, found, RESISTS))
             task.advance(1)
     return smoothings

@@ -37,9 +37,6 @@ _NORMS: Mapping[str, tuple[int, ...]] = {
 }
 """Normalisations -> which inputs are their gain and bias [K]."""
 
-STEADY = 2.0
-"""Activations whose products err so many times more with one step for all tokens than with one for each get one."""
-
 _TINY = 1e-5
 
 
@@ -52,14 +49,12 @@ class Smoothing:
         error: Mean over tokens of |8-bit products - products|^2 / |products|^2, with the scale.
         spike: The largest |8-bit products - products| of a token, over the median token's |products|.
         apart: Channels that stay out of the 8-bit products, as their sizes would be a token's only scale.
-        step: What a code is worth for every token; None where each token has a step of its own.
     """
 
     scale: Matrix | None
     error: float
     spike: float
     apart: tuple[int, ...] = ()
-    step: float | None = None
 
 
 def search(activation: Matrix, maxima: Matrix, weights: Sequence[Matrix], *, foldable: bool) -> Smoothing:
@@ -101,38 +96,16 @@ def set_apart(activation: Matrix, weights: Sequence[Matrix], found: Smoothing, l
     exact = [activation @ weight.T for weight in weights]
     for count in (count for count in APART if 16 * count <= activation.shape[1]):
         apart = tuple(sorted(largest[:count].tolist()))
-        better = _measure(activation, weights, exact, found.scale, apart=apart)
+        better = _measure(activation, weights, exact, found.scale, apart)
         if better.spike <= limit:
             return better
     return found
 
 
-def steady(activation: Matrix, maxima: Matrix, weights: Sequence[Matrix], found: Smoothing) -> Smoothing:
-    """Give all tokens one step, that of the largest value in any text, where products stay exact enough: behind a
-    normalisation all tokens are of one size, and finding each token's own costs more than its product.
-
-    Args:
-        activation: float32 [tokens, K], to measure on.
-        maxima: float32 [K], the largest magnitudes of each channel, over more text.
-        weights: The float32 matrices [N, K] that read it.
-        found: With a step for each token; it is what comes back where that is much better.
-    """
-    largest = without((maxima if found.scale is None else maxima / found.scale)[None], found.apart).max()
-    exact = [activation @ weight.T for weight in weights]
-    step = float(np.maximum(largest, np.finfo(np.float32).tiny)) / 127
-    even = _measure(activation, weights, exact, found.scale, apart=found.apart, step=step)
-    return even if even.error <= STEADY * found.error else found
-
-
-def quantize_rows(activation: Matrix, step: float | None = None) -> Matrix:
-    """The activation [tokens, K] after rounding to 8 bits, with the step or one for each token: what the graph's
-    products see.
-    """
-    if step is None:
-        largest = np.maximum(np.abs(activation).max(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
-        rounded: Matrix = np.rint(activation / largest * np.float32(127)) * (largest / np.float32(127))
-    else:
-        rounded = np.clip(np.rint(activation / np.float32(step)), -128, 127) * np.float32(step)
+def quantize_rows(activation: Matrix) -> Matrix:
+    """The activation [tokens, K] after rounding to 8 bits, one scale a token: what the graph's products see."""
+    largest = np.maximum(np.abs(activation).max(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
+    rounded: Matrix = np.rint(activation / largest * np.float32(127)) * (largest / np.float32(127))
     return rounded
 
 
@@ -185,12 +158,10 @@ def _measure(
     weights: Sequence[Matrix],
     exact: Sequence[Matrix],
     scale: Matrix | None,
-    *,
     apart: tuple[int, ...] = (),
-    step: float | None = None,
 ) -> Smoothing:
     scaled = activation if scale is None else activation / scale
-    rounded = quantize_rows(without(scaled, apart), step)
+    rounded = quantize_rows(without(scaled, apart))
     lost, power = np.zeros((2, len(activation)), np.float32)
     for weight, product in zip(weights, exact, strict=True):
         whole = weight if scale is None else weight * scale
@@ -199,8 +170,7 @@ def _measure(
         lost += ((made - product) ** 2).sum(axis=1)
         power += (product**2).sum(axis=1)
     power = np.maximum(power, np.finfo(np.float32).tiny)
-    error, spike = float(np.mean(lost / power)), float(np.sqrt(lost.max() / np.median(power)))
-    return Smoothing(scale, error, spike, apart, step)
+    return Smoothing(scale, float(np.mean(lost / power)), float(np.sqrt(lost.max() / np.median(power))), apart)
 
 
 def without(matrix: Matrix, columns: Sequence[int]) -> Matrix:

@@ -17,7 +17,7 @@ from edgemix.export.quantization.activations import observe
 from edgemix.export.quantization.dynamic import quantize_dynamic
 from edgemix.export.quantization.emission import block_emitter
 from edgemix.export.quantization.rtn import rtn
-from edgemix.export.quantization.smoothing import divide, folds, multiply, quantize_rows, search, set_apart, steady
+from edgemix.export.quantization.smoothing import divide, folds, multiply, quantize_rows, search, set_apart
 from edgemix.export.quantization.weights import linears
 from edgemix.progress import SILENT
 
@@ -207,40 +207,3 @@ def test_as_few_channels_are_set_apart_as_it_takes() -> None:
     activation[:3] *= 1e3
     found = search(activation, np.abs(activation).max(axis=0), [weight], foldable=False)
     assert set_apart(activation, [weight], found, 0.1) is found
-
-
-def steadied(activation: np.ndarray) -> smoothing.Smoothing:
-    weight = np.random.default_rng(1).standard_normal((INNER, activation.shape[1])).astype(np.float32)
-    maxima = np.abs(activation).max(axis=0)
-    found = search(activation, maxima, [weight], foldable=True)
-    return steady(activation, maxima, [weight], found)
-
-
-def test_tokens_of_one_size_share_a_step() -> None:
-    rng = np.random.default_rng(0)
-    activation = rng.standard_normal((200, HIDDEN)).astype(np.float32)
-    activation[:, 3] *= 100
-    found = steadied(activation / np.sqrt(np.square(activation).mean(-1, keepdims=True)))
-    assert found.scale is not None
-    assert found.step is not None
-    activation[7] *= 30
-    assert steadied(activation).step is None
-
-
-def test_a_shared_step_rounds_all_tokens_to_one_grid_and_ends_at_its_last_code() -> None:
-    rows = np.array([[1.0, -0.4, 0.0], [1000.0, -3.0, 2.2]], np.float32)
-    np.testing.assert_allclose(quantize_rows(rows, 0.5), [[1, -0.5, 0], [63.5, -3, 2]])
-
-
-def test_a_shared_step_costs_one_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind the normalisation nothing is divided and multiplied by tokens' sizes, and the logits are as close."""
-    path = write_block(tmp_path, spread=50)
-    exact = logits(ir.load(path), tmp_path / "exact.onnx")
-    found, operators = quantized(tmp_path, path)
-    monkeypatch.setattr(smoothing, "STEADY", 0.0)
-    by_token, more = quantized(tmp_path, path)
-    assert operators.count("QuantizeLinear") == more.count("QuantizeLinear") == 3
-    assert more.count("ReduceMax") == 3
-    assert operators.count("ReduceMax") < 3
-    assert len(more) >= len(operators) + 5  # the normalisation has two readers
-    assert np.abs(found - exact).mean() < 2 * np.abs(by_token - exact).mean()

@@ -118,7 +118,7 @@ class Student(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     top_k: int = 64
     minutes: float | None = None
     steps: int | None = None
-    batch: int = 8
+    batch: int = 4
     accumulate: int = 1
     length: int = 256
     learning_rate: float = 1e-3

@@ -150,8 +150,8 @@ def test_weights_are_fitted_where_the_recipe_says_so(setting, tmp_path):
 
 
 def test_minutes_are_shared_between_teacher_and_student(setting, tmp_path, monkeypatch):
-    """The clock says 4 seconds a shard of 2 windows. A student that learns six times as fast as the teacher speaks
-    reads all of it three times when the teacher has two thirds of the time, and the student what is left.
+    """The clock says 4 seconds a shard of 2 windows. A student that learns four times as fast as the teacher speaks
+    reads all of it twice when the teacher has two thirds of the time, and the student what is left.
     """
 
     def seconds(cache, shard, real=TeacherCache._seconds):
@@ -167,7 +167,7 @@ def test_minutes_are_shared_between_teacher_and_student(setting, tmp_path, monke
 
     budgets, module_train = [], module.train
     length = recipe_in(setting).student.length
-    monkeypatch.setattr(module, "learning_speed", lambda *_: 6 * 2 * length / 4.0)
+    monkeypatch.setattr(module, "learning_speed", lambda *_: 4 * 2 * length / 4.0)
     monkeypatch.setattr("edgemix.export.distillation.cache._SHARD", 2)
     monkeypatch.setattr(TeacherCache, "_seconds", seconds)
     monkeypatch.setattr(TeacherCache, "_ask", ask)

@@ -5,7 +5,7 @@
     position_ids                 int64 [batch, sequence]; absent where the graph derives positions from the mask
     past_key_values.{i}.key      float [batch, kv_heads, past, head_size], and .value
     logits_to_keep               int64 [1], of how many of the last tokens there shall be logits; optional: all of them
-    logits                       float [batch, kept, vocabulary]
+    logits                       float [batch, kept, vocabulary]; of several voices [batch, kept, voices, vocabulary]
     present.{i}.key              float [batch, kv_heads, past + sequence, head_size], and .value
 
 `past`, `sequence`, `kept` and `batch` are dynamic; kv_heads, head_size and vocabulary are fixed in the graph, and the
@@ -65,6 +65,7 @@ class GraphFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         vocabulary: Width of the logits, padding included.
         context: Longest sequence, in tokens, that the model was made for.
         dtype: Element type of the cache and of the logits.
+        voices: For how many members the graph speaks.
     """
 
     exporter: Literal["mobius", "mobius-unfused", "transformers"]
@@ -73,3 +74,4 @@ class GraphFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vocabulary: int
     context: int
     dtype: Literal["float32", "float16"] = "float32"
+    voices: int = 1

@@ -14,6 +14,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 from typing import Any, Literal
 
 import msgspec
@@ -182,6 +183,8 @@ class SparseWeights(_Record, frozen=True):
 class MemberEntry(_Record, frozen=True):
     """One member, or the student: its graph (a path inside the bundle), where it came from, and how close it stayed.
 
+    A graph of several voices is that of as many members, which follow each other in the voices' order.
+
     Attributes:
         fallbacks: Exporter paths tried before `facts.exporter`, each with why it was refused.
         quantization: None for fp32.
@@ -304,6 +307,7 @@ def faults(manifest: Manifest) -> list[str]:
         *([] if 1 <= manifest.schema <= SCHEMA else [f"schema is {manifest.schema}, and edgemix knows 1 to {SCHEMA}"]),
         *_member_faults(manifest),
         *_graph_faults(manifest),
+        *_voice_faults(manifest),
         *_weight_faults(manifest),
         *_tokenizer_faults(manifest),
         *_file_faults(manifest),
@@ -346,6 +350,15 @@ def _graph_faults(manifest: Manifest) -> Iterator[str]:
             yield f"{where}: a share of {entry.eight_bits} in 8 bits"
         if entry.sparse is not None and entry.sparse.size < 1:
             yield f"{where}: its sparse weights would expand to {entry.sparse.size} bytes"
+
+
+def _voice_faults(manifest: Manifest) -> Iterator[str]:
+    for graph, group in groupby(manifest.graphs, key=lambda entry: entry.graph):
+        entries = list(group)
+        voices = {entry.facts.voices for entry in entries}
+        if voices != {len(entries)} or len({entry.facts for entry in entries}) > 1:
+            wanted = ", ".join(map(str, sorted(voices)))
+            yield f"members: the graph {graph!r} has {len(entries)} in a row, and should speak for {wanted}"
 
 
 def _weight_faults(manifest: Manifest) -> Iterator[str]:

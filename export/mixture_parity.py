@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from edgemix.graph_io import GraphFacts
     from edgemix.runtime import Mixture
-    from edgemix.runtime.engine import Blend
 
 MIXTURE_TOKENS = 1_024
 """About how many tokens the mixtures are compared on."""
@@ -80,12 +79,10 @@ def compare_mixtures(
         texts: As they were given to `keep_distributions`.
         progress: Hears of the tokens read.
     """
-    blend, distance = mixture.blend(), Distance()
+    blend, distance = mixture.blend(dict.fromkeys(mixture.members, 1.0)), Distance()
+    weights = np.array([mixture.weights[name] for name in mixture.members])
     with ExitStack() as stack, progress.stage("mixture parity", sum(len(text) - 1 for text in texts)) as task:
-        files = [
-            stack.enter_context(safe_open(kept[member.name], "np")) if member.name in kept else None
-            for member in blend.members
-        ]
+        files = [stack.enter_context(safe_open(kept[name], "np")) if name in kept else None for name in mixture.members]
         for number, text in enumerate(texts):
             ids = np.asarray(text[: mixture.context], np.int64)
             exact = [file and file.get_slice(str(number)) for file in files]
@@ -93,7 +90,7 @@ def compare_mixtures(
                 for place, logits, targets in pieces:
                     for start in range(0, len(targets), _ROWS):
                         rows = slice(start, min(start + _ROWS, len(targets)))
-                        p, q = _mixed(blend, exact, logits, place.start, rows)
+                        p, q = _mixed(weights, exact, logits, place.start, rows)
                         distance.add(p, q, targets[rows])
                     task.advance(len(targets))
     return MixtureParity(
@@ -106,13 +103,18 @@ def compare_mixtures(
 
 
 def _mixed(
-    blend: Blend, exact: Sequence[Any], logits: Sequence[NDArray[np.float32]], start: int, rows: slice
+    weights: NDArray[np.float64],
+    exact: Sequence[Any],
+    logits: Sequence[NDArray[np.float32]],
+    start: int,
+    rows: slice,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Both mixtures' log-probabilities [rows, vocabulary]; `exact` are tensors in files, None for an fp32 member."""
-    stored = np.stack([log_softmax(each[rows]) for each in logits])
+    heavy = np.flatnonzero(weights).tolist()
+    stored = np.stack([log_softmax(logits[model][rows]) for model in heavy])
     fp32 = stored.copy()
-    for model, tensor in enumerate(exact):
-        if tensor is not None:
-            kept = tensor[start + rows.start : start + rows.stop, : blend.vocabulary]
-            fp32[model] = log_softmax(kept.astype(np.float32))
-    return linear(fp32, blend.weights), linear(stored, blend.weights)
+    for place, model in enumerate(heavy):
+        if (tensor := exact[model]) is not None:
+            kept = tensor[start + rows.start : start + rows.stop, : stored.shape[-1]]
+            fp32[place] = log_softmax(kept.astype(np.float32))
+    return linear(fp32, weights[heavy]), linear(stored, weights[heavy])

@@ -69,9 +69,9 @@ def compare_tokens(
     Raises:
         EdgemixError: A graph fails, or computes something that is not a number.
     """
-    shape = len(blend.members), len(ids) - 1
+    shape = len(blend.weights), len(ids) - 1
     found = Comparison(np.empty(shape), np.empty(shape, np.bool_), np.empty(shape), scored_bytes)
-    row = np.empty((len(blend.members), blend.vocabulary), np.float32)
+    row = np.empty((len(blend.weights), blend.vocabulary), np.float32)
     shares = blend.weights.astype(np.float32)
     with closing(read(blend.members, ids, vocabulary=blend.vocabulary, window=window)) as pieces:
         for place, logits, targets in pieces:

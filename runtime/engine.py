@@ -27,8 +27,8 @@ class Blend:
     """Members and how they are mixed.
 
     Attributes:
-        members: Those with a weight above zero; the others need not be evaluated.
-        weights: float64 [members], sum one.
+        members: Graphs that speak for a member with a weight above zero; the others need not be evaluated.
+        weights: float64 [voices of all of them], sum one.
         combine: See `mixing`.
         vocabulary: The tokenizer's; logits beyond it are cut off.
     """
@@ -40,9 +40,12 @@ class Blend:
 
     @classmethod
     def of(cls, members: Sequence[Member], weights: NDArray[np.float64], combine: Combine, vocabulary: int) -> Blend:
-        """The blend of those members that weigh something."""
-        heavy = np.flatnonzero(weights).tolist()
-        return cls(tuple(members[i] for i in heavy), weights[heavy], combine, vocabulary)
+        """The blend of those members that weigh something, from weights of all members' voices."""
+        shares = np.split(weights, np.cumsum([member.voices for member in members])[:-1])
+        heavy = [(member, share) for member, share in zip(members, shares, strict=True) if share.any()]
+        return cls(
+            tuple(member for member, _ in heavy), np.concatenate([share for _, share in heavy]), combine, vocabulary
+        )
 
 
 class State:
@@ -51,6 +54,8 @@ class State:
     def __init__(self, blend: Blend, batch: int) -> None:
         self._blend = blend
         self._caches = [member.new_cache(batch) for member in blend.members]
+        self._heavy: list[int] = np.flatnonzero(blend.weights).tolist()
+        self._weights = blend.weights[self._heavy]
         self._parts = self._buffer(batch)
 
     def extend(self, tokens: Tokens) -> NDArray[np.float32]:
@@ -75,14 +80,15 @@ class State:
         return plain, self._mix([penalise(each) for each in logits])
 
     def _read(self, tokens: Tokens) -> list[NDArray[np.float32]]:
-        """Each member's logits [batch, vocabulary], in its cache's buffer."""
+        """The logits [batch, vocabulary] of each voice that weighs something, in its cache's buffer."""
         pairs = zip(self._blend.members, self._caches, strict=True)
-        return [member.extend(cache, tokens)[:, : self._blend.vocabulary] for member, cache in pairs]
+        voices = [part for member, cache in pairs for part in member.parts(member.extend(cache, tokens))]
+        return [voices[i][:, : self._blend.vocabulary] for i in self._heavy]
 
     def _mix(self, logits: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
         for each, part in zip(logits, self._parts, strict=True):
             log_softmax(each, out=part)
-        mixed = combine_log_probabilities(self._parts, self._blend.weights, self._blend.combine)
+        mixed = combine_log_probabilities(self._parts, self._weights, self._blend.combine)
         check_numbers(mixed.max())
         return mixed
 
@@ -99,7 +105,7 @@ class State:
 
     def _buffer(self, batch: int) -> NDArray[np.float32]:
         """Room for each member's log-probabilities; used at every step, as fresh memory costs more than arithmetic."""
-        return np.empty((len(self._blend.members), batch, self._blend.vocabulary), np.float32)
+        return np.empty((len(self._heavy), batch, self._blend.vocabulary), np.float32)
 
 
 class Token(NamedTuple):
@@ -130,8 +136,7 @@ class _Sequence:
 class Decoding:
     """Generation of a batch under way: every `step` gives each sequence that is not finished its next token.
 
-    Finished sequences leave the batch. The result of a sequence does not depend on the others, but for members whose
-    activations are quantised as a whole (int8-dynamic): there the rows of a call share one scale.
+    Finished sequences leave the batch. The result of a sequence does not depend on the others.
 
     Args:
         blend: What generates.

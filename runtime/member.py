@@ -38,8 +38,8 @@ _ELEMENT_TYPES: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A binding for ids [batch, new], with the buffer [batch, kept, vocabulary] that their logits are written to, and
-    what it reads `kept` from.
+    """A binding for ids [batch, new], with the buffer [batch, kept, vocabulary] or [batch, kept, voices, vocabulary]
+    that their logits are written to, and what it reads `kept` from.
     """
 
     binding: Any
@@ -49,12 +49,14 @@ class _Call:
 
 
 class Member:
-    """One decoder graph, loaded.
+    """One decoder graph, loaded: a member, or several that share their base's weights.
 
-    It holds no state between calls: several threads may use one member at once, each with its own cache.
+    It holds no state between calls: several threads may use one member at once, each with its own cache. Logits of
+    several voices end with the axes [voices, vocabulary] in the place of [vocabulary]; `parts` takes them apart.
 
     Attributes:
         facts: What the manifest says of the graph.
+        voices: For how many members it speaks.
         vocabulary: Width of the logits, padding included.
         context: Most tokens that a sequence can have.
         chunk: Most tokens that one call should read, so that its logits stay within `LOGITS_BYTES`.
@@ -71,7 +73,8 @@ class Member:
         self._logits_dtype = _ELEMENT_TYPES[logits.type]
         self.vocabulary: int = logits.shape[-1]
         self.context = facts.context
-        self.chunk = int(np.clip(LOGITS_BYTES // (4 * self.vocabulary), 16, MAX_CHUNK))
+        self.voices = facts.voices
+        self.chunk = int(np.clip(LOGITS_BYTES // (4 * self.vocabulary * self.voices), 16, MAX_CHUNK))
         slots = tuple(
             Slot(tensor.name, graph_io.present_of(tensor.name), tensor.shape[1], tensor.shape[3])
             for tensor in self._inputs.values()
@@ -171,6 +174,10 @@ class Member:
         logits = self._run(cache, ids, mask).astype(np.float32, copy=False)
         return [row[:count] for row, count in zip(logits, counts, strict=True)]
 
+    def parts(self, logits: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """Each voice's logits [..., vocabulary]."""
+        return [logits] if self.voices == 1 else [logits[..., voice, :] for voice in range(self.voices)]
+
     def _run(
         self, cache: KVCache, ids: NDArray[np.int64], mask: NDArray[np.int64] | None = None, *, last: bool = False
     ) -> NDArray[Any]:
@@ -199,7 +206,8 @@ class Member:
 
     def _new_call(self, batch: int, new: int, kept: int) -> _Call:
         binding = self._session.io_binding()
-        logits = np.empty((batch, kept, self.vocabulary), self._logits_dtype)
+        voices = () if self.voices == 1 else (self.voices,)
+        logits = np.empty((batch, kept, *voices, self.vocabulary), self._logits_dtype)
         binding.bind_output(graph_io.LOGITS, "cpu", 0, logits.dtype, list(logits.shape), logits.ctypes.data)
         number = place(np.array([kept], np.int64), PROVIDERS["cpu"])
         if self._can_keep:  # bound by value: ONNX Runtime does not find optional inputs by array
@@ -243,9 +251,11 @@ class Member:
             )
 
     def _misshapen(self, pasts: Iterable[str]) -> Iterable[str]:
-        logits = self._outputs[graph_io.LOGITS]
-        if len(logits.shape) != 3 or logits.shape[-1] != self.facts.vocabulary:
-            yield f"its logits are {logits.shape}, the manifest says vocabulary {self.facts.vocabulary}"
+        logits, voices = self._outputs[graph_io.LOGITS], self.facts.voices
+        said = (self.facts.vocabulary,) if voices == 1 else (voices, self.facts.vocabulary)
+        if len(logits.shape) != 2 + len(said) or tuple(logits.shape[2:]) != said:
+            known = "vocabulary" if voices == 1 else f"{voices} voices, vocabulary"
+            yield f"its logits are {logits.shape}, the manifest says {known} {self.facts.vocabulary}"
         if logits.type not in _ELEMENT_TYPES:
             yield f"its logits are {logits.type}"
         for tensor in (self._inputs[name] for name in pasts):

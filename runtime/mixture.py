@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 
@@ -109,15 +110,10 @@ class Mixture:
             raise InputError(f"threads must be at least 1, not {threads}")
         chosen = choose(provider)
         tokenizer = Tokenizer.load(bundle, manifest.tokenizer)
+        # Several members may share a graph, as its voices.
+        first = (next(voices) for _, voices in groupby(manifest.members, key=lambda entry: entry.graph))
         members = [
-            Member.load(
-                resolve(bundle, entry.graph),
-                entry.facts,
-                chosen,
-                threads,
-                name=entry.name,
-            )
-            for entry in manifest.members
+            Member.load(resolve(bundle, entry.graph), entry.facts, chosen, threads, name=entry.name) for entry in first
         ]
         return cls(manifest, members, tokenizer, chosen)
 

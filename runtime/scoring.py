@@ -23,7 +23,7 @@ class Piece(NamedTuple):
 
     Attributes:
         place: Where its tokens' successors lie among the scored tokens, which are all but the text's first.
-        logits: Each model's float32 [tokens, vocabulary]; the next piece overwrites them.
+        logits: Each model's, voice by voice: float32 [tokens, vocabulary]; the next piece overwrites them.
         targets: int64 [tokens], the tokens' successors.
     """
 
@@ -57,8 +57,9 @@ def read(models: Sequence[Member], ids: NDArray[np.int64], *, vocabulary: int, w
             for at in range(start, end, chunk):
                 place = slice(at, min(at + chunk, end))
                 logits = [
-                    model.extend_all(cache, [ids[place]])[0][:, :vocabulary]
+                    voice[:, :vocabulary]
                     for model, cache in zip(models, caches, strict=True)
+                    for voice in model.parts(model.extend_all(cache, [ids[place]])[0])
                 ]
                 yield Piece(place, logits, ids[place.start + 1 : place.stop + 1])
     finally:
@@ -80,7 +81,7 @@ def score_tokens(
 
     Args:
         members: All members; each is evaluated, whatever it weighs.
-        weights: float64 [members], sum one.
+        weights: float64 [voices], sum one.
         ids: As `read`; so are `vocabulary` and `window`.
         combine: How the members are mixed.
         vocabulary: See `read`.
@@ -91,10 +92,10 @@ def score_tokens(
         EdgemixError: A graph fails, or computes something that is not a number.
 
     Returns:
-        The mixture's, float64 [tokens - 1], and each member's, float64 [members, tokens - 1], in nats.
+        The mixture's, float64 [tokens - 1], and each voice's, float64 [voices, tokens - 1], in nats.
     """
     mixed = np.empty(len(ids) - 1, np.float64)
-    own = np.empty((len(members), len(ids) - 1), np.float64)
+    own = np.empty((len(weights), len(ids) - 1), np.float64)
     with closing(read(members, ids, vocabulary=vocabulary, window=window)) as pieces:
         for place, logits, targets in pieces:
             own[:, place] = [target_log_probabilities(each, targets) for each in logits]

@@ -12,9 +12,11 @@ attention over one-hot values), the `growing` one from plain operators.
 from __future__ import annotations
 
 import itertools
+import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
 import numpy as np
 import onnx
 import tokenizers
@@ -40,7 +42,7 @@ from edgemix.manifest import STUDENT
 from edgemix.tokenizer_identity import TokenizerIdentity
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
 BOS, EOS = 256, 257
@@ -180,6 +182,37 @@ def write_graph(path: Path, member: ClosedForm) -> GraphFacts:
     return member.facts
 
 
+def write_stack(path: Path, members: Sequence[ClosedForm]) -> GraphFacts:
+    """One graph that speaks for closed forms with shared caches and tables of one shape."""
+    facts = write_graph(path, members[0])
+    model = onnx.load(path)
+    graph, width = model.graph, members[0].table.shape[1]
+    last = [node for node in graph.node if node.op_type in ("Neg", "Slice")]
+    first = next(node for node in graph.node if list(node.output) == ["bigram"])
+    for node in [*last, first, *(node for node in graph.node if list(node.output) in (["pulled"], ["all"]))]:
+        graph.node.remove(node)
+    pull = next(each for each in graph.initializer if each.name == "pull")
+    size = pull.dims[0]
+    for voice, member in enumerate(members):
+        arrays = {"table": member.table, "pull": np.eye(size, width, dtype=np.float32) * np.float32(member.pull)}
+        graph.initializer.extend(numpy_helper.from_array(array, f"{name}.{voice}") for name, array in arrays.items())
+        graph.node.extend(
+            [
+                helper.make_node("Gather", [f"table.{voice}", "input_ids"], [f"bigram.{voice}"]),
+                helper.make_node("MatMul", ["shares", f"pull.{voice}"], [f"pulled.{voice}"]),
+                helper.make_node("Add", [f"bigram.{voice}", f"pulled.{voice}"], [f"all.{voice}"]),
+                helper.make_node("Unsqueeze", [f"all.{voice}", "voice_axis"], [f"voice.{voice}"]),
+            ]
+        )
+    graph.initializer.append(numpy_helper.from_array(np.array([2]), "voice_axis"))
+    graph.node.append(helper.make_node("Concat", [f"voice.{v}" for v in range(len(members))], ["all"], axis=2))
+    graph.node.extend(last)
+    logits = next(output for output in graph.output if output.name == "logits")
+    logits.CopyFrom(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "kept", len(members), width]))
+    onnx.save(model, path)
+    return msgspec.structs.replace(facts, voices=len(members))
+
+
 def _initializer(name: str, value: np.ndarray, dtype: str) -> onnx.TensorProto:
     return numpy_helper.from_array(value.astype(dtype) if value.dtype == np.float32 else value, name)
 
@@ -269,8 +302,9 @@ def write_bundle(
     bos: int | None = None,
     chat_template: str | None = None,
     student: ClosedForm | None = None,
+    stacked: bool = False,
 ) -> Path:
-    """A bundle of members over the byte tokenizer, and a student if there is one."""
+    """A bundle of members over the byte tokenizer, in one graph if they are `stacked`, and perhaps a student."""
     forms = {f"members/{name}": member for name, member in members.items()}
     if student is not None:
         forms[STUDENT] = student
@@ -285,6 +319,12 @@ def write_bundle(
         )
         for place, form in forms.items()
     ]
+    if stacked:
+        graph = "members/stack/model.onnx"
+        facts = write_stack(folder / graph, list(members.values()))
+        for index, name in enumerate(members):
+            shutil.rmtree(folder / "members" / name)
+            entries[index] = msgspec.structs.replace(entries[index], graph=graph, facts=facts)
     (folder / TOKENIZER).parent.mkdir(parents=True, exist_ok=True)
     byte_tokenizer().save(str(folder / TOKENIZER))
     fingerprint = TokenizerIdentity.parse((folder / TOKENIZER).read_bytes()).sha256()

@@ -94,7 +94,7 @@ class RuntimeTeacher:
         return _top_of_mixture(self._logits(ids), self._blend.weights.tolist(), self.vocabulary, k, temperature)
 
     def _logits(self, ids: NDArray[np.int64]) -> Iterator[tuple[Tensor, ...]]:
-        """Every member's logits [some rows, width] after each token but the last of windows, row after row."""
+        """Every voice's logits [some rows, width] after each token but the last of windows, row after row."""
         members = self._blend.members
         chunk = min(member.chunk for member in members)
         caches = [member.new_cache() for member in members]
@@ -105,8 +105,9 @@ class RuntimeTeacher:
                 for at in range(0, len(window), chunk):
                     new = [window[at : at + chunk]]
                     logits = [
-                        torch.from_numpy(member.extend_all(cache, new)[0]).split(_ROWS)
+                        torch.from_numpy(voice).split(_ROWS)
                         for member, cache in zip(members, caches, strict=True)
+                        for voice in member.parts(member.extend_all(cache, new)[0])
                     ]
                     yield from zip(*logits, strict=True)
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,3 +121,10 @@ def test_what_an_import_pulls_in(module: str, absent: set[str]) -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.split(".")[0] for name in result.stdout.split()}
     assert not absent & loaded
+
+
+def test_every_package_is_shipped() -> None:
+    """A folder that the list forgets works in a checkout and is missing from the wheel."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
+    found = {name for package in PACKAGES for name, path in modules(package) if path.name == "__init__.py"}
+    assert found == set(listed)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemix.runtime.engine import Blend
+    from edgemix.runtime.blend import Blend
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +36,14 @@ class Comparison:
         agreements: bool [models, tokens], whether the model's most probable token is the mixture's.
         acceptances: float64 [models, tokens], sum_y min(P_model(y), P_mixture(y)).
         bytes: UTF-8 bytes of the tokens.
+        lengths: Of the texts, in tokens, their first ones not counted.
     """
 
     log_probabilities: NDArray[np.float64]
     agreements: NDArray[np.bool_]
     acceptances: NDArray[np.float64]
     bytes: int
+    lengths: tuple[int, ...]
 
     @classmethod
     def of(cls, parts: Sequence[Comparison]) -> Comparison:
@@ -51,6 +53,7 @@ class Comparison:
             np.concatenate([part.agreements for part in parts], axis=1),
             np.concatenate([part.acceptances for part in parts], axis=1),
             sum(part.bytes for part in parts),
+            tuple(length for part in parts for length in part.lengths),
         )
 
 
@@ -70,7 +73,7 @@ def compare_tokens(
         EdgemixError: A graph fails, or computes something that is not a number.
     """
     shape = len(blend.weights), len(ids) - 1
-    found = Comparison(np.empty(shape), np.empty(shape, np.bool_), np.empty(shape), scored_bytes)
+    found = Comparison(np.empty(shape), np.empty(shape, np.bool_), np.empty(shape), scored_bytes, shape[1:])
     row = np.empty((len(blend.weights), blend.vocabulary), np.float32)
     shares = blend.weights.astype(np.float32)
     with closing(read(blend.members, ids, vocabulary=blend.vocabulary, window=window)) as pieces:

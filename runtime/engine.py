@@ -7,104 +7,129 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from edgemix.runtime.mixing import check_numbers, combine_log_probabilities, log_softmax
+from edgemix.runtime.adaptive import EVIDENCE, PERIOD, Posterior
+from edgemix.runtime.mixing import (
+    check_numbers,
+    combine_log_probabilities,
+    log_softmax,
+    target_log_probabilities,
+)
+from edgemix.runtime.reader import Reader
 from edgemix.runtime.sampling import choose_token, penalise_repetition
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
-    from edgemix.runtime.member import Member, Tokens
-    from edgemix.runtime.mixing import Combine
+    from edgemix.runtime.blend import Blend
+    from edgemix.runtime.member import Tokens
     from edgemix.runtime.sampling import Sampling
 
 FinishReason = Literal["stop", "length"]
 
 
-@dataclass(frozen=True, slots=True)
-class Blend:
-    """Members and how they are mixed.
-
-    Attributes:
-        members: Graphs that speak for a member with a weight above zero; the others need not be evaluated.
-        weights: float64 [voices of all of them], sum one.
-        combine: See `mixing`.
-        vocabulary: The tokenizer's; logits beyond it are cut off.
-    """
-
-    members: tuple[Member, ...]
-    weights: NDArray[np.float64]
-    combine: Combine
-    vocabulary: int
-
-    @classmethod
-    def of(cls, members: Sequence[Member], weights: NDArray[np.float64], combine: Combine, vocabulary: int) -> Blend:
-        """The blend of those members that weigh something, from weights of all members' voices."""
-        shares = np.split(weights, np.cumsum([member.voices for member in members])[:-1])
-        heavy = [(member, share) for member, share in zip(members, shares, strict=True) if share.any()]
-        return cls(
-            tuple(member for member, _ in heavy), np.concatenate([share for _, share in heavy]), combine, vocabulary
-        )
-
-
 class State:
-    """A batch of sequences as every member of a blend has read them."""
+    """A batch of sequences as every member of a blend has read them: all prompts first, then token by token."""
 
     def __init__(self, blend: Blend, batch: int) -> None:
-        self._blend = blend
+        self._blend, self._heavy = blend, blend.heavy
         self._caches = [member.new_cache(batch) for member in blend.members]
-        self._heavy: list[int] = np.flatnonzero(blend.weights).tolist()
-        self._weights = blend.weights[self._heavy]
         self._parts = self._buffer(batch)
+        self._weights = blend.weights[self._heavy]
+        experts = blend.experts.narrowed(self._heavy) if blend.experts else None
+        self._posteriors = [Posterior(experts) for _ in range(batch)] if experts else []
+        self._said: list[NDArray[np.float64]] = []
 
-    def extend(self, tokens: Tokens) -> NDArray[np.float32]:
-        """Read at least one new token a row: the mixture's log-probabilities [batch, vocabulary] of what follows.
+    def begin(self, prompts: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
+        """Read prompts, of at least one token each: each voice's logits [batch, vocabulary] of what follows.
+
+        They lie in buffers that the next call overwrites, and voices that weigh nothing are left out.
+
+        Raises:
+            EdgemixError: A graph fails.
+        """
+        if not self._posteriors:
+            return self._read(prompts)
+        logits = [np.empty((len(prompts), self._blend.vocabulary), np.float32) for _ in self._heavy]
+        own = [np.empty((len(self._heavy), min(EVIDENCE, len(prompt) - 1))) for prompt in prompts]
+        for listened, cache in zip(self._blend.listened(), self._caches, strict=True):
+            rows = cache.split([len(prompt) for prompt in prompts])
+            for row, (prompt, part) in enumerate(zip(prompts, rows, strict=True)):
+                reader = Reader(listened, self._blend.vocabulary, part)
+                first = len(prompt) - own[row].shape[1]
+                for heard in reader.listen(prompt, first):
+                    known = prompt[heard.start : heard.start + len(heard.logits[0])]
+                    place = slice(heard.start - first, heard.start - first + len(known))
+                    for voice, each in zip(reader.voices, heard.logits, strict=True):
+                        own[row][voice, place] = target_log_probabilities(each[: len(known)], known)
+                        logits[voice][row] = each[-1]
+            cache.join(rows)
+        for posterior, said in zip(self._posteriors, own, strict=True):
+            posterior.observe(said)
+        self._weigh()
+        return logits
+
+    def extend(self, tokens: NDArray[np.int64]) -> list[NDArray[np.float32]]:
+        """Read a new token a row, int64 [batch]: as `begin`."""
+        if self._posteriors:
+            self._said.append(self._parts[:, range(len(tokens)), tokens].astype(np.float64))
+            if len(self._said) == PERIOD:
+                for row, posterior in enumerate(self._posteriors):
+                    posterior.observe(np.stack([said[:, row] for said in self._said], axis=1))
+                self._said = []
+                self._weigh()
+        return self._read(tokens[:, None])
+
+    def mix(self, logits: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """The mixture's log-probabilities [batch, vocabulary], from what voices said last.
 
         They may lie in a buffer that the next call overwrites.
 
         Raises:
-            EdgemixError: A graph fails, or computes something that is not a number.
+            EdgemixError: They are not numbers.
         """
-        return self._mix(self._read(tokens))
+        return self._mix(logits, self._parts)
 
-    def extend_penalised(
-        self, tokens: Tokens, penalise: Callable[[NDArray[np.float32]], NDArray[np.float32]]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """As `extend`, with what the mixture says when `penalise` has changed each member's logits [batch, vocabulary].
-
-        A penalty that depends on the scale of scores means something for a model's own logits only.
-        """
-        logits = self._read(tokens)
-        plain = self._mix(logits).copy()
-        return plain, self._mix([penalise(each) for each in logits])
-
-    def _read(self, tokens: Tokens) -> list[NDArray[np.float32]]:
-        """The logits [batch, vocabulary] of each voice that weighs something, in its cache's buffer."""
-        pairs = zip(self._blend.members, self._caches, strict=True)
-        voices = [part for member, cache in pairs for part in member.parts(member.extend(cache, tokens))]
-        return [voices[i][:, : self._blend.vocabulary] for i in self._heavy]
-
-    def _mix(self, logits: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        for each, part in zip(logits, self._parts, strict=True):
-            log_softmax(each, out=part)
-        mixed = combine_log_probabilities(self._parts, self._weights, self._blend.combine)
-        check_numbers(mixed.max())
-        return mixed
+    def mix_altered(self, logits: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """The same from logits that somebody has changed, and that are no evidence of anything."""
+        return self._mix(logits, self._buffer(len(logits[0])))
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in ascending order."""
         for cache in self._caches:
             cache.select(rows)
-        self._parts = self._buffer(len(rows))
+        if self._posteriors:
+            self._posteriors = [self._posteriors[row] for row in rows]
+            self._said = [said[:, rows] for said in self._said]
+            self._parts = self._parts[:, rows]
+            self._weigh()
+        else:
+            self._parts = self._buffer(len(rows))
 
     def close(self) -> None:
         """Free the caches."""
         for cache in self._caches:
             cache.free()
 
+    def _read(self, tokens: Tokens) -> list[NDArray[np.float32]]:
+        pairs = zip(self._blend.members, self._caches, strict=True)
+        voices = [part for member, cache in pairs for part in member.parts(member.extend(cache, tokens))]
+        return [voices[i][:, : self._blend.vocabulary] for i in self._heavy.tolist()]
+
+    def _mix(self, logits: Sequence[NDArray[np.float32]], parts: NDArray[np.float32]) -> NDArray[np.float32]:
+        for each, part in zip(logits, parts, strict=True):
+            log_softmax(each, out=part)
+        mixed = combine_log_probabilities(parts, self._weights, self._blend.combine)
+        check_numbers(mixed.max())
+        return mixed
+
+    def _weigh(self) -> None:
+        """Each row's own weights: float64 [voices, rows]."""
+        self._weights = np.stack([posterior.weights for posterior in self._posteriors], axis=1)
+
     def _buffer(self, batch: int) -> NDArray[np.float32]:
-        """Room for each member's log-probabilities; used at every step, as fresh memory costs more than arithmetic."""
+        """Room for each voice's log-probabilities; used at every step, as fresh memory costs more than arithmetic."""
         return np.empty((len(self._heavy), batch, self._blend.vocabulary), np.float32)
 
 
@@ -113,13 +138,11 @@ class Token(NamedTuple):
 
     Attributes:
         sequence: Index of the prompt.
-        log_probability: Under the mixture, before temperature and filters.
         finish_reason: Why it is the last one; None if it is not.
     """
 
     sequence: int
     id: int
-    log_probability: float
     finish_reason: FinishReason | None
 
 
@@ -163,6 +186,7 @@ class Decoding:
         self._eos = frozenset(eos)
         self._prompts: list[NDArray[np.int64]] | None = [np.asarray(prompt, np.int64) for prompt in prompts]
         self._state = State(blend, len(prompts))
+        self._log_probabilities: list[list[float]] = [[] for _ in prompts]
         self._active = [
             _Sequence(
                 index,
@@ -179,18 +203,24 @@ class Decoding:
         self._drop_finished()
         if not self._active:
             return []
-        tokens: Tokens = np.array([[sequence.last] for sequence in self._active])
         if self._prompts is not None:
-            tokens, self._prompts = self._prompts, None
-        if self._sampling.repetition_penalty == 1:
-            log_probabilities = scores = self._state.extend(tokens)
+            prompts, self._prompts = self._prompts, None
+            logits = self._state.begin(prompts)
         else:
-            log_probabilities, scores = self._state.extend_penalised(tokens, self._penalise)
-        chosen = self._choose(scores)
+            logits = self._state.extend(np.array([sequence.last for sequence in self._active]))
+        log_probabilities = self._state.mix(logits)
+        if self._sampling.repetition_penalty == 1:
+            chosen = self._choose(log_probabilities)
+        else:
+            chosen = self._choose(self._state.mix_altered([self._penalise(each) for each in logits]))
         return [
             self._advance(sequence, token, float(row[token]))
             for sequence, token, row in zip(self._active, chosen, log_probabilities, strict=True)
         ]
+
+    def log_probabilities(self, sequence: int) -> NDArray[np.float64]:
+        """Of a sequence's tokens so far, under the mixture, before temperature and filters: float64 [tokens], nats."""
+        return np.array(self._log_probabilities[sequence], np.float64)
 
     def finish(self, sequence: int) -> None:
         """Take a sequence out, whatever it may still have had to say."""
@@ -226,9 +256,10 @@ class Decoding:
 
     def _advance(self, sequence: _Sequence, token: int, log_probability: float) -> Token:
         sequence.last = token
+        self._log_probabilities[sequence.index].append(log_probability)
         sequence.budget -= 1
         if self._sampling.repetition_penalty != 1:
             sequence.seen = np.union1d(sequence.seen, [token])
         reason: FinishReason | None = "stop" if token in self._eos else "length" if sequence.budget == 0 else None
         sequence.finished = reason is not None
-        return Token(sequence.index, token, log_probability, reason)
+        return Token(sequence.index, token, reason)

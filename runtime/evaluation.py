@@ -11,9 +11,11 @@ import numpy as np
 from edgemix.errors import InputError
 from edgemix.manifest import STUDENT
 from edgemix.progress import SILENT, Prefixed
+from edgemix.runtime.adaptive import Experts, adaptive_targets
+from edgemix.runtime.blend import Blend
 from edgemix.runtime.comparison import Comparison, compare_tokens
-from edgemix.runtime.engine import Blend
 from edgemix.runtime.mixing import linear_targets
+from edgemix.runtime.options import ADAPTIVE
 from edgemix.runtime.speed import decoding_rates
 
 if TYPE_CHECKING:
@@ -57,7 +59,8 @@ class Row:
     """One model, or one way to weigh the members.
 
     Attributes:
-        name: A member's name, "uniform", "fitted" or "given" (the bundle's own weights), "fitted to DOMAIN", "student".
+        name: A member's name, "uniform", "fitted" or "given" (the bundle's own weights), "fitted to DOMAIN", "adaptive"
+            (weights that follow each text, from these before it), "student".
         weights: Member name -> share, summing to one; empty for the student.
         files: File name -> figures.
         overall: Over the tokens of all files.
@@ -178,11 +181,14 @@ def score_documents(
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """A row to be, by its shares float64 [models] of the members and the student after them."""
+    """A row to be, by its shares float64 [models] of the members and the student after them; with experts, those are
+    only the shares before any text.
+    """
 
     name: str
     kind: RowKind
     shares: NDArray[np.float64]
+    experts: Experts | None = None
 
     def row(self, members: Sequence[str], files: Mapping[str, Comparison], pooled: Comparison) -> Row:
         weights = {} if self.kind == "student" else dict(zip(members, self.shares.tolist(), strict=False))
@@ -194,8 +200,16 @@ class _Line:
             self.kind,
         )
 
+    def _targets(self, text: Comparison) -> NDArray[np.float64]:
+        """The mixture's log-probabilities, float64 [tokens]."""
+        if self.experts is None:
+            return linear_targets(text.log_probabilities, self.shares)
+        own = text.log_probabilities[: self.experts.table.shape[1]]
+        texts = np.split(own, np.cumsum(text.lengths)[:-1], axis=1)
+        return np.concatenate([adaptive_targets(each, self.experts)[0] for each in texts])
+
     def _figures(self, text: Comparison) -> Figures:
-        surprise = -float(linear_targets(text.log_probabilities, self.shares).sum())
+        surprise = -float(self._targets(text).sum())
         tokens = text.log_probabilities.shape[1]
         figures = Figures(tokens, text.bytes, math.exp(surprise / tokens), surprise / math.log(2) / text.bytes)
         if self.kind == "mixture":
@@ -218,6 +232,10 @@ def _lines(mixture: Mixture, student: Mixture | None) -> list[_Line]:
             shares = np.zeros(len(one_hot))
             shares[: len(members)] = [weights[member] for member in members]
             lines.append(_Line(name, "mixture", shares))
+        experts = Experts.of(members, fitted.default, fitted.domains)
+        shares = np.zeros(len(one_hot))
+        shares[: len(members)] = experts.weights
+        lines.append(_Line(ADAPTIVE, "mixture", shares, experts))
     return lines if student is None else [*lines, _Line(STUDENT, "student", one_hot[-1])]
 
 

@@ -64,7 +64,10 @@ def log_softmax(logits: NDArray[np.float32], out: NDArray[np.float32] | None = N
 
 
 def linear(log_probabilities: NDArray[np.float32], weights: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Log sum_i w_i P_i, from each member's log P_i [members, ..., vocabulary] and weights above zero, sum one."""
+    """Log sum_i w_i P_i, from each member's log P_i [members, ..., vocabulary] and weights above zero, sum one.
+
+    Weights are [members], or [members, rows] for log P_i [members, rows, vocabulary].
+    """
     if len(log_probabilities) == 1:
         return np.asarray(log_probabilities[0])
     parts = log_probabilities + _column(np.log(weights), log_probabilities)
@@ -115,8 +118,8 @@ def check_numbers(values: NDArray[np.floating] | np.floating) -> None:
 
 
 def _column(weights: NDArray[np.float64], like: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Weights [members] as float32, ready to meet an array whose first axis is the members."""
-    return weights.astype(np.float32).reshape(-1, *[1] * (like.ndim - 1))
+    """Weights [members, ...] as float32, ready to meet an array whose first axes are those."""
+    return weights.astype(np.float32).reshape(*weights.shape, *[1] * (like.ndim - weights.ndim))
 
 
 def linear_targets(own: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack, overload
@@ -13,13 +14,16 @@ import numpy as np
 from edgemix.bundle import read_manifest, resolve, verify_bundle
 from edgemix.errors import EdgemixError, InputError
 from edgemix.progress import SILENT
-from edgemix.runtime.engine import Blend, Decoding, State
+from edgemix.runtime.adaptive import Experts
+from edgemix.runtime.blend import Blend
+from edgemix.runtime.engine import Decoding, State
 from edgemix.runtime.member import Member
 from edgemix.runtime.mixing import check_combine, normalise
-from edgemix.runtime.options import GenerateOptions, Settings, WeightChoice
+from edgemix.runtime.options import ADAPTIVE, GenerateOptions, Settings, WeightChoice
 from edgemix.runtime.providers import choose
 from edgemix.runtime.results import Chunk, Completion, Score
 from edgemix.runtime.scoring import score_tokens
+from edgemix.runtime.speculative import SpeculativeDecoding
 from edgemix.runtime.tokenizer import Tokenizer
 from edgemix.runtime.writer import Writer
 
@@ -53,7 +57,14 @@ class Mixture:
         provider: Where the graphs run, "cpu" or "cuda".
     """
 
-    def __init__(self, manifest: Manifest, members: Sequence[Member], tokenizer: Tokenizer, provider: Provider) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        members: Sequence[Member],
+        tokenizer: Tokenizer,
+        provider: Provider,
+        drafter: Member | None = None,
+    ) -> None:
         self.manifest = manifest
         self.tokenizer = tokenizer
         self.members = tuple(entry.name for entry in manifest.members)
@@ -62,6 +73,7 @@ class Mixture:
         self.context = min(member.context for member in members)
         self.provider = provider.name
         self._loaded = tuple(members)
+        self._drafter = drafter
 
     @classmethod
     def load(
@@ -72,6 +84,7 @@ class Mixture:
         verify: bool = True,
         *,
         student: bool = False,
+        drafts: bool = True,
     ) -> Self:
         """Open a bundle.
 
@@ -81,6 +94,7 @@ class Mixture:
             threads: Threads within an operator; as many as there are physical cores by default.
             verify: Compare the checksums of all files. Without it only structure, paths and sizes are checked.
             student: Open the student alone, a mixture of one: the members' files are not even read.
+            drafts: Open the student beside the members, where there is one, to draft what they verify.
 
         Raises:
             BundleError: The bundle is missing, damaged, unsafe, or its graphs do not load.
@@ -96,10 +110,20 @@ class Mixture:
                 "Add student: to its recipe and export it again, or use the mixture itself.",
             )
         verify_bundle(bundle, manifest, checksums=verify, only=alone)
-        return cls.assemble(bundle, manifest.alone(alone) if alone else manifest, provider, threads)
+        return cls.assemble(
+            bundle, manifest.alone(alone) if alone else manifest, provider, threads, drafts=drafts and not student
+        )
 
     @classmethod
-    def assemble(cls, bundle: Path, manifest: Manifest, provider: str = "auto", threads: int | None = None) -> Self:
+    def assemble(
+        cls,
+        bundle: Path,
+        manifest: Manifest,
+        provider: str = "auto",
+        threads: int | None = None,
+        *,
+        drafts: bool = False,
+    ) -> Self:
         """Open the files of a bundle whose manifest is at hand: one that is being made.
 
         Raises:
@@ -111,11 +135,15 @@ class Mixture:
         chosen = choose(provider)
         tokenizer = Tokenizer.load(bundle, manifest.tokenizer)
         # Several members may share a graph, as its voices.
-        first = (next(voices) for _, voices in groupby(manifest.members, key=lambda entry: entry.graph))
-        members = [
-            Member.load(resolve(bundle, entry.graph), entry.facts, chosen, threads, name=entry.name) for entry in first
+        entries = [next(voices) for _, voices in groupby(manifest.members, key=lambda entry: entry.graph)]
+        if drafts and manifest.student is not None:
+            entries.append(manifest.student)
+        opened = [
+            Member.load(resolve(bundle, entry.graph), entry.facts, chosen, threads, name=entry.name)
+            for entry in entries
         ]
-        return cls(manifest, members, tokenizer, chosen)
+        drafter = opened.pop() if drafts and manifest.student is not None else None
+        return cls(manifest, opened, tokenizer, chosen, drafter)
 
     @overload
     def generate(  # type: ignore[overload-overlap]
@@ -224,8 +252,9 @@ class Mixture:
         Raises:
             InputError: A text is too short, or an argument makes no sense.
         """
-        shares = self._shares(weights)
         check_combine(combine)
+        experts = self._experts(combine) if weights == ADAPTIVE else None
+        shares = experts.weights if experts else self._shares(weights)
         window = self.context if window is None else window
         if not 1 <= window <= self.context:
             raise InputError(f"window must be between 1 and the context, {self.context} tokens, not {window}")
@@ -241,6 +270,7 @@ class Mixture:
                     shares,
                     ids,
                     combine=combine,
+                    experts=experts,
                     vocabulary=self.vocabulary,
                     window=window,
                     advance=task.advance,
@@ -259,12 +289,13 @@ class Mixture:
         ids = self.tokenizer.encode(text)
         self._check_length(ids, "the text")
         with closing(State(self.blend(weights, combine), 1)) as state:
-            probabilities = np.exp(state.extend([ids])[0].astype(np.float64))
+            mixed = state.mix(state.begin([np.array(ids, np.int64)]))
+            probabilities = np.exp(mixed[0].astype(np.float64))
         return np.asarray(probabilities / probabilities.sum())
 
     def close(self) -> None:
         """Free the graphs; the mixture is of no more use."""
-        self._loaded = ()
+        self._loaded, self._drafter = (), None
 
     def __enter__(self) -> Self:
         return self
@@ -292,25 +323,54 @@ class Mixture:
         started: float,
     ) -> Generator[tuple[int, Chunk]]:
         prompt_tokens = sum(map(len, prompts))
-        writers = [Writer(self.tokenizer, prompt, settings.stop, prompt_tokens, started) for prompt in prompts]
-        decoding = Decoding(
-            blend,
-            prompts,
-            settings.sampling,
-            seeds=seeds,
-            max_new_tokens=settings.max_new_tokens,
-            context=self.context,
-            eos=self.manifest.tokenizer.eos,
-        )
+        decoding = self._decoding(blend, prompts, settings, seeds)
+        writers = [
+            Writer(
+                self.tokenizer,
+                prompt,
+                settings.stop,
+                batch_tokens=prompt_tokens,
+                started=started,
+                log_probabilities=partial(decoding.log_probabilities, i),
+            )
+            for i, prompt in enumerate(prompts)
+        ]
         with closing(decoding):
             while tokens := decoding.step():
+                finished: set[int] = set()
                 for token in tokens:
-                    chunk = writers[token.sequence].add(token)
-                    if chunk is None:
+                    # A step may bring tokens behind a stop string.
+                    if token.sequence in finished or (chunk := writers[token.sequence].add(token)) is None:
                         continue
                     if chunk.completion is not None:
+                        finished.add(token.sequence)
                         decoding.finish(token.sequence)
                     yield token.sequence, chunk
+
+    def _decoding(
+        self, blend: Blend, prompts: list[list[int]], settings: Settings, seeds: list[int | None]
+    ) -> Decoding | SpeculativeDecoding:
+        """A sequence alone in fewer calls, several as a batch; what is drawn with a seed token by token in any case, so
+        that it is the same alone, in a batch, and on a machine of another speed.
+        """
+        sampling, budget, eos = settings.sampling, settings.max_new_tokens, self.manifest.tokenizer.eos
+        repeatable = sampling.temperature == 0 or seeds[0] is None
+        if len(prompts) == 1 and repeatable and settings.speculation != "off":
+            return SpeculativeDecoding(
+                blend,
+                prompts[0],
+                sampling,
+                seed=seeds[0],
+                max_new_tokens=budget,
+                context=self.context,
+                eos=eos,
+                student=self._student_blend() if settings.speculation in ("auto", "student") else None,
+                lookup=settings.speculation in ("auto", "lookup"),
+            )
+        return Decoding(blend, prompts, sampling, seeds=seeds, max_new_tokens=budget, context=self.context, eos=eos)
+
+    def _student_blend(self) -> Blend | None:
+        return None if self._drafter is None else Blend((self._drafter,), np.ones(1), "linear", self.vocabulary)
 
     def blend(self, weights: WeightChoice = None, combine: Combine = "linear") -> Blend:
         """The members that weigh something, and how they are mixed, for callers who need more than text.
@@ -319,7 +379,17 @@ class Mixture:
             InputError: An argument makes no sense.
         """
         check_combine(combine)
-        return Blend.of(self._open_members(), self._shares(weights), combine, self.vocabulary)
+        experts = self._experts(combine) if weights == ADAPTIVE else None
+        shares = experts.weights if experts else self._shares(weights)
+        return Blend.of(self._open_members(), shares, combine, self.vocabulary, experts)
+
+    def _experts(self, combine: Combine) -> Experts:
+        if combine != "linear":
+            raise InputError(
+                f'weights="{ADAPTIVE}" are those of the linear mixture, not of {combine!r}',
+                'Leave combine out, or choose combine="linear".',
+            )
+        return Experts.of(self.members, self.weights, self.manifest.weights.domains)
 
     def _shares(self, weights: WeightChoice) -> NDArray[np.float64]:
         if isinstance(weights, str):

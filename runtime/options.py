@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict, get_args
 
 from edgemix.errors import InputError
 from edgemix.runtime.mixing import Combine, check_combine
@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 WeightChoice = Mapping[str, float] | str | None
 """The weights of one call: member name -> number (normalised; a missing name weighs nothing), the name of one of the
-bundle's domains, or None for the bundle's own."""
+bundle's domains, "adaptive" for weights that follow the text (see `adaptive`), or None for the bundle's own."""
+
+ADAPTIVE = "adaptive"
+"""The choice of weights that follow the text."""
+
+Speculation = Literal["auto", "lookup", "student", "off"]
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -34,6 +39,10 @@ class GenerateOptions(TypedDict, total=False):
             not depend on the others in its batch, so equal prompts with equal seeds yield equal texts.
         weights: None: the bundle's own. See `WeightChoice`.
         combine: "linear" (weighted mean of probabilities) or "log-linear" (normalised weighted geometric mean).
+        speculation: "auto": a text alone is generated in fewer calls, with drafts from the text itself ("lookup") and
+            from the bundle's student ("student"), as long as that is faster; members are asked only where the answer
+            depends on them. What is generated does not change; with a seed tokens are drawn one by one, so that they
+            are the same on every machine. "off": one token after the other, by all members.
     """
 
     max_new_tokens: int
@@ -46,6 +55,7 @@ class GenerateOptions(TypedDict, total=False):
     seed: int | Sequence[int] | None
     weights: WeightChoice
     combine: Combine
+    speculation: Speculation
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +68,7 @@ class Settings:
     seed: int | Sequence[int] | None
     weights: WeightChoice
     combine: Combine
+    speculation: Speculation
 
     @classmethod
     def of(cls, **options: Unpack[GenerateOptions]) -> Self:
@@ -81,6 +92,11 @@ class Settings:
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         check_combine(combine := options.get("combine", "linear"))
+        speculation = options.get("speculation", "auto")
+        if speculation not in get_args(Speculation):
+            raise InputError(
+                f"speculation={speculation!r} is unknown", f"Choose one of: {', '.join(get_args(Speculation))}."
+            )
         return cls(
             sampling,
             max_new_tokens,
@@ -88,6 +104,7 @@ class Settings:
             options.get("seed"),
             options.get("weights"),
             combine,
+            speculation,
         )
 
     def seeds(self, prompts: int) -> list[int | None]:

@@ -42,6 +42,11 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
 
+    @property
+    def plain(self) -> bool:
+        """Whether tokens are drawn with the mixture's own probabilities: no temperature, no filter."""
+        return (self.temperature, self.top_k, self.top_p, self.min_p) == (1, 0, 1, 0)
+
     def __post_init__(self) -> None:
         checks = {
             "temperature": (self.temperature >= 0 and math.isfinite(self.temperature), "0 or more"),
@@ -66,12 +71,28 @@ def choose_token(log_probabilities: NDArray[np.float32], sampling: Sampling, gen
     """
     if sampling.temperature == 0:
         return int(log_probabilities.argmax())
+    return sample(_filtered(log_probabilities, sampling), generator)
+
+
+def distribution(log_probabilities: NDArray[np.float32], sampling: Sampling) -> NDArray[np.float32]:
+    """The probabilities [vocabulary] that `choose_token` draws with; where it draws nothing, those of temperature 1.
+
+    Args:
+        log_probabilities: As there.
+        sampling: As there.
+    """
+    scores = _filtered(log_probabilities, sampling) if sampling.temperature else log_probabilities
+    shares = np.exp(scores - scores.max())
+    shares /= shares.sum()
+    return np.asarray(shares)
+
+
+def _filtered(log_probabilities: NDArray[np.float32], sampling: Sampling) -> NDArray[np.float32]:
     # The best score is 0 whatever it is divided by; a temperature that float32 cannot hold is as good as a tiny one.
     scores = (log_probabilities - log_probabilities.max()) / np.float32(max(sampling.temperature, _COLDEST))
     scores = keep_top_k(scores, sampling.top_k)
     scores = keep_top_p(scores, sampling.top_p)
-    scores = keep_min_p(scores, sampling.min_p)
-    return sample(scores, generator)
+    return keep_min_p(scores, sampling.min_p)
 
 
 def penalise_repetition(scores: NDArray[np.float32], seen: NDArray[np.int64], penalty: float) -> NDArray[np.float32]:
@@ -114,11 +135,15 @@ def keep_min_p(scores: NDArray[np.float32], p: float) -> NDArray[np.float32]:
 
 
 def sample(scores: NDArray[np.float32], generator: np.random.Generator) -> int:
-    """Draw a token id with probability softmax(scores), by inverting the cumulative distribution.
+    """Draw a token id with probability softmax(scores)."""
+    return draw(np.exp(scores - scores.max()), generator)
+
+
+def draw(shares: NDArray[np.float32], generator: np.random.Generator) -> int:
+    """Draw a token id by its share [vocabulary], not negative, of any sum above zero; inverts the cumulative sum.
 
     First over blocks of tokens, then within one: summing is many times faster than accumulating.
     """
-    shares = np.exp(scores - scores.max())
     starts = np.arange(0, len(shares), _BLOCK)
     blocks = np.cumsum(np.add.reduceat(shares, starts, dtype=np.float64))
     drawn = generator.random() * blocks[-1]

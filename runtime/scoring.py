@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from edgemix.runtime.adaptive import adaptive_targets
 from edgemix.runtime.mixing import check_numbers, linear_targets, log_linear, target_log_probabilities
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgemix.runtime.adaptive import Experts
     from edgemix.runtime.member import Member
     from edgemix.runtime.mixing import Combine
 
@@ -73,6 +75,7 @@ def score_tokens(
     ids: NDArray[np.int64],
     *,
     combine: Combine,
+    experts: Experts | None = None,
     vocabulary: int,
     window: int,
     advance: Callable[[float], None],
@@ -84,6 +87,7 @@ def score_tokens(
         weights: float64 [voices], sum one.
         ids: As `read`; so are `vocabulary` and `window`.
         combine: How the members are mixed.
+        experts: What the weights follow the text by, through all of it; None for weights that stay.
         vocabulary: See `read`.
         window: See `read`.
         advance: Told how many tokens have been scored since it was last told.
@@ -106,6 +110,8 @@ def score_tokens(
                 else _geometric_targets(logits, weights, targets)
             )
             advance(len(targets))
+    if experts is not None:
+        mixed, _ = adaptive_targets(own, experts)
     return mixed, own
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgemix.progress import Progress
-    from edgemix.runtime.engine import Blend
+    from edgemix.runtime.blend import Blend
 
 PROMPT, STEPS, ROUNDS = 64, 24, 3
 """Most tokens of the prompt, tokens decoded after the first, and how often each blend has its turn."""

@@ -6,13 +6,14 @@ import math
 import time
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from edgemix.runtime.results import Chunk, Completion, Timings
 from edgemix.runtime.tokenizer import IncrementalDecoder, StopStrings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from edgemix.runtime.engine import FinishReason, Token
     from edgemix.runtime.tokenizer import Tokenizer
@@ -27,11 +28,20 @@ class Writer:
         stops: Stop strings.
         batch_tokens: Prompt tokens of the whole batch, for the prefill's rate.
         started: `time.perf_counter()` when the call began.
+        log_probabilities: Asked, when the completion is finished, for those of all its tokens.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str], batch_tokens: int, started: float
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        stops: Sequence[str],
+        *,
+        batch_tokens: int,
+        started: float,
+        log_probabilities: Callable[[], NDArray[np.float64]],
     ) -> None:
+        self._log_probabilities = log_probabilities
         self._decoder = IncrementalDecoder(tokenizer, prompt)
         self._stops = StopStrings(stops)
         self._prompt_tokens, self._batch_tokens, self._started = len(prompt), batch_tokens, started
@@ -59,11 +69,12 @@ class Writer:
         return Chunk(text, new, None if reason is None else self._complete(reason))
 
     def _complete(self, reason: FinishReason) -> Completion:
+        log_probabilities = self._log_probabilities()[: len(self._tokens)]
         return Completion(
             text="".join(self._text),
             token_ids=tuple(token.id for token in self._tokens),
             finish_reason=reason,
-            log_probabilities=np.array([token.log_probability for token in self._tokens], np.float64),
+            log_probabilities=log_probabilities,
             prompt_tokens=self._prompt_tokens,
             timings=self._timings(),
         )

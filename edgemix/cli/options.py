@@ -134,7 +134,7 @@ def mixing_options(function: F) -> F:
                 metavar="TEXT",
                 type=WeightsType(),
                 show_default="the bundle's",
-                help='Like "math=0.7,code=0.3", or the name of a fitted domain.',
+                help='Like "math=0.7,code=0.3", the name of a fitted domain, or "adaptive": they follow the text.',
             ),
             click.option(
                 "--combine",
@@ -209,6 +209,13 @@ def sampling_options(max_new_tokens: int) -> Callable[[F], F]:
             ),
             click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be repeated."),
             click.option("--seed", metavar="N", type=click.IntRange(min=0), help="Makes sampling repeatable."),
+            click.option(
+                "--speculation",
+                type=click.Choice(["auto", "lookup", "student", "off"]),
+                default="auto",
+                show_default=True,
+                help="Where drafts that the mixture verifies come from; the text is the same.",
+            ),
         ),
     )
 

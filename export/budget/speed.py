@@ -8,7 +8,7 @@ import numpy as np
 
 from edgemix.errors import EdgemixError
 from edgemix.progress import SILENT, Progress
-from edgemix.runtime.engine import Blend
+from edgemix.runtime.blend import Blend
 from edgemix.runtime.member import Member
 from edgemix.runtime.providers import choose
 from edgemix.runtime.speed import decoding_rates

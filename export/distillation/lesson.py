@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 _BATCH = 4
 """Windows that are measured at once."""
+_TRIALS = 4
+"""How often a step's time is taken; the shortest counts."""
 
 
 class Lesson:
@@ -107,13 +110,15 @@ def learning_speed(model: PreTrainedModel, lesson: Lesson, batch: int, length: i
         batch: Windows at once, of `length` tokens.
         length: Likewise.
     """
-    numbers, seconds = torch.arange(batch, device=model.device)[:, None], 0.0
+    numbers, seconds = torch.arange(batch, device=model.device)[:, None], math.inf
     model.requires_grad_()
     with fast_attention(model, length):
-        for _ in range(2):  # the first one warms up
+        for _ in range(_TRIALS):  # the first ones also make buffers, and another process may take a core for a moment
             started = time.monotonic()
-            lesson(numbers).backward()
-            seconds = time.monotonic() - started
+            loss = lesson(numbers)
+            loss.backward()
+            float(loss)  # waits for a GPU
+            seconds = min(seconds, time.monotonic() - started)
     model.zero_grad()
     return batch * length / max(seconds, 1e-6)
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from edgemix.export.members import LoadedMember
     from edgemix.formats import Format
     from edgemix.recipe import Recipe
-    from edgemix.runtime.engine import Blend
+    from edgemix.runtime.blend import Blend
 
 _ROWS = 64
 """Tokens that are mixed at once: their distributions stay in a CPU's cache."""

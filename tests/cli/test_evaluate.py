@@ -57,7 +57,7 @@ def test_the_student_stands_beside_members_and_mixture(student_bundle, texts):
 
     rows = {row["name"]: row for row in told["rows"]}
     assert (told["provider"], told["mixture"]) == ("cpu", "given")
-    assert list(rows) == ["math", "code", "uniform", "given", "student"]
+    assert list(rows) == ["math", "code", "uniform", "given", "adaptive", "student"]
     assert rows["student"]["kind"] == "student"
     assert rows["student"]["files"]["sums"]["agreement"] == 0.5
     assert rows["math"]["overall"]["agreement"] == 1

@@ -8,8 +8,8 @@ from onnx_members import ClosedForm, random_member, saying
 
 from edgemix.errors import EdgemixError
 from edgemix.runtime import speed
+from edgemix.runtime.blend import Blend
 from edgemix.runtime.comparison import compare_tokens
-from edgemix.runtime.engine import Blend
 from edgemix.runtime.speed import ROUNDS, STEPS, decoding_rates
 
 TOKENS = 16

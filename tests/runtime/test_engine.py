@@ -5,7 +5,8 @@ import pytest
 from onnx_members import ClosedForm, random_member
 
 from edgemix.errors import EdgemixError
-from edgemix.runtime.engine import Blend, Decoding, State
+from edgemix.runtime.blend import Blend
+from edgemix.runtime.engine import Decoding, State
 from edgemix.runtime.sampling import Sampling
 
 TOKENS = 16
@@ -25,6 +26,10 @@ def blend(members, weights, combine="linear"):
     return Blend.of(members, np.array(weights), combine, TOKENS)
 
 
+class Text(list):
+    """The tokens of a sequence, with their log-probabilities."""
+
+
 def run(mixture, prompts, sampling=Sampling(), *, seeds=None, max_new_tokens=8, context=100, eos=()):  # noqa: B008
     decoding = Decoding(
         mixture,
@@ -35,10 +40,12 @@ def run(mixture, prompts, sampling=Sampling(), *, seeds=None, max_new_tokens=8, 
         context=context,
         eos=eos,
     )
-    texts = [[] for _ in prompts]
+    texts = [Text() for _ in prompts]
     while tokens := decoding.step():
         for token in tokens:
             texts[token.sequence].append(token)
+    for number, text in enumerate(texts):
+        text.log_probabilities = decoding.log_probabilities(number)
     decoding.close()
     return texts
 
@@ -55,10 +62,10 @@ def expected_mixture(forms, weights, text):
 def test_greedy_decoding_follows_the_exact_mixture(forms, members):
     text = [3, 7]
     (tokens,) = run(blend(members, [0.6, 0.4]), [text])
-    for token in tokens:
+    for token, log_probability in zip(tokens, tokens.log_probabilities, strict=True):
         probabilities = expected_mixture(forms, [0.6, 0.4], text)
         assert token.id == probabilities.argmax()
-        assert token.log_probability == pytest.approx(np.log(probabilities[token.id]), abs=1e-5)
+        assert log_probability == pytest.approx(np.log(probabilities[token.id]), abs=1e-5)
         text = [*text, token.id]
 
 
@@ -76,7 +83,7 @@ def test_a_batch_gives_the_single_results(members, sampling):
     assert list(map(ids, together)) == list(map(ids, alone))
     assert len({len(text) for text in together}) > 1, "sequences must finish at different times for this to tell much"
     for one, other in zip(together, alone, strict=True):
-        np.testing.assert_allclose([t.log_probability for t in one], [t.log_probability for t in other], atol=1e-4)
+        np.testing.assert_allclose(one.log_probabilities, other.log_probabilities, atol=1e-4)
 
 
 def test_members_that_weigh_nothing_are_not_evaluated(members):
@@ -99,7 +106,9 @@ def test_identical_members_are_the_member(forms, members, load, combine):
 def test_log_linear_is_the_normalised_geometric_mean(forms, members):
     state = State(blend(members, [0.6, 0.4], "log-linear"), 1)
     product = np.exp(sum(w * form.log_probabilities([3, 7])[-1] for w, form in zip([0.6, 0.4], forms, strict=True)))
-    np.testing.assert_allclose(np.exp(state.extend([[3, 7]])[0]), product / product.sum(), rtol=1e-4)
+    np.testing.assert_allclose(
+        np.exp(state.mix(state.begin([np.array([3, 7])]))[0]), product / product.sum(), rtol=1e-4
+    )
 
 
 def test_finish_reasons(members):
@@ -157,7 +166,7 @@ def test_the_repetition_penalty_is_hugging_faces(load):
     (plain,) = run(blend([member], [1.0]), [prompt], Sampling(), max_new_tokens=6)
     assert ids([*plain]) != expected
     first = logits[6] - np.log(np.exp(logits[6].astype(np.float64)).sum())
-    assert tokens[0].log_probability == pytest.approx(first[expected[0]], abs=1e-4)  # of the mixture as it is
+    assert tokens.log_probabilities[0] == pytest.approx(first[expected[0]], abs=1e-4)  # of the mixture as it is
 
 
 def test_sampled_frequencies_are_the_mixture(forms, members):

@@ -58,6 +58,16 @@ def test_figures_are_those_worked_out_by_hand(table):
     assert found.row("fitted").files["as"].perplexity == pytest.approx(1 / 0.7)
 
 
+def test_adaptive_weights_follow_each_text_anew(table):
+    """The fitted prior is 0.9 for fond, and its domain's weights: nothing changes within the first tokens of a text."""
+    found = table({"x": ["bb", "b" * 60], "y": ["bb", "bb"]}, **FIT)
+    shares = found.row("adaptive").weights
+    at_first = shares["fond"] * 0.25 + shares["shy"] * 0.75
+    assert sum(shares.values()) == pytest.approx(1)
+    assert found.row("adaptive").files["y"].perplexity == pytest.approx(1 / at_first)
+    assert 4 / 3 < found.row("adaptive").files["x"].perplexity < found.row("fitted").files["x"].perplexity
+
+
 def test_closeness_to_the_mixture_is_that_worked_out_by_hand(table):
     """The fitted mixture says "a" with 0.9 * 0.75 + 0.1 * 0.25 = 0.7, whatever came before."""
     found = table({"x": ["aab", "ba"], "y": ["aaa"]}, student=STUDENT, **FIT)
@@ -81,10 +91,10 @@ def test_mixtures_are_not_held_against_themselves(table):
 
 
 def test_a_row_for_each_model_and_each_way_to_mix(table):
-    assert names(table({"x": ["ab"]}, **FIT)) == ["fond", "shy", "uniform", "fitted", "fitted to as"]
+    assert names(table({"x": ["ab"]}, **FIT)) == ["fond", "shy", "uniform", "fitted", "fitted to as", "adaptive"]
     found = table({"x": ["ab"]}, student=STUDENT)
-    assert names(found) == ["fond", "shy", "uniform", "given", "student"]
-    assert [row.kind for row in found.rows] == ["member", "member", "mixture", "mixture", "student"]
+    assert names(found) == ["fond", "shy", "uniform", "given", "adaptive", "student"]
+    assert [row.kind for row in found.rows] == ["member"] * 2 + ["mixture"] * 3 + ["student"]
     assert found.mixture == "given"
 
 
@@ -98,7 +108,7 @@ def test_a_mixture_of_one_is_its_member(table):
 
 def test_the_bundles_own_weights_are_the_mixture_even_where_a_member_has_their_name(table):
     found = table({"x": ["aa"]}, members={"given": FOND, "shy": SHY}, weights={"given": 0.0, "shy": 1.0})
-    assert names(found) == ["given", "shy", "uniform", "given"]
+    assert names(found) == ["given", "shy", "uniform", "given", "adaptive"]
     assert [row.overall.acceptance for row in found.rows[:2]] == pytest.approx([0.5, 1.0])
 
 
@@ -109,7 +119,7 @@ def test_one_hot_weights_give_that_members_figures(table):
 
 def test_a_text_longer_than_the_smallest_context_is_read_in_windows(table):
     found = table({"x": ["ab" * 20]}, student=ClosedForm(STUDENT.table, context=5), **FIT)
-    assert [row.overall.tokens for row in found.rows] == [39] * 6
+    assert [row.overall.tokens for row in found.rows] == [39] * 7
     assert found.row("student").overall.agreement == pytest.approx(20 / 39)  # after each "a"
 
 

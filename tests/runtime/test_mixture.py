@@ -9,7 +9,7 @@ from onnx_members import BOS, EOS, VOCABULARY, mixed, random_member, saying, wri
 
 from edgemix.errors import InputError
 from edgemix.runtime import Mixture
-from edgemix.runtime.engine import State
+from edgemix.runtime.kv_cache import SharedCache
 from edgemix.runtime.options import GenerateOptions
 from edgemix.runtime.writer import Writer
 
@@ -161,10 +161,10 @@ def test_streams_give_whole_characters(mixture_of):
 def test_closing_a_stream_frees_its_caches(pair, monkeypatch):
     freed = []
 
-    def close(state):
-        freed.append(state)
+    def free(cache):
+        freed.append(cache)
 
-    monkeypatch.setattr(State, "close", close)
+    monkeypatch.setattr(SharedCache, "free", free)
     stream = pair.stream("x")
     next(stream)
     assert not freed

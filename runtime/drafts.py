@@ -1,0 +1,136 @@
+"""Where drafts come from: tokens that the mixture may be about to say, for it to verify several at once."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+
+from edgemix.runtime.mixing import log_softmax
+from edgemix.runtime.sampling import distribution, draw
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from edgemix.runtime.pace import Pace
+    from edgemix.runtime.reader import Reader
+    from edgemix.runtime.sampling import Sampling
+
+Source = tuple[str, int]
+"""Who drafted a token, and how sure of it they were."""
+LONGEST = 15
+"""Most tokens of a draft."""
+_GRAM = 4
+"""Most tokens at the end of a text that are looked for before."""
+
+
+class Draft(NamedTuple):
+    """Tokens that may follow a text.
+
+    Attributes:
+        tokens: Their ids.
+        sources: For each, what its chance is counted by.
+        proposals: For each the probabilities float32 [vocabulary] that it was drawn with; None where it was not drawn.
+    """
+
+    tokens: list[int]
+    sources: list[Source]
+    proposals: list[NDArray[np.float32]] | None = None
+
+    def cut(self, length: int) -> Draft:
+        """The first tokens."""
+        return Draft(self.tokens[:length], self.sources[:length], self.proposals and self.proposals[:length])
+
+
+NOTHING = Draft([], [])
+
+
+class Drafter(Protocol):
+    """Drafts for one sequence."""
+
+    def draft(self, text: NDArray[np.int64], most: int) -> Draft:
+        """What may follow a text, which is the one of the last call and more: at most so many tokens."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds."""
+        ...
+
+
+class PromptLookup:
+    """What followed the last tokens when they came before, in the prompt or in what was written (prompt lookup
+    decoding, Saxena 2023; LLMA, arXiv 2304.04487). Costs no call of a model.
+    """
+
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
+        self._ends: dict[tuple[int, ...], int] = {}
+        self._known = 0
+
+    def draft(self, text: NDArray[np.int64], most: int) -> Draft:
+        """See `Drafter`; its tokens are not drawn."""
+        self._learn(text)
+        for length in range(min(_GRAM, len(text) - 1), 1, -1):
+            end = self._ends.get(tuple(text[-length:].tolist()))
+            if end is not None:
+                return self._copy(text, end, ("lookup", length), most)
+        return NOTHING
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def _copy(self, text: NDArray[np.int64], start: int, source: Source, most: int) -> Draft:
+        chance, count = self._pace.chance(source), 0
+        while count < most and self._pace.pays(chance ** (count + 1)):
+            count += 1
+        tokens = text[start : start + count].tolist()
+        while tokens and len(tokens) < count:  # what it repeats reaches up to the end: on it goes
+            tokens = (tokens * 2)[:count]
+        return Draft(tokens, [source] * len(tokens))
+
+    def _learn(self, text: NDArray[np.int64]) -> None:
+        """Note where what follows each group of tokens begins; the last group has nothing behind it yet."""
+        offset = max(0, self._known - _GRAM)
+        ids = text[offset:].tolist()
+        for end in range(max(self._known, 2), len(text)):
+            for length in range(2, min(_GRAM, end - offset) + 1):
+                self._ends[tuple(ids[end - length - offset : end - offset])] = end
+        self._known = len(text)
+
+
+class StudentDrafts:
+    """The student's own continuation, drawn (or not) as the mixture's tokens are."""
+
+    def __init__(self, reader: Reader, sampling: Sampling, generator: np.random.Generator, pace: Pace) -> None:
+        self._reader, self._sampling, self._generator, self._pace = reader, sampling, generator, pace
+
+    def draft(self, text: NDArray[np.int64], most: int) -> Draft:
+        """See `Drafter`."""
+        pace, reader = self._pace, self._reader
+        reader.forget(len(text) - 1)
+        ids = text
+        tokens: list[int] = []
+        sources: list[Source] = []
+        proposals: list[NDArray[np.float32]] = []
+        chance, next_seconds = 1.0, pace.drafting("student")
+        while len(tokens) < most and pace.pays(chance * pace.chance("student"), next_seconds):
+            started = time.perf_counter()
+            ((_, (logits,)),) = reader.listen(ids, len(ids))
+            shares = distribution(log_softmax(logits[0]), self._sampling)
+            source: Source = ("student", min(3, int(4 * shares.max())))
+            chance *= pace.chance(source)
+            token = draw(shares, self._generator) if self._sampling.temperature else int(shares.argmax())
+            pace.drafted("student", time.perf_counter() - started)
+            # Decided by how sure the student is, not by what was drawn: else draws would no longer be fair.
+            if not pace.pays(chance):
+                break
+            tokens.append(token)
+            sources.append(source)
+            proposals.append(shares)
+            ids = np.append(ids, token)
+        return Draft(tokens, sources, proposals if self._sampling.temperature else None)
+
+    def close(self) -> None:
+        """Free the cache."""
+        self._reader.close()

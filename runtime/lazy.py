@@ -1,0 +1,250 @@
+"""One sequence under a mixture, whose members are asked only where the answer depends on them.
+
+A *window* is a stretch of places that one call of a graph speaks on: the place behind the text, and behind each token
+of a draft. Of P = sum_i w_i P_i, with the members S asked so far, m = sum_S w_i P_i is known; with w = sum_not_S w_i
+
+    m(y) <= P(y) <= m(y) + w    for every token y
+
+So the most probable token is certain when m leads by more than w; a draft's acceptance when both ends say the same; and
+a token drawn from one member, itself drawn by its weight, is a token drawn from the mixture. Members that were left out
+read on later, several tokens in a call.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgemix.runtime.adaptive import EVIDENCE, PERIOD, Posterior
+from edgemix.runtime.mixing import check_numbers, log_linear, target_log_probabilities
+from edgemix.runtime.reader import Reader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from edgemix.runtime.blend import Blend
+    from edgemix.runtime.reader import Heard
+
+    Alter = Callable[[NDArray[np.float32], int], NDArray[np.float32]]
+
+_ROOM = 256
+"""Tokens beside the prompt that there is room for at first."""
+ROUNDING = 1e-5
+"""What float32 may lose in a sum of probabilities that is about one."""
+
+
+class LazyState:
+    """A text, what members have said of it, and a window on what may come.
+
+    Args:
+        blend: The members.
+        prompt: int64 [tokens], at least one.
+        alter: Changes a voice's logits [vocabulary] for a place of the window (a penalty); None changes nothing.
+
+    Attributes:
+        length: Tokens of the text.
+        weights: float64 [voices], at the window's places.
+        asked: Calls of graphs so far, but for those that only read on.
+    """
+
+    def __init__(self, blend: Blend, prompt: NDArray[np.int64], alter: Alter | None = None) -> None:
+        self._blend, self._alter = blend, alter
+        heavy, vocabulary = blend.heavy, blend.vocabulary
+        self._readers = [Reader(each, vocabulary) for each in blend.listened()]
+        self._posterior = Posterior(blend.experts.narrowed(heavy)) if blend.experts else None
+        self.weights = blend.weights[heavy]
+        self.length = self._start = len(prompt)
+        self._ids = np.zeros(2 * len(prompt) + _ROOM, np.int64)
+        self._ids[: len(prompt)] = prompt
+        self._own = np.full((len(heavy), len(self._ids)), np.nan)
+        self._path = np.full((len(heavy), len(self._ids)), np.nan)
+        self._geometric: list[float] = []
+        self._observed = max(1, self._start - EVIDENCE) if self._posterior else self._start
+        self._drafted = 0
+        self._spoken: dict[int, NDArray[np.float32]] = {}
+        self._mass = np.empty(vocabulary, np.float32)
+        self._part = np.empty(vocabulary, np.float32)
+        self._massed: tuple[int, set[int]] = (-1, set())
+        self.asked = 0
+
+    @property
+    def text(self) -> NDArray[np.int64]:
+        """int64 [length]."""
+        return self._ids[: self.length]
+
+    @property
+    def room(self) -> int:
+        """Most tokens of a draft that all lie before the weights change."""
+        if self._posterior is None:
+            return 1 << 30
+        return PERIOD - 1 - (self.length - self._start) % PERIOD
+
+    @property
+    def silent(self) -> bool:
+        """Whether nobody has spoken in this window."""
+        return not self._spoken
+
+    @property
+    def rest(self) -> float:
+        """The weight of voices that have not been asked in this window."""
+        return float(sum(self.weights[voice] for voice in self._left()))
+
+    def open(self, draft: Sequence[int]) -> None:
+        """Begin a window: behind the text, and behind each of `draft`, of at most `room` tokens."""
+        end = self.length + len(draft)
+        self._reserve(end + 1)
+        self._ids[self.length : end] = draft
+        self._drafted, self._spoken, self._massed = len(draft), {}, (-1, set())
+        if self._posterior is not None and (self.length - self._start) % PERIOD == 0:
+            self.ask_all()
+            self._posterior.observe(self._own[:, self._observed : self.length])
+            self._observed, self.weights = self.length, self._posterior.weights
+
+    def ask_next(self) -> None:
+        """Let the graph of most weight speak that has not."""
+        silent = [reader for reader in self._readers if reader.voices[0] not in self._spoken]
+        self._ask(max(silent, key=lambda reader: sum(self.weights[voice] for voice in reader.voices)))
+
+    def ask_all(self) -> None:
+        """Let every graph speak that has not."""
+        while self._left():
+            self.ask_next()
+
+    def ask_voice(self, voice: int) -> None:
+        """Let a voice speak, if it has not."""
+        if voice not in self._spoken:
+            self._ask(next(reader for reader in self._readers if voice in reader.voices))
+
+    def mass(self, place: int) -> NDArray[np.float32]:
+        """What the voices asked so far say of a place of the window, sum_i w_i P_i [vocabulary], which is not the
+        whole mixture while some are `rest`. It lies in a buffer that the next call overwrites.
+        """
+        at, added = self._massed
+        if at != place:
+            added = set()
+            self._mass.fill(0)
+        for voice in self._spoken.keys() - added:
+            self._mass += self._probabilities(voice, place, self.weights[voice])
+        self._massed = place, set(self._spoken)
+        return self._mass
+
+    def voice(self, voice: int, place: int) -> NDArray[np.float32]:
+        """What one voice says, P_i [vocabulary]; in a buffer that the next call overwrites."""
+        return self._probabilities(voice, place, 1.0)
+
+    def leader(self, place: int) -> int:
+        """The mixture's most probable token at a place; asks as many members as it takes to be certain."""
+        if self._blend.combine != "linear":
+            return int(self.scores(place).argmax())
+        while True:
+            if not self._spoken:
+                self.ask_next()
+            mass = self.mass(place)
+            first = int(mass.argmax())
+            lead, rest = mass[first], self.rest
+            if not rest:
+                return first
+            mass[first] = -1
+            second = mass.max()
+            mass[first] = lead
+            if lead - second > rest + ROUNDING:
+                return first
+            self.ask_next()
+
+    def scores(self, place: int) -> NDArray[np.float32]:
+        """The whole mixture's log-probabilities [vocabulary] at a place, a new array; asks all members."""
+        self.ask_all()
+        if self._blend.combine != "linear":
+            voices = sorted(self._spoken)
+            parts = np.stack([self._altered(voice, place) for voice in voices])
+            mixed = log_linear(parts, self.weights[voices])
+        else:
+            with np.errstate(divide="ignore"):
+                mixed = np.log(self.mass(place))
+        check_numbers(mixed.max())
+        return mixed
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """Lengthen the text by tokens: the draft's first ones, and one that the mixture has chosen behind them."""
+        count, begin = len(tokens), self.length
+        new = self._ids[begin : begin + count] = np.asarray(tokens, np.int64)
+        self._path[:, begin : begin + count] = self.weights[:, None]
+        for voice, logits in self._spoken.items():
+            self._own[voice, begin : begin + count] = target_log_probabilities(logits[:count], new)
+        if self._blend.combine != "linear":
+            voices = sorted(self._spoken)
+            for place, token in enumerate(tokens):
+                mixed = log_linear(np.stack([self._spoken[voice][place] for voice in voices]), self.weights[voices])
+                self._geometric.append(float(mixed[token]))
+        self.length += count
+        for reader in self._readers:
+            reader.forget(self.length - 1)
+
+    def log_probabilities(self) -> NDArray[np.float64]:
+        """Of the tokens behind the prompt, under the mixture without `alter`: float64 [tokens], nats."""
+        if self._blend.combine != "linear":
+            return np.array(self._geometric)
+        for reader in self._readers:
+            if reader.read < self.length - 1:
+                for heard in reader.listen(self._ids[: self.length - 1], max(self._start, reader.read + 1)):
+                    self._note(reader, heard)
+        new = slice(self._start, self.length)
+        mixed: NDArray[np.float64] = np.logaddexp.reduce(self._own[:, new] + np.log(self._path[:, new]), axis=0)
+        return mixed
+
+    def close(self) -> None:
+        """Free the caches."""
+        for reader in self._readers:
+            reader.close()
+
+    def _left(self) -> list[int]:
+        return [voice for reader in self._readers for voice in reader.voices if voice not in self._spoken]
+
+    def _ask(self, reader: Reader) -> None:
+        """Let a graph read on to the window's end; note what it says of the text, keep what it says of the window."""
+        end = self.length + self._drafted
+        first = min(self.length, max(reader.read + 1, self._observed))
+        kept: list[list[NDArray[np.float32]]] = []
+        for heard in reader.listen(self._ids[:end], first):
+            self._note(reader, heard)
+            ahead = [logits[max(0, self.length - heard.start) :] for logits in heard.logits]
+            last = heard.start + len(heard.logits[0]) > end
+            kept.append(ahead if last else [logits.copy() for logits in ahead])  # the next call overwrites them
+        for index, voice in enumerate(reader.voices):
+            pieces = [piece[index] for piece in kept]
+            self._spoken[voice] = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        self.asked += 1
+
+    def _note(self, reader: Reader, heard: Heard) -> None:
+        """Keep what voices say of tokens that are known."""
+        known = slice(heard.start, min(heard.start + len(heard.logits[0]), self.length))
+        targets = self._ids[known]
+        for voice, logits in zip(reader.voices, heard.logits, strict=True):
+            self._own[voice, known] = target_log_probabilities(logits[: len(targets)], targets)
+
+    def _altered(self, voice: int, place: int) -> NDArray[np.float32]:
+        logits = self._spoken[voice][place]
+        return logits if self._alter is None else self._alter(logits, place)
+
+    def _probabilities(self, voice: int, place: int, weight: float) -> NDArray[np.float32]:
+        """Weight * softmax(logits), in a buffer."""
+        logits, part = self._altered(voice, place), self._part
+        np.subtract(logits, logits.max(), out=part)
+        np.exp(part, out=part)
+        total = part.sum()
+        check_numbers(total)
+        part *= np.float32(weight) / total
+        return part
+
+    def _reserve(self, tokens: int) -> None:
+        """Make room for so many tokens."""
+        if tokens <= len(self._ids):
+            return
+        more = 2 * tokens - len(self._ids)
+        self._ids = np.pad(self._ids, (0, more))
+        self._own, self._path = (
+            np.pad(each, ((0, 0), (0, more)), constant_values=np.nan) for each in (self._own, self._path)
+        )

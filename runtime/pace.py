@@ -1,0 +1,92 @@
+"""When another drafted token pays: what it costs to draft and to verify, against what it is likely to save.
+
+A token that will be accepted with probability p saves p times what a token takes now; it costs its drafting and its
+place in the verifying call. Both are measured while text is written, with memories that fade.
+"""
+
+from __future__ import annotations
+
+_FADE = 0.9
+_HOPE = 0.7
+"""Acceptance of a source that nothing is known of."""
+_RETURN = 0.02
+"""How far what is believed of a source returns to hope at each step that does not try it."""
+_SLOPE = 0.15
+"""A further token in a call, in units of a call, before that is measured."""
+_DOUBT = 0.1
+"""How much weight that guess has, against the variance of the numbers of tokens seen."""
+
+
+class _Mean:
+    """A mean that forgets: of `value`, `weight` observations' worth."""
+
+    def __init__(self, value: float, weight: float = 1.0) -> None:
+        self._sum, self._weight = value * weight, weight
+
+    @property
+    def value(self) -> float:
+        return self._sum / self._weight
+
+    def add(self, value: float) -> None:
+        self._sum, self._weight = _FADE * self._sum + value, _FADE * self._weight + 1
+
+    def move(self, share: float, towards: float) -> None:
+        self._sum += share * (towards * self._weight - self._sum)
+
+
+class Pace:
+    """What steps have taken so far, and how drafts have fared.
+
+    Attributes:
+        seconds: Of a token, on average.
+        further: Seconds that a call takes longer for each token more than one.
+    """
+
+    def __init__(self) -> None:
+        self._spent = self._gained = 0.0
+        self._count = self._x = self._y = self._xx = self._xy = 0.0
+        self._accepted: dict[object, _Mean] = {}
+        self._drafting: dict[object, _Mean] = {}
+
+    @property
+    def seconds(self) -> float:
+        return self._spent / self._gained if self._gained else 0.0
+
+    @property
+    def further(self) -> float:
+        if not self._count:
+            return 0.0
+        x, y = self._x / self._count, self._y / self._count
+        variance, covariance = self._xx / self._count - x * x, self._xy / self._count - x * y
+        # As if the slope that is expected had been seen, too, until the true one shows.
+        expected = _SLOPE * y / (1 + _SLOPE * x)
+        return max(0.0, (covariance + _DOUBT * expected) / (variance + _DOUBT))
+
+    def chance(self, source: object) -> float:
+        """Of a token of that source to be accepted, where the ones before it are."""
+        return self._accepted[source].value if source in self._accepted else _HOPE
+
+    def drafting(self, source: object) -> float:
+        """Seconds that a token of that source takes."""
+        return self._drafting[source].value if source in self._drafting else 0.0
+
+    def pays(self, chance: float, seconds: float = 0.0) -> bool:
+        """Whether a further token of a draft does, that takes so long to draft and will be accepted so likely."""
+        return not self._gained or chance * self.seconds > seconds + self.further
+
+    def stepped(self, drafted: int, calls: float, seconds: float, tokens: int) -> None:
+        """Hear of a step: tokens drafted, seconds in calls that verified, seconds in all, tokens written."""
+        self._spent, self._gained = _FADE * self._spent + seconds, _FADE * self._gained + tokens
+        self._count, self._x, self._y = _FADE * self._count + 1, _FADE * self._x + drafted, _FADE * self._y + calls
+        self._xx, self._xy = _FADE * self._xx + drafted * drafted, _FADE * self._xy + drafted * calls
+        for mean in self._accepted.values():
+            mean.move(_RETURN, _HOPE)
+
+    def tried(self, source: tuple[str, int], accepted: bool) -> None:
+        """Hear of a drafted token that came to a decision."""
+        for name in (source, source[0]):
+            self._accepted.setdefault(name, _Mean(_HOPE, 2.0)).add(float(accepted))
+
+    def drafted(self, source: object, seconds: float) -> None:
+        """Hear how long a token took to draft."""
+        self._drafting.setdefault(source, _Mean(seconds)).add(seconds)

@@ -1,0 +1,83 @@
+"""A graph that reads one sequence, and may lag behind what has been written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgemix.runtime.blend import Listened
+    from edgemix.runtime.kv_cache import KVCache
+
+
+class Heard(NamedTuple):
+    """What follows some tokens of a text, as a graph's voices say.
+
+    Attributes:
+        start: Place of the first token that follows.
+        logits: Voice by voice, float32 [places, vocabulary]; the graph's next call overwrites them.
+    """
+
+    start: int
+    logits: list[NDArray[np.float32]]
+
+
+class Reader:
+    """One graph with a cache for one sequence.
+
+    Args:
+        listened: The graph, and who of it is listened to.
+        vocabulary: The tokenizer's; logits beyond it are cut off.
+        cache: What it has read; an empty one of its own by default.
+
+    Attributes:
+        voices: The numbers, among a blend's, of those of its voices that are listened to.
+    """
+
+    def __init__(self, listened: Listened, vocabulary: int, cache: KVCache | None = None) -> None:
+        self._member, self._own, self.voices = listened
+        self._vocabulary = vocabulary
+        self._cache = cache or self._member.new_cache()
+
+    @property
+    def read(self) -> int:
+        """Tokens read so far."""
+        return int(self._cache.lengths[0])
+
+    def listen(self, ids: NDArray[np.int64], first: int) -> Iterator[Heard]:
+        """Read on to the end of a text, and hear what comes at every place from `first` on, the one behind it included.
+
+        Args:
+            ids: int64 [tokens], of which those read before are as they were.
+            first: A place that has not been heard of: above `read`, at most `len(ids)`.
+
+        Raises:
+            InputError: The text is longer than the context.
+            EdgemixError: The graph fails.
+        """
+        member, cache, at, end = self._member, self._cache, self.read, len(ids)
+        if first == end:
+            yield self._heard(end, member.extend(cache, [ids[at:]]))
+            return
+        if first - 1 > at:
+            member.extend(cache, [ids[at : first - 1]])
+        for start in range(first - 1, end, member.chunk):
+            piece = ids[start : start + member.chunk]
+            yield self._heard(start + 1, member.extend_all(cache, [piece])[0])
+
+    def forget(self, length: int) -> None:
+        """Take back what was read beyond so many tokens."""
+        if self.read > length:
+            self._cache.rollback([length])
+
+    def close(self) -> None:
+        """Free the cache."""
+        self._cache.free()
+
+    def _heard(self, start: int, logits: NDArray[np.float32]) -> Heard:
+        parts = self._member.parts(logits)
+        return Heard(start, [parts[voice][:, : self._vocabulary] for voice in self._own])

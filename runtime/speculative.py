@@ -1,0 +1,209 @@
+"""Generation of one sequence in fewer calls: drafts that the mixture verifies, and members asked only where it matters.
+
+What is generated is what `Decoding` generates: the same tokens where the most probable one is taken; where tokens are
+drawn, with the same distribution. A drafted token y, drawn with probability q(y), is taken with probability
+min(1, p(y) / q(y)), and else the place's token is drawn from max(0, p - q), normalised; a token that was not drawn has
+q(y) = 1 (Leviathan et al. 2023; Chen et al. 2023). p is the mixture's distribution after temperature and filters, as q
+is the student's.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgemix.runtime.drafts import LONGEST, NOTHING, Draft, PromptLookup, StudentDrafts
+from edgemix.runtime.engine import Token
+from edgemix.runtime.lazy import ROUNDING, LazyState
+from edgemix.runtime.pace import Pace
+from edgemix.runtime.reader import Reader
+from edgemix.runtime.sampling import distribution, draw, penalise_repetition
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from numpy.typing import NDArray
+
+    from edgemix.runtime.blend import Blend
+    from edgemix.runtime.drafts import Drafter
+    from edgemix.runtime.engine import FinishReason
+    from edgemix.runtime.sampling import Sampling
+
+
+class SpeculativeDecoding:
+    """Generation of one sequence under way: every `step` gives it one token or more. Compare `engine.Decoding`.
+
+    Args:
+        blend: What generates.
+        prompt: Token ids, at least one.
+        sampling: How tokens are chosen.
+        seed: None draws from the system's entropy.
+        max_new_tokens: Most tokens.
+        context: Most tokens that are read.
+        eos: Ids that finish the sequence with "stop".
+        student: A blend of one model that drafts.
+        lookup: Draft from the text itself, too.
+        lazy: Ask members only where the answer depends on them.
+
+    Attributes:
+        drafted: Tokens that were drafted; `accepted` of them were taken.
+        calls: Calls of the members' graphs.
+    """
+
+    def __init__(
+        self,
+        blend: Blend,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        seed: int | None,
+        max_new_tokens: int,
+        context: int,
+        eos: Iterable[int],
+        student: Blend | None = None,
+        lookup: bool = True,
+        lazy: bool = True,
+    ) -> None:
+        ids = np.asarray(prompt, np.int64)
+        self._sampling, self._eos, self._context = sampling, frozenset(eos), context
+        self._lazy = lazy and blend.combine == "linear"
+        self._generator = np.random.default_rng(seed)
+        # The last token is never read, so it may lie one beyond the context.
+        self._budget = min(max_new_tokens, context - len(ids) + 1)
+        penalised = sampling.repetition_penalty != 1
+        self._state = LazyState(blend, ids, self._penalise if penalised else None)
+        self._seen = np.zeros(blend.vocabulary, bool)
+        self._seen[ids] = True
+        self._pace = Pace()
+        self._drafters: list[Drafter] = [PromptLookup(self._pace)] if lookup else []
+        if student is not None:
+            (listened,) = student.listened()
+            reader = Reader(listened, blend.vocabulary)
+            self._drafters.append(StudentDrafts(reader, sampling, self._generator, self._pace))
+        self._draft = NOTHING
+        self._begun = self._finished = False
+        self.drafted = self.accepted = 0
+
+    @property
+    def calls(self) -> int:
+        return self._state.asked
+
+    def step(self) -> list[Token]:
+        """The next tokens; the first step reads the prompt. Empty when the sequence is finished."""
+        if self._finished:
+            return []
+        state, begun = self._state, time.perf_counter()
+        self._draft = self._find_draft() if self._begun else NOTHING
+        drafted = time.perf_counter()
+        state.open(self._draft.tokens)
+        if not self._lazy:
+            state.ask_all()
+        tokens = self._decide()
+        state.accept(tokens)
+        ended = time.perf_counter()
+        if self._begun:
+            self._pace.stepped(len(self._draft.tokens), ended - drafted, ended - begun, len(tokens))
+        self._begun = True
+        return self._advance(tokens)
+
+    def finish(self, sequence: int) -> None:  # noqa: ARG002 - there is one
+        """Take the sequence out, whatever it may still have had to say."""
+        self._finished = True
+
+    def log_probabilities(self, sequence: int) -> NDArray[np.float64]:  # noqa: ARG002 - there is one
+        """Of the tokens so far, under the mixture, before temperature and filters: float64 [tokens], nats."""
+        return self._state.log_probabilities()
+
+    def close(self) -> None:
+        """Free the caches."""
+        self._finished = True
+        self._state.close()
+        for drafter in self._drafters:
+            drafter.close()
+
+    def _find_draft(self) -> Draft:
+        """From the first drafter that has one: at most to where the weights change, the budget or the context ends."""
+        state = self._state
+        most = min(LONGEST, state.room, self._budget - 1, self._context - state.length)
+        if most > 0:
+            for drafter in self._drafters:
+                if (draft := drafter.draft(state.text, most)).tokens:
+                    return draft
+        return NOTHING
+
+    def _decide(self) -> list[int]:
+        """The window's tokens: the draft's as long as they are taken, then one more."""
+        taken: list[int] = []
+        for place in range(len(self._draft.tokens) + 1):
+            token, as_drafted = self._choose(place)
+            taken.append(token)
+            if token in self._eos or not as_drafted:
+                break
+        return taken
+
+    def _choose(self, place: int) -> tuple[int, bool]:
+        """The token of a place of the window, and whether it is the draft's."""
+        drafted = place < len(self._draft.tokens)
+        if not self._sampling.temperature:
+            token = self._state.leader(place)
+            accepted = drafted and token == self._draft.tokens[place]
+        elif not drafted:
+            return self._draw(place), False
+        else:
+            token, accepted = self._try(place, self._draft.tokens[place])
+        if drafted:
+            self.drafted, self.accepted = self.drafted + 1, self.accepted + accepted
+            self._pace.tried(self._draft.sources[place], accepted)
+        return token, accepted
+
+    def _draw(self, place: int) -> int:
+        """A token of the mixture's distribution; from one member alone, drawn by its weight, where that will do."""
+        state = self._state
+        if not self._lazy or not self._sampling.plain:
+            return draw(distribution(state.scores(place), self._sampling), self._generator)
+        voice = int(self._generator.choice(len(state.weights), p=state.weights / state.weights.sum()))
+        state.ask_voice(voice)
+        return draw(state.voice(voice, place), self._generator)
+
+    def _try(self, place: int, token: int) -> tuple[int, bool]:
+        """Take a drafted token with probability min(1, p / q), or draw from what p has more than q."""
+        state, proposals, generator = self._state, self._draft.proposals, self._generator
+        bar = generator.random() * (1.0 if proposals is None else float(proposals[place][token]))
+        if self._lazy and self._sampling.plain:
+            while state.rest:
+                if not state.silent:
+                    least = float(state.mass(place)[token])
+                    if bar < least - ROUNDING:
+                        return token, True
+                    if bar > least + state.rest + ROUNDING:
+                        break
+                state.ask_next()
+        shares = distribution(state.scores(place), self._sampling)
+        if bar < shares[token]:
+            return token, True
+        if proposals is None:
+            shares[token] = 0
+        else:
+            shares = np.maximum(shares - proposals[place], 0)
+        if not shares.any():  # p and q are the same but for rounding
+            return token, True
+        return draw(shares, generator), False
+
+    def _penalise(self, logits: NDArray[np.float32], place: int) -> NDArray[np.float32]:
+        seen = self._seen
+        if place:
+            seen = seen.copy()
+            seen[self._draft.tokens[:place]] = True
+        return penalise_repetition(logits, np.flatnonzero(seen), self._sampling.repetition_penalty)
+
+    def _advance(self, tokens: list[int]) -> list[Token]:
+        self._seen[tokens] = True
+        told = []
+        for token in tokens:
+            self._budget -= 1
+            reason: FinishReason | None = "stop" if token in self._eos else "length" if not self._budget else None
+            told.append(Token(0, token, reason))
+        self._finished = told[-1].finish_reason is not None
+        return told

@@ -1,0 +1,196 @@
+"""Fewer calls, and the same text: the plain loop's token for token; where tokens are drawn, its distribution."""
+
+import itertools
+
+import numpy as np
+import pytest
+from onnx_members import ClosedForm, random_member
+
+from edgemix.runtime.adaptive import Experts
+from edgemix.runtime.blend import Blend
+from edgemix.runtime.drafts import PromptLookup
+from edgemix.runtime.engine import Decoding
+from edgemix.runtime.pace import Pace
+from edgemix.runtime.sampling import Sampling, distribution
+from edgemix.runtime.speculative import SpeculativeDecoding
+
+TOKENS = 16
+PROMPT = [3, 7, 1, 1, 9]
+WEIGHTS = {"even": [0.4, 0.35, 0.25], "uneven": [0.02, 0.95, 0.03]}
+FORMS = [random_member(1, pull=6.0), random_member(2, cache="growing", padding=3), random_member(3)]
+
+
+@pytest.fixture
+def members(load):
+    return [load(form) for form in FORMS]
+
+
+@pytest.fixture
+def student(load):
+    tables = [random_member(seed).table for seed in (1, 2)]
+    return Blend((load(ClosedForm(tables[0] / 2 + tables[1])),), np.ones(1), "linear", TOKENS)
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Every draft pays."""
+    monkeypatch.setattr(Pace, "pays", lambda *_: True)
+
+
+def blend(members, weights, combine="linear", *, adaptive=False):
+    experts = Experts.of("abc"[: len(members)], dict(zip("abc", weights, strict=False)), {}) if adaptive else None
+    return Blend.of(members, np.array(weights), combine, TOKENS, experts)
+
+
+def plain(mixture, sampling=Sampling(), *, most=60, context=100, eos=()):  # noqa: B008
+    decoding = Decoding(mixture, [PROMPT], sampling, seeds=[0], max_new_tokens=most, context=context, eos=eos)
+    tokens = [token for _ in range(most) for token in decoding.step()]
+    return [(token.id, token.finish_reason) for token in tokens], decoding.log_probabilities(0)
+
+
+def fast(mixture, sampling=Sampling(), *, seed=0, most=60, context=100, eos=(), prompt=PROMPT, **options):  # noqa: B008
+    decoding = SpeculativeDecoding(
+        mixture, prompt, sampling, seed=seed, max_new_tokens=most, context=context, eos=eos, **options
+    )
+    tokens = []
+    while new := decoding.step():
+        tokens += [(token.id, token.finish_reason) for token in new]
+    return tokens, decoding.log_probabilities(0), decoding
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("lazy", [True, False])
+@pytest.mark.parametrize("drafts", ["none", "lookup", "student", "both"])
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_greedy_text_is_the_plain_loops(members, student, weights, drafts, lazy):
+    mixture = blend(members, WEIGHTS[weights])
+    options = {"student": student if drafts in ("student", "both") else None, "lookup": drafts in ("lookup", "both")}
+    expected, log_probabilities = plain(mixture)
+    tokens, found, decoding = fast(mixture, lazy=lazy, **options)
+    assert tokens == expected
+    np.testing.assert_allclose(found, log_probabilities, atol=1e-4)
+    if drafts != "none":
+        assert 0 < decoding.accepted < decoding.drafted, "drafts must be taken and refused for this to tell much"
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_adaptive_text_is_the_plain_loops(members, student, eager, weights):
+    mixture = blend(members, WEIGHTS[weights], adaptive=True)
+    expected, log_probabilities = plain(mixture)
+    tokens, found, _ = fast(mixture, student=student)
+    assert tokens == expected
+    np.testing.assert_allclose(found, log_probabilities, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(repetition_penalty=1.3)])
+@pytest.mark.parametrize("combine", ["linear", "log-linear"])
+def test_penalties_and_products_are_the_plain_loops(members, student, eager, sampling, combine):
+    mixture = blend(members, WEIGHTS["even"], combine)
+    expected, log_probabilities = plain(mixture, sampling)
+    tokens, found, _ = fast(mixture, sampling, student=student)
+    assert tokens == expected
+    np.testing.assert_allclose(found, log_probabilities, atol=1e-4)
+
+
+def test_it_stops_where_the_plain_loop_stops(members, student, eager):
+    mixture = blend(members, WEIGHTS["even"])
+    text = [token for token, _ in plain(mixture)[0]]
+    for eos in set(text):
+        assert fast(mixture, eos=[eos], student=student)[0] == plain(mixture, eos=[eos])[0]
+    for context in range(6, 12):
+        assert fast(mixture, context=context, student=student)[0] == plain(mixture, context=context)[0]
+    for most in range(1, 8):
+        assert fast(mixture, most=most, student=student)[0] == plain(mixture, most=most)[0]
+
+
+def test_members_are_asked_only_where_it_matters(members):
+    heavy, even = blend(members, WEIGHTS["uneven"]), blend(members, WEIGHTS["even"])
+    calls = {name: fast(mixture, lookup=False)[2].calls for name, mixture in (("heavy", heavy), ("even", even))}
+    assert calls["heavy"] < 1.3 * 60
+    assert calls["heavy"] < calls["even"] <= 3 * 60
+    assert fast(heavy, lookup=False, lazy=False)[2].calls == 3 * 60
+
+
+def test_repetition_is_read_in_few_calls(load, eager):
+    """A member that says the same four tokens again and again needs no call for each."""
+    table = np.zeros((TOKENS, TOKENS), np.float32)
+    for before, after in itertools.pairwise([2, 5, 8, 11, 2]):
+        table[before, after] = 20
+    tokens, _, decoding = fast(blend([load(ClosedForm(table))], [1.0]), prompt=[2], most=100, context=200)
+    assert [token for token, _ in tokens] == [5, 8, 11, 2] * 25
+    assert decoding.calls < 20
+
+
+def joint(weights, sampling, prompt):
+    """Probabilities [TOKENS, TOKENS] of the next two tokens, from closed forms."""
+
+    def following(text):
+        parts = sum(w * np.exp(f.log_probabilities(text)[-1]) for w, f in zip(weights, FORMS, strict=True))
+        return distribution(np.log(parts).astype(np.float32), sampling).astype(np.float64)
+
+    first = following(prompt)
+    return first[:, None] * np.stack([following([*prompt, token]) for token in range(TOKENS)])
+
+
+@pytest.mark.parametrize("drafts", ["none", "lookup", "student"])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(temperature=1.0), Sampling(temperature=0.8, top_k=9), Sampling(temperature=1.3, top_p=0.9)]
+)
+def test_drawn_text_has_the_mixtures_distribution(members, student, eager, sampling, drafts):
+    """By a chi-square test on the next two tokens: the second is where the first draft is tried."""
+    weights, prompt, count = WEIGHTS["even"], [4, 6, 4, 6, 4], 3_000
+    mixture = blend(members, weights)
+    counts = np.zeros((TOKENS, TOKENS))
+    options = {"student": student if drafts == "student" else None, "lookup": drafts == "lookup"}
+    for seed in range(count):
+        tokens, _, _ = fast(mixture, sampling, prompt=prompt, seed=seed, most=3, **options)
+        counts[tokens[0][0], tokens[1][0]] += 1
+    expected = count * joint(weights, sampling, prompt)
+    assert not counts[expected == 0].any()
+    order = np.argsort(expected.ravel())
+    cells = np.cumsum(expected.ravel()[order]) // 8  # cells of at least about 8 expected
+    groups = np.unique(cells, return_inverse=True)[1]
+    seen, wanted = (np.bincount(groups, each.ravel()[order]) for each in (counts, expected))
+    keep = wanted > 0
+    statistic, freedom = (((seen - wanted) ** 2)[keep] / wanted[keep]).sum(), keep.sum() - 1
+    assert statistic < freedom + 3.5 * np.sqrt(2 * freedom), (statistic, freedom)
+
+
+def test_lookup_copies_what_followed():
+    lookup = PromptLookup(Pace())
+    text = np.array([1, 2, 3, 4, 5, 6, 2, 3])
+    assert lookup.draft(text, 3).tokens == [4, 5, 6]
+    assert lookup.draft(np.array([*text, 9]), 3).tokens == []
+    assert lookup.draft(np.array([*text, 9, 4, 5]), 2).tokens == [6, 2]
+
+
+def test_lookup_takes_the_latest_place_and_the_longest_match():
+    lookup = PromptLookup(Pace())
+    assert lookup.draft(np.array([7, 1, 2, 8, 9, 1, 2, 5, 0, 7, 1, 2]), 1).tokens == [8]
+    assert PromptLookup(Pace()).draft(np.array([1, 2, 8, 9, 1, 2, 5, 0, 1, 2]), 1).tokens == [5]
+
+
+def test_lookup_goes_on_with_what_repeats():
+    assert PromptLookup(Pace()).draft(np.array([1, 2, 1, 2, 1, 2]), 6).tokens == [1, 2, 1, 2, 1, 2]
+
+
+def test_the_pace_finds_what_a_token_costs():
+    pace = Pace()
+    for drafted in [0, 3, 1, 5, 2, 0, 4] * 5:
+        pace.stepped(drafted, 0.010 + 0.001 * drafted, 0.010 + 0.001 * drafted, 1)
+    assert pace.further == pytest.approx(0.001, rel=0.15)
+    assert pace.pays(0.2)
+    assert not pace.pays(0.02)
+    assert not pace.pays(0.5, seconds=0.020)
+
+
+def test_the_pace_learns_who_is_right():
+    pace = Pace()
+    for _ in range(30):
+        pace.tried(("lookup", 2), accepted=False)
+        pace.tried(("student", 3), accepted=True)
+    assert pace.chance(("lookup", 2)) < 0.1
+    assert pace.chance(("student", 3)) > 0.95
+    for _ in range(200):  # and tries again some day
+        pace.stepped(0, 0.01, 0.01, 1)
+    assert pace.chance(("lookup", 2)) > 0.5

@@ -364,12 +364,14 @@ class Mixture:
                 max_new_tokens=budget,
                 context=self.context,
                 eos=eos,
-                student=self._student_blend() if settings.speculation in ("auto", "student") else None,
+                student=self.drafting if settings.speculation in ("auto", "student") else None,
                 lookup=settings.speculation in ("auto", "lookup"),
             )
         return Decoding(blend, prompts, sampling, seeds=seeds, max_new_tokens=budget, context=self.context, eos=eos)
 
-    def _student_blend(self) -> Blend | None:
+    @property
+    def drafting(self) -> Blend | None:
+        """The student as a blend of one, where it was opened beside the members."""
         return None if self._drafter is None else Blend((self._drafter,), np.ones(1), "linear", self.vocabulary)
 
     def blend(self, weights: WeightChoice = None, combine: Combine = "linear") -> Blend:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from onnx_members import VOCABULARY, random_member, write_bundle
 from transformers import AutoModelForCausalLM
 
 from edgemix.compression import Quantization
@@ -20,15 +21,26 @@ TEXT = "".join(f"{i} birds sat on {i * i} boughs, and <unk> wrote it down for th
 
 
 @pytest.fixture
-def formats(monkeypatch):
-    path = Path(__file__).parents[1] / "tools" / "formats.py"
-    specification = importlib.util.spec_from_file_location("formats_tool", path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    monkeypatch.setitem(sys.modules, module.__name__, module)  # where dataclasses look themselves up
-    specification.loader.exec_module(module)
-    return module
+def tool(monkeypatch):
+    """Imports a tool by name."""
+    folder = Path(__file__).parents[1] / "tools"
+    monkeypatch.syspath_prepend(folder)
+
+    def load(name):
+        specification = importlib.util.spec_from_file_location(f"{name}_tool", folder / f"{name}.py")
+        assert specification is not None
+        assert specification.loader is not None
+        module = importlib.util.module_from_spec(specification)
+        monkeypatch.setitem(sys.modules, module.__name__, module)  # where dataclasses look themselves up
+        specification.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture
+def formats(tool):
+    return tool("formats")
 
 
 @pytest.mark.parametrize(
@@ -80,3 +92,34 @@ def test_the_table_of_formats(formats, monkeypatch, tmp_path, capsys):
     with torch.no_grad():
         loss = model(input_ids=windows, labels=windows).loss
     assert whole["perplexity"]["text"] == pytest.approx(float(loss.exp()), rel=1e-4)
+
+
+def test_the_benchmark_compares_like_with_like(tool, monkeypatch, tmp_path, capsys):
+    forms = {name: random_member(seed, tokens=VOCABULARY, padding=6) for seed, name in enumerate(("a", "b", "c"))}
+    student = random_member(0, tokens=VOCABULARY, padding=6)
+    bundle = write_bundle(tmp_path / "mixture", forms, weights={"a": 0.9, "b": 0.06, "c": 0.04}, student=student)
+    lines = [{"prompt": "one two one two", "domain": "x"}, {"prompt": "three", "domain": "y"}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    arguments = [str(bundle), str(tmp_path / "prompts.jsonl"), "--rounds", "1", "--new", "12", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments, "-o", str(tmp_path / "figures.json")])
+    tool("benchmark").main()
+
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures == json.loads((tmp_path / "figures.json").read_text())
+    sides = figures["sides"]
+    assert list(sides) == [
+        "naive loop", "lazy", "lookup", "student", "all together", "one member", "bare ONNX Runtime"
+    ]  # fmt: skip
+    assert [row.get("differ") for row in sides.values()] == [None, 0, 0, 0, 0, None, None]
+    assert sides["naive loop"]["times_naive"] == 1
+    assert all(row["decode"] > 0 and set(row["by_domain"]) == {"x", "y"} for row in sides.values())
+
+
+def test_a_peer_that_is_not_installed(tool, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    bundle = write_bundle(tmp_path / "mixture", {"a": random_member(0, tokens=VOCABULARY)})
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "x"}')
+    arguments = [str(bundle), str(tmp_path / "prompts.jsonl"), "--peer", "llama-cpp=model.gguf"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+    with pytest.raises(SystemExit, match="pip install llama-cpp-python"):
+        tool("benchmark").main()

@@ -1,0 +1,299 @@
+r"""The mixture against the naive loop, against one member alone, and against other runtimes, on the same prompts.
+
+    python tools/benchmark.py BUNDLE PROMPTS.jsonl [-o FIGURES.json] [--plot PICTURE.png] [--weights adaptive]
+                              [--peer llama-cpp=MODEL.gguf] [--peer transformers=FOLDER] ...
+
+Sides: the naive loop (every member for every token, one after the other); each technique of edgemix switched on alone
+(members asked only where it matters; drafts from the text; drafts from the student), and all together; one member
+alone, token by token; the bare ONNX Runtime loop on that member's graph; and the peers that are named, which run one
+model: transformers (on torch), llama-cpp, onnxruntime-genai, openvino-genai. They take turns prompt by prompt, greedy,
+batch 1; the first round is a warm-up. Figures are medians over prompts and rounds, ratios medians of the ratios within
+a turn.
+
+Every technique must say what the naive loop says; how many prompts differ is in the table. PROMPTS has a JSON object a
+line, with "prompt" and perhaps "domain".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections import defaultdict
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from peers import PEERS, bare_loop
+
+from edgemix.bundle import resolve
+from edgemix.cli.command import quiet_libraries
+from edgemix.cli.console import Console
+from edgemix.cli.options import WeightsType
+from edgemix.errors import EdgemixError, InputError
+from edgemix.text_files import decode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from edgemix.runtime import Mixture
+    from edgemix.runtime.blend import Blend
+
+NAIVE, ALONE, ALL = "naive loop", "one member", "all together"
+TECHNIQUES: dict[str, dict[str, bool]] = {
+    "lazy": {"lazy": True},
+    "lookup": {"lookup": True},
+    "student": {"student": True},
+    ALL: {"lazy": True, "lookup": True, "student": True},
+}
+
+
+@dataclass
+class Side:
+    """One way to generate.
+
+    Attributes:
+        run: Prompt ids, tokens to generate -> the tokens, step by step.
+        exact: Whether it must say what the naive loop says.
+    """
+
+    run: Callable[[list[int], int], Iterable[list[int]]]
+    exact: bool = False
+
+
+@dataclass
+class Turns:
+    """What a side did: by prompt, a figure a round."""
+
+    prefill: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    decode: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    text: dict[int, list[int]] = field(default_factory=dict)
+
+
+def sides(bundle: Path, mixture: Mixture, blend: Blend, peers: Mapping[str, str], threads: int) -> dict[str, Side]:
+    """All that is compared, by name."""
+    from edgemix.runtime.blend import Blend
+    from edgemix.runtime.engine import Decoding
+    from edgemix.runtime.sampling import Sampling
+    from edgemix.runtime.speculative import SpeculativeDecoding
+
+    common: dict[str, Any] = {"context": mixture.context, "eos": ()}
+
+    def plainly(blend: Blend) -> Side:
+        def run(ids: list[int], count: int) -> Iterable[list[int]]:
+            return _ids(Decoding(blend, [ids], Sampling(), seeds=[0], max_new_tokens=count, **common))
+
+        return Side(run)
+
+    def fast(techniques: dict[str, bool]) -> Side:
+        drafting = mixture.drafting if techniques.get("student") else None
+        options: dict[str, Any] = {"lazy": False, "lookup": False, **techniques, "student": drafting}
+
+        def run(ids: list[int], count: int) -> Iterable[list[int]]:
+            return _ids(SpeculativeDecoding(blend, ids, Sampling(), seed=0, max_new_tokens=count, **common, **options))
+
+        return Side(run, exact=True)
+
+    best = int(blend.weights.argmax())
+    voices = np.eye(len(blend.weights))[best]
+    alone = Blend.of(blend.members, voices, "linear", mixture.vocabulary)
+    found = {NAIVE: plainly(blend)}
+    for name, techniques in TECHNIQUES.items():
+        if "student" not in techniques or mixture.drafting is not None or name == ALL:
+            found[name] = fast(techniques)
+    found[ALONE] = plainly(alone)
+    graph = resolve(bundle, mixture.manifest.members[best].graph)
+    found["bare ONNX Runtime"] = Side(bare_loop(graph, mixture.vocabulary, threads))
+    return found | {name: Side(PEERS[name](where, threads)) for name, where in peers.items()}
+
+
+def _ids(decoding: Any) -> Iterable[list[int]]:
+    with closing(decoding):
+        while tokens := decoding.step():
+            yield [token.id for token in tokens]
+
+
+def take_turns(
+    compared: Mapping[str, Side], prompts: list[list[int]], *, new: int, rounds: int, console: Console
+) -> dict[str, Turns]:
+    """Let every side generate from every prompt, in turns."""
+    found = {name: Turns() for name in compared}
+    with console.progress.stage("turns", (rounds + 1) * len(prompts) * len(compared)) as task:
+        for turn in range(rounds + 1):
+            for number, prompt in enumerate(prompts):
+                for name, side in compared.items():
+                    begun = time.perf_counter()
+                    steps = iter(side.run(prompt, new))
+                    text = list(next(steps))
+                    first, told = time.perf_counter(), len(text)
+                    for step in steps:
+                        text += step
+                    seconds = time.perf_counter() - first
+                    found[name].text[number] = text
+                    if turn:
+                        found[name].prefill[number].append(len(prompt) / (first - begun))
+                        found[name].decode[number].append((len(text) - told) / seconds)
+                    task.advance(note=name)
+    return found
+
+
+def summary(found: Mapping[str, Turns], compared: Mapping[str, Side], domains: list[str]) -> dict[str, Any]:
+    """Medians, spreads and ratios of each side."""
+    rows: dict[str, Any] = {}
+    for name, turns in found.items():
+        decode = [rate for rates in turns.decode.values() for rate in rates]
+        prefill = [rate for rates in turns.prefill.values() for rate in rates]
+        row = {
+            "decode": statistics.median(decode),
+            "decode_quartiles": np.percentile(decode, [25, 75]).tolist(),
+            "prefill": statistics.median(prefill),
+            "times_naive": _ratio(turns, found[NAIVE]),
+            "times_one_member": _ratio(turns, found[ALONE]),
+            "by_domain": {
+                domain: statistics.median(
+                    rate for number, rates in turns.decode.items() if domains[number] == domain for rate in rates
+                )
+                for domain in dict.fromkeys(domains)
+            },
+        }
+        if compared[name].exact:
+            row["differ"] = sum(text != found[NAIVE].text[number] for number, text in turns.text.items())
+        rows[name] = row
+    return rows
+
+
+def _ratio(turns: Turns, base: Turns) -> float:
+    pairs = (zip(rates, base.decode[number], strict=True) for number, rates in turns.decode.items())
+    return statistics.median(ours / theirs for pair in pairs for ours, theirs in pair)
+
+
+def show(figures: dict[str, Any], console: Console) -> None:
+    """The table for people."""
+    rows = figures["sides"]
+    domains = next(iter(rows.values()))["by_domain"]
+    columns = ("", "Decode", *(domains if len(domains) > 1 else ()), "x naive", "x member", "Prefill", "Texts differ")
+    console.table(
+        f"Tokens/s: {figures['prompts']} prompts, {figures['new_tokens']} new tokens, {figures['threads']} threads",
+        columns,
+        [
+            (
+                name,
+                f"{row['decode']:.1f}",
+                *(f"{rate:.1f}" for rate in row["by_domain"].values() if len(domains) > 1),
+                f"{row['times_naive']:.2f}",
+                f"{row['times_one_member']:.2f}",
+                f"{row['prefill']:,.0f}",
+                str(row.get("differ", "")),
+            )
+            for name, row in rows.items()
+        ],
+    )
+
+
+def plot(figures: dict[str, Any], path: Path) -> None:
+    """A picture of the decoding rates: bars with the quartiles, the naive loop's rate as a line.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        raise InputError("--plot needs matplotlib", "pip install 'edgemix[bench]'") from None
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = figures["sides"]
+    names = list(rows)[::-1]
+    rates = [rows[name]["decode"] for name in names]
+    low, high = zip(*(rows[name]["decode_quartiles"] for name in names), strict=True)
+    colours = ["#1f6f8b" if "differ" in rows[name] else "#c8793d" if name == NAIVE else "#9aa5ab" for name in names]
+    figure, axes = plt.subplots(figsize=(8, 0.5 * len(names) + 1.4), layout="constrained")
+    spread = [np.subtract(rates, low).clip(0), np.subtract(high, rates).clip(0)]
+    axes.barh(names, rates, color=colours, xerr=spread, error_kw={"ecolor": "#444", "lw": 1, "capsize": 2})
+    axes.axvline(rows[NAIVE]["decode"], color="#c8793d", lw=1, ls="--")
+    for name, rate, end in zip(names, rates, high, strict=True):
+        axes.annotate(
+            f" {rate:.0f}  ({rows[name]['times_naive']:.2f}x)", (max(rate, end), name), va="center", fontsize=9
+        )
+    axes.set_xlabel("tokens/s, greedy, batch 1 (median, quartiles)")
+    axes.set_title(
+        f"{figures['bundle']}: a mixture of {figures['members']} on {figures['threads']} threads", loc="left"
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.18)
+    figure.savefig(path, dpi=144)
+
+
+def read_prompts(path: Path, most: int) -> list[tuple[str, str]]:
+    """Prompts with their domains; of more than `most`, every so manieth.
+
+    Raises:
+        InputError: The file is not what it should be.
+    """
+    try:
+        rows = [json.loads(line) for line in decode(path.read_bytes(), str(path)).splitlines() if line.strip()]
+        found = [(str(row["prompt"]), str(row.get("domain", ""))) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f'{path} is not a file of {{"prompt": ...}} lines: {error}') from None
+    return found[:: max(1, len(found) // most)][:most]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("prompts", type=Path)
+    parser.add_argument("-o", "--output", type=Path, help="write the figures here, too")
+    parser.add_argument("--plot", type=Path, help="a picture, .png or .svg")
+    parser.add_argument("--weights", type=lambda text: WeightsType().convert(text, None, None), default="adaptive")
+    parser.add_argument("--peer", action="append", default=[], help=f"NAME=MODEL; names: {', '.join(PEERS)}")
+    parser.add_argument("--most", type=int, default=30, help="prompts at most")
+    parser.add_argument("--new", type=int, default=64, help="tokens to generate")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    peers = dict(each.partition("=")[::2] for each in arguments.peer)
+    if unknown := peers.keys() - PEERS.keys():
+        parser.error(f"unknown peers: {', '.join(unknown)}; there are {', '.join(PEERS)}")
+
+    quiet_libraries()
+    console = Console()
+    try:
+        from edgemix.runtime import Mixture
+
+        prompts = read_prompts(arguments.prompts, arguments.most)
+        with Mixture.load(arguments.bundle, provider="cpu", threads=arguments.threads) as mixture:
+            blend = mixture.blend(arguments.weights)
+            compared = sides(arguments.bundle, mixture, blend, peers, arguments.threads)
+            encoded = [mixture.tokenizer.encode(prompt) for prompt, _ in prompts]
+            found = take_turns(compared, encoded, new=arguments.new, rounds=arguments.rounds, console=console)
+            figures = {
+                "bundle": arguments.bundle.name,
+                "members": len(mixture.members),
+                "formats": sorted({entry.format for entry in mixture.manifest.members}),
+                "weights": arguments.weights,
+                "threads": arguments.threads,
+                "prompts": len(prompts),
+                "new_tokens": arguments.new,
+                "rounds": arguments.rounds,
+                "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+                "sides": summary(found, compared, [domain for _, domain in prompts]),
+            }
+        if arguments.plot:
+            plot(figures, arguments.plot)
+        if arguments.output:
+            arguments.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    except EdgemixError as error:
+        sys.exit(str(error))
+    show(figures, console)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
+from weakref import WeakSet
 
 import numpy as np
 
@@ -58,13 +59,13 @@ class KVCache(ABC):
 
     Attributes:
         lengths: int64 [batch], tokens read so far.
-        call: Buffers that the member's last call left here to use again.
+        calls: Bindings that the member's calls left here to use again, by what they read.
     """
 
     def __init__(self, layout: CacheLayout, batch: int) -> None:
         self.layout = layout
         self.lengths: NDArray[np.int64] = np.zeros(batch, np.int64)
-        self.call: Any = None
+        self.calls: dict[Any, Any] = {}
 
     @property
     def batch(self) -> int:
@@ -119,7 +120,7 @@ class SharedCache(KVCache):
         self.capacity = 0
         self._buffers: list[Any] = []
         self._first_row = 0
-        self._bound: Any = None
+        self._bound: WeakSet[Any] = WeakSet()
 
     def reads_together(self, counts: Sequence[int]) -> bool:
         # GroupQueryAttention takes several new tokens after a past for one sequence only.
@@ -131,7 +132,7 @@ class SharedCache(KVCache):
 
     def bind(self, binding: Any, new: int) -> None:
         self._reserve(int(self.lengths.max()) + new)
-        if self._bound is binding:
+        if binding in self._bound:
             return
         device, dtype = self.layout.provider.device, self.layout.dtype
         for slot, buffer in zip(self.layout.slots, self._buffers, strict=True):
@@ -140,7 +141,7 @@ class SharedCache(KVCache):
             address = buffer.data_ptr() + self._first_row * row_bytes
             binding.bind_input(slot.past, device, 0, dtype, shape, address)
             binding.bind_output(slot.present, device, 0, dtype, shape, address)
-        self._bound = binding
+        self._bound.add(binding)
 
     def advance(self, binding: Any, new: int) -> None:  # noqa: ARG002 - it was written in place
         self.lengths += new
@@ -160,7 +161,7 @@ class SharedCache(KVCache):
         self.lengths = np.concatenate([row.lengths for row in rows])
 
     def free(self) -> None:
-        self._buffers, self._bound, self.call, self.capacity = [], None, None, 0
+        self._buffers, self._bound, self.calls, self.capacity = [], WeakSet(), {}, 0
 
     def _row(self, row: int) -> Self:
         view = type(self)(self.layout, 1)
@@ -184,7 +185,7 @@ class SharedCache(KVCache):
             if used:
                 fresh[:, :, :used] = self._buffers[index].numpy()[rows, :, :used]
             self._buffers[index : index + 1] = [place(fresh, self.layout.provider)]
-        self.capacity, self._bound = capacity, None
+        self.capacity, self._bound = capacity, WeakSet()
 
 
 class GrowingCache(KVCache):
@@ -242,7 +243,7 @@ class GrowingCache(KVCache):
         self._stack([row._host() for row in rows], np.concatenate([row.lengths for row in rows]))
 
     def free(self) -> None:
-        self._tensors, self.call = [], None
+        self._tensors, self.calls = [], {}
 
     def _host(self) -> list[NDArray[Any]]:
         if not self._tensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 MAX_CHUNK = 256
 """Most tokens read in one call."""
+FEW = 32
+"""Rows of one call that decoding may take, a batch of drafts at most; calls of more are for prompts."""
 LOGITS_BYTES = 64 << 20
 """About how many bytes of logits one call may return."""
 MAX_STATE = 1 << 20
@@ -187,9 +190,7 @@ class Member:
         """
         batch, new = ids.shape
         kept = 1 if last and self._can_keep else new
-        call: _Call | None = cache.call
-        if call is None or (call.new, *call.logits.shape[:2]) != (new, batch, kept):
-            call = cache.call = self._new_call(batch, new, kept)
+        call = self._call(cache, batch, new, kept)
         binding = call.binding
         # Bound anew each time: a provider with memory of its own copies them when they are bound.
         binding.bind_cpu_input(graph_io.INPUT_IDS, np.ascontiguousarray(ids))
@@ -204,10 +205,27 @@ class Member:
         cache.advance(binding, new)
         return call.logits
 
-    def _new_call(self, batch: int, new: int, kept: int) -> _Call:
+    def _call(self, cache: KVCache, batch: int, new: int, kept: int) -> _Call:
+        """The binding for a call of this size: those of few rows are all kept, with one buffer, and of others the last
+        one.
+        """
+        few, key = batch * new <= FEW, (batch, new, kept)
+        call: _Call | None = cache.calls.get(key)
+        if call is None:
+            shape = (batch, kept, *(() if self.voices == 1 else (self.voices,)), self.vocabulary)
+            size = math.prod(shape)
+            if few:
+                most = FEW * self.voices * self.vocabulary  # memory that is never touched costs nothing
+                logits = cache.calls.setdefault(None, np.empty(most, self._logits_dtype))[:size].reshape(shape)
+            else:
+                logits = np.empty(shape, self._logits_dtype)
+                for other in [each for each in cache.calls if each is not None and each[0] * each[1] > FEW]:
+                    del cache.calls[other]
+            call = cache.calls[key] = self._new_call(logits, new, kept)
+        return call
+
+    def _new_call(self, logits: NDArray[Any], new: int, kept: int) -> _Call:
         binding = self._session.io_binding()
-        voices = () if self.voices == 1 else (self.voices,)
-        logits = np.empty((batch, kept, *voices, self.vocabulary), self._logits_dtype)
         binding.bind_output(graph_io.LOGITS, "cpu", 0, logits.dtype, list(logits.shape), logits.ctypes.data)
         number = place(np.array([kept], np.int64), PROVIDERS["cpu"])
         if self._can_keep:  # bound by value: ONNX Runtime does not find optional inputs by array

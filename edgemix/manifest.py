@@ -32,7 +32,7 @@ MEMBER_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,62}[A-Za-z0-9_-])?")
 """A member's name is also its folder's, on every system."""
 STUDENT = "student"
 """The student's name, and its folder."""
-RESERVED_NAMES = frozenset({STUDENT, "mixture", "uniform", "fitted", "given"})
+RESERVED_NAMES = frozenset({STUDENT, "mixture", "uniform", "fitted", "given", "adaptive"})
 """What tables call what is no member."""
 
 

@@ -63,6 +63,7 @@ class Recipe(_Part, frozen=True):
     format: Format = "int8"
     target: Target = "cpu"
     quantization: Quantization = Quantization()
+    stack: bool = False
     student: Student | None = None
     data: Data = Data()
     seed: int = 0
@@ -197,6 +198,10 @@ target: cpu
 #   eight_bits: 0.1  # share of the weights that gets 8 bits: the layers that suffer most from 4
 #   scale: true      # move scales from weights to what they read first (AWQ)
 #   rotate: true     # turn the residual stream first (QuaRot); of int8-dynamic, too
+
+# Members that are one model and an adapter each, or not even that, in one graph: the model is stored and read once for
+# all of them, and of a quantised GGUF file it stays as it is, bit for bit.
+# stack: true
 
 # A small model that is distilled from the mixture on the text under data: training, for where memory or power is short.
 # It is cut from the members to a third of one's decoding time.

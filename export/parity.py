@@ -121,6 +121,7 @@ def check_quantized(
     windows: Sequence[Sequence[int]] | None,
     *,
     format: Format,  # noqa: A002 - the recipe's word
+    voice: int = 0,
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> QuantizationParity:
@@ -130,26 +131,28 @@ def check_quantized(
     Args:
         fp32_path: The fp32 graph.
         path: The stored graph.
-        facts: Of the stored graph; the fp32 graph differs from it in the dtype only.
+        facts: Of the stored graph; the fp32 graph differs from it in the dtype, and speaks for one member only.
         windows: Texts as token ids. Of many, some are taken evenly from all, about 2,048 tokens; to fewer than 512
             tokens are added texts that the fp32 graph itself writes (sampled at temperature 1 after random first
             tokens), so that a recipe without data has a gate too.
         format: The row of `LIMITS` to hold it against.
+        voice: Which of the stored graph's members the fp32 graph is.
         seed: Of the texts that the fp32 graph writes.
         progress: Told of every piece of text read.
     """
-    source = Member.load(fp32_path, msgspec.structs.replace(facts, dtype="float32"))
+    source = Member.load(fp32_path, msgspec.structs.replace(facts, dtype="float32", voices=1))
     stored = Member.load(path, facts)
     texts = _texts(source, windows or (), seed)
     prefill, decode = Distance(), Distance()
     with progress.stage("parity", total=sum(len(text) - 1 for text in texts)) as task:
         for text in texts:
-            for p, q, targets in _log_probability_pairs(source, stored, text):
+            for p, q, targets in _log_probability_pairs(source, stored, voice, text):
                 prefill.add(p, q, targets)
                 task.advance(len(p))
         some = texts[:: -(-len(texts) // _DECODED_TEXTS)]
         for text in some:
-            _decode(source, stored, text, _DECODED // len(some), decode)
+            for p, q, targets in _decoded_pairs(source, stored, voice, text, _DECODED // len(some)):
+                decode.add(p, q, targets)
     limits = LIMITS[format]
     return QuantizationParity(
         tokens=prefill.tokens,
@@ -358,21 +361,21 @@ def _sample(source: Member, tokens: int, seed: int, vocabulary: int | None = Non
 
 
 def _log_probability_pairs(
-    source: Member, stored: Member, text: Tokens
+    source: Member, stored: Member, voice: int, text: Tokens
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], Tokens]]:
     """Both graphs' log-probabilities float32 [tokens, vocabulary] and the next tokens, a bounded piece at a time."""
     caches = source.new_cache(), stored.new_cache()
     for start in range(0, len(text) - 1, source.chunk):
         piece = text[start : start + source.chunk][: len(text) - 1 - start]
-        p, q = (
-            log_softmax(member.extend_all(cache, piece[None])[0])
-            for member, cache in zip((source, stored), caches, strict=True)
-        )
+        p = log_softmax(source.extend_all(caches[0], piece[None])[0])
+        q = log_softmax(stored.parts(stored.extend_all(caches[1], piece[None])[0])[voice])
         yield p, q, text[start + 1 : start + 1 + len(piece)]
 
 
-def _decode(source: Member, stored: Member, text: Tokens, steps: int, distance: Distance) -> None:
-    """Add the distance at `steps` tokens, fewer of a short text, that the stored graph reads singly after a past."""
+def _decoded_pairs(
+    source: Member, stored: Member, voice: int, text: Tokens, steps: int
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], Tokens]]:
+    """The same at `steps` tokens, fewer of a short text, that the stored graph reads singly after a past."""
     steps = min(steps, len(text) - 2, source.chunk)
     if steps < 1:
         return
@@ -382,5 +385,8 @@ def _decode(source: Member, stored: Member, text: Tokens, steps: int, distance: 
     for member, cache in zip((source, stored), caches, strict=True):
         member.extend(cache, text[None, :past])
     p = log_softmax(source.extend_all(caches[0], text[None, past:-1])[0])
-    q = [log_softmax(stored.extend(caches[1], text[None, at : at + 1])) for at in range(past, len(text) - 1)]
-    distance.add(p, np.concatenate(q), text[past + 1 :])
+    q = [
+        log_softmax(stored.parts(stored.extend(caches[1], text[None, at : at + 1]))[voice])
+        for at in range(past, len(text) - 1)
+    ]
+    yield p, np.concatenate(q), text[past + 1 :]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 import edgemix
-from edgemix.errors import RecipeError, storage_errors
+from edgemix.errors import InputError, RecipeError, storage_errors
 from edgemix.export import shared_tokenizer
 from edgemix.export.budget.planner import Planner, decided, undecided
 from edgemix.export.budget.trials import Trials
@@ -24,6 +24,7 @@ from edgemix.export.graph import MODEL_FILE
 from edgemix.export.member_blocks import MemberBlocks
 from edgemix.export.member_graphs import GraphRecord, MemberGraphs
 from edgemix.export.member_models import MemberModels
+from edgemix.export.member_stacks import MemberStacks, groups
 from edgemix.export.members import load_tokenizer, locate, versions
 from edgemix.export.mixture_parity import MIXTURE_TOKENS, compare_mixtures, keep_distributions
 from edgemix.export.mixture_weights import fit_weights, given_weights
@@ -75,6 +76,8 @@ class _MemberRecord(msgspec.Struct, frozen=True):
     parity: QuantizationParity | None
     sparse: SparseWeights | None = None
     eight_bits: float = 0.0
+    place: str | None = None
+    """The folder in the bundle of a graph that several members share; None for a graph of its own."""
 
 
 def export_bundle(
@@ -114,10 +117,18 @@ class _Export:
         self._recipe, self._models = recipe, MemberModels(recipe, writer, force, progress)
         self._graphs = MemberGraphs(recipe, self._models, writer, force=force, progress=progress)
         self._blocks = MemberBlocks(recipe, self._models, writer, progress)
+        self._stacks = MemberStacks(
+            recipe, models=self._models, graphs=self._graphs, blocks=self._blocks, writer=writer, progress=progress
+        )
 
     def run(self, budget: Budget | None) -> Manifest:
         kept = [spec for spec in self._recipe.members if spec.format is not None]
         if budget is not None:
+            if self._recipe.stack:
+                raise InputError(
+                    "a budget chooses formats member by member, and stacked members have one graph",
+                    "Leave stack: true out of the recipe, or export without a budget.",
+                )
             self._take(undecided(self._recipe))
         tokenizer = self._share_tokenizer()
         text = self._gate_text(tokenizer)
@@ -127,14 +138,15 @@ class _Export:
             entries = [self._entry(spec, self._export_member(spec, text, mixed)) for spec in kept]
             judge = self._choose(budget, entries, tokenizer)
         recipe = self._recipe
-        records = {spec.name: self._export_member(spec, text, mixed) for spec in recipe.members}
+        together = groups(recipe, self._models)
+        records = {name: record for group in together for name, record in self._export(group, text, mixed).items()}
         eos = {end for record in records.values() for end in record.graph.eos}
         manifest = Manifest(
             schema=SCHEMA,
             edgemix=edgemix.__version__,
             target=recipe.target,
             seed=recipe.seed,
-            members=tuple(self._entry(spec, records[spec.name]) for spec in recipe.members),
+            members=tuple(self._entry(spec, records[spec.name]) for group in together for spec in group),
             weights=given_weights(recipe),
             tokenizer=shared_tokenizer.describe(tokenizer, eos),
             files={},
@@ -212,6 +224,38 @@ class _Export:
             text = own_texts(path, facts, MIXTURE_TOKENS // 2, seed=seed, vocabulary=vocabulary)
             stages.mark_done("text", key, text)
         return text
+
+    def _export(
+        self, group: tuple[MemberRecipe, ...], text: list[list[int]] | None, mixed: list[list[int]]
+    ) -> dict[str, _MemberRecord]:
+        """The stages of members that may share a graph: as one where they can, else each for itself."""
+        records = self._export_stack(group, text, mixed) if len(group) > 1 else {}
+        return records or {spec.name: self._export_member(spec, text, mixed) for spec in group}
+
+    def _export_stack(
+        self, group: tuple[MemberRecipe, ...], text: list[list[int]] | None, mixed: list[list[int]]
+    ) -> dict[str, _MemberRecord]:
+        """A graph for several members; nothing where they cannot share one."""
+        stages, name = self._writer.stages, "+".join(spec.name for spec in group)
+        place = f"stacks/{group[0].name}"
+        key = stage_key(graph=self._stacks.key(group), text=text, mixed=mixed)
+        records = stages.done(f"stack/{name}", key, dict[str, _MemberRecord])
+        if records is None:
+            folder = self._writer.folder / place
+            made, records, files = self._stacks.make(group, folder / MODEL_FILE, text), {}, []
+            if made is not None:
+                files.append(folder)
+                for spec in group:
+                    graph, progress = self._graphs.make(spec), Prefixed(self._progress, spec.name)
+                    records[spec.name] = _MemberRecord(graph, made.facts, made.parity[spec.name], place=place)
+                    if mixed:
+                        files.append(self._kept(spec))
+                        master = self._graphs.path(spec)
+                        keep_distributions(master, graph.facts, mixed, self._kept(spec), progress=progress)
+            stages.mark_done(f"stack/{name}", key, records, files=files)
+            for spec in group if records else ():
+                self._graphs.discard(spec)
+        return records
 
     def _export_member(self, spec: MemberRecipe, text: list[list[int]] | None, mixed: list[list[int]]) -> _MemberRecord:
         """The stages of one member: load and merge, graph, format; the last finished one is where it goes on."""
@@ -292,7 +336,7 @@ class _Export:
         return MemberEntry(
             name=spec.name,
             format=self._models.format(spec),
-            graph=f"{_place(spec)}/{MODEL_FILE}",
+            graph=f"{record.place or _place(spec)}/{MODEL_FILE}",
             source=graph.source,
             facts=record.facts,
             parity=graph.parity,

@@ -26,6 +26,7 @@ from edgemix.export.quantization.weights import linears, lookups
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from edgemix.export.quantization.blocks import Matrix
     from edgemix.export.quantization.weights import Linear
     from edgemix.export.stacking.deltas import Delta
 
@@ -39,9 +40,15 @@ def stack(graph: ir.Graph, deltas: Mapping[str, Sequence[Delta]], members: int) 
         members: How many.
 
     Raises:
-        EdgemixError: The graph's attention is not GroupQueryAttention.
+        EdgemixError: The graph's attention is not GroupQueryAttention, or it adds positions to its embeddings.
     """
     _Stack(graph, deltas, members).run()
+
+
+def addition_matrices(deltas: Sequence[Delta]) -> tuple[Matrix, Matrix]:
+    """The members' additions to one linear, side by side: down [sum of ranks, K] and up [N, sum of ranks]."""
+    down = np.concatenate([delta.down for delta in deltas])
+    return down, np.ascontiguousarray(np.concatenate([delta.up for delta in deltas], axis=1))
 
 
 class _Stack:
@@ -55,8 +62,8 @@ class _Stack:
     def run(self) -> None:
         graph = self._graph
         attentions = [node for node in graph if node.op_type == "GroupQueryAttention"]
-        if not attentions:
-            raise EdgemixError("members can be stacked only where attention is GroupQueryAttention")
+        if not attentions or any(value.name == graph_io.POSITION_IDS for value in graph.inputs):
+            raise EdgemixError("members can be stacked only where GroupQueryAttention is all that knows of positions")
         added = list(linears(graph))
         for node in list(lookups(graph)):
             self._repeat(node)
@@ -82,8 +89,11 @@ class _Stack:
         """Put the members' additions beside a linear."""
         name, made = linear.weight.name, linear.node.outputs[0]
         ranks = tuple(delta.rank for delta in deltas)
-        down = add_initializer(self._graph, f"{name}.down", np.concatenate([delta.down for delta in deltas]).T)
-        up = add_initializer(self._graph, f"{name}.up", np.concatenate([delta.up for delta in deltas], axis=1).T)
+        parts = addition_matrices(deltas)
+        down, up = (
+            add_initializer(self._graph, f"{name}.{kind}", matrix.T)
+            for kind, matrix in zip(("down", "up"), parts, strict=True)
+        )
         thin = ir.node("MatMul", [linear.node.inputs[0], down])
         own = ir.node("Mul", [thin.outputs[0], self._own(ranks)])
         wide = ir.node("MatMul", [own.outputs[0], up])

@@ -1,0 +1,186 @@
+"""Members that are one base and an adapter each, in one graph: the base is stored and read once for all of them."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+import msgspec
+import onnx_ir as ir
+
+from edgemix.errors import EdgemixError, InputError, storage_errors
+from edgemix.export.graph import MODEL_FILE
+from edgemix.export.parity import check_quantized
+from edgemix.export.quantization import quantize
+from edgemix.export.quantization.block_table import BlockTable
+from edgemix.export.quantization.rtn import rtn
+from edgemix.export.stacking.deltas import find_deltas
+from edgemix.export.stacking.stack import addition_matrices, stack
+from edgemix.graph_io import GraphFacts
+from edgemix.manifest import QuantizationParity
+from edgemix.progress import Prefixed
+from edgemix.recipe import MemberRecipe
+from edgemix.staging import stage_key
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from edgemix.export.member_blocks import MemberBlocks
+    from edgemix.export.member_graphs import MemberGraphs
+    from edgemix.export.member_models import MemberModels
+    from edgemix.export.stacking.deltas import Delta
+    from edgemix.progress import Progress
+    from edgemix.recipe import Recipe
+    from edgemix.staging import BundleWriter
+
+RANK = 64
+"""Largest rank of what a member adds to a linear of the base; LoRA's is what it was trained with, in a linear that the
+exporter joined of several their sum."""
+
+_ADDITION_BITS, _ADDITION_BLOCK = 8, 16
+"""How additions are stored in quantised formats: they are small, and blocks of 16 waste nothing of the usual ranks."""
+_STACKED = ("fp32", "fp16", "int8", "int4")
+
+
+class Stacked(msgspec.Struct, frozen=True):
+    """A graph of several members.
+
+    Attributes:
+        facts: Of the graph.
+        parity: Member name -> how far its row of the graph is from its own fp32 graph.
+    """
+
+    facts: GraphFacts
+    parity: dict[str, QuantizationParity]
+
+
+def groups(recipe: Recipe, models: MemberModels) -> list[tuple[MemberRecipe, ...]]:
+    """The recipe's members by the graph that they are to share, in the order of the first of each."""
+    found: dict[object, list[MemberRecipe]] = {}
+    for spec in recipe.members:
+        shares = recipe.stack and spec.prune is None and models.format(spec) in _STACKED
+        key = (spec.model, models.format(spec), models.quantization(spec)) if shares else spec.name
+        found.setdefault(key, []).append(spec)
+    return [tuple(group) for group in found.values()]
+
+
+class MemberStacks:
+    """Makes graphs of several members.
+
+    Args:
+        recipe: Checked.
+        models: Of its members; so are `graphs` and `blocks`.
+        graphs: See `models`.
+        blocks: See `models`.
+        writer: Of the bundle that is being built.
+        progress: Hears of every stage.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        models: MemberModels,
+        graphs: MemberGraphs,
+        blocks: MemberBlocks,
+        writer: BundleWriter,
+        progress: Progress,
+    ) -> None:
+        self._recipe, self._models, self._graphs, self._blocks = recipe, models, graphs, blocks
+        self._writer, self._progress = writer, progress
+
+    def base(self, group: Sequence[MemberRecipe]) -> MemberRecipe:
+        """What a group's members are additions to."""
+        first = group[0]
+        return MemberRecipe(f"{first.name}.base", first.model, format=first.format, quantization=first.quantization)
+
+    def make(self, group: Sequence[MemberRecipe], output: Path, text: list[list[int]] | None) -> Stacked | None:
+        """Write a group's graph; its members' fp32 graphs are made and stay. None where they cannot be one graph.
+
+        Args:
+            group: Two members at least.
+            output: The graph.
+            text: What parity is measured on.
+
+        Raises:
+            As `MemberGraphs.make`.
+        """
+        base, form = self.base(group), self._models.format(group[0])
+        for spec in group:
+            self._graphs.make(spec)
+        facts = self._graphs.make(base).facts
+        master = self._writer.scratch / f"{base.name}.stack" / MODEL_FILE
+        shutil.rmtree(master.parent, ignore_errors=True)
+        try:
+            with self._progress.stage("stack"), storage_errors(f"writing {master}"):
+                deltas = self._write(base, group, master)
+        except (InputError, EdgemixError) as error:
+            names = ", ".join(spec.name for spec in group)
+            self._progress.say(f"{names}: a graph for each, not one for all: {error}")
+            self._graphs.discard(base)
+            return None
+        table = _table(self._blocks.find(base), deltas) if form in ("int4", "int8") else None
+        group_size = self._models.quantization(group[0]).group
+        with self._progress.stage(form), storage_errors(f"writing {output}"):
+            shutil.rmtree(output.parent, ignore_errors=True)
+            quantize(
+                master, output, form, target=self._recipe.target, group=group_size, table=table, progress=self._progress
+            )
+        half = self._recipe.target == "cuda" and form != "fp32"
+        facts = msgspec.structs.replace(facts, dtype="float16" if half else "float32", voices=len(group))
+        parity = {
+            spec.name: check_quantized(
+                self._graphs.path(spec),
+                output,
+                facts,
+                text,
+                format=form,
+                voice=voice,
+                seed=self._recipe.seed,
+                progress=Prefixed(self._progress, spec.name),
+            )
+            for voice, spec in enumerate(group)
+        }
+        shutil.rmtree(master.parent)
+        self._graphs.discard(base)
+        return Stacked(facts, parity)
+
+    def key(self, group: Sequence[MemberRecipe]) -> str:
+        """Of all that a group's graph depends on, but for the text of its gate."""
+        first = group[0]
+        return stage_key(
+            graphs=[self._graphs.key(spec) for spec in (*group, self.base(group))],
+            names=[spec.name for spec in group],
+            format=self._models.format(first),
+            quantization=self._models.quantization(first),
+            data=self._models.data_digest(),
+            seed=self._recipe.seed,
+        )
+
+    def _write(self, base: MemberRecipe, group: Sequence[MemberRecipe], master: Path) -> dict[str, list[Delta]]:
+        """Write the fp32 graph of several members; what they add to the base."""
+        model = ir.load(self._graphs.path(base))
+        members = [ir.load(self._graphs.path(spec)).graph for spec in group]
+        deltas = find_deltas(model.graph, members, RANK * _joined(model.graph))
+        stack(model.graph, deltas, len(group))
+        master.parent.mkdir(parents=True)
+        ir.save(model, master, external_data=f"{MODEL_FILE}.data")
+        return deltas
+
+
+def _joined(graph: ir.Graph) -> int:
+    """How many linears of a model the exporter makes one of: three where attention reads queries, keys and values as
+    one.
+    """
+    attention = next((node for node in graph if node.op_type == "GroupQueryAttention"), None)
+    return 3 if attention is not None and attention.inputs[1] is None else 1
+
+
+def _table(base: BlockTable | None, deltas: Mapping[str, Sequence[Delta]]) -> BlockTable:
+    """The base's blocks, and those of what the members add."""
+    table = base or BlockTable()
+    for both in deltas.values():
+        for matrix in addition_matrices(both):
+            table.add(matrix, rtn(matrix, bits=_ADDITION_BITS, block=_ADDITION_BLOCK, symmetric=True))
+    return table

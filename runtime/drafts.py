@@ -77,6 +77,12 @@ class PromptLookup:
                 return self._copy(text, end, ("lookup", length), most)
         return NOTHING
 
+    def guess(self, text: NDArray[np.int64]) -> Draft:
+        """What followed the last token when it came before, for a call that has room for a token at no cost."""
+        self._learn(text)
+        end = self._ends.get(tuple(text[-1:].tolist()))
+        return NOTHING if end is None else Draft([int(text[end])], [("guess", 1)])
+
     def close(self) -> None:
         """Nothing to free."""
 
@@ -93,8 +99,8 @@ class PromptLookup:
         """Note where what follows each group of tokens begins; the last group has nothing behind it yet."""
         offset = max(0, self._known - _GRAM)
         ids = text[offset:].tolist()
-        for end in range(max(self._known, 2), len(text)):
-            for length in range(2, min(_GRAM, end - offset) + 1):
+        for end in range(max(self._known, 1), len(text)):
+            for length in range(1, min(_GRAM, end - offset) + 1):
                 self._ends[tuple(ids[end - length - offset : end - offset])] = end
         self._known = len(text)
 

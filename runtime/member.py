@@ -63,9 +63,13 @@ class Member:
         vocabulary: Width of the logits, padding included.
         context: Most tokens that a sequence can have.
         chunk: Most tokens that one call should read, so that its logits stay within `LOGITS_BYTES`.
+        pairs: Whether a call with a single token rounds otherwise than one with several: ONNX Runtime has a kernel of
+            its own for quantised products of one row, and rounding activations to 8 bits makes much of little.
     """
 
-    def __init__(self, session: Any, facts: GraphFacts, provider: Provider, name: str) -> None:
+    def __init__(
+        self, session: Any, facts: GraphFacts, provider: Provider, name: str, *, quantized: bool = False
+    ) -> None:
         self.facts, self.provider, self.name = facts, provider, name
         self._session = session
         self._inputs = {tensor.name: tensor for tensor in session.get_inputs()}
@@ -77,6 +81,7 @@ class Member:
         self.vocabulary: int = logits.shape[-1]
         self.context = facts.context
         self.voices = facts.voices
+        self.pairs = quantized and facts.voices == 1 and facts.cache == "shared"
         self.chunk = int(np.clip(LOGITS_BYTES // (4 * self.vocabulary * self.voices), 16, MAX_CHUNK))
         slots = tuple(
             Slot(tensor.name, graph_io.present_of(tensor.name), tensor.shape[1], tensor.shape[3])
@@ -95,6 +100,7 @@ class Member:
         threads: int | None = None,
         *,
         name: str = "",
+        quantized: bool = False,
     ) -> Member:
         """Open a graph.
 
@@ -104,24 +110,26 @@ class Member:
             provider: Where it runs; the CPU by default.
             threads: Threads within an operator; physical cores by default.
             name: For messages; the graph's folder by default.
+            quantized: Whether it has quantised products.
 
         Raises:
             BundleError: The graph does not load, or is not the decoder that `facts` describe.
         """
         provider = provider or PROVIDERS["cpu"]
         session = open_session(graph, provider, threads=threads)
-        return cls(session, facts, provider, name or graph.parent.name)
+        return cls(session, facts, provider, name or graph.parent.name, quantized=quantized)
 
     def new_cache(self, batch: int = 1) -> KVCache:
         """An empty cache for `batch` sequences; it takes memory only as tokens are read."""
         return KINDS[self.facts.cache](self._layout, batch)
 
-    def extend(self, cache: KVCache, tokens: Tokens) -> NDArray[np.float32]:
+    def extend(self, cache: KVCache, tokens: Tokens, *, keep: int = 1) -> NDArray[np.float32]:
         """Read new tokens, and say what may follow each row's last one.
 
         Args:
             cache: The state to continue; it is updated.
             tokens: For each row at least one token id; rows may differ in number.
+            keep: After how many of a row's last tokens logits are computed, though only the last ones are returned.
 
         Returns:
             Logits float32 [batch, vocabulary]. They lie in the cache's buffer: the next call overwrites them.
@@ -133,13 +141,13 @@ class Member:
         rows = self._rows(tokens, cache)
         if not cache.reads_together(counts := [len(row) for row in rows]):
             parts = cache.split(counts)
-            logits = [self.extend(part, [row]) for part, row in zip(parts, rows, strict=True)]
+            logits = [self.extend(part, [row], keep=keep) for part, row in zip(parts, rows, strict=True)]
             cache.join(parts)
             return np.concatenate(logits)
         together = np.stack(rows)
         step = max(1, self.chunk // cache.batch)
         for start in range(0, together.shape[1], step):
-            last = self._run(cache, together[:, start : start + step], last=True)[:, -1]
+            last = self._run(cache, together[:, start : start + step], keep=keep)[:, -1]
         return last.astype(np.float32, copy=False)
 
     def extend_all(self, cache: KVCache, tokens: Tokens) -> list[NDArray[np.float32]]:
@@ -182,14 +190,19 @@ class Member:
         return [logits] if self.voices == 1 else [logits[..., voice, :] for voice in range(self.voices)]
 
     def _run(
-        self, cache: KVCache, ids: NDArray[np.int64], mask: NDArray[np.int64] | None = None, *, last: bool = False
+        self,
+        cache: KVCache,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64] | None = None,
+        *,
+        keep: int | None = None,
     ) -> NDArray[Any]:
         """Call the graph on ids [batch, new]: logits [batch, new, vocabulary], which the next call overwrites.
 
-        With `last`, those before the last token's may be missing.
+        With `keep`, those before the last so many tokens' may be missing.
         """
         batch, new = ids.shape
-        kept = 1 if last and self._can_keep else new
+        kept = min(keep, new) if keep and self._can_keep else new
         call = self._call(cache, batch, new, kept)
         binding = call.binding
         # Bound anew each time: a provider with memory of its own copies them when they are bound.

@@ -139,7 +139,14 @@ class Mixture:
         if drafts and manifest.student is not None:
             entries.append(manifest.student)
         opened = [
-            Member.load(resolve(bundle, entry.graph), entry.facts, chosen, threads, name=entry.name)
+            Member.load(
+                resolve(bundle, entry.graph),
+                entry.facts,
+                chosen,
+                threads,
+                name=entry.name,
+                quantized=entry.format not in ("fp32", "fp16"),
+            )
             for entry in entries
         ]
         drafter = opened.pop() if drafts and manifest.student is not None else None

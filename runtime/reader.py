@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from edgemix.runtime.blend import Listened
@@ -27,7 +28,7 @@ class Heard(NamedTuple):
 
 
 class Reader:
-    """One graph with a cache for one sequence.
+    """One graph with a cache for one sequence. What it hears does not depend on how many tokens a call has.
 
     Args:
         listened: The graph, and who of it is listened to.
@@ -59,15 +60,15 @@ class Reader:
             InputError: The text is longer than the context.
             EdgemixError: The graph fails.
         """
-        member, cache, at, end = self._member, self._cache, self.read, len(ids)
-        if first == end:
-            yield self._heard(end, member.extend(cache, [ids[at:]]))
+        at, end = self.read, len(ids)
+        if first == end and end - at > 1:
+            keep = 2 if self._member.pairs else 1
+            yield self._heard(end, self._member.extend(self._cache, [ids[at:]], keep=keep))
             return
         if first - 1 > at:
-            member.extend(cache, [ids[at : first - 1]])
-        for start in range(first - 1, end, member.chunk):
-            piece = ids[start : start + member.chunk]
-            yield self._heard(start + 1, member.extend_all(cache, [piece])[0])
+            self._skip(ids[at : first - 1])
+        for start in range(first - 1, end, self._member.chunk):
+            yield self._heard(start + 1, self._call(ids[start : start + self._member.chunk]))
 
     def forget(self, length: int) -> None:
         """Take back what was read beyond so many tokens."""
@@ -77,6 +78,22 @@ class Reader:
     def close(self) -> None:
         """Free the cache."""
         self._cache.free()
+
+    def _skip(self, tokens: NDArray[np.int64]) -> None:
+        """Read tokens; nobody asks for what follows them."""
+        if len(tokens) > 1:
+            self._member.extend(self._cache, [tokens])
+        else:
+            self._call(tokens)
+
+    def _call(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read tokens in one call: logits [tokens, ...]; a single one in a pair, the second of which is taken back."""
+        member, cache = self._member, self._cache
+        if len(tokens) > 1 or not member.pairs or self.read + 2 > member.context:
+            return member.extend_all(cache, [tokens])[0]
+        logits = member.extend_all(cache, [np.repeat(tokens, 2)])[0][:1]
+        self.forget(self.read - 1)
+        return logits
 
     def _heard(self, start: int, logits: NDArray[np.float32]) -> Heard:
         parts = self._member.parts(logits)

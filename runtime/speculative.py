@@ -77,7 +77,10 @@ class SpeculativeDecoding:
         self._seen = np.zeros(blend.vocabulary, bool)
         self._seen[ids] = True
         self._pace = Pace()
-        self._drafters: list[Drafter] = [PromptLookup(self._pace)] if lookup else []
+        self._lookup = PromptLookup(self._pace) if lookup else None
+        self._drafters: list[Drafter] = [self._lookup] if self._lookup else []
+        # Such a member reads two tokens in any case.
+        self._pairs = any(member.pairs for member in blend.members)
         if student is not None:
             (listened,) = student.listened()
             reader = Reader(listened, blend.vocabulary)
@@ -131,6 +134,8 @@ class SpeculativeDecoding:
             for drafter in self._drafters:
                 if (draft := drafter.draft(state.text, most)).tokens:
                     return draft
+            if self._lookup and self._pairs:
+                return self._lookup.guess(state.text)
         return NOTHING
 
     def _decide(self) -> list[int]:

@@ -104,6 +104,14 @@ class KVCache(ABC):
         """Put the rows from `split` together again."""
 
     @abstractmethod
+    def append(self, row: Self) -> None:
+        """Take a copy of a cache of one row as the last row."""
+
+    @abstractmethod
+    def drop(self, row: int) -> None:
+        """Remove a row; the last one takes its place."""
+
+    @abstractmethod
     def free(self) -> None:
         """Let go of the memory; the cache is of no more use."""
 
@@ -117,8 +125,9 @@ class SharedCache(KVCache):
 
     def __init__(self, layout: CacheLayout, batch: int) -> None:
         super().__init__(layout, batch)
-        self.capacity = 0
+        self.capacity = self._rows = 0
         self._buffers: list[Any] = []
+        self._arrays: list[NDArray[Any]] = []
         self._first_row = 0
         self._bound: WeakSet[Any] = WeakSet()
 
@@ -151,7 +160,7 @@ class SharedCache(KVCache):
 
     def select(self, rows: Sequence[int]) -> None:
         self.lengths = self.lengths[list(rows)]
-        self._move(list(rows), self.capacity)
+        self._move(list(rows), self.capacity, len(rows))
 
     def split(self, counts: Sequence[int]) -> list[Self]:
         self._reserve(int((self.lengths + counts).max()))
@@ -160,32 +169,75 @@ class SharedCache(KVCache):
     def join(self, rows: Sequence[Self]) -> None:
         self.lengths = np.concatenate([row.lengths for row in rows])
 
+    def append(self, row: Self) -> None:
+        batch, length = self.batch, int(row.lengths[0])
+        most = max(length, int(self.lengths.max(initial=0)))
+        if batch == self._rows or most > self.capacity:
+            capacity = self.capacity if most <= self.capacity else self._capacity_for(most)
+            self._move(list(range(batch)), capacity, max(1, 2 * batch) if batch == self._rows else self._rows)
+        arrays = self._hosts()
+        for mine, other in zip(arrays, row._hosts(), strict=True):
+            mine[batch, :, :length] = other[row._first_row, :, :length]
+        self._place(arrays)
+        self.lengths = np.append(self.lengths, length)
+
+    def drop(self, row: int) -> None:
+        last = self.batch - 1
+        if row < last:
+            length = int(self.lengths[last])
+            arrays = self._hosts()
+            for mine in arrays:
+                mine[row, :, :length] = mine[last, :, :length]
+            self._place(arrays)
+            self.lengths[row] = length
+        self.lengths = self.lengths[:last].copy()
+
     def free(self) -> None:
-        self._buffers, self._bound, self.calls, self.capacity = [], WeakSet(), {}, 0
+        self._rows, self._arrays, self._buffers, self.capacity = 0, [], [], 0
+        self._bound, self.calls = WeakSet(), {}
 
     def _row(self, row: int) -> Self:
         view = type(self)(self.layout, 1)
         view.lengths = self.lengths[row : row + 1].copy()
         view.capacity, view._buffers, view._first_row = self.capacity, list(self._buffers), row
+        view._rows = 1
         return view
 
     def _reserve(self, tokens: int) -> None:
         if tokens <= self.capacity:
             return
+        self._move(list(range(self.batch)), self._capacity_for(tokens), max(self._rows, self.batch))
+
+    def _capacity_for(self, tokens: int) -> int:
         capacity = max(self.capacity, FIRST_CAPACITY)
         while capacity < tokens:
             capacity *= 2
-        self._move(list(range(self.batch)), min(capacity, self.layout.context))
+        return min(capacity, self.layout.context)
 
-    def _move(self, rows: list[int], capacity: int) -> None:
-        """Copy `rows` into new buffers of `capacity`, through the host: it happens seldom."""
+    def _move(self, rows: list[int], capacity: int, room: int) -> None:
+        """Copy `rows` into new buffers of `capacity` for `room` rows, through the host: it happens seldom."""
         used = int(self.lengths.max(initial=0))
+        held = self._hosts() if used else []
+        fresh = []
         for index, slot in enumerate(self.layout.slots):
-            fresh = np.zeros((len(rows), slot.heads, capacity, slot.head_size), self.layout.dtype)
+            array = np.zeros((room, slot.heads, capacity, slot.head_size), self.layout.dtype)
             if used:
-                fresh[:, :, :used] = self._buffers[index].numpy()[rows, :, :used]
-            self._buffers[index : index + 1] = [place(fresh, self.layout.provider)]
-        self.capacity, self._bound = capacity, WeakSet()
+                array[: len(rows), :, :used] = held[index][rows, :, :used]
+            fresh.append(array)
+        self._rows, self.capacity = room, capacity
+        self._place(fresh)
+
+    def _hosts(self) -> list[NDArray[Any]]:
+        """What the buffers hold: on the CPU they themselves, elsewhere copies, which `_place` puts back."""
+        return self._arrays or [buffer.numpy() for buffer in self._buffers]
+
+    def _place(self, arrays: list[NDArray[Any]]) -> None:
+        """Let arrays be the buffers, or their content."""
+        if arrays is self._arrays:  # changed in place
+            return
+        self._arrays = arrays if self.layout.provider.device == "cpu" else []
+        self._buffers = [place(array, self.layout.provider) for array in arrays]
+        self._bound = WeakSet()
 
 
 class GrowingCache(KVCache):
@@ -227,6 +279,9 @@ class GrowingCache(KVCache):
             self._stack([[h[b : b + 1, :, : end - dropped[b]] for h in host] for b in range(self.batch)], shorter)
 
     def select(self, rows: Sequence[int]) -> None:
+        self._pick(rows)
+
+    def _pick(self, rows: Sequence[int]) -> None:
         host = self._host()
         self._stack([[h[b : b + 1] for h in host] for b in rows], self.lengths[list(rows)])
 
@@ -238,6 +293,14 @@ class GrowingCache(KVCache):
             row._stack([[h[b : b + 1] for h in host]], self.lengths[b : b + 1].copy())
             rows.append(row)
         return rows
+
+    def append(self, row: Self) -> None:
+        rows = [[h[b : b + 1] for h in self._host()] for b in range(self.batch)]
+        self._stack([*rows, row._host()], np.append(self.lengths, row.lengths))
+
+    def drop(self, row: int) -> None:
+        last = self.batch - 1
+        self._pick([last if b == row else b for b in range(last)])
 
     def join(self, rows: Sequence[Self]) -> None:
         self._stack([row._host() for row in rows], np.concatenate([row.lengths for row in rows]))

@@ -170,7 +170,8 @@ class LazyState:
     def accept(self, tokens: Sequence[int]) -> None:
         """Lengthen the text by tokens: the draft's first ones, and one that the mixture has chosen behind them."""
         count, begin = len(tokens), self.length
-        new = self._ids[begin : begin + count] = np.asarray(tokens, np.int64)
+        new: NDArray[np.int64] = np.asarray(tokens, np.int64)
+        self._ids[begin : begin + count] = new
         self._path[:, begin : begin + count] = self.weights[:, None]
         for voice, logits in self._spoken.items():
             self._own[voice, begin : begin + count] = target_log_probabilities(logits[:count], new)

@@ -23,6 +23,7 @@ from edgemix.runtime.options import ADAPTIVE, GenerateOptions, Settings, WeightC
 from edgemix.runtime.providers import choose
 from edgemix.runtime.results import Chunk, Completion, Score
 from edgemix.runtime.scoring import score_tokens
+from edgemix.runtime.server import Server
 from edgemix.runtime.speculative import SpeculativeDecoding
 from edgemix.runtime.tokenizer import Tokenizer
 from edgemix.runtime.writer import Writer
@@ -294,11 +295,20 @@ class Mixture:
             InputError: The text is empty or longer than the context, or an argument makes no sense.
         """
         ids = self.tokenizer.encode(text)
-        self._check_length(ids, "the text")
+        self.check_length(ids, "the text")
         with closing(State(self.blend(weights, combine), 1)) as state:
             mixed = state.mix(state.begin([np.array(ids, np.int64)]))
             probabilities = np.exp(mixed[0].astype(np.float64))
         return np.asarray(probabilities / probabilities.sum())
+
+    def serve(self, *, most: int = 16, waiting: int = 256) -> Server:
+        """A server that generates many texts at once, which come and go.
+
+        Args:
+            most: Texts that are generated at once; others wait.
+            waiting: Texts that may wait; more are refused.
+        """
+        return Server(self, most=most, waiting=waiting)
 
     def close(self) -> None:
         """Free the graphs; the mixture is of no more use."""
@@ -316,7 +326,7 @@ class Mixture:
     def _decode(self, prompts: list[list[int]], settings: Settings, started: float) -> Generator[tuple[int, Chunk]]:
         """Check what is left to check, then generate: yields the index of a prompt with its next chunk."""
         for index, prompt in enumerate(prompts):
-            self._check_length(prompt, "the prompt" if len(prompts) == 1 else f"prompt {index + 1}")
+            self.check_length(prompt, "the prompt" if len(prompts) == 1 else f"prompt {index + 1}")
         blend = self.blend(settings.weights, settings.combine)
         seeds = settings.seeds(len(prompts))
         return self._run(blend, prompts, settings, seeds, started)
@@ -387,10 +397,15 @@ class Mixture:
         Raises:
             InputError: An argument makes no sense.
         """
+        whole = self.whole_blend(weights, combine)
+        return Blend.of(whole.members, whole.weights, combine, self.vocabulary, whole.experts)
+
+    def whole_blend(self, weights: WeightChoice = None, combine: Combine = "linear") -> Blend:
+        """As `blend`, of all members, those that weigh nothing too."""
         check_combine(combine)
         experts = self._experts(combine) if weights == ADAPTIVE else None
         shares = experts.weights if experts else self._shares(weights)
-        return Blend.of(self._open_members(), shares, combine, self.vocabulary, experts)
+        return Blend(self._open_members(), shares, combine, self.vocabulary, experts)
 
     def _experts(self, combine: Combine) -> Experts:
         if combine != "linear":
@@ -411,7 +426,8 @@ class Mixture:
             weights = domains[weights]
         return normalise(self.weights if weights is None else weights, self.members)
 
-    def _check_length(self, ids: Sequence[int], what: str) -> None:
+    def check_length(self, ids: Sequence[int], what: str) -> None:
+        """Raise InputError if token ids are more than the context."""
         if len(ids) > self.context:
             raise InputError(f"{what} has {len(ids)} tokens, more than the context of {self.context}", "Shorten it.")
 

@@ -37,17 +37,18 @@ class Reader:
 
     Attributes:
         voices: The numbers, among a blend's, of those of its voices that are listened to.
+        cache: What it has read.
     """
 
     def __init__(self, listened: Listened, vocabulary: int, cache: KVCache | None = None) -> None:
         self._member, self._own, self.voices = listened
         self._vocabulary = vocabulary
-        self._cache = cache or self._member.new_cache()
+        self.cache = cache or self._member.new_cache()
 
     @property
     def read(self) -> int:
         """Tokens read so far."""
-        return int(self._cache.lengths[0])
+        return int(self.cache.lengths[0])
 
     def listen(self, ids: NDArray[np.int64], first: int) -> Iterator[Heard]:
         """Read on to the end of a text, and hear what comes at every place from `first` on, the one behind it included.
@@ -63,7 +64,7 @@ class Reader:
         at, end = self.read, len(ids)
         if first == end and end - at > 1:
             keep = 2 if self._member.pairs else 1
-            yield self._heard(end, self._member.extend(self._cache, [ids[at:]], keep=keep))
+            yield self._heard(end, self._member.extend(self.cache, [ids[at:]], keep=keep))
             return
         if first - 1 > at:
             self._skip(ids[at : first - 1])
@@ -73,22 +74,22 @@ class Reader:
     def forget(self, length: int) -> None:
         """Take back what was read beyond so many tokens."""
         if self.read > length:
-            self._cache.rollback([length])
+            self.cache.rollback([length])
 
     def close(self) -> None:
         """Free the cache."""
-        self._cache.free()
+        self.cache.free()
 
     def _skip(self, tokens: NDArray[np.int64]) -> None:
         """Read tokens; nobody asks for what follows them."""
         if len(tokens) > 1:
-            self._member.extend(self._cache, [tokens])
+            self._member.extend(self.cache, [tokens])
         else:
             self._call(tokens)
 
     def _call(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """Read tokens in one call: logits [tokens, ...]; a single one in a pair, the second of which is taken back."""
-        member, cache = self._member, self._cache
+        member, cache = self._member, self.cache
         if len(tokens) > 1 or not member.pairs or self.read + 2 > member.context:
             return member.extend_all(cache, [tokens])[0]
         logits = member.extend_all(cache, [np.repeat(tokens, 2)])[0][:1]

@@ -10,9 +10,10 @@ model: transformers (on torch), llama-cpp, onnxruntime-genai, openvino-genai. Th
 batch 1; the first round is a warm-up. Figures are medians over prompts and rounds, ratios medians of the ratios within
 a turn.
 
-Every technique must say what the members say together; how many texts differ is in the table. That is held against the
-loop in which every member reads every token, as the techniques do it: in calls of two tokens at least where products are
-quantised, since ONNX Runtime's kernel for one row rounds otherwise, and a near tie may then fall the other way. PROMPTS has a JSON object a
+Every technique must say what the members say together; how many texts differ is in the table. They are held against a
+loop in which every member reads every token, as the techniques read: in calls of two tokens at least where products are
+quantised, since ONNX Runtime's kernel for one row rounds otherwise, and a near tie may then fall the other way.
+PROMPTS has a JSON object a
 line, with "prompt" and perhaps "domain".
 """
 

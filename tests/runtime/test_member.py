@@ -241,3 +241,31 @@ def test_an_input_that_nobody_feeds_is_refused(tmp_path, form):
     onnx.save(model, graph)
     with pytest.raises(BundleError, match="token_type_ids is unknown"):
         Member.load(graph, facts)
+
+
+def test_rows_join_and_leave(form, member):
+    """As many as there are places, and more; each row goes on as if it were alone."""
+    texts = [tokens(5), tokens(9, seed=1), tokens(3, seed=2), tokens(7, seed=3)]
+    cache, alive = member.new_cache(0), []
+
+    def step(extra):
+        new = [extra + text for text in alive]
+        logits = member.extend(cache, [[number % 16] for number in new])
+        for place, number in enumerate(new):
+            texts_of[alive[place]].append(number % 16)
+            same(logits[place], form.logits(texts_of[alive[place]])[-1])
+
+    texts_of = {}
+    for number, text in enumerate(texts):
+        row = member.new_cache()
+        member.extend(row, [text])
+        cache.append(row)
+        texts_of[number] = list(text)
+        alive.append(number)
+        step(3)
+    for leaving in (1, 0):
+        cache.drop(leaving)
+        alive[leaving] = alive[-1]
+        alive.pop()
+        for extra in range(200):  # beyond the first capacity
+            step(extra)

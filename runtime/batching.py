@@ -1,0 +1,233 @@
+"""Continuous batching: sequences join and leave a batch between its steps, each with settings of its own.
+
+What a sequence yields does not depend on who else is there. Prompts are read a piece at a time between steps, so that a
+long one holds nobody up for long.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgemix.runtime.adaptive import EVIDENCE, PERIOD, Posterior
+from edgemix.runtime.engine import Token
+from edgemix.runtime.mixing import check_numbers, combine_log_probabilities, log_softmax, target_log_probabilities
+from edgemix.runtime.reader import Reader
+from edgemix.runtime.sampling import choose_token, penalise_repetition
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from edgemix.runtime.blend import Blend, Listened
+    from edgemix.runtime.engine import FinishReason
+    from edgemix.runtime.sampling import Sampling
+
+PIECE = 128
+"""Tokens of a prompt that are read between two steps."""
+
+
+@dataclass(eq=False)
+class Request:
+    """A sequence to generate.
+
+    Attributes:
+        blend: Of all the batch's members; weights of zero leave one out.
+        prompt: int64 [tokens], at least one.
+        sampling: How tokens are chosen.
+        generator: Where randomness comes from.
+        budget: Most tokens.
+        eos: Ids that finish it with "stop".
+        log_probabilities: Of its tokens so far, under the mixture, nats.
+    """
+
+    blend: Blend
+    prompt: NDArray[np.int64]
+    sampling: Sampling
+    generator: np.random.Generator
+    budget: int
+    eos: frozenset[int]
+    log_probabilities: list[float] = field(default_factory=list)
+
+
+class _Row:
+    """A request that is being served."""
+
+    def __init__(self, request: Request, listened: Sequence[Listened], vocabulary: int) -> None:
+        self.request, self.prompt = request, request.prompt
+        self.readers = [Reader(each, vocabulary) for each in listened]
+        experts = request.blend.experts
+        self._posterior = Posterior(experts) if experts else None
+        self.weights = request.blend.weights
+        self._known_from = max(1, len(self.prompt) - EVIDENCE) if experts else len(self.prompt)
+        self._own = np.zeros((len(self.weights), len(self.prompt) - self._known_from))
+        self._said: list[NDArray[np.float64]] = []
+        self.seen = np.unique(self.prompt)
+        self.last = -1
+
+    def read_on(self) -> list[NDArray[np.float32]] | None:
+        """Read a piece of the prompt: when that was the last one, each voice's logits [vocabulary] of what follows."""
+        logits: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(self.weights)
+        begin = self.readers[0].read
+        end = min(begin + PIECE, len(self.prompt))
+        first = min(end, max(begin + 1, self._known_from))
+        for reader in self.readers:
+            for heard in reader.listen(self.prompt[:end], first):
+                known = slice(heard.start, min(heard.start + len(heard.logits[0]), len(self.prompt)))
+                for voice, each in zip(reader.voices, heard.logits, strict=True):
+                    logits[voice] = each[-1]
+                    if known.start >= self._known_from:
+                        targets = self.prompt[known]
+                        place = slice(known.start - self._known_from, known.stop - self._known_from)
+                        self._own[voice, place] = target_log_probabilities(each[: len(targets)], targets)
+        if end < len(self.prompt):
+            return None
+        if self._posterior is not None:
+            self._posterior.observe(self._own)
+            self.weights = self._posterior.weights
+        return logits
+
+    def learn(self, own: NDArray[np.float64]) -> None:
+        """Hear what voices gave the token that was chosen: float64 [voices]."""
+        if self._posterior is not None:
+            self._said.append(own)
+            if len(self._said) == PERIOD:
+                self._posterior.observe(np.stack(self._said, axis=1))
+                self.weights, self._said = self._posterior.weights, []
+
+    def mix(self, parts: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The mixture's log-probabilities [vocabulary] from each voice's [voices, vocabulary]."""
+        heavy = np.flatnonzero(self.weights)
+        mixed = combine_log_probabilities(parts[heavy], self.weights[heavy], self.request.blend.combine)
+        check_numbers(mixed.max())
+        return mixed
+
+    def penalised(self, logits: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """The mixture's log-probabilities from each voice's logits [vocabulary], tokens of the text penalised."""
+        penalty = self.request.sampling.repetition_penalty
+        return self.mix(np.stack([log_softmax(penalise_repetition(each, self.seen, penalty)) for each in logits]))
+
+
+class ContinuousBatch:
+    """Generation of sequences that come and go.
+
+    Args:
+        blend: Whose members serve, all with a weight above zero; requests have weights of their own.
+        most: Sequences that are generated at once; others wait their turn.
+    """
+
+    def __init__(self, blend: Blend, most: int) -> None:
+        self._listened = blend.listened()
+        self._vocabulary, self._most, self._voices = blend.vocabulary, most, len(blend.weights)
+        self._caches = [each.member.new_cache(0) for each in self._listened]
+        self._waiting: deque[Request] = deque()
+        self._reading: _Row | None = None
+        self._rows: list[_Row] = []
+        self._parts = np.empty((self._voices, 0, self._vocabulary), np.float32)
+        self._cancelled: set[int] = set()
+
+    def __len__(self) -> int:
+        """Requests that are not finished."""
+        return len(self._waiting) + len(self._rows) + (self._reading is not None)
+
+    def add(self, request: Request) -> None:
+        """Let a sequence in as soon as there is room."""
+        self._waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Take a sequence out, whatever it may still have had to say."""
+        self._cancelled.add(id(request))
+
+    def step(self) -> list[tuple[Request, Token]]:
+        """The next token of every sequence in the batch, and perhaps the first one of a sequence that joins it."""
+        self._forget_cancelled()
+        told = self._join()
+        if self._rows:
+            told += self._decode()
+        self._leave()
+        return told
+
+    def close(self) -> None:
+        """Free the caches."""
+        rows = [self._reading] if self._reading else []
+        for cache in (*self._caches, *(reader.cache for row in rows for reader in row.readers)):
+            cache.free()
+        self._rows, self._reading = [], None
+        self._waiting.clear()
+
+    def _join(self) -> list[tuple[Request, Token]]:
+        """Read on in the prompt of the next one; when it is read, the sequence joins."""
+        if self._reading is None and self._waiting and len(self._rows) < self._most:
+            self._reading = _Row(self._waiting.popleft(), self._listened, self._vocabulary)
+        row = self._reading
+        if row is None or (logits := row.read_on()) is None:
+            return []
+        self._reading = None
+        parts = np.stack([log_softmax(each) for each in logits])
+        token = self._choose(row, logits, parts)
+        for cache, reader in zip(self._caches, row.readers, strict=True):
+            cache.append(reader.cache)
+            reader.close()
+        self._rows.append(row)
+        return [(row.request, token)]
+
+    def _decode(self) -> list[tuple[Request, Token]]:
+        rows = [row for row in self._rows if row.request.budget > 0]
+        if len(rows) < len(self._rows):  # those that ended with their first token
+            self._leave()
+        if not self._rows:
+            return []
+        new = np.array([[row.last] for row in self._rows])
+        if self._parts.shape[1] != len(new):
+            self._parts = np.empty((self._voices, len(new), self._vocabulary), np.float32)
+        logits: list[NDArray[np.float32]] = []
+        for (member, _, _), cache in zip(self._listened, self._caches, strict=True):
+            logits += [each[:, : self._vocabulary] for each in member.parts(member.extend(cache, new))]
+        for each, part in zip(logits, self._parts, strict=True):
+            log_softmax(each, out=part)
+        return [
+            (row.request, self._choose(row, [each[place] for each in logits], self._parts[:, place]))
+            for place, row in enumerate(self._rows)
+        ]
+
+    def _choose(self, row: _Row, logits: Sequence[NDArray[np.float32]], parts: NDArray[np.float32]) -> Token:
+        """A row's next token, from each voice's logits and log-probabilities [voices, vocabulary]."""
+        request, mixed = row.request, row.mix(parts)
+        scores = mixed if request.sampling.repetition_penalty == 1 else row.penalised(logits)
+        token = choose_token(scores, request.sampling, request.generator)
+        request.log_probabilities.append(float(mixed[token]))
+        row.learn(parts[:, token].astype(np.float64))
+        row.last = token
+        row.seen = np.union1d(row.seen, [token]) if request.sampling.repetition_penalty != 1 else row.seen
+        request.budget -= 1
+        reason: FinishReason | None = "stop" if token in request.eos else "length" if request.budget == 0 else None
+        if reason is not None:
+            request.budget = 0
+        return Token(0, token, reason)
+
+    def _leave(self) -> None:
+        """Take finished rows out; the last one takes the place of each."""
+        for place in range(len(self._rows) - 1, -1, -1):
+            if self._rows[place].request.budget == 0:
+                for cache in self._caches:
+                    cache.drop(place)
+                self._rows[place] = self._rows[-1]
+                self._rows.pop()
+
+    def _forget_cancelled(self) -> None:
+        if not self._cancelled:
+            return
+        gone, self._cancelled = self._cancelled, set()
+        self._waiting = deque(request for request in self._waiting if id(request) not in gone)
+        if self._reading is not None and id(self._reading.request) in gone:
+            for reader in self._reading.readers:
+                reader.close()
+            self._reading = None
+        for row in self._rows:
+            if id(row.request) in gone:
+                row.request.budget = 0
+        self._leave()

@@ -12,6 +12,7 @@ read on later, several tokens in a call.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,6 +66,7 @@ class LazyState:
         self._observed = max(1, self._start - EVIDENCE) if self._posterior else self._start
         self._drafted = 0
         self._spoken: dict[int, NDArray[np.float32]] = {}
+        self._norms: dict[tuple[int, int], float] = {}
         self._mass = np.empty(vocabulary, np.float32)
         self._part = np.empty(vocabulary, np.float32)
         self._massed: tuple[int, set[int]] = (-1, set())
@@ -97,7 +99,8 @@ class LazyState:
         end = self.length + len(draft)
         self._reserve(end + 1)
         self._ids[self.length : end] = draft
-        self._drafted, self._spoken, self._massed = len(draft), {}, (-1, set())
+        self._drafted, self._massed = len(draft), (-1, set())
+        self._spoken, self._norms = {}, {}
         if self._posterior is not None and (self.length - self._start) % PERIOD == 0:
             self.ask_all()
             self._posterior.observe(self._own[:, self._observed : self.length])
@@ -174,7 +177,13 @@ class LazyState:
         self._ids[begin : begin + count] = new
         self._path[:, begin : begin + count] = self.weights[:, None]
         for voice, logits in self._spoken.items():
-            self._own[voice, begin : begin + count] = target_log_probabilities(logits[:count], new)
+            known = [self._norms.get((voice, place)) for place in range(count)]
+            self._own[voice, begin : begin + count] = [
+                target_log_probabilities(logits[place, None], new[place, None])[0]
+                if norm is None
+                else logits[place, token] - norm
+                for place, (token, norm) in enumerate(zip(tokens, known, strict=True))
+            ]
         if self._blend.combine != "linear":
             voices = sorted(self._spoken)
             for place, token in enumerate(tokens):
@@ -233,10 +242,13 @@ class LazyState:
     def _probabilities(self, voice: int, place: int, weight: float) -> NDArray[np.float32]:
         """Weight * softmax(logits), in a buffer."""
         logits, part = self._altered(voice, place), self._part
-        np.subtract(logits, logits.max(), out=part)
+        peak = logits.max()
+        np.subtract(logits, peak, out=part)
         np.exp(part, out=part)
         total = part.sum()
         check_numbers(total)
+        if self._alter is None:
+            self._norms[voice, place] = float(peak) + math.log(total)
         part *= np.float32(weight) / total
         return part
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from itertools import groupby
@@ -20,7 +21,7 @@ from edgemix.runtime.engine import Decoding, State
 from edgemix.runtime.member import Member
 from edgemix.runtime.mixing import check_combine, normalise
 from edgemix.runtime.options import ADAPTIVE, GenerateOptions, Settings, WeightChoice
-from edgemix.runtime.providers import choose
+from edgemix.runtime.providers import choose, default_threads
 from edgemix.runtime.results import Chunk, Completion, Score
 from edgemix.runtime.scoring import score_tokens
 from edgemix.runtime.server import Server
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemix.bundle import Manifest
+    from edgemix.bundle import Manifest, MemberEntry
     from edgemix.progress import Progress
     from edgemix.runtime.mixing import Combine
     from edgemix.runtime.providers import Provider
@@ -139,17 +140,13 @@ class Mixture:
         entries = [next(voices) for _, voices in groupby(manifest.members, key=lambda entry: entry.graph)]
         if drafts and manifest.student is not None:
             entries.append(manifest.student)
-        opened = [
-            Member.load(
-                resolve(bundle, entry.graph),
-                entry.facts,
-                chosen,
-                threads,
-                name=entry.name,
-                quantized=entry.format not in ("fp32", "fp16"),
-            )
-            for entry in entries
-        ]
+
+        def open_member(entry: MemberEntry) -> Member:
+            path, quantized = resolve(bundle, entry.graph), entry.format not in ("fp32", "fp16")
+            return Member.load(path, entry.facts, chosen, threads, name=entry.name, quantized=quantized)
+
+        with ThreadPoolExecutor(default_threads()) as workers:
+            opened = list(workers.map(open_member, entries))
         drafter = opened.pop() if drafts and manifest.student is not None else None
         return cls(manifest, opened, tokenizer, chosen, drafter)
 

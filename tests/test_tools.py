@@ -100,7 +100,18 @@ def test_the_benchmark_compares_like_with_like(tool, monkeypatch, tmp_path, caps
     bundle = write_bundle(tmp_path / "mixture", forms, weights={"a": 0.9, "b": 0.06, "c": 0.04}, student=student)
     lines = [{"prompt": "one two one two", "domain": "x"}, {"prompt": "three", "domain": "y"}]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    arguments = [str(bundle), str(tmp_path / "prompts.jsonl"), "--rounds", "1", "--new", "12", "--threads", "1"]
+    arguments = [
+        str(bundle),
+        str(tmp_path / "prompts.jsonl"),
+        "--rounds",
+        "1",
+        "--new",
+        "12",
+        "--threads",
+        "1",
+        "--batch",
+        "3",
+    ]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments, "-o", str(tmp_path / "figures.json")])
     tool("benchmark").main()
 
@@ -112,6 +123,7 @@ def test_the_benchmark_compares_like_with_like(tool, monkeypatch, tmp_path, caps
     ]  # fmt: skip
     assert [row.get("differ") for row in sides.values()] == [None, 0, 0, 0, 0, 0, None, None]
     assert sides["naive loop"]["times_naive"] == 1
+    assert figures["throughput"]["continuous"] > 0
     assert all(row["decode"] > 0 and set(row["by_domain"]) == {"x", "y"} for row in sides.values())
 
 

@@ -147,6 +147,55 @@ def take_turns(
     return found
 
 
+def throughput(mixture: Mixture, blend: Blend, prompts: list[list[int]], *, size: int, new: int) -> dict[str, Any]:
+    """Tokens a second of all texts together, prompts and all: one text alone by the plain loop, a batch, and three times
+    as many texts that join and leave a batch of that size, a quarter to seven quarters as long.
+    """
+    from edgemix.runtime.batching import ContinuousBatch, Request
+    from edgemix.runtime.blend import Blend
+    from edgemix.runtime.engine import Decoding
+    from edgemix.runtime.sampling import Sampling
+
+    some = [prompts[i % len(prompts)] for i in range(3 * size)]
+
+    def batch(ids: list[list[int]]) -> tuple[float, float]:
+        options: dict[str, Any] = {"seeds": [0] * len(ids), "context": mixture.context, "eos": ()}
+        begun = time.perf_counter()
+        with closing(Decoding(blend, ids, Sampling(), max_new_tokens=new, **options)) as decoding:
+            decoding.step()
+            first = time.perf_counter()
+            while decoding.step():
+                pass
+        ended = time.perf_counter()
+        return len(ids) * new / (ended - begun), len(ids) * (new - 1) / (ended - first)
+
+    def continuous() -> float:
+        lengths = np.linspace(new / 4, 7 * new / 4, len(some)).astype(int)
+        np.random.default_rng(0).shuffle(lengths)
+        everyone = Blend(blend.members, np.full(len(blend.weights), 1 / len(blend.weights)), "linear", blend.vocabulary)
+        begun, told = time.perf_counter(), 0
+        with closing(ContinuousBatch(everyone, size)) as served:
+            for ids, length in zip(some, lengths, strict=True):
+                generator = np.random.default_rng(0)
+                served.add(Request(blend, np.array(ids), Sampling(), generator, int(length), frozenset()))
+            while len(served):
+                told += len(served.step())
+        return told / (time.perf_counter() - begun)
+
+    batch(some[:1])
+    alone, alone_decode = batch(some[:1])
+    together, together_decode = batch(some[:size])
+    coming = continuous()
+    return {
+        "batch": size,
+        "alone": alone,
+        "together": together,
+        "continuous": coming,
+        "decode_times_alone": together_decode / alone_decode,
+        "continuous_share": coming / together,
+    }
+
+
 def summary(found: Mapping[str, Turns], compared: Mapping[str, Side], domains: list[str]) -> dict[str, Any]:
     """Medians, spreads and ratios of each side."""
     rows: dict[str, Any] = {}
@@ -198,6 +247,13 @@ def show(figures: dict[str, Any], console: Console) -> None:
             for name, row in rows.items()
         ],
     )
+    if figures["throughput"]:
+        many = figures["throughput"]
+        console.table(
+            f"All texts together, prompts and all, in batches of {many['batch']}",
+            ("", "Tokens/s"),
+            [(name, f"{many[name]:.1f}") for name in ("alone", "together", "continuous")],
+        )
 
 
 def plot(figures: dict[str, Any], path: Path) -> None:
@@ -259,6 +315,7 @@ def main() -> None:
     parser.add_argument("--peer", action="append", default=[], help=f"NAME=MODEL; names: {', '.join(PEERS)}")
     parser.add_argument("--most", type=int, default=30, help="prompts at most")
     parser.add_argument("--new", type=int, default=64, help="tokens to generate")
+    parser.add_argument("--batch", type=int, help="measure throughput, too, in batches of so many texts")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -287,6 +344,8 @@ def main() -> None:
                 "new_tokens": arguments.new,
                 "rounds": arguments.rounds,
                 "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+                "throughput": arguments.batch
+                and throughput(mixture, blend, encoded, size=arguments.batch, new=arguments.new),
                 "sides": summary(found, compared, [domain for _, domain in prompts]),
             }
         if arguments.plot:

@@ -148,8 +148,8 @@ def take_turns(
 
 
 def throughput(mixture: Mixture, blend: Blend, prompts: list[list[int]], *, size: int, new: int) -> dict[str, Any]:
-    """Tokens a second of all texts together, prompts and all: one text alone by the plain loop, a batch, and three times
-    as many texts that join and leave a batch of that size, a quarter to seven quarters as long.
+    """Tokens a second of all texts together, prompts and all: one text alone by the plain loop, a batch, and three
+    times as many texts that join and leave a batch of that size, a quarter to seven quarters as long.
     """
     from edgemix.runtime.batching import ContinuousBatch, Request
     from edgemix.runtime.blend import Blend

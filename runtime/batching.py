@@ -15,7 +15,7 @@ import numpy as np
 from edgemix.runtime.adaptive import EVIDENCE, PERIOD, Posterior
 from edgemix.runtime.engine import Token
 from edgemix.runtime.mixing import check_numbers, combine_log_probabilities, log_softmax, target_log_probabilities
-from edgemix.runtime.reader import Reader
+from edgemix.runtime.prefixes import PrefixCache
 from edgemix.runtime.sampling import choose_token, penalise_repetition
 
 if TYPE_CHECKING:
@@ -57,14 +57,18 @@ class Request:
 class _Row:
     """A request that is being served."""
 
-    def __init__(self, request: Request, listened: Sequence[Listened], vocabulary: int) -> None:
+    def __init__(self, request: Request, listened: Sequence[Listened], vocabulary: int, prefixes: PrefixCache) -> None:
         self.request, self.prompt = request, request.prompt
-        self.readers = [Reader(each, vocabulary) for each in listened]
         experts = request.blend.experts
         self._posterior = Posterior(experts) if experts else None
         self.weights = request.blend.weights
         self._known_from = max(1, len(self.prompt) - EVIDENCE) if experts else len(self.prompt)
-        self._own = np.zeros((len(self.weights), len(self.prompt) - self._known_from))
+        self.own = np.full((len(self.weights), len(self.prompt)), np.nan)
+        self.readers = []
+        for each in listened:
+            reader, known = prefixes.reader(each, vocabulary, self.prompt, self._known_from)
+            self.own[list(reader.voices), : known.shape[1]] = known
+            self.readers.append(reader)
         self._said: list[NDArray[np.float64]] = []
         self.seen = np.unique(self.prompt)
         self.last = -1
@@ -72,22 +76,21 @@ class _Row:
     def read_on(self) -> list[NDArray[np.float32]] | None:
         """Read a piece of the prompt: when that was the last one, each voice's logits [vocabulary] of what follows."""
         logits: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(self.weights)
-        begin = self.readers[0].read
-        end = min(begin + PIECE, len(self.prompt))
-        first = min(end, max(begin + 1, self._known_from))
+        end = min(min(reader.read for reader in self.readers) + PIECE, len(self.prompt))
         for reader in self.readers:
-            for heard in reader.listen(self.prompt[:end], first):
+            if reader.read >= end:  # it knew more than others
+                continue
+            for heard in reader.listen(self.prompt[:end], min(end, max(reader.read + 1, self._known_from))):
                 known = slice(heard.start, min(heard.start + len(heard.logits[0]), len(self.prompt)))
                 for voice, each in zip(reader.voices, heard.logits, strict=True):
                     logits[voice] = each[-1]
                     if known.start >= self._known_from:
                         targets = self.prompt[known]
-                        place = slice(known.start - self._known_from, known.stop - self._known_from)
-                        self._own[voice, place] = target_log_probabilities(each[: len(targets)], targets)
+                        self.own[voice, known] = target_log_probabilities(each[: len(targets)], targets)
         if end < len(self.prompt):
             return None
         if self._posterior is not None:
-            self._posterior.observe(self._own)
+            self._posterior.observe(self.own[:, self._known_from :])
             self.weights = self._posterior.weights
         return logits
 
@@ -118,9 +121,11 @@ class ContinuousBatch:
     Args:
         blend: Whose members serve, all with a weight above zero; requests have weights of their own.
         most: Sequences that are generated at once; others wait their turn.
+        prefixes: Texts that were read before, and where prompts are kept.
     """
 
-    def __init__(self, blend: Blend, most: int) -> None:
+    def __init__(self, blend: Blend, most: int, prefixes: PrefixCache | None = None) -> None:
+        self._prefixes = PrefixCache(0) if prefixes is None else prefixes
         self._listened = blend.listened()
         self._vocabulary, self._most, self._voices = blend.vocabulary, most, len(blend.weights)
         self._caches = [each.member.new_cache(0) for each in self._listened]
@@ -162,7 +167,7 @@ class ContinuousBatch:
     def _join(self) -> list[tuple[Request, Token]]:
         """Read on in the prompt of the next one; when it is read, the sequence joins."""
         if self._reading is None and self._waiting and len(self._rows) < self._most:
-            self._reading = _Row(self._waiting.popleft(), self._listened, self._vocabulary)
+            self._reading = _Row(self._waiting.popleft(), self._listened, self._vocabulary, self._prefixes)
         row = self._reading
         if row is None or (logits := row.read_on()) is None:
             return []
@@ -171,7 +176,7 @@ class ContinuousBatch:
         token = self._choose(row, logits, parts)
         for cache, reader in zip(self._caches, row.readers, strict=True):
             cache.append(reader.cache)
-            reader.close()
+            self._prefixes.keep(reader, row.prompt, row.own[list(reader.voices)])
         self._rows.append(row)
         return [(row.request, token)]
 

@@ -112,6 +112,15 @@ class KVCache(ABC):
         """Remove a row; the last one takes its place."""
 
     @abstractmethod
+    def copy(self, length: int) -> Self:
+        """The first tokens of a cache of one row as a cache of its own."""
+
+    @property
+    @abstractmethod
+    def bytes(self) -> int:
+        """Of the memory that it holds."""
+
+    @abstractmethod
     def free(self) -> None:
         """Let go of the memory; the cache is of no more use."""
 
@@ -191,6 +200,21 @@ class SharedCache(KVCache):
             self._place(arrays)
             self.lengths[row] = length
         self.lengths = self.lengths[:last].copy()
+
+    def copy(self, length: int) -> Self:
+        made = type(self)(self.layout, 1)
+        made._reserve(length)
+        arrays = made._hosts()
+        for mine, other in zip(arrays, self._hosts(), strict=True):
+            mine[0, :, :length] = other[self._first_row, :, :length]
+        made._place(arrays)
+        made.lengths[0] = length
+        return made
+
+    @property
+    def bytes(self) -> int:
+        each = self._rows * self.capacity * self.layout.dtype.itemsize
+        return each * sum(slot.heads * slot.head_size for slot in self.layout.slots)
 
     def free(self) -> None:
         self._rows, self._arrays, self._buffers, self.capacity = 0, [], [], 0
@@ -304,6 +328,16 @@ class GrowingCache(KVCache):
 
     def join(self, rows: Sequence[Self]) -> None:
         self._stack([row._host() for row in rows], np.concatenate([row.lengths for row in rows]))
+
+    def copy(self, length: int) -> Self:
+        made = type(self)(self.layout, 1)
+        made._stack([[h[:, :, :length] for h in self._host()]], np.array([length]))
+        return made
+
+    @property
+    def bytes(self) -> int:
+        each = self.batch * int(self.lengths.max(initial=0)) * self.layout.dtype.itemsize
+        return each * sum(slot.heads * slot.head_size for slot in self.layout.slots)
 
     def free(self) -> None:
         self._tensors, self.calls = [], {}

@@ -19,7 +19,7 @@ import numpy as np
 
 from edgemix.runtime.adaptive import EVIDENCE, PERIOD, Posterior
 from edgemix.runtime.mixing import check_numbers, log_linear, target_log_probabilities
-from edgemix.runtime.reader import Reader
+from edgemix.runtime.prefixes import PrefixCache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemix.runtime.blend import Blend
-    from edgemix.runtime.reader import Heard
+    from edgemix.runtime.reader import Heard, Reader
 
     Alter = Callable[[NDArray[np.float32], int], NDArray[np.float32]]
 
@@ -44,6 +44,7 @@ class LazyState:
         blend: The members.
         prompt: int64 [tokens], at least one.
         alter: Changes a voice's logits [vocabulary] for a place of the window (a penalty); None changes nothing.
+        prefixes: Texts that were read before, and where this one will be kept.
 
     Attributes:
         length: Tokens of the text.
@@ -51,10 +52,16 @@ class LazyState:
         asked: Calls of graphs so far, but for those that only read on.
     """
 
-    def __init__(self, blend: Blend, prompt: NDArray[np.int64], alter: Alter | None = None) -> None:
-        self._blend, self._alter = blend, alter
+    def __init__(
+        self,
+        blend: Blend,
+        prompt: NDArray[np.int64],
+        alter: Alter | None = None,
+        *,
+        prefixes: PrefixCache | None = None,
+    ) -> None:
+        self._blend, self._alter, self._prefixes = blend, alter, PrefixCache(0) if prefixes is None else prefixes
         heavy, vocabulary = blend.heavy, blend.vocabulary
-        self._readers = [Reader(each, vocabulary) for each in blend.listened()]
         self._posterior = Posterior(blend.experts.narrowed(heavy)) if blend.experts else None
         self.weights = blend.weights[heavy]
         self.length = self._start = len(prompt)
@@ -62,8 +69,13 @@ class LazyState:
         self._ids[: len(prompt)] = prompt
         self._own = np.full((len(heavy), len(self._ids)), np.nan)
         self._path = np.full((len(heavy), len(self._ids)), np.nan)
-        self._geometric: list[float] = []
         self._observed = max(1, self._start - EVIDENCE) if self._posterior else self._start
+        self._readers = []
+        for listened in blend.listened():
+            reader, known = self._prefixes.reader(listened, vocabulary, prompt, self._observed)
+            self._own[list(reader.voices), : known.shape[1]] = known
+            self._readers.append(reader)
+        self._geometric: list[float] = []
         self._drafted = 0
         self._spoken: dict[int, NDArray[np.float32]] = {}
         self._norms: dict[tuple[int, int], float] = {}
@@ -206,9 +218,10 @@ class LazyState:
         return mixed
 
     def close(self) -> None:
-        """Free the caches."""
+        """Give the caches away."""
         for reader in self._readers:
-            reader.close()
+            self._prefixes.keep(reader, self.text, self._own[list(reader.voices), : self.length])
+        self._readers = []
 
     def _left(self) -> list[int]:
         return [voice for reader in self._readers for voice in reader.voices if voice not in self._spoken]

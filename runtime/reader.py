@@ -36,11 +36,13 @@ class Reader:
         cache: What it has read; an empty one of its own by default.
 
     Attributes:
+        listened: As it was given.
         voices: The numbers, among a blend's, of those of its voices that are listened to.
         cache: What it has read.
     """
 
     def __init__(self, listened: Listened, vocabulary: int, cache: KVCache | None = None) -> None:
+        self.listened = listened
         self._member, self._own, self.voices = listened
         self._vocabulary = vocabulary
         self.cache = cache or self._member.new_cache()

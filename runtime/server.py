@@ -78,7 +78,8 @@ class Server:
         if most < 1 or waiting < 0:
             raise InputError(f"a batch of {most} texts with {waiting} waiting makes no sense")
         self._mixture, self._most, self._room = mixture, most, most + waiting
-        self._batch = ContinuousBatch(mixture.blend(dict.fromkeys(mixture.members, 1.0)), most)
+        everyone = mixture.blend(dict.fromkeys(mixture.members, 1.0))
+        self._batch = ContinuousBatch(everyone, most, mixture.prefixes)
         self._tickets: dict[int, Ticket] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock, self._closed = threading.Lock(), False

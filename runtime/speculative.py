@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from edgemix.runtime.blend import Blend
     from edgemix.runtime.drafts import Drafter
     from edgemix.runtime.engine import FinishReason
+    from edgemix.runtime.prefixes import PrefixCache
     from edgemix.runtime.sampling import Sampling
 
 
@@ -46,6 +47,7 @@ class SpeculativeDecoding:
         student: A blend of one model that drafts.
         lookup: Draft from the text itself, too.
         lazy: Ask members only where the answer depends on them.
+        prefixes: Texts that were read before, and where this one will be kept.
 
     Attributes:
         drafted: Tokens that were drafted; `accepted` of them were taken.
@@ -65,6 +67,7 @@ class SpeculativeDecoding:
         student: Blend | None = None,
         lookup: bool = True,
         lazy: bool = True,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         ids = np.asarray(prompt, np.int64)
         self._sampling, self._eos, self._context = sampling, frozenset(eos), context
@@ -73,7 +76,7 @@ class SpeculativeDecoding:
         # The last token is never read, so it may lie one beyond the context.
         self._budget = min(max_new_tokens, context - len(ids) + 1)
         penalised = sampling.repetition_penalty != 1
-        self._state = LazyState(blend, ids, self._penalise if penalised else None)
+        self._state = LazyState(blend, ids, self._penalise if penalised else None, prefixes=prefixes)
         self._seen = np.zeros(blend.vocabulary, bool)
         self._seen[ids] = True
         self._pace = Pace()

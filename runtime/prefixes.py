@@ -127,7 +127,7 @@ def _readable(own: NDArray[np.float64], tokens: int, heard_from: int) -> int:
 
     What follows the last token taken is not heard again, so where it matters it must be known.
     """
-    common = own.shape[1]
+    common: int = own.shape[1]
     if heard_from >= common:
         return min(common, tokens - 1)
     unheard = np.isnan(own[:, heard_from:]).any(axis=0)

@@ -63,7 +63,7 @@ class Recipe(_Part, frozen=True):
     format: Format = "int8"
     target: Target = "cpu"
     quantization: Quantization = Quantization()
-    stack: bool = False
+    stack: bool | str = False
     student: Student | None = None
     data: Data = Data()
     seed: int = 0
@@ -200,7 +200,8 @@ target: cpu
 #   rotate: true     # turn the residual stream first (QuaRot); of int8-dynamic, too
 
 # Members that are one model and an adapter each, or not even that, in one graph: the model is stored and read once for
-# all of them, and of a quantised GGUF file it stays as it is, bit for bit.
+# all of them, and of a quantised GGUF file it stays as it is, bit for bit. With the model's name in the place of true,
+# full fine-tunes of it become such members, too, where a few ranks of what differs are enough.
 # stack: true
 
 # A small model that is distilled from the mixture on the text under data: training, for where memory or power is short.

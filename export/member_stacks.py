@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from edgemix.errors import EdgemixError, InputError, storage_errors
 from edgemix.export.graph import MODEL_FILE
-from edgemix.export.parity import check_quantized
+from edgemix.export.parity import check_quantized, within
 from edgemix.export.quantization import quantize
 from edgemix.export.quantization.block_table import BlockTable
 from edgemix.export.quantization.rtn import rtn
@@ -34,9 +34,11 @@ if TYPE_CHECKING:
     from edgemix.recipe import Recipe
     from edgemix.staging import BundleWriter
 
-RANK = 64
-"""Largest rank of what a member adds to a linear of the base; LoRA's is what it was trained with, in a linear that the
-exporter joined of several their sum."""
+RANKS = (64, 192)
+"""Largest rank of what a member adds to a linear of the base, tried in this order until every member passes its gate.
+The first one is above what LoRA is trained with; a full fine-tune may need more. Of a linear that the exporter joined
+of three it is three times that.
+"""
 
 _ADDITION_BITS, _ADDITION_BLOCK = 8, 16
 """How additions are stored in quantised formats: they are small, and blocks of 16 waste nothing of the usual ranks."""
@@ -54,13 +56,18 @@ class Stacked(msgspec.Struct, frozen=True):
     facts: GraphFacts
     parity: dict[str, QuantizationParity]
 
+    def failing(self) -> list[str]:
+        """Names of the members that are over their format's limits."""
+        return [name for name, figures in self.parity.items() if not within(figures)]
+
 
 def groups(recipe: Recipe, models: MemberModels) -> list[tuple[MemberRecipe, ...]]:
     """The recipe's members by the graph that they are to share, in the order of the first of each."""
     found: dict[object, list[MemberRecipe]] = {}
     for spec in recipe.members:
         shares = recipe.stack and spec.prune is None and models.format(spec) in _STACKED
-        key = (spec.model, models.format(spec), models.quantization(spec)) if shares else spec.name
+        base = recipe.stack if isinstance(recipe.stack, str) else spec.model
+        key = (base, models.format(spec), models.quantization(spec)) if shares else spec.name
         found.setdefault(key, []).append(spec)
     return [tuple(group) for group in found.values()]
 
@@ -92,8 +99,9 @@ class MemberStacks:
 
     def base(self, group: Sequence[MemberRecipe]) -> MemberRecipe:
         """What a group's members are additions to."""
-        first = group[0]
-        return MemberRecipe(f"{first.name}.base", first.model, format=first.format, quantization=first.quantization)
+        first, named = group[0], self._recipe.stack
+        model = named if isinstance(named, str) else first.model
+        return MemberRecipe(f"{first.name}.base", model, format=first.format, quantization=first.quantization)
 
     def make(self, group: Sequence[MemberRecipe], output: Path, text: list[list[int]] | None) -> Stacked | None:
         """Write a group's graph; its members' fp32 graphs are made and stay. None where they cannot be one graph.
@@ -106,45 +114,24 @@ class MemberStacks:
         Raises:
             As `MemberGraphs.make`.
         """
-        base, form = self.base(group), self._models.format(group[0])
-        for spec in group:
+        base = self.base(group)
+        for spec in (*group, base):
             self._graphs.make(spec)
-        facts = self._graphs.make(base).facts
-        master = self._writer.scratch / f"{base.name}.stack" / MODEL_FILE
-        shutil.rmtree(master.parent, ignore_errors=True)
-        try:
-            with self._progress.stage("stack"), storage_errors(f"writing {master}"):
-                deltas = self._write(base, group, master)
-        except (InputError, EdgemixError) as error:
-            names = ", ".join(spec.name for spec in group)
-            self._progress.say(f"{names}: a graph for each, not one for all: {error}")
-            self._graphs.discard(base)
-            return None
-        table = _table(self._blocks.find(base), deltas) if form in ("int4", "int8") else None
-        group_size = self._models.quantization(group[0]).group
-        with self._progress.stage(form), storage_errors(f"writing {output}"):
-            shutil.rmtree(output.parent, ignore_errors=True)
-            quantize(
-                master, output, form, target=self._recipe.target, group=group_size, table=table, progress=self._progress
-            )
-        half = self._recipe.target == "cuda" and form != "fp32"
-        facts = msgspec.structs.replace(facts, dtype="float16" if half else "float32", voices=len(group))
-        parity = {
-            spec.name: check_quantized(
-                self._graphs.path(spec),
-                output,
-                facts,
-                text,
-                format=form,
-                voice=voice,
-                seed=self._recipe.seed,
-                progress=Prefixed(self._progress, spec.name),
-            )
-            for voice, spec in enumerate(group)
-        }
-        shutil.rmtree(master.parent)
+        made = None
+        for rank in RANKS:
+            try:
+                with self._progress.stage(f"stack, rank {rank} at most"):
+                    exact, deltas = self._write(base, group, rank)
+            except (InputError, EdgemixError) as error:
+                names = ", ".join(spec.name for spec in group)
+                self._progress.say(f"{names}: a graph for each, not one for all: {error}")
+                break
+            made = self._quantize(base, group, deltas, output, text)
+            if exact or not made.failing():
+                break
+        shutil.rmtree(self._master(base).parent, ignore_errors=True)
         self._graphs.discard(base)
-        return Stacked(facts, parity)
+        return made
 
     def key(self, group: Sequence[MemberRecipe]) -> str:
         """Of all that a group's graph depends on, but for the text of its gate."""
@@ -158,15 +145,59 @@ class MemberStacks:
             seed=self._recipe.seed,
         )
 
-    def _write(self, base: MemberRecipe, group: Sequence[MemberRecipe], master: Path) -> dict[str, list[Delta]]:
-        """Write the fp32 graph of several members; what they add to the base."""
-        model = ir.load(self._graphs.path(base))
+    def _master(self, base: MemberRecipe) -> Path:
+        """Where the fp32 graph of several members lies."""
+        return self._writer.scratch / f"{base.name}.stack" / MODEL_FILE
+
+    def _write(
+        self, base: MemberRecipe, group: Sequence[MemberRecipe], rank: int
+    ) -> tuple[bool, dict[str, list[Delta]]]:
+        """Write the fp32 graph of several members: whether it is theirs exactly, and what they add to the base."""
+        model, master = ir.load(self._graphs.path(base)), self._master(base)
         members = [ir.load(self._graphs.path(spec)).graph for spec in group]
-        deltas = find_deltas(model.graph, members, RANK * _joined(model.graph))
+        most = rank * _joined(model.graph)
+        deltas = find_deltas(model.graph, members, most)
         stack(model.graph, deltas, len(group))
-        master.parent.mkdir(parents=True)
-        ir.save(model, master, external_data=f"{MODEL_FILE}.data")
-        return deltas
+        with storage_errors(f"writing {master}"):
+            shutil.rmtree(master.parent, ignore_errors=True)
+            master.parent.mkdir(parents=True)
+            ir.save(model, master, external_data=f"{MODEL_FILE}.data")
+        return all(delta.rank < most for each in deltas.values() for delta in each), deltas
+
+    def _quantize(
+        self,
+        base: MemberRecipe,
+        group: Sequence[MemberRecipe],
+        deltas: Mapping[str, Sequence[Delta]],
+        output: Path,
+        text: list[list[int]] | None,
+    ) -> Stacked:
+        """Write the graph in its format, and hold each of its members against that one's own."""
+        form, target, progress = self._models.format(group[0]), self._recipe.target, self._progress
+        table = _table(self._blocks.find(base), deltas) if form in ("int4", "int8") else None
+        block = self._models.quantization(group[0]).group
+        with progress.stage(form), storage_errors(f"writing {output}"):
+            shutil.rmtree(output.parent, ignore_errors=True)
+            quantize(self._master(base), output, form, target=target, group=block, table=table, progress=progress)
+        facts = msgspec.structs.replace(
+            self._graphs.make(base).facts,
+            dtype="float16" if target == "cuda" and form != "fp32" else "float32",
+            voices=len(group),
+        )
+        parity = {
+            spec.name: check_quantized(
+                self._graphs.path(spec),
+                output,
+                facts,
+                text,
+                format=form,
+                voice=voice,
+                seed=self._recipe.seed,
+                progress=Prefixed(progress, spec.name),
+            )
+            for voice, spec in enumerate(group)
+        }
+        return Stacked(facts, parity)
 
 
 def _joined(graph: ir.Graph) -> int:

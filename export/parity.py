@@ -241,6 +241,14 @@ def enforce(
     raise ParityError(f"the graph {f'of member {member!r} ' if member else ''}{what}: {table}", remedy)
 
 
+def within(figures: GraphParity | QuantizationParity | PruningFigures) -> bool:
+    """Whether figures are within their limits."""
+    try:
+        return not enforce(figures)
+    except ParityError:
+        return False
+
+
 def _random_rows(lengths: Sequence[int], vocabulary: int) -> list[Tokens]:
     """Token ids spread over the vocabulary, the same at every call."""
     generator = np.random.default_rng(0)

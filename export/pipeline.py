@@ -28,7 +28,7 @@ from edgemix.export.member_stacks import MemberStacks, groups
 from edgemix.export.members import load_tokenizer, locate, versions
 from edgemix.export.mixture_parity import MIXTURE_TOKENS, compare_mixtures, keep_distributions
 from edgemix.export.mixture_weights import fit_weights, given_weights
-from edgemix.export.parity import check_quantized, enforce, own_texts
+from edgemix.export.parity import check_quantized, enforce, own_texts, within
 from edgemix.export.pruning.packing import pack_weights
 from edgemix.export.quantization import quantize
 from edgemix.export.shared_tokenizer import tokenizer_size
@@ -138,7 +138,7 @@ class _Export:
             entries = [self._entry(spec, self._export_member(spec, text, mixed)) for spec in kept]
             judge = self._choose(budget, entries, tokenizer)
         recipe = self._recipe
-        together = groups(recipe, self._models)
+        together, specs = groups(recipe, self._models), {spec.name: spec for spec in recipe.members}
         records = {name: record for group in together for name, record in self._export(group, text, mixed).items()}
         eos = {end for record in records.values() for end in record.graph.eos}
         manifest = Manifest(
@@ -146,7 +146,7 @@ class _Export:
             edgemix=edgemix.__version__,
             target=recipe.target,
             seed=recipe.seed,
-            members=tuple(self._entry(spec, records[spec.name]) for group in together for spec in group),
+            members=tuple(self._entry(specs[name], record) for name, record in records.items()),
             weights=given_weights(recipe),
             tokenizer=shared_tokenizer.describe(tokenizer, eos),
             files={},
@@ -226,18 +226,28 @@ class _Export:
         return text
 
     def _export(
-        self, group: tuple[MemberRecipe, ...], text: list[list[int]] | None, mixed: list[list[int]]
+        self, whole: tuple[MemberRecipe, ...], text: list[list[int]] | None, mixed: list[list[int]]
     ) -> dict[str, _MemberRecord]:
-        """The stages of members that may share a graph: as one where they can, else each for itself."""
-        records = self._export_stack(group, text, mixed) if len(group) > 1 else {}
-        return records or {spec.name: self._export_member(spec, text, mixed) for spec in group}
+        """The stages of members that may share a graph: those that can as one, each of the others for itself."""
+        records: dict[str, _MemberRecord] = {}
+        group = whole
+        while len(group) > 1:
+            records = self._export_stack(group, text, mixed)
+            failing = {name for name, record in records.items() if record.parity and not within(record.parity)}
+            if not failing or self._force:
+                break
+            self._progress.say(f"{', '.join(sorted(failing))}: a graph of its own, as one for all would lose too much")
+            shutil.rmtree(self._writer.folder / _stack_place(group))
+            group, records = tuple(spec for spec in group if spec.name not in failing), {}
+        own = [spec for spec in whole if spec.name not in records]
+        return records | {spec.name: self._export_member(spec, text, mixed) for spec in own}
 
     def _export_stack(
         self, group: tuple[MemberRecipe, ...], text: list[list[int]] | None, mixed: list[list[int]]
     ) -> dict[str, _MemberRecord]:
         """A graph for several members; nothing where they cannot share one."""
         stages, name = self._writer.stages, "+".join(spec.name for spec in group)
-        place = f"stacks/{group[0].name}"
+        place = _stack_place(group)
         key = stage_key(graph=self._stacks.key(group), text=text, mixed=mixed)
         records = stages.done(f"stack/{name}", key, dict[str, _MemberRecord])
         if records is None:
@@ -388,6 +398,11 @@ class _Export:
         licence = None if None in licences else ", ".join(sorted(filter(None, licences)))
         source = msgspec.structs.replace(entry.source, model="distilled from the mixture", licence=licence)
         return msgspec.structs.replace(entry, source=source)
+
+
+def _stack_place(group: Sequence[MemberRecipe]) -> str:
+    """The folder in the bundle of a graph that several members share."""
+    return f"stacks/{group[0].name}"
 
 
 def _place(spec: MemberRecipe) -> str:

@@ -123,6 +123,42 @@ def test_what_is_no_addition_keeps_its_graph(folder: Path, tmp_path: Path) -> No
     assert [member.graph for member in manifest.members] == ["members/other/model.onnx", "members/twin/model.onnx"]
 
 
+@pytest.fixture(scope="module")
+def tuned(folder: Path) -> Path:
+    """Two full fine-tunes of the base: one that is a few ranks away from it, and one that is not."""
+    for seed, (name, rank) in enumerate((("near", 2), ("far", 40))):
+        model, generator = tiny_model("llama", vocab_size=288), torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for part, module in model.model.layers.named_modules():
+                if isinstance(module, torch.nn.Linear) and "k_proj" not in part:
+                    up, down = (torch.randn(size, rank, generator=generator) * 0.1 for size in module.weight.shape)
+                    module.weight += up @ down.T
+        model.save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    return folder
+
+
+def test_full_fine_tunes_of_a_named_base_are_stacked(tuned: Path, tmp_path: Path) -> None:
+    members = (MemberRecipe("near", "near"), MemberRecipe("far", "far"), MATH)
+    found = export_bundle(recipe(tuned, members=members, stack="base", format="fp32"), tmp_path / "bundle")
+    assert [member.facts.voices for member in found.members] == [3, 3, 3]
+
+
+def test_what_takes_too_many_ranks_has_a_graph_of_its_own(
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgemix.export import member_stacks
+
+    monkeypatch.setattr(member_stacks, "RANKS", (3, 5))
+    members = (MATH, MemberRecipe("far", "far"), MemberRecipe("near", "near"))
+    found = export_bundle(recipe(tuned, members=members, stack="base", format="fp32"), tmp_path / "bundle")
+    assert [(member.name, member.facts.voices) for member in found.members] == [("math", 2), ("near", 2), ("far", 1)]
+    verify_bundle(tmp_path / "bundle", found)
+    with Mixture.load(tmp_path / "bundle") as mixture:
+        assert mixture.members == ("math", "near", "far")
+        assert mixture.score("the quick brown fox").perplexity > 1
+
+
 def test_a_budget_wants_graphs_for_each(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="stack"):
         export_bundle(recipe(folder), tmp_path / "bundle", budget=Budget(bytes=10**9))

@@ -101,7 +101,7 @@ class MemberStacks:
         """What a group's members are additions to."""
         first, named = group[0], self._recipe.stack
         model = named if isinstance(named, str) else first.model
-        return MemberRecipe(f"{first.name}.base", model, format=first.format, quantization=first.quantization)
+        return MemberRecipe(f"{first.name}@base", model, format=first.format, quantization=first.quantization)
 
     def make(self, group: Sequence[MemberRecipe], output: Path, text: list[list[int]] | None) -> Stacked | None:
         """Write a group's graph; its members' fp32 graphs are made and stay. None where they cannot be one graph.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 
 from edgemix.runtime.mixing import log_softmax
+from edgemix.runtime.prefixes import common_length
 from edgemix.runtime.sampling import distribution, draw
 
 if TYPE_CHECKING:
@@ -110,11 +111,13 @@ class StudentDrafts:
 
     def __init__(self, reader: Reader, sampling: Sampling, generator: np.random.Generator, pace: Pace) -> None:
         self._reader, self._sampling, self._generator, self._pace = reader, sampling, generator, pace
+        self._read = np.empty(0, np.int64)
 
     def draft(self, text: NDArray[np.int64], most: int) -> Draft:
         """See `Drafter`."""
         pace, reader = self._pace, self._reader
-        reader.forget(len(text) - 1)
+        most = min(most, reader.context - len(text) + 1)
+        reader.forget(min(len(text) - 1, common_length(self._read, text)))
         ids = text
         tokens: list[int] = []
         sources: list[Source] = []
@@ -135,6 +138,7 @@ class StudentDrafts:
             sources.append(source)
             proposals.append(shares)
             ids = np.append(ids, token)
+        self._read = ids
         return Draft(tokens, sources, proposals if self._sampling.temperature else None)
 
     def close(self) -> None:

@@ -54,7 +54,7 @@ class State:
         logits = [np.empty((len(prompts), self._blend.vocabulary), np.float32) for _ in self._heavy]
         own = [np.empty((len(self._heavy), min(EVIDENCE, len(prompt) - 1))) for prompt in prompts]
         for listened, cache in zip(self._blend.listened(), self._caches, strict=True):
-            rows = cache.split([len(prompt) for prompt in prompts])
+            rows = cache.split([len(prompt) + 1 for prompt in prompts])  # a last token alone is read in a pair
             for row, (prompt, part) in enumerate(zip(prompts, rows, strict=True)):
                 reader = Reader(listened, self._blend.vocabulary, part)
                 first = len(prompt) - own[row].shape[1]

@@ -220,6 +220,7 @@ class LazyState:
     def close(self) -> None:
         """Give the caches away."""
         for reader in self._readers:
+            reader.forget(self.length - 1)  # a window that somebody interrupted
             self._prefixes.keep(reader, self.text, self._own[list(reader.voices), : self.length])
         self._readers = []
 

@@ -81,7 +81,7 @@ class PrefixCache:
             found, read, common = None, LEAST - 1, 0
             for kept in self._kept:
                 if kept.graph == graph:
-                    both = _common(kept.text, text)
+                    both = common_length(kept.text, text)
                     most = _readable(kept.own[own, :both], len(text), heard_from)
                     if most > read:
                         found, read, common = kept, most, both
@@ -128,14 +128,14 @@ def _readable(own: NDArray[np.float64], tokens: int, heard_from: int) -> int:
     What follows the last token taken is not heard again, so where it matters it must be known.
     """
     common: int = own.shape[1]
-    if heard_from >= common:
+    if heard_from > common:
         return min(common, tokens - 1)
     unheard = np.isnan(own[:, heard_from:]).any(axis=0)
     known = heard_from + int(unheard.argmax()) if unheard.any() else common
     return min(known - 1, tokens - 1) if known > heard_from else min(heard_from - 1, tokens - 1)
 
 
-def _common(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
+def common_length(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
     """Tokens with which both begin."""
     length = min(len(one), len(other))
     differ = np.flatnonzero(one[:length] != other[:length])
@@ -143,4 +143,4 @@ def _common(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
 
 
 def _begins(whole: NDArray[np.int64], part: NDArray[np.int64]) -> bool:
-    return _common(whole, part) == len(part)
+    return common_length(whole, part) == len(part)

@@ -48,6 +48,11 @@ class Reader:
         self.cache = cache or self._member.new_cache()
 
     @property
+    def context(self) -> int:
+        """Most tokens that it can read."""
+        return self._member.context
+
+    @property
     def read(self) -> int:
         """Tokens read so far."""
         return int(self.cache.lengths[0])

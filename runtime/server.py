@@ -31,6 +31,8 @@ class Ticket:
     def __init__(self, server: Server, request: Request, writer: Writer) -> None:
         self.request, self.writer, self._server = request, writer, server
         self._chunks: queue.SimpleQueue[Chunk | Exception | None] = queue.SimpleQueue()
+        self._last: Chunk | Exception | None = None
+        self._ended = False
 
     def tell(self, chunk: Chunk | Exception | None) -> None:
         """Hand on what is new; the server does."""
@@ -42,11 +44,15 @@ class Ticket:
         Raises:
             EdgemixError: A graph fails, or the server was closed.
         """
-        while (chunk := self._chunks.get()) is not None:
+        while True:
+            chunk = self._last if self._ended else self._chunks.get()
+            self._ended = chunk is None or isinstance(chunk, Exception) or chunk.completion is not None
+            self._last = chunk
             if isinstance(chunk, Exception):
                 raise chunk
-            yield chunk
-            if chunk.completion is not None:
+            if chunk is not None:
+                yield chunk
+            if self._ended:
                 return
 
     def result(self) -> Completion:

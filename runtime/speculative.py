@@ -125,9 +125,9 @@ class SpeculativeDecoding:
     def close(self) -> None:
         """Free the caches."""
         self._finished = True
-        self._state.close()
         for drafter in self._drafters:
             drafter.close()
+        self._state.close()
 
     def _find_draft(self) -> Draft:
         """From the first drafter that has one: at most to where the weights change, the budget or the context ends."""

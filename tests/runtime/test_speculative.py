@@ -139,7 +139,7 @@ def joint(weights, sampling, prompt):
 )
 def test_drawn_text_has_the_mixtures_distribution(members, student, eager, sampling, drafts):
     """By a chi-square test on the next two tokens: the second is where the first draft is tried."""
-    weights, prompt, count = WEIGHTS["even"], [4, 6, 4, 6, 4], 3_000
+    weights, prompt, count = WEIGHTS["even"], [4, 6, 4, 6, 4], 1_500
     mixture = blend(members, weights)
     counts = np.zeros((TOKENS, TOKENS))
     options = {"student": student if drafts == "student" else None, "lookup": drafts == "lookup"}

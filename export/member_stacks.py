@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import onnx_ir as ir
 
-from edgemix.errors import EdgemixError, InputError, storage_errors
+from edgemix.errors import InputError, storage_errors
 from edgemix.export.graph import MODEL_FILE
 from edgemix.export.parity import check_quantized, within
 from edgemix.export.quantization import quantize
@@ -122,7 +122,7 @@ class MemberStacks:
             try:
                 with self._progress.stage(f"stack, rank {rank} at most"):
                     exact, deltas = self._write(base, group, rank)
-            except (InputError, EdgemixError) as error:
+            except InputError as error:
                 names = ", ".join(spec.name for spec in group)
                 self._progress.say(f"{names}: a graph for each, not one for all: {error}")
                 break

@@ -30,6 +30,11 @@ EVIDENCE = 512
 """Most tokens at a prompt's end that count: with this share, what lies before them is all but forgotten."""
 
 
+def evidence_from(prompt: NDArray[np.int64]) -> int:
+    """The place of a prompt's first token that counts."""
+    return max(1, len(prompt) - EVIDENCE)
+
+
 @dataclass(frozen=True, slots=True)
 class Experts:
     """The ways to weigh members that a posterior chooses among.
@@ -78,6 +83,14 @@ class Posterior:
         self._experts = experts
         self._belief = experts.prior
         self.weights = experts.weights
+        self._said: list[NDArray[np.float64]] = []
+
+    def hear(self, own: NDArray[np.float64]) -> None:
+        """Learn from one more token, float64 [voices]: `PERIOD` of them are weighed at once."""
+        self._said.append(own)
+        if len(self._said) == PERIOD:
+            self.observe(np.stack(self._said, axis=1))
+            self._said = []
 
     def observe(self, own: NDArray[np.float64]) -> None:
         """Learn from tokens, given each voice's log-probabilities of them: float64 [voices, tokens], nats."""

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgemix.runtime.adaptive import EVIDENCE, PERIOD, Posterior
-from edgemix.runtime.engine import Token
-from edgemix.runtime.mixing import check_numbers, combine_log_probabilities, log_softmax, target_log_probabilities
+from edgemix.runtime.adaptive import Posterior, evidence_from
+from edgemix.runtime.engine import Token, finish_reason
+from edgemix.runtime.mixing import check_numbers, combine_log_probabilities, log_softmax
 from edgemix.runtime.prefixes import PrefixCache
 from edgemix.runtime.sampling import choose_token, penalise_repetition
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemix.runtime.blend import Blend, Listened
-    from edgemix.runtime.engine import FinishReason
     from edgemix.runtime.sampling import Sampling
 
 PIECE = 128
@@ -62,14 +61,13 @@ class _Row:
         experts = request.blend.experts
         self._posterior = Posterior(experts) if experts else None
         self.weights = request.blend.weights
-        self._known_from = max(1, len(self.prompt) - EVIDENCE) if experts else len(self.prompt)
+        self._known_from = evidence_from(self.prompt) if experts else len(self.prompt)
         self.own = np.full((len(self.weights), len(self.prompt)), np.nan)
         self.readers = []
         for each in listened:
             reader, known = prefixes.reader(each, vocabulary, self.prompt, self._known_from)
             self.own[list(reader.voices), : known.shape[1]] = known
             self.readers.append(reader)
-        self._said: list[NDArray[np.float64]] = []
         self.seen = np.unique(self.prompt)
         self.last = -1
 
@@ -81,12 +79,9 @@ class _Row:
             if reader.read >= end:  # it knew more than others
                 continue
             for heard in reader.listen(self.prompt[:end], min(end, max(reader.read + 1, self._known_from))):
-                known = slice(heard.start, min(heard.start + len(heard.logits[0]), len(self.prompt)))
+                reader.note(heard, self.prompt, self.own)
                 for voice, each in zip(reader.voices, heard.logits, strict=True):
                     logits[voice] = each[-1]
-                    if known.start >= self._known_from:
-                        targets = self.prompt[known]
-                        self.own[voice, known] = target_log_probabilities(each[: len(targets)], targets)
         if end < len(self.prompt):
             return None
         if self._posterior is not None:
@@ -97,10 +92,8 @@ class _Row:
     def learn(self, own: NDArray[np.float64]) -> None:
         """Hear what voices gave the token that was chosen: float64 [voices]."""
         if self._posterior is not None:
-            self._said.append(own)
-            if len(self._said) == PERIOD:
-                self._posterior.observe(np.stack(self._said, axis=1))
-                self.weights, self._said = self._posterior.weights, []
+            self._posterior.hear(own)
+            self.weights = self._posterior.weights
 
     def mix(self, parts: NDArray[np.float32]) -> NDArray[np.float32]:
         """The mixture's log-probabilities [vocabulary] from each voice's [voices, vocabulary]."""
@@ -133,7 +126,7 @@ class ContinuousBatch:
         self._reading: _Row | None = None
         self._rows: list[_Row] = []
         self._parts = np.empty((self._voices, 0, self._vocabulary), np.float32)
-        self._cancelled: set[int] = set()
+        self._cancelled: set[Request] = set()
 
     def __len__(self) -> int:
         """Requests that are not finished."""
@@ -145,12 +138,13 @@ class ContinuousBatch:
 
     def cancel(self, request: Request) -> None:
         """Take a sequence out, whatever it may still have had to say."""
-        self._cancelled.add(id(request))
+        self._cancelled.add(request)
 
     def step(self) -> list[tuple[Request, Token]]:
         """The next token of every sequence in the batch, and perhaps the first one of a sequence that joins it."""
         self._forget_cancelled()
         told = self._join()
+        self._leave()  # it may have ended with its first token
         if self._rows:
             told += self._decode()
         self._leave()
@@ -181,11 +175,6 @@ class ContinuousBatch:
         return [(row.request, token)]
 
     def _decode(self) -> list[tuple[Request, Token]]:
-        rows = [row for row in self._rows if row.request.budget > 0]
-        if len(rows) < len(self._rows):  # those that ended with their first token
-            self._leave()
-        if not self._rows:
-            return []
         new = np.array([[row.last] for row in self._rows])
         if self._parts.shape[1] != len(new):
             self._parts = np.empty((self._voices, len(new), self._vocabulary), np.float32)
@@ -209,7 +198,7 @@ class ContinuousBatch:
         row.last = token
         row.seen = np.union1d(row.seen, [token]) if request.sampling.repetition_penalty != 1 else row.seen
         request.budget -= 1
-        reason: FinishReason | None = "stop" if token in request.eos else "length" if request.budget == 0 else None
+        reason = finish_reason(token, request.eos, request.budget)
         if reason is not None:
             request.budget = 0
         return Token(0, token, reason)
@@ -227,12 +216,12 @@ class ContinuousBatch:
         if not self._cancelled:
             return
         gone, self._cancelled = self._cancelled, set()
-        self._waiting = deque(request for request in self._waiting if id(request) not in gone)
-        if self._reading is not None and id(self._reading.request) in gone:
+        self._waiting = deque(request for request in self._waiting if request not in gone)
+        if self._reading is not None and self._reading.request in gone:
             for reader in self._reading.readers:
                 reader.close()
             self._reading = None
         for row in self._rows:
-            if id(row.request) in gone:
+            if row.request in gone:
                 row.request.budget = 0
         self._leave()

@@ -39,10 +39,6 @@ class Draft(NamedTuple):
     sources: list[Source]
     proposals: list[NDArray[np.float32]] | None = None
 
-    def cut(self, length: int) -> Draft:
-        """The first tokens."""
-        return Draft(self.tokens[:length], self.sources[:length], self.proposals and self.proposals[:length])
-
 
 NOTHING = Draft([], [])
 

@@ -7,13 +7,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from edgemix.runtime.adaptive import EVIDENCE, PERIOD, Posterior
-from edgemix.runtime.mixing import (
-    check_numbers,
-    combine_log_probabilities,
-    log_softmax,
-    target_log_probabilities,
-)
+from edgemix.runtime.adaptive import Posterior, evidence_from
+from edgemix.runtime.mixing import check_numbers, combine_log_probabilities, log_softmax
 from edgemix.runtime.reader import Reader
 from edgemix.runtime.sampling import choose_token, penalise_repetition
 
@@ -39,7 +34,6 @@ class State:
         self._weights = blend.weights[self._heavy]
         experts = blend.experts.narrowed(self._heavy) if blend.experts else None
         self._posteriors = [Posterior(experts) for _ in range(batch)] if experts else []
-        self._said: list[NDArray[np.float64]] = []
 
     def begin(self, prompts: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
         """Read prompts, of at least one token each: each voice's logits [batch, vocabulary] of what follows.
@@ -52,33 +46,28 @@ class State:
         if not self._posteriors:
             return self._read(prompts)
         logits = [np.empty((len(prompts), self._blend.vocabulary), np.float32) for _ in self._heavy]
-        own = [np.empty((len(self._heavy), min(EVIDENCE, len(prompt) - 1))) for prompt in prompts]
+        own = [np.empty((len(self._heavy), len(prompt))) for prompt in prompts]
         for listened, cache in zip(self._blend.listened(), self._caches, strict=True):
             rows = cache.split([len(prompt) + 1 for prompt in prompts])  # a last token alone is read in a pair
             for row, (prompt, part) in enumerate(zip(prompts, rows, strict=True)):
                 reader = Reader(listened, self._blend.vocabulary, part)
-                first = len(prompt) - own[row].shape[1]
-                for heard in reader.listen(prompt, first):
-                    known = prompt[heard.start : heard.start + len(heard.logits[0])]
-                    place = slice(heard.start - first, heard.start - first + len(known))
+                for heard in reader.listen(prompt, evidence_from(prompt)):
+                    reader.note(heard, prompt, own[row])
                     for voice, each in zip(reader.voices, heard.logits, strict=True):
-                        own[row][voice, place] = target_log_probabilities(each[: len(known)], known)
                         logits[voice][row] = each[-1]
             cache.join(rows)
-        for posterior, said in zip(self._posteriors, own, strict=True):
-            posterior.observe(said)
+        for prompt, posterior, said in zip(prompts, self._posteriors, own, strict=True):
+            posterior.observe(said[:, evidence_from(prompt) :])
         self._weigh()
         return logits
 
     def extend(self, tokens: NDArray[np.int64]) -> list[NDArray[np.float32]]:
         """Read a new token a row, int64 [batch]: as `begin`."""
         if self._posteriors:
-            self._said.append(self._parts[:, range(len(tokens)), tokens].astype(np.float64))
-            if len(self._said) == PERIOD:
-                for row, posterior in enumerate(self._posteriors):
-                    posterior.observe(np.stack([said[:, row] for said in self._said], axis=1))
-                self._said = []
-                self._weigh()
+            own = self._parts[:, range(len(tokens)), tokens].astype(np.float64)
+            for said, posterior in zip(own.T, self._posteriors, strict=True):
+                posterior.hear(said)
+            self._weigh()
         return self._read(tokens[:, None])
 
     def mix(self, logits: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
@@ -101,7 +90,6 @@ class State:
             cache.select(rows)
         if self._posteriors:
             self._posteriors = [self._posteriors[row] for row in rows]
-            self._said = [said[:, rows] for said in self._said]
             self._parts = self._parts[:, rows]
             self._weigh()
         else:
@@ -144,6 +132,11 @@ class Token(NamedTuple):
     sequence: int
     id: int
     finish_reason: FinishReason | None
+
+
+def finish_reason(token: int, eos: frozenset[int], budget: int) -> FinishReason | None:
+    """Why a token is the last one, if it is: it ends texts, or leaves a budget of no more."""
+    return "stop" if token in eos else "length" if budget == 0 else None
 
 
 @dataclass(slots=True)
@@ -260,6 +253,6 @@ class Decoding:
         sequence.budget -= 1
         if self._sampling.repetition_penalty != 1:
             sequence.seen = np.union1d(sequence.seen, [token])
-        reason: FinishReason | None = "stop" if token in self._eos else "length" if sequence.budget == 0 else None
+        reason = finish_reason(token, self._eos, sequence.budget)
         sequence.finished = reason is not None
         return Token(sequence.index, token, reason)

@@ -303,9 +303,6 @@ class GrowingCache(KVCache):
             self._stack([[h[b : b + 1, :, : end - dropped[b]] for h in host] for b in range(self.batch)], shorter)
 
     def select(self, rows: Sequence[int]) -> None:
-        self._pick(rows)
-
-    def _pick(self, rows: Sequence[int]) -> None:
         host = self._host()
         self._stack([[h[b : b + 1] for h in host] for b in rows], self.lengths[list(rows)])
 
@@ -324,7 +321,7 @@ class GrowingCache(KVCache):
 
     def drop(self, row: int) -> None:
         last = self.batch - 1
-        self._pick([last if b == row else b for b in range(last)])
+        self.select([last if b == row else b for b in range(last)])
 
     def join(self, rows: Sequence[Self]) -> None:
         self._stack([row._host() for row in rows], np.concatenate([row.lengths for row in rows]))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgemix.runtime.adaptive import EVIDENCE, PERIOD, Posterior
+from edgemix.runtime.adaptive import PERIOD, Posterior, evidence_from
 from edgemix.runtime.mixing import check_numbers, log_linear, target_log_probabilities
 from edgemix.runtime.prefixes import PrefixCache
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemix.runtime.blend import Blend
-    from edgemix.runtime.reader import Heard, Reader
+    from edgemix.runtime.reader import Reader
 
     Alter = Callable[[NDArray[np.float32], int], NDArray[np.float32]]
 
@@ -69,7 +69,7 @@ class LazyState:
         self._ids[: len(prompt)] = prompt
         self._own = np.full((len(heavy), len(self._ids)), np.nan)
         self._path = np.full((len(heavy), len(self._ids)), np.nan)
-        self._observed = max(1, self._start - EVIDENCE) if self._posterior else self._start
+        self._observed = evidence_from(prompt) if self._posterior else self._start
         self._readers = []
         for listened in blend.listened():
             reader, known = self._prefixes.reader(listened, vocabulary, prompt, self._observed)
@@ -212,7 +212,7 @@ class LazyState:
         for reader in self._readers:
             if reader.read < self.length - 1:
                 for heard in reader.listen(self._ids[: self.length - 1], max(self._start, reader.read + 1)):
-                    self._note(reader, heard)
+                    reader.note(heard, self.text, self._own)
         new = slice(self._start, self.length)
         mixed: NDArray[np.float64] = np.logaddexp.reduce(self._own[:, new] + np.log(self._path[:, new]), axis=0)
         return mixed
@@ -233,7 +233,7 @@ class LazyState:
         first = min(self.length, max(reader.read + 1, self._observed))
         kept: list[list[NDArray[np.float32]]] = []
         for heard in reader.listen(self._ids[:end], first):
-            self._note(reader, heard)
+            reader.note(heard, self.text, self._own)
             ahead = [logits[max(0, self.length - heard.start) :] for logits in heard.logits]
             last = heard.start + len(heard.logits[0]) > end
             kept.append(ahead if last else [logits.copy() for logits in ahead])  # the next call overwrites them
@@ -241,13 +241,6 @@ class LazyState:
             pieces = [piece[index] for piece in kept]
             self._spoken[voice] = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         self.asked += 1
-
-    def _note(self, reader: Reader, heard: Heard) -> None:
-        """Keep what voices say of tokens that are known."""
-        known = slice(heard.start, min(heard.start + len(heard.logits[0]), self.length))
-        targets = self._ids[known]
-        for voice, logits in zip(reader.voices, heard.logits, strict=True):
-            self._own[voice, known] = target_log_probabilities(logits[: len(targets)], targets)
 
     def _altered(self, voice: int, place: int) -> NDArray[np.float32]:
         logits = self._spoken[voice][place]

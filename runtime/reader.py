@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from edgemix.runtime.mixing import target_log_probabilities
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -77,6 +79,19 @@ class Reader:
             self._skip(ids[at : first - 1])
         for start in range(first - 1, end, self._member.chunk):
             yield self._heard(start + 1, self._call(ids[start : start + self._member.chunk]))
+
+    def note(self, heard: Heard, text: NDArray[np.int64], own: NDArray[np.float64]) -> None:
+        """Write down what was given to the tokens that a text has at the places heard of.
+
+        Args:
+            heard: From `listen`.
+            text: int64 [tokens].
+            own: float64 [the blend's voices, tokens], log-probabilities, nats; changed in place.
+        """
+        known = slice(heard.start, min(heard.start + len(heard.logits[0]), len(text)))
+        targets = text[known]
+        for voice, logits in zip(self.voices, heard.logits, strict=True):
+            own[voice, known] = target_log_probabilities(logits[: len(targets)], targets)
 
     def forget(self, length: int) -> None:
         """Take back what was read beyond so many tokens."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemix.runtime.drafts import LONGEST, NOTHING, Draft, PromptLookup, StudentDrafts
-from edgemix.runtime.engine import Token
+from edgemix.runtime.engine import Token, finish_reason
 from edgemix.runtime.lazy import ROUNDING, LazyState
 from edgemix.runtime.pace import Pace
 from edgemix.runtime.reader import Reader
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from edgemix.runtime.blend import Blend
     from edgemix.runtime.drafts import Drafter
-    from edgemix.runtime.engine import FinishReason
     from edgemix.runtime.prefixes import PrefixCache
     from edgemix.runtime.sampling import Sampling
 
@@ -211,7 +210,6 @@ class SpeculativeDecoding:
         told = []
         for token in tokens:
             self._budget -= 1
-            reason: FinishReason | None = "stop" if token in self._eos else "length" if not self._budget else None
-            told.append(Token(0, token, reason))
+            told.append(Token(0, token, finish_reason(token, self._eos, self._budget)))
         self._finished = told[-1].finish_reason is not None
         return told

@@ -13,8 +13,7 @@ a turn.
 Every technique must say what the members say together; how many texts differ is in the table. They are held against a
 loop in which every member reads every token, as the techniques read: in calls of two tokens at least where products are
 quantised, since ONNX Runtime's kernel for one row rounds otherwise, and a near tie may then fall the other way.
-PROMPTS has a JSON object a
-line, with "prompt" and perhaps "domain".
+PROMPTS has a JSON object a line, with "prompt" and perhaps "domain".
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgemix import graph_io
-from edgemix.errors import EdgemixError
+from edgemix.errors import EdgemixError, InputError
 from edgemix.export.quantization.emission import add_initializer
 from edgemix.export.quantization.weights import linears, lookups
 
@@ -40,7 +40,7 @@ def stack(graph: ir.Graph, deltas: Mapping[str, Sequence[Delta]], members: int) 
         members: How many.
 
     Raises:
-        EdgemixError: The graph's attention is not GroupQueryAttention, or it adds positions to its embeddings.
+        InputError: The graph's attention is not GroupQueryAttention, or it adds positions to its embeddings.
     """
     _Stack(graph, deltas, members).run()
 
@@ -63,7 +63,7 @@ class _Stack:
         graph = self._graph
         attentions = [node for node in graph if node.op_type == "GroupQueryAttention"]
         if not attentions or any(value.name == graph_io.POSITION_IDS for value in graph.inputs):
-            raise EdgemixError("members can be stacked only where GroupQueryAttention is all that knows of positions")
+            raise InputError("members can be stacked only where GroupQueryAttention is all that knows of positions")
         added = list(linears(graph))
         for node in list(lookups(graph)):
             self._repeat(node)

@@ -103,6 +103,10 @@ class MemberStacks:
         model = named if isinstance(named, str) else first.model
         return MemberRecipe(f"{first.name}@base", model, format=first.format, quantization=first.quantization)
 
+    def place(self, group: Sequence[MemberRecipe]) -> str:
+        """The folder in the bundle of a group's graph."""
+        return f"stacks/{group[0].name}"
+
     def make(self, group: Sequence[MemberRecipe], output: Path, text: list[list[int]] | None) -> Stacked | None:
         """Write a group's graph; its members' fp32 graphs are made and stay. None where they cannot be one graph.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 import edgemix
-from edgemix.errors import InputError, RecipeError, storage_errors
+from edgemix.errors import RecipeError, storage_errors
 from edgemix.export import shared_tokenizer
 from edgemix.export.budget.planner import Planner, decided, undecided
 from edgemix.export.budget.trials import Trials
@@ -124,11 +124,6 @@ class _Export:
     def run(self, budget: Budget | None) -> Manifest:
         kept = [spec for spec in self._recipe.members if spec.format is not None]
         if budget is not None:
-            if self._recipe.stack:
-                raise InputError(
-                    "a budget chooses formats member by member, and stacked members have one graph",
-                    "Leave stack: true out of the recipe, or export without a budget.",
-                )
             self._take(undecided(self._recipe))
         tokenizer = self._share_tokenizer()
         text = self._gate_text(tokenizer)
@@ -237,7 +232,7 @@ class _Export:
             if not failing or self._force:
                 break
             self._progress.say(f"{', '.join(sorted(failing))}: a graph of its own, as one for all would lose too much")
-            shutil.rmtree(self._writer.folder / _stack_place(group))
+            shutil.rmtree(self._writer.folder / self._stacks.place(group))
             group, records = tuple(spec for spec in group if spec.name not in failing), {}
         own = [spec for spec in whole if spec.name not in records]
         return records | {spec.name: self._export_member(spec, text, mixed) for spec in own}
@@ -247,7 +242,7 @@ class _Export:
     ) -> dict[str, _MemberRecord]:
         """A graph for several members; nothing where they cannot share one."""
         stages, name = self._writer.stages, "+".join(spec.name for spec in group)
-        place = _stack_place(group)
+        place = self._stacks.place(group)
         key = stage_key(graph=self._stacks.key(group), text=text, mixed=mixed)
         records = stages.done(f"stack/{name}", key, dict[str, _MemberRecord])
         if records is None:
@@ -398,11 +393,6 @@ class _Export:
         licence = None if None in licences else ", ".join(sorted(filter(None, licences)))
         source = msgspec.structs.replace(entry.source, model="distilled from the mixture", licence=licence)
         return msgspec.structs.replace(entry, source=source)
-
-
-def _stack_place(group: Sequence[MemberRecipe]) -> str:
-    """The folder in the bundle of a graph that several members share."""
-    return f"stacks/{group[0].name}"
 
 
 def _place(spec: MemberRecipe) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack, overload
@@ -17,7 +16,8 @@ from edgemix.errors import EdgemixError, InputError
 from edgemix.progress import SILENT
 from edgemix.runtime.adaptive import Experts
 from edgemix.runtime.blend import Blend
-from edgemix.runtime.engine import Decoding, State
+from edgemix.runtime.engine import State
+from edgemix.runtime.generation import chunks, generate
 from edgemix.runtime.member import Member
 from edgemix.runtime.mixing import check_combine, normalise
 from edgemix.runtime.options import ADAPTIVE, GenerateOptions, Settings, WeightChoice
@@ -26,9 +26,7 @@ from edgemix.runtime.providers import choose, default_threads
 from edgemix.runtime.results import Chunk, Completion, Score
 from edgemix.runtime.scoring import score_tokens
 from edgemix.runtime.server import Server
-from edgemix.runtime.speculative import SpeculativeDecoding
 from edgemix.runtime.tokenizer import Tokenizer
-from edgemix.runtime.writer import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -338,7 +336,7 @@ class Mixture:
         self.close()
 
     def _stream(self, prompt: list[int], settings: Settings) -> Generator[Chunk]:
-        return _chunks(self._decode([prompt], settings, time.perf_counter()))
+        return chunks(self._decode([prompt], settings, time.perf_counter()))
 
     def _decode(self, prompts: list[list[int]], settings: Settings, started: float) -> Generator[tuple[int, Chunk]]:
         """Check what is left to check, then generate: yields the index of a prompt with its next chunk."""
@@ -346,63 +344,7 @@ class Mixture:
             self.check_length(prompt, "the prompt" if len(prompts) == 1 else f"prompt {index + 1}")
         blend = self.blend(settings.weights, settings.combine)
         seeds = settings.seeds(len(prompts))
-        return self._run(blend, prompts, settings, seeds, started)
-
-    def _run(
-        self,
-        blend: Blend,
-        prompts: list[list[int]],
-        settings: Settings,
-        seeds: list[int | None],
-        started: float,
-    ) -> Generator[tuple[int, Chunk]]:
-        prompt_tokens = sum(map(len, prompts))
-        decoding = self._decoding(blend, prompts, settings, seeds)
-        writers = [
-            Writer(
-                self.tokenizer,
-                prompt,
-                settings.stop,
-                batch_tokens=prompt_tokens,
-                started=started,
-                log_probabilities=partial(decoding.log_probabilities, i),
-            )
-            for i, prompt in enumerate(prompts)
-        ]
-        with closing(decoding):
-            while tokens := decoding.step():
-                finished: set[int] = set()
-                for token in tokens:
-                    # A step may bring tokens behind a stop string.
-                    if token.sequence in finished or (chunk := writers[token.sequence].add(token)) is None:
-                        continue
-                    if chunk.completion is not None:
-                        finished.add(token.sequence)
-                        decoding.finish(token.sequence)
-                    yield token.sequence, chunk
-
-    def _decoding(
-        self, blend: Blend, prompts: list[list[int]], settings: Settings, seeds: list[int | None]
-    ) -> Decoding | SpeculativeDecoding:
-        """A sequence alone in fewer calls, several as a batch; what is drawn with a seed token by token in any case, so
-        that it is the same alone, in a batch, and on a machine of another speed.
-        """
-        sampling, budget, eos = settings.sampling, settings.max_new_tokens, self.manifest.tokenizer.eos
-        repeatable = sampling.temperature == 0 or seeds[0] is None
-        if len(prompts) == 1 and repeatable and settings.speculation != "off":
-            return SpeculativeDecoding(
-                blend,
-                prompts[0],
-                sampling,
-                seed=seeds[0],
-                max_new_tokens=budget,
-                context=self.context,
-                eos=eos,
-                student=self.drafting if settings.speculation in ("auto", "student") else None,
-                lookup=settings.speculation in ("auto", "lookup"),
-                prefixes=self.prefixes,
-            )
-        return Decoding(blend, prompts, sampling, seeds=seeds, max_new_tokens=budget, context=self.context, eos=eos)
+        return generate(self, blend, prompts, settings, seeds=seeds, started=started)
 
     @property
     def drafting(self) -> Blend | None:
@@ -453,9 +395,3 @@ class Mixture:
         if not self._loaded:
             raise EdgemixError("this mixture is closed", "Load the bundle again.")
         return self._loaded
-
-
-def _chunks(decoded: Generator[tuple[int, Chunk]]) -> Generator[Chunk]:
-    with closing(decoded):
-        for _, chunk in decoded:
-            yield chunk

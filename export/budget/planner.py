@@ -47,8 +47,13 @@ def undecided(recipe: Recipe) -> Recipe:
     """The recipe with int4, as a beginning, for all members that have no format of their own.
 
     Raises:
-        InputError: There is none, or one whose blocks cannot have bits of their own.
+        InputError: There is none, or one whose blocks cannot have bits of their own, or members share graphs.
     """
+    if recipe.stack:
+        raise InputError(
+            "a budget chooses formats member by member, and stacked members have one graph",
+            "Leave stack: true out of the recipe, or export without a budget.",
+        )
     chosen = [spec for spec in recipe.members if spec.format is None]
     if not chosen:
         raise InputError(

@@ -24,6 +24,11 @@ from edgemix.errors import EdgemixError, InputError
 from edgemix.export.checkpoint import Checkpoint, State
 from edgemix.progress import SILENT, Progress
 
+if torch.distributed.is_available():
+    # Its functions have the process group of the moment as their default: imported later, by the first optimiser, they
+    # keep the group alive after its end, and its threads abort the process now and then.
+    import torch.distributed.nn
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 

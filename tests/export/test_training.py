@@ -297,6 +297,7 @@ def test_moments_in_8_bits_train_as_well():
 
 _WORKER = """
 import sys, torch
+from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from accelerate import Accelerator
 from test_training import Quadratic, Validation
@@ -307,6 +308,8 @@ if workers.is_main_process:
     torch.testing.assert_close(run.parameters["p"].detach().tolist(), [float(x) for x in sys.argv[2].split()])
     print(workers.num_processes, state.steps, round(state.loss, 5))
 workers.end_training()
+left = [name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")]
+assert not any("gloo" in name for name in left), left  # a thread that outlives the interpreter aborts the process
 """
 
 

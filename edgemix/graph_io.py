@@ -3,10 +3,10 @@
     input_ids                    int64 [batch, sequence]
     attention_mask               int64 [batch, past + sequence], 1 for a slot that holds a token, 0 for padding
     position_ids                 int64 [batch, sequence]; absent where the graph derives positions from the mask
-    past_key_values.{i}.key      float [batch, kv_heads, past, head_size], and .value
+    past_key_values.{i}.key      float or int8 [batch, kv_heads, past, head_size], and .value
     logits_to_keep               int64 [1], of how many of the last tokens there shall be logits; optional: all of them
     logits                       float [batch, kept, vocabulary]; of several voices [batch, kept, voices, vocabulary]
-    present.{i}.key              float [batch, kv_heads, past + sequence, head_size], and .value
+    present.{i}.key              float or int8 [batch, kv_heads, past + sequence, head_size], and .value
 
 `past`, `sequence`, `kept` and `batch` are dynamic; kv_heads, head_size and vocabulary are fixed in the graph, and the
 runtime reads them there. How the cache moves from one call to the next is the graph's `CacheKind`.
@@ -64,8 +64,9 @@ class GraphFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         layers: Number of past/present pairs.
         vocabulary: Width of the logits, padding included.
         context: Longest sequence, in tokens, that the model was made for.
-        dtype: Element type of the cache and of the logits.
+        dtype: Element type of the logits, and of the cache where that has none of its own.
         voices: For how many members the graph speaks.
+        cache_dtype: Element type of the cache, where it is another: codes whose scales the graph knows.
     """
 
     exporter: Literal["mobius", "mobius-unfused", "transformers"]
@@ -75,3 +76,4 @@ class GraphFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     context: int
     dtype: Literal["float32", "float16"] = "float32"
     voices: int = 1
+    cache_dtype: Literal["int8"] | None = None

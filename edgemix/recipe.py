@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 MAX_BYTES = 1 << 20
 
 
+CacheType = Literal["float", "int8"]
+"""How key-value state is kept."""
+
+
 class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of a recipe's parts."""
 
@@ -64,6 +68,7 @@ class Recipe(_Part, frozen=True):
     target: Target = "cpu"
     quantization: Quantization = Quantization()
     stack: bool | str = False
+    cache: CacheType = "float"
     student: Student | None = None
     data: Data = Data()
     seed: int = 0
@@ -203,6 +208,9 @@ target: cpu
 # all of them, and of a quantised GGUF file it stays as it is, bit for bit. With the model's name in the place of true,
 # full fine-tunes of it become such members, too, where a few ranks of what differs are enough.
 # stack: true
+
+# float, or int8: a text takes a quarter of the memory, with scales found on the text under data: calibration.
+# cache: int8
 
 # A small model that is distilled from the mixture on the text under data: training, for where memory or power is short.
 # It is cut from the members to a third of one's decoding time.

@@ -29,6 +29,7 @@ def problems_of(recipe: Recipe) -> Iterator[Problem]:
     """Everything that is wrong with a recipe that could be read."""
     yield from _member_problems(recipe)
     yield from _format_problems(recipe)
+    yield from _cache_problems(recipe)
     yield from _weight_problems(recipe)
     yield from _text_problems(recipe)
     yield from _compression_problems(recipe)
@@ -106,6 +107,16 @@ def _format_problems(recipe: Recipe) -> Iterator[Problem]:
         for where, form in formats:
             if form == "int8-dynamic":
                 yield Problem(where, "int8-dynamic runs on the CPU only; with target: cuda choose int8")
+
+
+def _cache_problems(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.cache != "int8":
+        return
+    if recipe.stack:
+        yield Problem(("cache",), "int8 does not go with stack: a graph of several members keeps their state in float")
+    forms = [member.format or recipe.format for member in recipe.members]
+    if any(form in ("fp32", "fp16") for form in forms):
+        yield Problem(("cache",), "int8 goes with quantised formats: fp32 and fp16 promise more than it keeps")
 
 
 def _weight_problems(recipe: Recipe) -> Iterator[Problem]:

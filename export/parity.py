@@ -140,7 +140,7 @@ def check_quantized(
         seed: Of the texts that the fp32 graph writes.
         progress: Told of every piece of text read.
     """
-    source = Member.load(fp32_path, msgspec.structs.replace(facts, dtype="float32", voices=1))
+    source = Member.load(fp32_path, msgspec.structs.replace(facts, dtype="float32", voices=1, cache_dtype=None))
     stored = Member.load(path, facts)
     texts = _texts(source, windows or (), seed)
     prefill, decode = Distance(), Distance()

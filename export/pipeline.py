@@ -31,6 +31,7 @@ from edgemix.export.mixture_weights import fit_weights, given_weights
 from edgemix.export.parity import check_quantized, enforce, own_texts, within
 from edgemix.export.pruning.packing import pack_weights
 from edgemix.export.quantization import quantize
+from edgemix.export.quantization.key_value import cache_scales
 from edgemix.export.shared_tokenizer import tokenizer_size
 from edgemix.export.text import windows
 from edgemix.graph_io import GraphFacts
@@ -269,6 +270,7 @@ class _Export:
             graph=self._graphs.key(spec),
             format=self._models.format(spec),
             quantization=self._models.quantization(spec) if self._models.format(spec) in ("int4", "int8") else None,
+            cache=self._recipe.cache,
             eight_bits=self._eight_bits.get(spec.name),
             data=self._models.data_digest(),
             text=text,
@@ -302,11 +304,13 @@ class _Export:
         progress = Prefixed(self._progress, spec.name)
         shutil.rmtree(folder, ignore_errors=True)
         quantization = self._models.quantization(spec)
+        codes = self._recipe.cache == "int8"
         calibration: Sequence[Sequence[int]] | None = None
-        if form == "int8-dynamic":
+        if form == "int8-dynamic" or codes:
             tokenizer, seed = load_tokenizer(locate(spec.model, self._recipe.folder)), self._recipe.seed
             calibration = self._models.calibration(tokenizer, spec.name, CALIBRATION_LENGTH, CALIBRATION_WINDOWS)
             calibration = calibration or own_texts(source, graph.facts, GATE_TOKENS, seed=seed)
+        scales = cache_scales(source, graph.facts, calibration or (), progress=progress) if codes else None
         table = self._blocks.find(spec, self._eight_bits.get(spec.name))
         with progress.stage(form), storage_errors(f"writing {output}"):
             quantize(
@@ -318,10 +322,12 @@ class _Export:
                 group=quantization.group,
                 table=table,
                 calibration=calibration,
+                cache=scales,
                 progress=progress,
             )
         half = self._recipe.target == "cuda" and form != "fp32"
-        facts = msgspec.structs.replace(graph.facts, dtype="float16" if half else "float32")
+        dtype, cache_dtype = "float16" if half else "float32", "int8" if codes else None
+        facts = msgspec.structs.replace(graph.facts, dtype=dtype, cache_dtype=cache_dtype)
         if form == "fp32":
             return _MemberRecord(graph, facts, None)
         mixed = table is not None and (self._eight_bits.get(spec.name) or quantization.eight_bits)

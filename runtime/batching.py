@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgemix.errors import EdgemixError
 from edgemix.runtime.adaptive import Posterior, evidence_from
 from edgemix.runtime.engine import Token, finish_reason
 from edgemix.runtime.mixing import check_numbers, combine_log_probabilities, log_softmax
@@ -140,8 +141,13 @@ class ContinuousBatch:
         """Take a sequence out, whatever it may still have had to say."""
         self._cancelled.add(request)
 
-    def step(self) -> list[tuple[Request, Token]]:
-        """The next token of every sequence in the batch, and perhaps the first one of a sequence that joins it."""
+    def step(self) -> list[tuple[Request, Token | EdgemixError]]:
+        """The next token of every sequence in the batch, and perhaps the first one of a sequence that joins it. One
+        that failed is out of the batch, and its error is told.
+
+        Raises:
+            EdgemixError: A graph failed on all of them.
+        """
         self._forget_cancelled()
         told = self._join()
         self._leave()  # it may have ended with its first token
@@ -152,41 +158,52 @@ class ContinuousBatch:
 
     def close(self) -> None:
         """Free the caches."""
-        rows = [self._reading] if self._reading else []
-        for cache in (*self._caches, *(reader.cache for row in rows for reader in row.readers)):
+        self._drop_reading()
+        for cache in self._caches:
             cache.free()
-        self._rows, self._reading = [], None
+        self._rows = []
         self._waiting.clear()
 
-    def _join(self) -> list[tuple[Request, Token]]:
+    def _join(self) -> list[tuple[Request, Token | EdgemixError]]:
         """Read on in the prompt of the next one; when it is read, the sequence joins."""
         if self._reading is None and self._waiting and len(self._rows) < self._most:
             self._reading = _Row(self._waiting.popleft(), self._listened, self._vocabulary, self._prefixes)
         row = self._reading
-        if row is None or (logits := row.read_on()) is None:
+        if row is None:
             return []
+        try:
+            if (logits := row.read_on()) is None:
+                return []
+            token = self._choose(row, logits, np.stack([log_softmax(each) for each in logits]))
+        except EdgemixError as error:
+            self._drop_reading()
+            return [(row.request, error)]
         self._reading = None
-        parts = np.stack([log_softmax(each) for each in logits])
-        token = self._choose(row, logits, parts)
         for cache, reader in zip(self._caches, row.readers, strict=True):
             cache.append(reader.cache)
             self._prefixes.keep(reader, row.prompt, row.own[list(reader.voices)])
         self._rows.append(row)
         return [(row.request, token)]
 
-    def _decode(self) -> list[tuple[Request, Token]]:
+    def _decode(self) -> list[tuple[Request, Token | EdgemixError]]:
         new = np.array([[row.last] for row in self._rows])
         if self._parts.shape[1] != len(new):
             self._parts = np.empty((self._voices, len(new), self._vocabulary), np.float32)
         logits: list[NDArray[np.float32]] = []
         for (member, _, _), cache in zip(self._listened, self._caches, strict=True):
-            logits += [each[:, : self._vocabulary] for each in member.parts(member.extend(cache, new))]
+            logits += [each[:, : self._vocabulary] for each in member.parts(member.extend(cache, new, steady=True))]
         for each, part in zip(logits, self._parts, strict=True):
             log_softmax(each, out=part)
-        return [
-            (row.request, self._choose(row, [each[place] for each in logits], self._parts[:, place]))
-            for place, row in enumerate(self._rows)
-        ]
+        told: list[tuple[Request, Token | EdgemixError]] = []
+        for place, row in enumerate(self._rows):
+            try:
+                found = self._choose(row, [each[place] for each in logits], self._parts[:, place])
+            except EdgemixError as error:
+                row.request.budget = 0
+                told.append((row.request, error))
+            else:
+                told.append((row.request, found))
+        return told
 
     def _choose(self, row: _Row, logits: Sequence[NDArray[np.float32]], parts: NDArray[np.float32]) -> Token:
         """A row's next token, from each voice's logits and log-probabilities [voices, vocabulary]."""
@@ -212,15 +229,18 @@ class ContinuousBatch:
                 self._rows[place] = self._rows[-1]
                 self._rows.pop()
 
+    def _drop_reading(self) -> None:
+        for reader in self._reading.readers if self._reading else ():
+            reader.close()
+        self._reading = None
+
     def _forget_cancelled(self) -> None:
         if not self._cancelled:
             return
         gone, self._cancelled = self._cancelled, set()
         self._waiting = deque(request for request in self._waiting if request not in gone)
         if self._reading is not None and self._reading.request in gone:
-            for reader in self._reading.readers:
-                reader.close()
-            self._reading = None
+            self._drop_reading()
         for row in self._rows:
             if row.request in gone:
                 row.request.budget = 0

@@ -60,7 +60,10 @@ class KVCache(ABC):
     Attributes:
         lengths: int64 [batch], tokens read so far.
         calls: Bindings that the member's calls left here to use again, by what they read.
+        keeps_bindings: Whether that can be done: a binding holds no state that was replaced.
     """
+
+    keeps_bindings = True
 
     def __init__(self, layout: CacheLayout, batch: int) -> None:
         self.layout = layout
@@ -112,8 +115,17 @@ class KVCache(ABC):
         """Remove a row; the last one takes its place."""
 
     @abstractmethod
+    def state(self, length: int) -> list[NDArray[Any]]:
+        """What a cache of one row holds of its first tokens: a slot each, [heads, length, head_size]."""
+
+    @classmethod
+    @abstractmethod
+    def holding(cls, layout: CacheLayout, state: Sequence[NDArray[Any]]) -> Self:
+        """A cache of one row with a copy of that."""
+
     def copy(self, length: int) -> Self:
         """The first tokens of a cache of one row as a cache of its own."""
+        return self.holding(self.layout, self.state(length))
 
     @property
     @abstractmethod
@@ -201,12 +213,16 @@ class SharedCache(KVCache):
             self.lengths[row] = length
         self.lengths = self.lengths[:last].copy()
 
-    def copy(self, length: int) -> Self:
-        made = type(self)(self.layout, 1)
+    def state(self, length: int) -> list[NDArray[Any]]:
+        return [array[self._first_row, :, :length] for array in self._hosts()]
+
+    @classmethod
+    def holding(cls, layout: CacheLayout, state: Sequence[NDArray[Any]]) -> Self:
+        made, length = cls(layout, 1), state[0].shape[1]
         made._reserve(length)
         arrays = made._hosts()
-        for mine, other in zip(arrays, self._hosts(), strict=True):
-            mine[0, :, :length] = other[self._first_row, :, :length]
+        for mine, other in zip(arrays, state, strict=True):
+            mine[0, :, :length] = other
         made._place(arrays)
         made.lengths[0] = length
         return made
@@ -271,6 +287,8 @@ class GrowingCache(KVCache):
     and attention windows that are counted in places stay exact.
     """
 
+    keeps_bindings = False
+
     def __init__(self, layout: CacheLayout, batch: int) -> None:
         super().__init__(layout, batch)
         self._tensors: list[Any] = []
@@ -326,9 +344,13 @@ class GrowingCache(KVCache):
     def join(self, rows: Sequence[Self]) -> None:
         self._stack([row._host() for row in rows], np.concatenate([row.lengths for row in rows]))
 
-    def copy(self, length: int) -> Self:
-        made = type(self)(self.layout, 1)
-        made._stack([[h[:, :, :length] for h in self._host()]], np.array([length]))
+    def state(self, length: int) -> list[NDArray[Any]]:
+        return [array[0, :, :length] for array in self._host()]
+
+    @classmethod
+    def holding(cls, layout: CacheLayout, state: Sequence[NDArray[Any]]) -> Self:
+        made = cls(layout, 1)
+        made._stack([[part[None] for part in state]], np.array([state[0].shape[1]]))
         return made
 
     @property

@@ -33,10 +33,11 @@ LOGITS_BYTES = 64 << 20
 MAX_STATE = 1 << 20
 """Most numbers a layer may keep of a token: far beyond every model there is, and nothing that exhausts memory."""
 
-_ELEMENT_TYPES: dict[str, np.dtype[Any]] = {
+_FLOATS: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
 }
+_CACHE_TYPES = _FLOATS | {"tensor(int8)": np.dtype(np.int8)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class Member:
         voices: For how many members it speaks.
         vocabulary: Width of the logits, padding included.
         context: Most tokens that a sequence can have.
+        layout: What its caches must know of it.
         chunk: Most tokens that one call should read, so that its logits stay within `LOGITS_BYTES`.
         pairs: Whether a call with a single token rounds otherwise than one with several: ONNX Runtime has a kernel of
             its own for quantised products of one row, and rounding activations to 8 bits makes much of little.
@@ -77,7 +79,7 @@ class Member:
         self._can_keep = any(t.name == graph_io.LOGITS_TO_KEEP for t in session.get_overridable_initializers())
         self._check()
         logits = self._outputs[graph_io.LOGITS]
-        self._logits_dtype = _ELEMENT_TYPES[logits.type]
+        self._logits_dtype = _FLOATS[logits.type]
         self.vocabulary: int = logits.shape[-1]
         self.context = facts.context
         self.voices = facts.voices
@@ -88,8 +90,8 @@ class Member:
             for tensor in self._inputs.values()
             if tensor.name.startswith(graph_io.PAST_PREFIX)
         )
-        dtype = _ELEMENT_TYPES[self._inputs[graph_io.past_key(0)].type]
-        self._layout = CacheLayout(slots, dtype, provider, facts.context)
+        dtype = _CACHE_TYPES[self._inputs[graph_io.past_key(0)].type]
+        self.layout = CacheLayout(slots, dtype, provider, facts.context)
 
     @classmethod
     def load(
@@ -121,15 +123,17 @@ class Member:
 
     def new_cache(self, batch: int = 1) -> KVCache:
         """An empty cache for `batch` sequences; it takes memory only as tokens are read."""
-        return KINDS[self.facts.cache](self._layout, batch)
+        return KINDS[self.facts.cache](self.layout, batch)
 
-    def extend(self, cache: KVCache, tokens: Tokens, *, keep: int = 1) -> NDArray[np.float32]:
+    def extend(self, cache: KVCache, tokens: Tokens, *, keep: int = 1, steady: bool = False) -> NDArray[np.float32]:
         """Read new tokens, and say what may follow each row's last one.
 
         Args:
             cache: The state to continue; it is updated.
             tokens: For each row at least one token id; rows may differ in number.
             keep: After how many of a row's last tokens logits are computed, though only the last ones are returned.
+            steady: Read a token that is all there is twice, and take it back once, where one row rounds otherwise than
+                several (`pairs`): the same is said, then, whatever else is in the call.
 
         Returns:
             Logits float32 [batch, vocabulary]. They lie in the cache's buffer: the next call overwrites them.
@@ -139,9 +143,15 @@ class Member:
             EdgemixError: ONNX Runtime fails (most often for want of memory).
         """
         rows = self._rows(tokens, cache)
-        if not cache.reads_together(counts := [len(row) for row in rows]):
-            parts = cache.split(counts)
-            logits = [self.extend(part, [row], keep=keep) for part, row in zip(parts, rows, strict=True)]
+        counts = [len(row) for row in rows]
+        if steady and self.pairs and counts == [1] and cache.lengths[0] + 2 <= self.context:
+            first = self._run(cache, np.repeat(rows, 2, axis=1), keep=2)[:, 0]
+            cache.rollback(cache.lengths - 1)
+            return first.astype(np.float32, copy=False)
+        if not cache.reads_together(counts):
+            parts = cache.split([count + 1 for count in counts] if steady else counts)  # a token read twice
+            pairs = zip(parts, rows, strict=True)
+            logits = [self.extend(part, [row], keep=keep, steady=steady) for part, row in pairs]
             cache.join(parts)
             return np.concatenate(logits)
         together = np.stack(rows)
@@ -234,7 +244,9 @@ class Member:
                 logits = np.empty(shape, self._logits_dtype)
                 for other in [each for each in cache.calls if each is not None and each[0] * each[1] > FEW]:
                     del cache.calls[other]
-            call = cache.calls[key] = self._new_call(logits, new, kept)
+            call = self._new_call(logits, new, kept)
+            if cache.keeps_bindings:
+                cache.calls[key] = call
         return call
 
     def _new_call(self, logits: NDArray[Any], new: int, kept: int) -> _Call:
@@ -287,7 +299,7 @@ class Member:
         if len(logits.shape) != 2 + len(said) or tuple(logits.shape[2:]) != said:
             known = "vocabulary" if voices == 1 else f"{voices} voices, vocabulary"
             yield f"its logits are {logits.shape}, the manifest says {known} {self.facts.vocabulary}"
-        if logits.type not in _ELEMENT_TYPES:
+        if logits.type not in _FLOATS:
             yield f"its logits are {logits.type}"
         for tensor in (self._inputs[name] for name in pasts):
             axes = tensor.shape
@@ -295,5 +307,6 @@ class Member:
                 yield f"{tensor.name} is {axes}, not [batch, heads, past, head_size]"
             elif not 0 < axes[1] * axes[3] <= MAX_STATE:
                 yield f"{tensor.name} has {axes[1]} heads of size {axes[3]}"
-            if tensor.type != f"tensor({self.facts.dtype.removesuffix('32')})":
-                yield f"{tensor.name} is {tensor.type}, the manifest says {self.facts.dtype}"
+            said_type = self.facts.cache_dtype or self.facts.dtype
+            if tensor.type != f"tensor({said_type.removesuffix('32')})":
+                yield f"{tensor.name} is {tensor.type}, the manifest says {said_type}"

@@ -14,6 +14,7 @@ import numpy as np
 from edgemix.bundle import read_manifest, resolve, verify_bundle
 from edgemix.errors import EdgemixError, InputError
 from edgemix.progress import SILENT
+from edgemix.runtime import prefix_file
 from edgemix.runtime.adaptive import Experts
 from edgemix.runtime.blend import Blend
 from edgemix.runtime.engine import State
@@ -323,6 +324,24 @@ class Mixture:
             waiting: Texts that may wait; more are refused.
         """
         return Server(self, most=most, waiting=waiting)
+
+    def save_prefixes(self, path: str | Path) -> None:
+        """Write the texts that were read to a file, for `load_prefixes` in another process.
+
+        Raises:
+            EdgemixError: It cannot be written; an old file is untouched.
+        """
+        prefix_file.write(Path(path), self.prefixes, self.manifest, self._open_members())
+
+    def load_prefixes(self, path: str | Path) -> int:
+        """Begin with the texts of a file, as far as `prefix_bytes` go: how many it had of this bundle's graphs.
+
+        Open only files of your own: what they say was read is taken for it.
+
+        Raises:
+            InputError: There is no such file, or it is damaged.
+        """
+        return prefix_file.read(Path(path), self.prefixes, self.manifest, self._open_members())
 
     def close(self) -> None:
         """Free the graphs; the mixture is of no more use."""

@@ -15,6 +15,8 @@ import numpy as np
 from edgemix.runtime.reader import Reader
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
     from edgemix.runtime.blend import Listened
@@ -25,7 +27,7 @@ LEAST = 16
 
 
 @dataclass(frozen=True, eq=False)
-class _Kept:
+class Kept:
     """What one graph has read.
 
     Attributes:
@@ -50,7 +52,7 @@ class PrefixCache:
 
     def __init__(self, room: int) -> None:
         self._room, self._lock = room, threading.Lock()
-        self._kept: list[_Kept] = []  # the least recently used one first
+        self._kept: list[Kept] = []  # the least recently used one first
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -106,13 +108,21 @@ class PrefixCache:
         whole = np.full((reader.listened.member.voices, read), np.nan)
         whole[list(reader.listened.own)] = own[:, :read]
         cache.calls = {}
-        kept = _Kept(id(reader.listened.member), text[:read].copy(), cache, whole)
+        self.add(Kept(id(reader.listened.member), text[:read].copy(), cache, whole))
+
+    def add(self, kept: Kept) -> None:
+        """Keep one more; others go if there is no more room."""
         with self._lock:
             # What a longer text has is not kept twice.
             self._kept = [each for each in self._kept if each.graph != kept.graph or not _begins(kept.text, each.text)]
             self._kept.append(kept)
             while self.bytes > self._room:
                 self._kept.pop(0).cache.free()
+
+    def each(self) -> Iterator[Kept]:
+        """All that is kept, the least recently used one first; nothing is forgotten meanwhile."""
+        with self._lock:
+            yield from self._kept
 
     def clear(self) -> None:
         """Forget all texts."""

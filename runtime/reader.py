@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from edgemix.runtime.mixing import target_log_probabilities
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from edgemix.runtime.blend import Listened
@@ -110,13 +109,10 @@ class Reader:
             self._call(tokens)
 
     def _call(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Read tokens in one call: logits [tokens, ...]; a single one in a pair, the second of which is taken back."""
-        member, cache = self._member, self.cache
-        if len(tokens) > 1 or not member.pairs or self.read + 2 > member.context:
-            return member.extend_all(cache, [tokens])[0]
-        logits = member.extend_all(cache, [np.repeat(tokens, 2)])[0][:1]
-        self.forget(self.read - 1)
-        return logits
+        """Read tokens in one call: logits [tokens, ...]."""
+        if len(tokens) > 1:
+            return self._member.extend_all(self.cache, [tokens])[0]
+        return self._member.extend(self.cache, [tokens], steady=True)
 
     def _heard(self, start: int, logits: NDArray[np.float32]) -> Heard:
         parts = self._member.parts(logits)

@@ -178,9 +178,15 @@ class Server:
             order()
         return True
 
-    def _tell(self, request: Request, token: Token) -> None:
+    def _tell(self, request: Request, token: Token | EdgemixError) -> None:
         with self._lock:
             ticket = self._tickets.get(id(request))
+        if isinstance(token, EdgemixError):
+            if ticket is not None:
+                with self._lock:
+                    self._tickets.pop(id(request), None)
+                ticket.tell(token)
+            return
         if ticket is None or (chunk := ticket.writer.add(token)) is None:
             return
         if chunk.completion is not None:

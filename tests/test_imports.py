@@ -31,6 +31,7 @@ MAY_USE_RUNTIME = {
     "pipeline",
     "pruning.packing",
     "quantization.activations",
+    "quantization.key_value",
 }
 """The exporter's modules that evaluate what they made."""
 

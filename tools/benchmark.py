@@ -23,6 +23,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -34,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from peers import PEERS, bare_loop
 
-from edgemix.bundle import resolve
+from edgemix.bundle import read_manifest, resolve
 from edgemix.cli.command import quiet_libraries
 from edgemix.cli.console import Console
 from edgemix.cli.options import WeightsType
@@ -195,6 +196,32 @@ def throughput(mixture: Mixture, blend: Blend, prompts: list[list[int]], *, size
     }
 
 
+_LOAD = """
+import json, sys, time
+import onnxruntime, psutil
+from edgemix.runtime import Mixture
+bundle, threads = sys.argv[1], int(sys.argv[2])
+held, begun = psutil.Process().memory_info().rss, time.perf_counter()
+with Mixture.load(bundle, "cpu", threads, verify=False, drafts=False):
+    seconds = time.perf_counter() - begun
+    print(json.dumps({"seconds": seconds, "resident": psutil.Process().memory_info().rss - held}))
+"""
+
+
+def loading(bundle: Path, threads: int, *, times: int = 3) -> dict[str, Any]:
+    """Medians of loading all members, warm, each time in a process of its own: seconds, bytes of memory that stay, and
+    the bytes of their files.
+    """
+    manifest = read_manifest(bundle)
+    folders = {Path(entry.graph).parent for entry in manifest.members}
+    files = sum(entry.size for name, entry in manifest.files.items() if Path(name).parent in folders)
+    command = [sys.executable, "-c", _LOAD, str(bundle), str(threads)]
+    found = [json.loads(subprocess.run(command, check=True, capture_output=True).stdout) for _ in range(times)]
+    return {"files": files} | {
+        name: statistics.median(each[name] for each in found) for name in ("seconds", "resident")
+    }
+
+
 def summary(found: Mapping[str, Turns], compared: Mapping[str, Side], domains: list[str]) -> dict[str, Any]:
     """Medians, spreads and ratios of each side."""
     rows: dict[str, Any] = {}
@@ -246,6 +273,9 @@ def show(figures: dict[str, Any], console: Console) -> None:
             for name, row in rows.items()
         ],
     )
+    load = figures["loading"]
+    told = f"{load['seconds']:.2f} s to load all members, warm; {load['resident'] / 1e6:,.0f} MB resident"
+    console.note(f"{told}, {load['resident'] / load['files']:.2f} times their files")
     if figures["throughput"]:
         many = figures["throughput"]
         console.table(
@@ -343,6 +373,7 @@ def main() -> None:
                 "new_tokens": arguments.new,
                 "rounds": arguments.rounds,
                 "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+                "loading": loading(arguments.bundle, arguments.threads),
                 "throughput": arguments.batch
                 and throughput(mixture, blend, encoded, size=arguments.batch, new=arguments.new),
                 "sides": summary(found, compared, [domain for _, domain in prompts]),

@@ -13,6 +13,7 @@ from edgemix.export.quantization.dynamic import quantize_dynamic
 from edgemix.export.quantization.emission import CONTRIB, BlockSums, Emitter, block_emitter, emit_blocks, nf4_emitter
 from edgemix.export.quantization.float16 import compute_in_float16, store_in_float16
 from edgemix.export.quantization.hqq import hqq
+from edgemix.export.quantization.key_value import quantize_cache
 from edgemix.export.quantization.rtn import rtn
 from edgemix.export.quantization.tables import quantize_tables
 from edgemix.export.quantization.weights import linears
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from edgemix.export.quantization.block_table import BlockTable
     from edgemix.export.quantization.blocks import Blocks
+    from edgemix.export.quantization.key_value import Scales
     from edgemix.export.quantization.weights import Linear
     from edgemix.formats import Format, Target
     from edgemix.progress import Progress
@@ -61,6 +63,7 @@ def quantize(
     group: int = _BLOCK,
     table: BlockTable | None = None,
     calibration: Sequence[Sequence[int]] | None = None,
+    cache: Scales | None = None,
     progress: Progress = SILENT,
 ) -> None:
     """Write a float32 decoder graph in another weight format; equal sources give equal bytes.
@@ -77,6 +80,7 @@ def quantize(
         group: Inputs that share a scale in int4.
         table: Blocks that were found for the model beforehand: a linear that it knows gets these.
         calibration: Windows of token ids; `int8-dynamic` needs some.
+        cache: Keys and values are kept in 8 bits, with these scales.
         progress: Hears of what takes time.
 
     Raises:
@@ -108,6 +112,8 @@ def quantize(
         compute_in_float16(graph, model.opset_imports[""])
     elif format == "fp16":
         store_in_float16(graph)
+    if cache is not None:
+        quantize_cache(graph, cache)
     _save(model, output)
 
 

@@ -87,7 +87,7 @@ def test_every_turn_decodes_as_many_tokens(load, monkeypatch):
     member = load(saying("No"))
     calls = []
     real = type(member).extend
-    monkeypatch.setattr(type(member), "extend", lambda *a: calls.append(1) or real(*a))
+    monkeypatch.setattr(type(member), "extend", lambda *a, **o: calls.append(1) or real(*a, **o))
     (rate,) = decoding_rates([Blend((member,), np.ones(1), "linear", 258)], [ord("N")], context=4096)
     assert len(calls) == (ROUNDS + 1) * (STEPS + 1)
     assert rate > 0

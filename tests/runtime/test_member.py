@@ -38,10 +38,11 @@ def test_prefill_gives_the_last_logits(form, member):
     same(member.extend(member.new_cache(), [ids]), form.logits(ids)[-1:])
 
 
-def test_prefill_makes_no_other_logits(form, member):
-    cache = member.new_cache()
+def test_prefill_makes_no_other_logits(form, member, monkeypatch):
+    cache, sizes, real = member.new_cache(), [], Member._call
+    monkeypatch.setattr(Member, "_call", lambda self, cache, *size: sizes.append(size) or real(self, cache, *size))
     member.extend(cache, [tokens(9)])
-    assert cache.calls[1, 9, 1 if form.keeps else 9]
+    assert sizes == [(1, 9, 1 if form.keeps else 9)]
     same(member.extend_all(cache, [tokens(3)])[0], form.logits([*tokens(9), *tokens(3)])[-3:])
 
 
@@ -269,3 +270,26 @@ def test_rows_join_and_leave(form, member):
         alive.pop()
         for extra in range(200):  # beyond the first capacity
             step(extra)
+
+
+def test_a_growing_cache_leaves_no_state_in_bindings(load):
+    member = load(random_member(3, cache="growing"))
+    cache = member.new_cache()
+    for count in (5, 1, 1, 3):
+        member.extend(cache, [tokens(count)])
+    assert list(cache.calls) == [None]
+
+
+@pytest.mark.parametrize("cache", KINDS)
+def test_a_token_read_steadily_is_read_once(load, cache, monkeypatch):
+    form = random_member(3, cache=cache)
+    member = load(form)
+    monkeypatch.setattr(member, "pairs", True)
+    state, ids = member.new_cache(), tokens(9)
+    member.extend(state, [ids[:6]])
+    for place in (6, 7, 8):
+        same(member.extend(state, [ids[place : place + 1]], steady=True), form.logits(ids[: place + 1])[-1:])
+    assert state.lengths[0] == 9
+    both = member.new_cache(2)
+    member.extend(both, [ids[:1], ids[:4]], steady=True)
+    same(member.extend(both, ids[4:6, None], steady=True)[0], form.logits([ids[0], ids[4]])[-1])

@@ -1,5 +1,6 @@
 """Texts that begin alike are read once, and say what they would say if they were read whole."""
 
+import msgspec
 import numpy as np
 import pytest
 from onnx_members import VOCABULARY, random_member, write_bundle
@@ -91,3 +92,65 @@ def test_room_is_no_negative_number(load):
     with pytest.raises(InputError, match="prefix_bytes"):
         load(prefix_bytes=-1)
     assert PrefixCache(0).bytes == 0
+
+
+@pytest.fixture
+def saved(load, tmp_path):
+    with load() as mixture:
+        mixture.generate(INTRODUCTION, max_new_tokens=8, weights="adaptive")
+        mixture.save_prefixes(tmp_path / "prefixes")
+        assert len(mixture.prefixes) == 2
+    return tmp_path / "prefixes"
+
+
+def test_another_process_goes_on_with_what_was_saved(load, saved, read):
+    plain, mixture = load(prefix_bytes=0), load()
+    expected = plain.generate(INTRODUCTION + "Hi", max_new_tokens=9, weights="adaptive")
+    assert mixture.load_prefixes(saved) == len(mixture.prefixes) == 2
+    read.clear()
+    found = mixture.generate(INTRODUCTION + "Hi", max_new_tokens=9, weights="adaptive")
+    assert found.token_ids == expected.token_ids
+    assert sum(read) < len(INTRODUCTION)
+
+
+def test_only_as_much_as_there_is_room_for(load, saved):
+    mixture = load(prefix_bytes=400_000)
+    mixture.load_prefixes(saved)
+    assert 0 < mixture.prefixes.bytes <= 400_000
+
+
+def test_texts_of_other_graphs_are_passed_over(load, saved, tmp_path):
+    other = write_bundle(tmp_path / "other", {"a": random_member(3, tokens=VOCABULARY, padding=6)}, weights={"a": 1.0})
+    with Mixture.load(other, provider="cpu", threads=1) as mixture:
+        assert mixture.load_prefixes(saved) == len(mixture.prefixes) == 0
+
+
+@pytest.mark.parametrize("at", [0, 40, 2_000, -1])
+def test_a_damaged_file_is_refused(load, saved, at):
+    content = bytearray(saved.read_bytes())
+    content[at] ^= 1
+    saved.write_bytes(content)
+    with pytest.raises(InputError, match=r"damaged|no file of texts"):
+        load().load_prefixes(saved)
+
+
+@pytest.mark.parametrize("change", [lambda b: b[:-1], lambda b: b + b"x", lambda b: b[:33], lambda b: b""])
+def test_a_file_of_another_size_is_refused(load, saved, change):
+    saved.write_bytes(change(saved.read_bytes()))
+    with pytest.raises(InputError, match=r"damaged|no file of texts"):
+        load().load_prefixes(saved)
+
+
+@pytest.mark.parametrize("number", [1 << 62, -1, 0])
+def test_a_number_of_tokens_that_lies_is_refused(load, saved, number):
+    magic, header, rest = saved.read_bytes().split(b"\n", 2)
+    texts = msgspec.json.decode(header)
+    texts["texts"][0]["tokens"] = number
+    saved.write_bytes(b"\n".join([magic, msgspec.json.encode(texts), rest]))
+    with pytest.raises(InputError, match="damaged"):
+        load().load_prefixes(saved)
+
+
+def test_there_must_be_a_file(load, tmp_path):
+    with pytest.raises(InputError, match="no file"):
+        load().load_prefixes(tmp_path / "nothing")

@@ -8,7 +8,7 @@ import pytest
 from onnx_members import saying
 
 from edgemix.errors import EdgemixError, InputError
-from edgemix.runtime.batching import PIECE, ContinuousBatch
+from edgemix.runtime.batching import PIECE, ContinuousBatch, _Row
 
 PROMPTS = ["a fox", "The owl sat on the mat and said nothing at all.", "x", "hen hen hen", "9" * (2 * PIECE + 7), "yz"]
 OPTIONS = [
@@ -115,3 +115,24 @@ def test_memory_does_not_grow_with_those_who_left(pair):
         for _ in range(12):
             server.submit("a fox", max_new_tokens=3).result()
         assert all(cache.batch <= 2 for cache in server._batch._caches)
+
+
+@pytest.mark.parametrize("at", [0, 5])
+def test_what_fails_for_one_text_fails_alone(pair, monkeypatch, at):
+    """Numbers that are none, say, in the middle of a text or at its first token."""
+    expected = pair.generate("hen", max_new_tokens=12).text
+    real, count = _Row.mix, [0]
+
+    def mix(row, parts):
+        if len(row.prompt) == 5:
+            count[0] += 1
+            parts = np.full_like(parts, np.nan) if count[0] > at else parts
+        return real(row, parts)
+
+    monkeypatch.setattr(_Row, "mix", mix)
+    with pair.serve() as server:
+        good, bad = (server.submit(prompt, max_new_tokens=12) for prompt in ("hen", "a fox"))
+        assert good.result().text == expected
+        with pytest.raises(EdgemixError, match="not numbers"):
+            bad.result()
+        assert server.submit("hen", max_new_tokens=12).result().text == expected

@@ -1,0 +1,175 @@
+"""Texts that were read, in a file: the next run of an app goes on with them.
+
+A magic line, a line of JSON (`_Header`), then for every text its token ids (int64), its voices' log-probabilities
+(float64 [voices, tokens]) and its key-value state (slot after slot, [heads, tokens, head_size]), all little-endian. How
+many bytes that takes follows from the graph, and is compared before any of them is read. A damaged text is refused; but
+whoever can write the file decides what the graphs have read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+import msgspec
+import numpy as np
+
+from edgemix.bundle import write_atomically
+from edgemix.errors import InputError, storage_errors
+from edgemix.runtime.prefixes import Kept
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from edgemix.manifest import Manifest
+    from edgemix.runtime.member import Member
+    from edgemix.runtime.prefixes import PrefixCache
+
+_MAGIC = b"edgemix texts that were read, 1\n"
+_LONGEST_HEADER = 1 << 20
+
+
+class _Text(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One text of one graph, and the sha256 of its bytes."""
+
+    graph: str
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What follows, the least recently used text first."""
+
+    texts: tuple[_Text, ...]
+
+
+def write(path: Path, prefixes: PrefixCache, manifest: Manifest, members: Sequence[Member]) -> None:
+    """Write down what is kept.
+
+    Args:
+        path: The file; one that is there is replaced.
+        prefixes: What is kept.
+        manifest: The bundle's.
+        members: Its graphs.
+
+    Raises:
+        EdgemixError: It cannot be written; an old file is untouched.
+    """
+    names = {id(member): name for name, member in _named(manifest, members).items()}
+    texts, content = [], []
+    for kept in prefixes.each():
+        arrays = (kept.text, kept.own, *kept.cache.state(len(kept.text)))
+        data = b"".join(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes() for array in arrays)
+        texts.append(_Text(names[kept.graph], len(kept.text), len(data), hashlib.sha256(data).hexdigest()))
+        content.append(data)
+    write_atomically(path, b"".join([_MAGIC, msgspec.json.encode(_Header(tuple(texts))), b"\n", *content]))
+
+
+def read(path: Path, prefixes: PrefixCache, manifest: Manifest, members: Sequence[Member]) -> int:
+    """Keep what a file has, as far as there is room; texts of graphs that are not here are passed over.
+
+    Args:
+        path: The file.
+        prefixes: What is kept.
+        manifest: The bundle's.
+        members: Its graphs.
+
+    Returns:
+        How many texts it had of these graphs.
+
+    Raises:
+        InputError: There is no such file, or it is damaged.
+    """
+    graphs = _named(manifest, members)
+    with storage_errors(f"reading {path}"):
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            raise InputError(f"there is no file {path}") from None
+        with file:
+            begin, line = file.readline(len(_MAGIC)), file.readline(_LONGEST_HEADER)
+            if begin != _MAGIC:
+                raise InputError(f"{path} is no file of texts that edgemix has read")
+            texts = _texts(line, path)
+            if any(text.bytes < 0 for text in texts) or file.tell() + sum(t.bytes for t in texts) != _size(file):
+                raise _damaged(path)
+            found = 0
+            for text in texts:
+                member = graphs.get(text.graph)
+                if member is None:
+                    file.seek(text.bytes, os.SEEK_CUR)
+                    continue
+                fields = _fields(member, text.tokens)
+                if not 0 < text.tokens <= member.context or text.bytes != sum(field.nbytes for field in fields):
+                    raise _damaged(path)
+                data = file.read(text.bytes)
+                if hashlib.sha256(data).hexdigest() != text.sha256:
+                    raise _damaged(path)
+                prefixes.add(_kept(data, fields, member, manifest.tokenizer.vocabulary, path))
+                found += 1
+    return found
+
+
+def _named(manifest: Manifest, members: Sequence[Member]) -> dict[str, Member]:
+    """Each graph by the checksum of its files."""
+    names = []
+    for graph in dict.fromkeys(entry.graph for entry in manifest.members):
+        folder = PurePosixPath(graph).parent
+        files = [file for file in manifest.files if PurePosixPath(file).is_relative_to(folder)]
+        lines = [f"{file} {manifest.files[file].sha256}\n" for file in sorted(files)]
+        names.append(hashlib.sha256("".join(lines).encode()).hexdigest())
+    return dict(zip(names, members, strict=True))
+
+
+class _Field(NamedTuple):
+    """One array of a text."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+def _fields(member: Member, tokens: int) -> list[_Field]:
+    """What a text of so many tokens is made of."""
+    layout = member.layout
+    state = [_Field(layout.dtype, (slot.heads, tokens, slot.head_size)) for slot in layout.slots]
+    return [
+        _Field(np.dtype(np.int64), (tokens,)),
+        _Field(np.dtype(np.float64), (member.voices, tokens)),
+        *state,
+    ]
+
+
+def _texts(line: bytes, path: Path) -> tuple[_Text, ...]:
+    try:
+        return msgspec.json.decode(line, type=_Header).texts
+    except msgspec.DecodeError:
+        raise _damaged(path) from None
+
+
+def _size(file: BinaryIO) -> int:
+    return os.fstat(file.fileno()).st_size
+
+
+def _kept(data: bytes, fields: Sequence[_Field], member: Member, vocabulary: int, path: Path) -> Kept:
+    arrays, place = [], 0
+    for field in fields:
+        flat = np.frombuffer(data, field.dtype.newbyteorder("<"), math.prod(field.shape), place)
+        arrays.append(flat.reshape(field.shape).astype(field.dtype))
+        place += field.nbytes
+    ids, own, *state = arrays
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        raise _damaged(path)
+    return Kept(id(member), ids, member.new_cache().holding(member.layout, state), own)
+
+
+def _damaged(path: Path) -> InputError:
+    return InputError(f"{path} is damaged", "Delete it; it is written anew.")

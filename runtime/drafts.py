@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from edgemix.runtime.mixing import log_softmax
+from edgemix.runtime.mixing import log_softmax, most_probable
 from edgemix.runtime.prefixes import common_length
 from edgemix.runtime.sampling import distribution, draw
 
@@ -122,20 +122,23 @@ class StudentDrafts:
         while len(tokens) < most and pace.pays(chance * pace.chance("student"), next_seconds):
             started = time.perf_counter()
             ((_, (logits,)),) = reader.listen(ids, len(ids))
-            shares = distribution(log_softmax(logits[0]), self._sampling)
-            source: Source = ("student", min(3, int(4 * shares.max())))
+            if self._sampling.temperature:
+                shares = distribution(log_softmax(logits[0]), self._sampling)
+                token, surest = draw(shares, self._generator), float(shares.max())
+                proposals.append(shares)
+            else:
+                token, surest = most_probable(logits[0])
+            source: Source = ("student", min(3, int(4 * surest)))
             chance *= pace.chance(source)
-            token = draw(shares, self._generator) if self._sampling.temperature else int(shares.argmax())
             pace.drafted("student", time.perf_counter() - started)
             # Decided by how sure the student is, not by what was drawn: else draws would no longer be fair.
             if not pace.pays(chance):
                 break
             tokens.append(token)
             sources.append(source)
-            proposals.append(shares)
             ids = np.append(ids, token)
         self._read = ids
-        return Draft(tokens, sources, proposals if self._sampling.temperature else None)
+        return Draft(tokens, sources, proposals[: len(tokens)] if self._sampling.temperature else None)
 
     def close(self) -> None:
         """Free the cache."""

@@ -63,6 +63,12 @@ def log_softmax(logits: NDArray[np.float32], out: NDArray[np.float32] | None = N
     return shifted
 
 
+def most_probable(logits: NDArray[np.float32]) -> tuple[int, float]:
+    """The token of the highest logit [vocabulary], and its probability."""
+    token = int(logits.argmax())
+    return token, 1 / float(np.exp(logits - logits[token]).sum())
+
+
 def linear(log_probabilities: NDArray[np.float32], weights: NDArray[np.float64]) -> NDArray[np.float32]:
     """Log sum_i w_i P_i, from each member's log P_i [members, ..., vocabulary] and weights above zero, sum one.
 

@@ -29,12 +29,14 @@ class Heard(NamedTuple):
 
 
 class Reader:
-    """One graph with a cache for one sequence. What it hears does not depend on how many tokens a call has.
+    """One graph with a cache for one sequence.
 
     Args:
         listened: The graph, and who of it is listened to.
         vocabulary: The tokenizer's; logits beyond it are cut off.
         cache: What it has read; an empty one of its own by default.
+        steady: What it hears does not depend on how many tokens a call has, at the price that a token that is alone is
+            read in a pair, where that matters.
 
     Attributes:
         listened: As it was given.
@@ -42,10 +44,12 @@ class Reader:
         cache: What it has read.
     """
 
-    def __init__(self, listened: Listened, vocabulary: int, cache: KVCache | None = None) -> None:
+    def __init__(
+        self, listened: Listened, vocabulary: int, cache: KVCache | None = None, *, steady: bool = True
+    ) -> None:
         self.listened = listened
         self._member, self._own, self.voices = listened
-        self._vocabulary = vocabulary
+        self._vocabulary, self._steady = vocabulary, steady
         self.cache = cache or self._member.new_cache()
 
     @property
@@ -112,7 +116,7 @@ class Reader:
         """Read tokens in one call: logits [tokens, ...]."""
         if len(tokens) > 1:
             return self._member.extend_all(self.cache, [tokens])[0]
-        return self._member.extend(self.cache, [tokens], steady=True)
+        return self._member.extend(self.cache, [tokens], steady=self._steady)
 
     def _heard(self, start: int, logits: NDArray[np.float32]) -> Heard:
         parts = self._member.parts(logits)

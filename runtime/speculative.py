@@ -85,7 +85,7 @@ class SpeculativeDecoding:
         self._pairs = any(member.pairs for member in blend.members)
         if student is not None:
             (listened,) = student.listened()
-            reader = Reader(listened, blend.vocabulary)
+            reader = Reader(listened, blend.vocabulary, steady=False)  # what is said does not depend on drafts
             self._drafters.append(StudentDrafts(reader, sampling, self._generator, self._pace))
         self._draft = NOTHING
         self._begun = self._finished = False

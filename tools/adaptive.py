@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     """Members' log-probabilities of a document's tokens -> the mixture's."""
 
 STREAM = "stream"
-PERIODS = (4, 8, 16, 32, 64)
+PERIODS = (1, 4, 16, 32, 64)
 WINDOW = 512
 
 

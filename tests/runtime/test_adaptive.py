@@ -67,7 +67,7 @@ def test_a_text_that_switches_is_followed():
 
 
 def test_weights_change_every_period_only(own):
-    _, path = adaptive_targets(own, Experts.of(NAMES, WEIGHTS, {}))
+    _, path = adaptive_targets(own, Experts.of(NAMES, WEIGHTS, {}), period=PERIOD)
     changes = np.flatnonzero(np.abs(np.diff(path[0])) > 0) + 1
     assert changes.tolist() == list(range(PERIOD, 100, PERIOD))
 

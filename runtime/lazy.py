@@ -155,19 +155,48 @@ class LazyState:
         if self._blend.combine != "linear":
             return int(self.scores(place).argmax())
         while True:
-            if not self._spoken:
-                self.ask_next()
-            mass = self.mass(place)
-            first = int(mass.argmax())
-            lead, rest = mass[first], self.rest
-            if not rest:
-                return first
-            mass[first] = -1
-            second = mass.max()
-            mass[first] = lead
-            if lead - second > rest + ROUNDING:
-                return first
+            token, certainty = self.favourite(place)
+            if certainty > 1:
+                return token
             self.ask_next()
+
+    def favourite(self, place: int) -> tuple[int, float]:
+        """The token at a place that is most probable to those asked so far, or to the one of most weight; and by how
+        much, in units of what the others could change: it is the mixture's, too, from 1 on.
+        """
+        if not self._spoken:
+            self.ask_next()
+        mass = self.mass(place)
+        token = int(mass.argmax())
+        lead, rest = mass[token], self.rest
+        if not rest:
+            return token, math.inf
+        mass[token] = -1
+        second = mass.max()
+        mass[token] = lead
+        return token, float(lead - second) / (rest + ROUNDING)
+
+    def shorten(self, drafted: int) -> None:
+        """Take tokens of the draft back: so many of them stay."""
+        if drafted < self._drafted:
+            self._drafted = drafted
+            self._spoken = {voice: logits[: drafted + 1] for voice, logits in self._spoken.items()}
+            for reader in self._readers:
+                reader.forget(self.length + drafted)
+
+    def lengthen(self, token: int) -> None:
+        """Add a token to the draft, of at most `room`; those asked so far say what follows it."""
+        self._reserve(self.length + self._drafted + 2)
+        self._ids[self.length + self._drafted] = token
+        self._drafted += 1
+        end = self.length + self._drafted
+        for reader in self._readers:
+            if reader.voices[0] in self._spoken:
+                known = {voice: self._spoken[voice].copy() for voice in reader.voices}  # the call overwrites them
+                ((_, logits),) = reader.listen(self._ids[:end], end)
+                for voice, each in zip(reader.voices, logits, strict=True):
+                    self._spoken[voice] = np.concatenate([known[voice], each])
+                self.asked += 1
 
     def scores(self, place: int) -> NDArray[np.float32]:
         """The whole mixture's log-probabilities [vocabulary] at a place, a new array; asks all members."""

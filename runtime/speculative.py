@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgemix.runtime.drafts import LONGEST, NOTHING, Draft, PromptLookup, StudentDrafts
+from edgemix.runtime.drafts import LONGEST, NOTHING, Draft, PromptLookup, Source, StudentDrafts
 from edgemix.runtime.engine import Token, finish_reason
 from edgemix.runtime.lazy import ROUNDING, LazyState
 from edgemix.runtime.pace import Pace
@@ -87,7 +87,7 @@ class SpeculativeDecoding:
             (listened,) = student.listened()
             reader = Reader(listened, blend.vocabulary, steady=False)  # what is said does not depend on drafts
             self._drafters.append(StudentDrafts(reader, sampling, self._generator, self._pace))
-        self._draft = NOTHING
+        self._draft, self._alone = NOTHING, 0.0
         self._begun = self._finished = False
         self.drafted = self.accepted = 0
 
@@ -100,7 +100,7 @@ class SpeculativeDecoding:
         if self._finished:
             return []
         state, begun = self._state, time.perf_counter()
-        self._draft = self._find_draft() if self._begun else NOTHING
+        self._draft, self._alone = self._find_draft() if self._begun else NOTHING, 0.0
         drafted = time.perf_counter()
         state.open(self._draft.tokens)
         if not self._lazy:
@@ -109,7 +109,8 @@ class SpeculativeDecoding:
         state.accept(tokens)
         ended = time.perf_counter()
         if self._begun:
-            self._pace.stepped(len(self._draft.tokens), ended - drafted, ended - begun, len(tokens))
+            calls = ended - drafted - self._alone
+            self._pace.stepped(len(self._draft.tokens), calls, ended - begun, len(tokens))
         self._begun = True
         return self._advance(tokens)
 
@@ -142,6 +143,8 @@ class SpeculativeDecoding:
 
     def _decide(self) -> list[int]:
         """The window's tokens: the draft's as long as they are taken, then one more."""
+        if self._lazy and not self._sampling.temperature:
+            self._go_on_alone()
         taken: list[int] = []
         for place in range(len(self._draft.tokens) + 1):
             token, as_drafted = self._choose(place)
@@ -149,6 +152,34 @@ class SpeculativeDecoding:
             if token in self._eos or not as_drafted:
                 break
         return taken
+
+    def _go_on_alone(self) -> None:
+        """Where others must be asked, let the member of most weight write on first, as a draft: they then read all of
+        it at once (collaborative decoding via speculation, arXiv 2502.01662).
+        """
+        state, pace, draft = self._state, self._pace, self._draft
+        place, chance, doubtful = 0, 1.0, False
+        most = min(LONGEST, state.room, self._budget - 1, self._context - state.length)
+        while True:
+            token, certainty = state.favourite(place)
+            doubtful |= certainty <= 1
+            source: Source = ("alone", min(4, int(4 * certainty)) if certainty < 1 else 4)
+            if place == len(draft.tokens) or token != draft.tokens[place]:
+                if not doubtful:
+                    return
+                if certainty <= 1:
+                    chance *= pace.chance(source)
+                ends = token in self._eos or place >= most
+                if ends or not pace.pays(chance, pace.drafting("alone")):
+                    return
+                begun = time.perf_counter()
+                state.shorten(place)
+                state.lengthen(token)
+                draft = Draft([*draft.tokens[:place], token], [*draft.sources[:place], source])
+                seconds = time.perf_counter() - begun
+                pace.drafted("alone", seconds)
+                self._draft, self._alone = draft, self._alone + seconds
+            place += 1
 
     def _choose(self, place: int) -> tuple[int, bool]:
         """The token of a place of the window, and whether it is the draft's."""

@@ -205,6 +205,14 @@ def check_writable(bundle: Path) -> None:
         probe.unlink()
 
 
+def graph_digest(manifest: Manifest, graph: str) -> str:
+    """Of a graph of the bundle and the files beside it, from their checksums."""
+    folder = PurePosixPath(graph).parent
+    files = [file for file in manifest.files if PurePosixPath(file).is_relative_to(folder)]
+    lines = [f"{file} {manifest.files[file].sha256}\n" for file in sorted(files)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace the file at `path` by one with `data`, in one step and safe from a power cut.
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemix.graph_io import GraphFacts
+    from edgemix.runtime.packed_weights import PackedWeights
     from edgemix.runtime.providers import Provider
 
     Tokens = Sequence[Sequence[int]] | Sequence[NDArray[np.int64]] | NDArray[np.int64]
@@ -103,6 +104,7 @@ class Member:
         *,
         name: str = "",
         quantized: bool = False,
+        packed: tuple[PackedWeights, str] | None = None,
     ) -> Member:
         """Open a graph.
 
@@ -113,12 +115,13 @@ class Member:
             threads: Threads within an operator; physical cores by default.
             name: For messages; the graph's folder by default.
             quantized: Whether it has quantised products.
+            packed: See `open_session`.
 
         Raises:
             BundleError: The graph does not load, or is not the decoder that `facts` describe.
         """
         provider = provider or PROVIDERS["cpu"]
-        session = open_session(graph, provider, threads=threads)
+        session = open_session(graph, provider, threads=threads, packed=packed)
         return cls(session, facts, provider, name or graph.parent.name, quantized=quantized)
 
     def new_cache(self, batch: int = 1) -> KVCache:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 
 import numpy as np
 
-from edgemix.bundle import read_manifest, resolve, verify_bundle
+from edgemix.bundle import read_manifest, verify_bundle
 from edgemix.errors import EdgemixError, InputError
 from edgemix.progress import SILENT
 from edgemix.runtime import prefix_file
@@ -19,11 +17,11 @@ from edgemix.runtime.adaptive import Experts
 from edgemix.runtime.blend import Blend
 from edgemix.runtime.engine import State
 from edgemix.runtime.generation import chunks, generate
-from edgemix.runtime.member import Member
 from edgemix.runtime.mixing import check_combine, normalise
+from edgemix.runtime.opening import open_graphs
 from edgemix.runtime.options import ADAPTIVE, GenerateOptions, Settings, WeightChoice
 from edgemix.runtime.prefixes import PrefixCache
-from edgemix.runtime.providers import choose, default_threads
+from edgemix.runtime.providers import choose
 from edgemix.runtime.results import Chunk, Completion, Score
 from edgemix.runtime.scoring import score_tokens
 from edgemix.runtime.server import Server
@@ -34,8 +32,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemix.bundle import Manifest, MemberEntry
+    from edgemix.bundle import Manifest
     from edgemix.progress import Progress
+    from edgemix.runtime.member import Member
     from edgemix.runtime.mixing import Combine
     from edgemix.runtime.providers import Provider
 
@@ -95,6 +94,7 @@ class Mixture:
         student: bool = False,
         drafts: bool = True,
         prefix_bytes: int = PREFIX_BYTES,
+        packed: str | Path | None = None,
     ) -> Self:
         """Open a bundle.
 
@@ -107,6 +107,8 @@ class Mixture:
             drafts: Open the student beside the members, where there is one, to draft what they verify.
             prefix_bytes: Most memory for texts that were read, so that one that begins alike is not read again; 0 keeps
                 none.
+            packed: A folder of your own where weights are kept as this machine's kernels want them, two to three times
+                their size: written at first, mapped into memory from then on.
 
         Raises:
             BundleError: The bundle is missing, damaged, unsafe, or its graphs do not load.
@@ -131,6 +133,7 @@ class Mixture:
             threads,
             drafts=drafts and not student,
             prefix_bytes=prefix_bytes,
+            packed=None if packed is None else Path(packed),
         )
 
     @classmethod
@@ -143,6 +146,7 @@ class Mixture:
         *,
         drafts: bool = False,
         prefix_bytes: int = 0,
+        packed: Path | None = None,
     ) -> Self:
         """Open the files of a bundle whose manifest is at hand: one that is being made.
 
@@ -154,18 +158,7 @@ class Mixture:
             raise InputError(f"threads must be at least 1, not {threads}")
         chosen = choose(provider)
         tokenizer = Tokenizer.load(bundle, manifest.tokenizer)
-        # Several members may share a graph, as its voices.
-        entries = [next(voices) for _, voices in groupby(manifest.members, key=lambda entry: entry.graph)]
-        if drafts and manifest.student is not None:
-            entries.append(manifest.student)
-
-        def open_member(entry: MemberEntry) -> Member:
-            path, quantized = resolve(bundle, entry.graph), entry.format not in ("fp32", "fp16")
-            return Member.load(path, entry.facts, chosen, threads, name=entry.name, quantized=quantized)
-
-        with ThreadPoolExecutor(default_threads()) as workers:
-            opened = list(workers.map(open_member, entries))
-        drafter = opened.pop() if drafts and manifest.student is not None else None
+        opened, drafter = open_graphs(bundle, manifest, chosen, threads, student=drafts, packed=packed)
         return cls(manifest, opened, tokenizer, chosen, drafter=drafter, prefix_bytes=prefix_bytes)
 
     @overload

@@ -11,13 +11,12 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import msgspec
 import numpy as np
 
-from edgemix.bundle import write_atomically
+from edgemix.bundle import graph_digest, write_atomically
 from edgemix.errors import InputError, storage_errors
 from edgemix.runtime.prefixes import Kept
 
@@ -117,13 +116,8 @@ def read(path: Path, prefixes: PrefixCache, manifest: Manifest, members: Sequenc
 
 def _named(manifest: Manifest, members: Sequence[Member]) -> dict[str, Member]:
     """Each graph by the checksum of its files."""
-    names = []
-    for graph in dict.fromkeys(entry.graph for entry in manifest.members):
-        folder = PurePosixPath(graph).parent
-        files = [file for file in manifest.files if PurePosixPath(file).is_relative_to(folder)]
-        lines = [f"{file} {manifest.files[file].sha256}\n" for file in sorted(files)]
-        names.append(hashlib.sha256("".join(lines).encode()).hexdigest())
-    return dict(zip(names, members, strict=True))
+    graphs = dict.fromkeys(entry.graph for entry in manifest.members)
+    return dict(zip((graph_digest(manifest, graph) for graph in graphs), members, strict=True))
 
 
 class _Field(NamedTuple):

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgemix.runtime.packed_weights import PackedWeights
+
 LOG = logging.getLogger(__name__)
 
 ProviderName = Literal["auto", "cpu", "cuda"]
@@ -46,6 +48,7 @@ class Provider:
         device: ONNX Runtime's name of the memory that holds the KV cache.
         options: The provider's options, as ONNX Runtime takes them.
         remedy: What to do where it is asked for and does not work.
+        packs: Whether its kernels have a layout of weights of their own, which can be saved.
     """
 
     name: str
@@ -53,10 +56,11 @@ class Provider:
     device: str
     options: tuple[tuple[str, str], ...] = ()
     remedy: str = ""
+    packs: bool = False
 
 
 PROVIDERS: dict[str, Provider] = {
-    "cpu": Provider("cpu", "CPUExecutionProvider", "cpu"),
+    "cpu": Provider("cpu", "CPUExecutionProvider", "cpu", packs=True),
     "cuda": Provider(
         "cuda",
         "CUDAExecutionProvider",
@@ -128,31 +132,45 @@ def session_options(threads: int | None) -> Any:
     return options
 
 
-def open_session(graph: Path, provider: Provider, *, threads: int | None = None) -> Any:
+def open_session(
+    graph: Path, provider: Provider, *, threads: int | None = None, packed: tuple[PackedWeights, str] | None = None
+) -> Any:
     """An `onnxruntime.InferenceSession` of a graph file.
 
     Args:
         graph: The .onnx file; its external data is looked for beside it, plain or as a .sparse file.
         provider: Where it runs.
         threads: Threads within an operator; physical cores by default.
+        packed: Where its weights are kept as the provider's kernels want them, and the digest of its files.
 
     Raises:
         BundleError: ONNX Runtime cannot load the graph.
     """
     if not graph.is_file():
         raise BundleError(f"there is no graph {graph}", "Export the bundle again.")
-    options = session_options(threads)
-    weights = expanded_files(graph)  # ONNX Runtime copies them: they need not outlive the session's creation
-    if weights:
-        _give_files(options, weights)
-    try:
-        return _create(str(graph), provider, options)
-    except onnxruntime_errors() as error:
-        raise BundleError(
-            f"ONNX Runtime cannot load {graph} on {provider.name}: "
-            + plain(error).removeprefix(f"Load model from {graph} failed:"),
-            "The graph is damaged or made for another target; export the bundle again.",
-        ) from error
+
+    def create(instead: Path | None, entries: Mapping[str, str], output: Path | None) -> Any:
+        options = session_options(threads)
+        for name, value in entries.items():
+            options.add_session_config_entry(name, value)
+        if output is not None:
+            options.optimized_model_filepath = str(output)
+        if instead is None and (weights := expanded_files(graph)):
+            _give_files(options, weights)  # ONNX Runtime copies them: they need not outlive the session's creation
+        path = instead or graph
+        try:
+            return _create(str(path), provider, options)
+        except onnxruntime_errors() as error:
+            raise BundleError(
+                f"ONNX Runtime cannot load {path} on {provider.name}: "
+                + plain(error).removeprefix(f"Load model from {path} failed:"),
+                "The graph is damaged or made for another target; export the bundle again.",
+            ) from error
+
+    if packed is None or not provider.packs:
+        return create(None, {}, None)
+    folder, digest = packed
+    return folder.open(digest, create)
 
 
 def _give_files(options: Any, files: Mapping[str, NDArray[np.uint8]]) -> None:

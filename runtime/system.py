@@ -92,10 +92,10 @@ def describe() -> System:
         edgemix=__version__,
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.release()} {platform.machine()}",
-        processor=_processor(),
+        processor=processor(),
         memory=_memory(),
         providers=tuple(_state(name) for name in PROVIDERS),
-        packages={name: _version(name) for name in (*RUNTIME_PACKAGES, *EXPORT_PACKAGES)},
+        packages={name: installed_version(name) for name in (*RUNTIME_PACKAGES, *EXPORT_PACKAGES)},
     )
 
 
@@ -110,7 +110,8 @@ def parse_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
     return fields.get("model name", ""), tuple(name for name in _INSTRUCTION_SETS if name in flags)
 
 
-def _processor() -> Processor:
+def processor() -> Processor:
+    """The CPU that this process runs on."""
     name, instruction_sets = parse_cpuinfo(_read(Path("/proc/cpuinfo")))
     logical = psutil.cpu_count() or 1
     return Processor(
@@ -138,7 +139,8 @@ def _state(name: str) -> ProviderState:
     return ProviderState(name, works=not trouble, trouble=trouble, remedy=remedy if trouble else "")
 
 
-def _version(distribution: str) -> str | None:
+def installed_version(distribution: str) -> str | None:
+    """The version of a distribution; None where it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

@@ -1,0 +1,49 @@
+"""A bundle's graphs, opened side by side."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from edgemix.bundle import graph_digest, resolve
+from edgemix.runtime.member import Member
+from edgemix.runtime.packed_weights import PackedWeights
+from edgemix.runtime.providers import default_threads
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from edgemix.bundle import Manifest, MemberEntry
+    from edgemix.runtime.providers import Provider
+
+
+def open_graphs(
+    bundle: Path, manifest: Manifest, provider: Provider, threads: int | None, *, student: bool, packed: Path | None
+) -> tuple[list[Member], Member | None]:
+    """Every graph of the members, in their order, and the student's.
+
+    Args:
+        bundle: The folder.
+        manifest: Its own, or what there is of it while it is being made.
+        provider: Where they run.
+        threads: Threads within an operator; physical cores by default.
+        student: Open the student, too, if there is one.
+        packed: Where weights are kept as the provider's kernels want them.
+
+    Raises:
+        BundleError: A graph does not load.
+    """
+    # Several members may share a graph, as its voices.
+    entries = [next(voices) for _, voices in groupby(manifest.members, key=lambda entry: entry.graph)]
+    drafter = manifest.student if student else None
+    kept = PackedWeights.of_this_machine(packed) if packed else None
+
+    def open_one(entry: MemberEntry) -> Member:
+        path, quantized = resolve(bundle, entry.graph), entry.format not in ("fp32", "fp16")
+        place = (kept, graph_digest(manifest, entry.graph)) if kept else None
+        return Member.load(path, entry.facts, provider, threads, name=entry.name, quantized=quantized, packed=place)
+
+    with ThreadPoolExecutor(default_threads()) as workers:
+        opened = list(workers.map(open_one, [*entries, *([drafter] if drafter else [])]))
+    return (opened[:-1], opened[-1]) if drafter else (opened, None)

@@ -41,7 +41,7 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     algorithm: Algorithm = "auto"
     group: int = 32
-    steps: int = 80
+    steps: int = 160
     rotate: bool = False
     scale: bool = False
     eight_bits: float = 0.0

@@ -199,7 +199,7 @@ target: cpu
 # quantization:
 #   algorithm: auto
 #   group: 32        # weights that share a scale
-#   steps: 80        # of training, 2,048 tokens each
+#   steps: 160       # of training, 2,048 tokens each
 #   eight_bits: 0.1  # share of the weights that gets 8 bits: the layers that suffer most from 4
 #   scale: true      # move scales from weights to what they read first (AWQ)
 #   rotate: true     # turn the residual stream first (QuaRot); of int8-dynamic, too

@@ -22,6 +22,8 @@ Source = tuple[str, int]
 """Who drafted a token, and how sure of it they were."""
 LONGEST = 15
 """Most tokens of a draft."""
+_MEMORY = 128
+"""Tokens of a prompt that the student reads."""
 _GRAM = 4
 """Most tokens at the end of a text that are looked for before."""
 
@@ -103,15 +105,21 @@ class PromptLookup:
 
 
 class StudentDrafts:
-    """The student's own continuation, drawn (or not) as the mixture's tokens are."""
+    """The student's own continuation, drawn (or not) as the mixture's tokens are. Of a text that is there already it
+    reads the end only: drafts need not be the best, and the beginning would delay them.
+    """
 
     def __init__(self, reader: Reader, sampling: Sampling, generator: np.random.Generator, pace: Pace) -> None:
         self._reader, self._sampling, self._generator, self._pace = reader, sampling, generator, pace
         self._read = np.empty(0, np.int64)
+        self._start: int | None = None
 
     def draft(self, text: NDArray[np.int64], most: int) -> Draft:
         """See `Drafter`."""
         pace, reader = self._pace, self._reader
+        if self._start is None:
+            self._start = max(0, len(text) - _MEMORY)
+        text = text[self._start :]
         most = min(most, reader.context - len(text) + 1)
         reader.forget(min(len(text) - 1, common_length(self._read, text)))
         ids = text

@@ -84,7 +84,7 @@ class Member:
         self.vocabulary: int = logits.shape[-1]
         self.context = facts.context
         self.voices = facts.voices
-        self.pairs = quantized and facts.voices == 1 and facts.cache == "shared"
+        self.pairs = quantized and facts.cache == "shared"
         self.chunk = int(np.clip(LOGITS_BYTES // (4 * self.vocabulary * self.voices), 16, MAX_CHUNK))
         slots = tuple(
             Slot(tensor.name, graph_io.present_of(tensor.name), tensor.shape[1], tensor.shape[3])

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from edgemix.export.checkpoint import Checkpoint
 
 BITS = 4
-STEPS = 80
+STEPS = 160
 BATCH, LENGTH = 8, 256
 """Windows a step, and their tokens."""
 

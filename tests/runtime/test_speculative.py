@@ -223,3 +223,41 @@ def test_what_is_heard_does_not_depend_on_the_call(load):
     for start, (logits,) in reader.listen(text[:8], 8):
         np.testing.assert_allclose(logits, expected[start - 1 : 8], atol=1e-4)
     assert calls == [(5, 2), (2, 2), (3, 2), (2, 2)]
+
+
+@pytest.mark.usefixtures("eager")
+def test_the_student_reads_the_end_of_a_long_prompt(members, student, monkeypatch):
+    mixture, reads, (drafter,) = blend(members, WEIGHTS["uneven"]), [], student.members
+    real = type(drafter)._run
+    monkeypatch.setattr(
+        drafter, "_run", lambda cache, ids, *a, **o: reads.append(ids.size) or real(drafter, cache, ids, *a, **o)
+    )
+    prompt = np.random.default_rng(0).integers(0, TOKENS, 60).tolist()
+    monkeypatch.setattr("edgemix.runtime.drafts._MEMORY", 20)
+    options = {"prompt": prompt, "lookup": False, "context": 200}
+    tokens, _, decoding = fast(mixture, student=student, **options)
+    assert tokens == fast(mixture, **options)[0]
+    assert decoding.drafted
+    assert max(reads) <= 21
+
+
+def test_a_member_that_writes_on_alone_saves_the_others_calls(members, monkeypatch):
+    """It is asked for a token at a time; the others for several."""
+    mixture, counts = blend(members, [0.5, 0.3, 0.2]), []
+    for pays in (True, False):
+        monkeypatch.setattr(Pace, "pays", lambda *_, pays=pays: pays)
+        reads = []
+        for member in members[1:]:
+            real = type(member)._run
+            monkeypatch.setattr(
+                member,
+                "_run",
+                lambda cache, ids, *a, m=member, real=real, reads=reads, **o: (
+                    reads.append(1) or real(m, cache, ids, *a, **o)
+                ),
+            )
+        tokens, *_ = fast(mixture, lookup=False)
+        counts.append((len(reads), tokens))
+    (alone, text), (together, other) = counts
+    assert text == other
+    assert alone < 0.8 * together

@@ -29,8 +29,8 @@ SHARE = 0.005
 """Probability that after a token another expert is the best one."""
 PERIOD = 32
 """Tokens between two changes of the weights, while a text is written."""
-EVIDENCE = 512
-"""Most tokens at a prompt's end that count: with this share, what lies before them is all but forgotten."""
+EVIDENCE = 128
+"""Most tokens at a prompt's end that count: what lies before them hardly moves the weights, and hearing it takes time."""
 
 
 def evidence_from(prompt: NDArray[np.int64]) -> int:

@@ -30,7 +30,7 @@ SHARE = 0.005
 PERIOD = 32
 """Tokens between two changes of the weights, while a text is written."""
 EVIDENCE = 128
-"""Most tokens at a prompt's end that count: what lies before them hardly moves the weights, and hearing it takes time."""
+"""Most tokens at a prompt's end that count: those before hardly move the weights, and hearing them takes time."""
 
 
 def evidence_from(prompt: NDArray[np.int64]) -> int:

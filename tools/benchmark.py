@@ -29,6 +29,7 @@ import time
 from collections import defaultdict
 from contextlib import closing
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -286,15 +287,9 @@ def show(figures: dict[str, Any], console: Console) -> None:
 
 
 def plot(figures: dict[str, Any], path: Path) -> None:
-    """A picture of the decoding rates: bars with the quartiles, the naive loop's rate as a line.
+    """A picture of the decoding rates: bars with the quartiles, the naive loop's rate as a line."""
+    import matplotlib as mpl
 
-    Raises:
-        InputError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise InputError("--plot needs matplotlib", "pip install 'edgemix[bench]'") from None
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -357,6 +352,8 @@ def main() -> None:
     try:
         from edgemix.runtime import Mixture
 
+        if arguments.plot and find_spec("matplotlib") is None:
+            raise InputError("--plot needs matplotlib", "pip install 'edgemix[bench]'")
         prompts = read_prompts(arguments.prompts, arguments.most)
         with Mixture.load(arguments.bundle, provider="cpu", threads=arguments.threads) as mixture:
             blend = mixture.blend(arguments.weights)
@@ -378,14 +375,14 @@ def main() -> None:
                 and throughput(mixture, blend, encoded, size=arguments.batch, new=arguments.new),
                 "sides": summary(found, compared, [domain for _, domain in prompts]),
             }
-        if arguments.plot:
-            plot(figures, arguments.plot)
         if arguments.output:
             arguments.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     except EdgemixError as error:
         sys.exit(str(error))
     show(figures, console)
     print(json.dumps(figures))
+    if arguments.plot:
+        plot(figures, arguments.plot)
 
 
 if __name__ == "__main__":

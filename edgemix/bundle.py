@@ -209,6 +209,8 @@ def graph_digest(manifest: Manifest, graph: str) -> str:
     """Of a graph of the bundle and the files beside it, from their checksums."""
     folder = PurePosixPath(graph).parent
     files = [file for file in manifest.files if PurePosixPath(file).is_relative_to(folder)]
+    if not files:
+        raise ValueError(f"the manifest lists no file in {folder}: it is not finished")
     lines = [f"{file} {manifest.files[file].sha256}\n" for file in sorted(files)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

@@ -115,6 +115,8 @@ def _cache_problems(recipe: Recipe) -> Iterator[Problem]:
     if recipe.stack:
         yield Problem(("cache",), "int8 does not go with stack: a graph of several members keeps their state in float")
     forms = [member.format or recipe.format for member in recipe.members]
+    if recipe.student is not None:
+        forms.append(recipe.student.format)
     if any(form in ("fp32", "fp16") for form in forms):
         yield Problem(("cache",), "int8 goes with quantised formats: fp32 and fp16 promise more than it keeps")
 

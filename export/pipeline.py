@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 import edgemix
-from edgemix.errors import RecipeError, storage_errors
+from edgemix.errors import InputError, RecipeError, storage_errors
 from edgemix.export import shared_tokenizer
 from edgemix.export.budget.planner import Planner, decided, undecided
 from edgemix.export.budget.trials import Trials
@@ -162,6 +162,11 @@ class _Export:
     ) -> Callable[[Manifest], BudgetFigures]:
         """Find formats for the other members and go on with them; what will judge the bundle."""
         recipe, models, writer, progress = self._recipe, self._models, self._writer, self._progress
+        if recipe.cache == "int8":
+            raise InputError(
+                "a budget does not go with cache: int8, as formats are tried with keys and values in float",
+                "Leave one of them out.",
+            )
         trials = Trials(
             recipe, models=models, graphs=self._graphs, blocks=self._blocks, writer=writer, progress=progress
         )
@@ -310,7 +315,7 @@ class _Export:
             tokenizer, seed = load_tokenizer(locate(spec.model, self._recipe.folder)), self._recipe.seed
             calibration = self._models.calibration(tokenizer, spec.name, CALIBRATION_LENGTH, CALIBRATION_WINDOWS)
             calibration = calibration or own_texts(source, graph.facts, GATE_TOKENS, seed=seed)
-        scales = cache_scales(source, graph.facts, calibration or (), progress=progress) if codes else None
+        scales = cache_scales(source, graph.facts, calibration, progress=progress) if codes else None
         table = self._blocks.find(spec, self._eight_bits.get(spec.name))
         with progress.stage(form), storage_errors(f"writing {output}"):
             quantize(

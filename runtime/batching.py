@@ -167,7 +167,11 @@ class ContinuousBatch:
     def _join(self) -> list[tuple[Request, Token | EdgemixError]]:
         """Read on in the prompt of the next one; when it is read, the sequence joins."""
         if self._reading is None and self._waiting and len(self._rows) < self._most:
-            self._reading = _Row(self._waiting.popleft(), self._listened, self._vocabulary, self._prefixes)
+            request = self._waiting.popleft()
+            try:
+                self._reading = _Row(request, self._listened, self._vocabulary, self._prefixes)
+            except EdgemixError as error:
+                return [(request, error)]
         row = self._reading
         if row is None:
             return []
@@ -191,7 +195,7 @@ class ContinuousBatch:
             self._parts = np.empty((self._voices, len(new), self._vocabulary), np.float32)
         logits: list[NDArray[np.float32]] = []
         for (member, _, _), cache in zip(self._listened, self._caches, strict=True):
-            logits += [each[:, : self._vocabulary] for each in member.parts(member.extend(cache, new, steady=True))]
+            logits += [each[:, : self._vocabulary] for each in member.parts(member.extend(cache, new))]
         for each, part in zip(logits, self._parts, strict=True):
             log_softmax(each, out=part)
         told: list[tuple[Request, Token | EdgemixError]] = []

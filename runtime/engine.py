@@ -31,7 +31,6 @@ class State:
         self._blend, self._heavy = blend, blend.heavy
         self._caches = [member.new_cache(batch) for member in blend.members]
         self._parts = self._buffer(batch)
-        self._steady = batch > 1
         self._weights = blend.weights[self._heavy]
         experts = blend.experts.narrowed(self._heavy) if blend.experts else None
         self._posteriors = [Posterior(experts) for _ in range(batch)] if experts else []
@@ -104,7 +103,7 @@ class State:
     def _read(self, tokens: Tokens) -> list[NDArray[np.float32]]:
         voices = []
         for member, cache in zip(self._blend.members, self._caches, strict=True):
-            voices += member.parts(member.extend(cache, tokens, steady=self._steady))
+            voices += member.parts(member.extend(cache, tokens))
         return [voices[i][:, : self._blend.vocabulary] for i in self._heavy.tolist()]
 
     def _mix(self, logits: Sequence[NDArray[np.float32]], parts: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -162,7 +162,7 @@ class LazyState:
 
     def favourite(self, place: int) -> tuple[int, float]:
         """The token at a place that is most probable to those asked so far, or to the one of most weight; and by how
-        much, in units of what the others could change: it is the mixture's, too, from 1 on.
+        much, in units of what the others could change: it is the mixture's, too, above 1.
         """
         if not self._spoken:
             self.ask_next()

@@ -11,7 +11,7 @@ import numpy as np
 from edgemix import graph_io
 from edgemix.errors import BundleError, EdgemixError, InputError
 from edgemix.runtime.kv_cache import KINDS, CacheLayout, KVCache, Slot
-from edgemix.runtime.providers import PROVIDERS, onnxruntime_errors, open_session, place, plain
+from edgemix.runtime.providers import PROVIDERS, check_version, onnxruntime_errors, open_session, place, plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -31,6 +31,8 @@ FEW = 32
 """Rows of one call that decoding may take, a batch of drafts at most; calls of more are for prompts."""
 LOGITS_BYTES = 64 << 20
 """About how many bytes of logits one call may return."""
+CODED_CACHE = (1, 26)
+"""The version of ONNX Runtime whose GroupQueryAttention takes keys and values in 8 bits on CPUs."""
 MAX_STATE = 1 << 20
 """Most numbers a layer may keep of a token: far beyond every model there is, and nothing that exhausts memory."""
 
@@ -66,8 +68,9 @@ class Member:
         context: Most tokens that a sequence can have.
         layout: What its caches must know of it.
         chunk: Most tokens that one call should read, so that its logits stay within `LOGITS_BYTES`.
-        pairs: Whether a call with a single token rounds otherwise than one with several: ONNX Runtime has a kernel of
-            its own for quantised products of one row, and rounding activations to 8 bits makes much of little.
+        pairs: Whether a call with a single token of a sequence says something else than one with several: attention has
+            a path of its own for one token, and where products round activations to 8 bits by blocks, its last bits
+            grow to tenths of a logit. Rows of a batch with a token each read as a single row does.
     """
 
     def __init__(
@@ -121,6 +124,8 @@ class Member:
             BundleError: The graph does not load, or is not the decoder that `facts` describe.
         """
         provider = provider or PROVIDERS["cpu"]
+        if facts.cache_dtype is not None:
+            check_version(CODED_CACHE, "a cache of keys and values in 8 bits")
         session = open_session(graph, provider, threads=threads, packed=packed)
         return cls(session, facts, provider, name or graph.parent.name, quantized=quantized)
 
@@ -135,8 +140,8 @@ class Member:
             cache: The state to continue; it is updated.
             tokens: For each row at least one token id; rows may differ in number.
             keep: After how many of a row's last tokens logits are computed, though only the last ones are returned.
-            steady: Read a token that is all there is twice, and take it back once, where one row rounds otherwise than
-                several (`pairs`): the same is said, then, whatever else is in the call.
+            steady: Read a token that is all there is twice, and take it back once, where that says what a call with
+                more tokens of the sequence would say (`pairs`).
 
         Returns:
             Logits float32 [batch, vocabulary]. They lie in the cache's buffer: the next call overwrites them.
@@ -152,13 +157,14 @@ class Member:
             cache.rollback(cache.lengths - 1)
             return first.astype(np.float32, copy=False)
         if not cache.reads_together(counts):
-            parts = cache.split([count + 1 for count in counts] if steady else counts)  # a token read twice
-            pairs = zip(parts, rows, strict=True)
-            logits = [self.extend(part, [row], keep=keep, steady=steady) for part, row in pairs]
+            parts = cache.split(counts)
+            logits = [self.extend(part, [row], keep=keep) for part, row in zip(parts, rows, strict=True)]
             cache.join(parts)
             return np.concatenate(logits)
         together = np.stack(rows)
         step = max(1, self.chunk // cache.batch)
+        if self.pairs and step > 2 and together.shape[1] > 1 and together.shape[1] % step == 1:
+            step -= 1  # no token is left to be read alone
         for start in range(0, together.shape[1], step):
             last = self._run(cache, together[:, start : start + step], keep=keep)[:, -1]
         return last.astype(np.float32, copy=False)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _MAGIC = b"edgemix texts that were read, 1\n"
 _LONGEST_HEADER = 1 << 20
+_MOST_TEXTS = 4_000
+"""Whose header is within that length; the least recently used ones are left out."""
 
 
 class _Text(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -61,7 +63,7 @@ def write(path: Path, prefixes: PrefixCache, manifest: Manifest, members: Sequen
     """
     names = {id(member): name for name, member in _named(manifest, members).items()}
     texts, content = [], []
-    for kept in prefixes.each():
+    for kept in [*prefixes.each()][-_MOST_TEXTS:]:
         arrays = (kept.text, kept.own, *kept.cache.state(len(kept.text)))
         data = b"".join(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes() for array in arrays)
         texts.append(_Text(names[kept.graph], len(kept.text), len(data), hashlib.sha256(data).hexdigest()))
@@ -83,6 +85,7 @@ def read(path: Path, prefixes: PrefixCache, manifest: Manifest, members: Sequenc
 
     Raises:
         InputError: There is no such file, or it is damaged.
+        EdgemixError: It cannot be read.
     """
     graphs = _named(manifest, members)
     with storage_errors(f"reading {path}"):
@@ -145,7 +148,7 @@ def _fields(member: Member, tokens: int) -> list[_Field]:
 def _texts(line: bytes, path: Path) -> tuple[_Text, ...]:
     try:
         return msgspec.json.decode(line, type=_Header).texts
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, ValueError, RecursionError):
         raise _damaged(path) from None
 
 

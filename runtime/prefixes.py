@@ -102,7 +102,7 @@ class PrefixCache:
             own: float64 [its voices, tokens], the text's log-probabilities.
         """
         read, cache = reader.read, reader.cache
-        if read < LEAST or cache.bytes > self._room:
+        if read < LEAST:
             cache.free()
             return
         whole = np.full((reader.listened.member.voices, read), np.nan)
@@ -111,7 +111,10 @@ class PrefixCache:
         self.add(Kept(id(reader.listened.member), text[:read].copy(), cache, whole))
 
     def add(self, kept: Kept) -> None:
-        """Keep one more; others go if there is no more room."""
+        """Keep one more, unless it is larger than all the room; others go if there is no more."""
+        if kept.cache.bytes > self._room:
+            kept.cache.free()
+            return
         with self._lock:
             # What a longer text has is not kept twice.
             self._kept = [each for each in self._kept if each.graph != kept.graph or not _begins(kept.text, each.text)]

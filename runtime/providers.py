@@ -185,6 +185,20 @@ def _give_files(options: Any, files: Mapping[str, NDArray[np.uint8]]) -> None:
     )
 
 
+def check_version(least: tuple[int, int], what: str) -> None:
+    """Make sure that ONNX Runtime is new enough for something.
+
+    Raises:
+        EdgemixError: It is older.
+    """
+    version = _onnxruntime().__version__
+    if tuple(map(int, version.split(".")[:2])) < least:
+        raise EdgemixError(
+            f"{what} needs ONNX Runtime {least[0]}.{least[1]} or later, and this is {version}",
+            "Upgrade it: pip install --upgrade onnxruntime (or onnxruntime-gpu)",
+        )
+
+
 def place(array: NDArray[Any], provider: Provider) -> Any:
     """An `OrtValue` with the array's values in the provider's memory; on the CPU it is the array's own memory."""
     return _onnxruntime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), provider.device, 0)

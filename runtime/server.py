@@ -180,14 +180,14 @@ class Server:
 
     def _tell(self, request: Request, token: Token | EdgemixError) -> None:
         with self._lock:
-            ticket = self._tickets.get(id(request))
-        if isinstance(token, EdgemixError):
-            if ticket is not None:
-                with self._lock:
-                    self._tickets.pop(id(request), None)
-                ticket.tell(token)
+            failed = isinstance(token, EdgemixError)
+            ticket = self._tickets.pop(id(request), None) if failed else self._tickets.get(id(request))
+        if ticket is None:
             return
-        if ticket is None or (chunk := ticket.writer.add(token)) is None:
+        if isinstance(token, EdgemixError):
+            ticket.tell(token)
+            return
+        if (chunk := ticket.writer.add(token)) is None:
             return
         if chunk.completion is not None:
             with self._lock:

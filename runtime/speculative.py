@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from edgemix.runtime.sampling import Sampling
 
 
+_UNTRIED = 2
+"""Tokens that a member writes alone while nobody knows what a token takes."""
+
+
 class SpeculativeDecoding:
     """Generation of one sequence under way: every `step` gives it one token or more. Compare `engine.Decoding`.
 
@@ -129,11 +133,16 @@ class SpeculativeDecoding:
             drafter.close()
         self._state.close()
 
-    def _find_draft(self) -> Draft:
-        """From the first drafter that has one: at most to where the weights change, the budget or the context ends."""
+    @property
+    def _most(self) -> int:
+        """Most tokens of a draft now: to where the weights change, the budget or the context ends."""
         state = self._state
-        most = min(LONGEST, state.room, self._budget - 1, self._context - state.length)
-        if most > 0:
+        return min(LONGEST, state.room, self._budget - 1, self._context - state.length)
+
+    def _find_draft(self) -> Draft:
+        """From the first drafter that has one."""
+        state = self._state
+        if (most := self._most) > 0:
             for drafter in self._drafters:
                 if (draft := drafter.draft(state.text, most)).tokens:
                     return draft
@@ -143,7 +152,7 @@ class SpeculativeDecoding:
 
     def _decide(self) -> list[int]:
         """The window's tokens: the draft's as long as they are taken, then one more."""
-        if self._lazy and not self._sampling.temperature:
+        if self._begun and self._lazy and not self._sampling.temperature:
             self._go_on_alone()
         taken: list[int] = []
         for place in range(len(self._draft.tokens) + 1):
@@ -159,9 +168,11 @@ class SpeculativeDecoding:
         """
         state, pace, draft = self._state, self._pace, self._draft
         place, chance, doubtful = 0, 1.0, False
-        most = min(LONGEST, state.room, self._budget - 1, self._context - state.length)
+        most = self._most if pace.seconds else min(self._most, _UNTRIED)
         while True:
             token, certainty = state.favourite(place)
+            if not state.rest:
+                return
             doubtful |= certainty <= 1
             source: Source = ("alone", min(4, int(4 * certainty)) if certainty < 1 else 4)
             if place == len(draft.tokens) or token != draft.tokens[place]:

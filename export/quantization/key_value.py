@@ -1,6 +1,6 @@
 """Keys and values in 8 bits: a quarter of the memory that a text takes, in graphs with GroupQueryAttention.
 
-ONNX Runtime's operator (1.26 and later) rounds what it appends to the cache and reads it back as codes times scales. A
+ONNX Runtime's operator rounds what it appends to the cache and reads it back as codes times scales. A
 scale belongs to one channel of one head, symmetric around zero, and is set by the largest number that the float32 graph
 puts there on calibration text; what is larger later is cut off.
 """
@@ -16,7 +16,8 @@ from edgemix.errors import InputError
 from edgemix.export.quantization.emission import add_initializer
 from edgemix.graph_io import present_of
 from edgemix.progress import SILENT
-from edgemix.runtime.member import Member
+from edgemix.runtime.member import CODED_CACHE, Member
+from edgemix.runtime.providers import check_version
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -48,12 +49,14 @@ def cache_scales(
 
     Raises:
         InputError: The graph's cache is one that grows.
+        EdgemixError: ONNX Runtime is too old.
     """
     if facts.cache != "shared":
         raise InputError(
             f"the cache of this model's graph ({facts.exporter}) cannot be int8: only GroupQueryAttention has one",
             "Leave cache: int8 out of the recipe.",
         )
+    check_version(CODED_CACHE, "cache: int8")
     member = Member.load(graph, facts)
     largest = [np.zeros((slot.heads, slot.head_size), np.float32) for slot in member.layout.slots]
     with progress.stage("key-value scales", len(windows)) as task:

@@ -7,7 +7,8 @@ import pytest
 from test_members import tiny_tokenizer
 from tiny_models import tiny_model
 
-from edgemix.errors import InputError, RecipeError
+from edgemix.compression import Student
+from edgemix.errors import EdgemixError, InputError, RecipeError
 from edgemix.export.graph import export_graph
 from edgemix.export.pipeline import export_bundle
 from edgemix.export.quantization import quantize
@@ -118,7 +119,11 @@ def test_a_whole_mixture(recipe, tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"stack": True}, "does not go with stack"), ({"format": "fp16"}, "goes with quantised formats")],
+    [
+        ({"stack": True}, "does not go with stack"),
+        ({"format": "fp16"}, "goes with quantised formats"),
+        ({"student": Student(format="fp32")}, "goes with quantised formats"),
+    ],
 )
 def test_what_it_does_not_go_with(recipe, tmp_path, change, message):
     with pytest.raises(RecipeError, match=message):
@@ -139,3 +144,10 @@ def test_what_it_does_to_a_graph_is_the_same_every_time(tmp_path):
         )
         contents.append((tmp_path / name / "model.onnx").read_bytes())
     assert contents[0] == contents[1]
+
+
+def test_a_runtime_that_is_too_old_says_so(graphs, tmp_path, monkeypatch):
+    _, member = graphs
+    monkeypatch.setattr("onnxruntime.__version__", "1.25.1")
+    with pytest.raises(EdgemixError, match=r"needs ONNX Runtime 1\.26 or later, and this is 1\.25\.1"):
+        Member.load(tmp_path / "model.onnx", member.facts)

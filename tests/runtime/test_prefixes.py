@@ -119,16 +119,28 @@ def test_only_as_much_as_there_is_room_for(load, saved):
     assert 0 < mixture.prefixes.bytes <= 400_000
 
 
+def test_what_has_no_room_leaves_the_others(load, tmp_path):
+    with load() as mixture:
+        mixture.generate("ab" * 700, max_new_tokens=1, weights={"a": 1.0})
+        mixture.save_prefixes(tmp_path / "long")
+    small = load(prefix_bytes=400_000)
+    small.generate("ab" * LEAST, max_new_tokens=1, weights={"a": 1.0})
+    assert len(small.prefixes) == 1
+    small.load_prefixes(tmp_path / "long")
+    assert len(small.prefixes) == 1
+
+
 def test_texts_of_other_graphs_are_passed_over(load, saved, tmp_path):
     other = write_bundle(tmp_path / "other", {"a": random_member(3, tokens=VOCABULARY, padding=6)}, weights={"a": 1.0})
     with Mixture.load(other, provider="cpu", threads=1) as mixture:
         assert mixture.load_prefixes(saved) == len(mixture.prefixes) == 0
 
 
+@pytest.mark.parametrize("bit", [1, 0x80])
 @pytest.mark.parametrize("at", [0, 40, 2_000, -1])
-def test_a_damaged_file_is_refused(load, saved, at):
+def test_a_damaged_file_is_refused(load, saved, at, bit):
     content = bytearray(saved.read_bytes())
-    content[at] ^= 1
+    content[at] ^= bit
     saved.write_bytes(content)
     with pytest.raises(InputError, match=r"damaged|no file of texts"):
         load().load_prefixes(saved)

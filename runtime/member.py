@@ -69,7 +69,7 @@ class Member:
         layout: What its caches must know of it.
         chunk: Most tokens that one call should read, so that its logits stay within `LOGITS_BYTES`.
         pairs: Whether a call with a single token of a sequence says something else than one with several: attention has
-            a path of its own for one token, and where products round activations to 8 bits by blocks, its last bits
+            a path of its own for one token, and where products round activations to 8 bits, its last bits
             grow to tenths of a logit. Rows of a batch with a token each read as a single row does.
     """
 

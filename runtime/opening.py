@@ -40,7 +40,7 @@ def open_graphs(
     kept = PackedWeights.of_this_machine(packed) if packed else None
 
     def open_one(entry: MemberEntry) -> Member:
-        path, quantized = resolve(bundle, entry.graph), entry.format in ("int8", "int4")
+        path, quantized = resolve(bundle, entry.graph), entry.format in ("int8", "int8-dynamic", "int4")
         place = (kept, graph_digest(manifest, entry.graph)) if kept else None
         return Member.load(path, entry.facts, provider, threads, name=entry.name, quantized=quantized, packed=place)
 

@@ -304,12 +304,14 @@ def plot(figures: dict[str, Any], path: Path) -> None:
     axes.axvline(rows[NAIVE]["decode"], color="#c8793d", lw=1, ls="--")
     for name, rate, end in zip(names, rates, high, strict=True):
         axes.annotate(
-            f" {rate:.0f}  ({rows[name]['times_naive']:.2f}x)", (max(rate, end), name), va="center", fontsize=9
+            f" {rate:.0f}  ({rows[name]['times_naive']:.2f}x)",
+            (max(rate, end), name),
+            va="center",
+            fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )
     axes.set_xlabel("tokens/s, greedy, batch 1 (median, quartiles)")
-    axes.set_title(
-        f"{figures['bundle']}: a mixture of {figures['members']} on {figures['threads']} threads", loc="left"
-    )
+    axes.set_title(f"{figures['bundle']}: {figures['members']} member(s), {figures['threads']} threads", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.18)
     figure.savefig(path, dpi=144)

@@ -315,7 +315,7 @@ class _Export:
             tokenizer, seed = load_tokenizer(locate(spec.model, self._recipe.folder)), self._recipe.seed
             calibration = self._models.calibration(tokenizer, spec.name, CALIBRATION_LENGTH, CALIBRATION_WINDOWS)
             calibration = calibration or own_texts(source, graph.facts, GATE_TOKENS, seed=seed)
-        scales = cache_scales(source, graph.facts, calibration, progress=progress) if codes else None
+        scales = cache_scales(source, graph.facts, calibration, progress=progress) if codes and calibration else None
         table = self._blocks.find(spec, self._eight_bits.get(spec.name))
         with progress.stage(form), storage_errors(f"writing {output}"):
             quantize(

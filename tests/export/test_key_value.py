@@ -9,6 +9,7 @@ from tiny_models import tiny_model
 
 from edgemix.compression import Student
 from edgemix.errors import EdgemixError, InputError, RecipeError
+from edgemix.export.budget.plan import Budget
 from edgemix.export.graph import export_graph
 from edgemix.export.pipeline import export_bundle
 from edgemix.export.quantization import quantize
@@ -151,3 +152,8 @@ def test_a_runtime_that_is_too_old_says_so(graphs, tmp_path, monkeypatch):
     monkeypatch.setattr("onnxruntime.__version__", "1.25.1")
     with pytest.raises(EdgemixError, match=r"needs ONNX Runtime 1\.26 or later, and this is 1\.25\.1"):
         Member.load(tmp_path / "model.onnx", member.facts)
+
+
+def test_a_budget_tries_formats_with_floats(recipe, tmp_path):
+    with pytest.raises(InputError, match="a budget does not go with cache: int8"):
+        export_bundle(recipe, tmp_path / "bundle", budget=Budget(bytes=10**9))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 import edgemix
-from edgemix.errors import InputError, RecipeError, storage_errors
+from edgemix.errors import RecipeError, storage_errors
 from edgemix.export import shared_tokenizer
 from edgemix.export.budget.planner import Planner, decided, undecided
 from edgemix.export.budget.trials import Trials
@@ -162,11 +162,6 @@ class _Export:
     ) -> Callable[[Manifest], BudgetFigures]:
         """Find formats for the other members and go on with them; what will judge the bundle."""
         recipe, models, writer, progress = self._recipe, self._models, self._writer, self._progress
-        if recipe.cache == "int8":
-            raise InputError(
-                "a budget does not go with cache: int8, as formats are tried with keys and values in float",
-                "Leave one of them out.",
-            )
         trials = Trials(
             recipe, models=models, graphs=self._graphs, blocks=self._blocks, writer=writer, progress=progress
         )

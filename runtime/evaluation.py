@@ -132,7 +132,7 @@ def evaluate(
     lines = _lines(mixture, student)
     own = next(line for line in reversed(lines) if line.name == _own_name(mixture))  # not a member of that name
     blend = Blend(models, own.shares, "linear", mixture.vocabulary)
-    taken = {name: _documents(mixture, name, documents, max_tokens) for name, documents in files.items()}
+    taken = {name: scored_documents(mixture, name, documents, max_tokens) for name, documents in files.items()}
     read = {
         name: _compare(
             blend, mixture, documents, window=min(window or WINDOW, context), progress=Prefixed(progress, name)
@@ -174,7 +174,7 @@ def score_documents(
     Raises:
         InputError: There is nothing to score.
     """
-    taken = _documents(mixture, name, documents, max_tokens)
+    taken = scored_documents(mixture, name, documents, max_tokens)
     scores = mixture.score(taken, window=min(window or WINDOW, mixture.context), progress=progress)
     return np.concatenate([score.member_log_probabilities for score in scores], axis=1)
 
@@ -246,7 +246,7 @@ def _own_name(mixture: Mixture) -> str:
     return {"uniform": "uniform", "given": "given", "fit": "fitted"}[mixture.manifest.weights.method]
 
 
-def _documents(mixture: Mixture, name: str, documents: Sequence[str], max_tokens: int | None) -> list[str]:
+def scored_documents(mixture: Mixture, name: str, documents: Sequence[str], max_tokens: int | None) -> list[str]:
     """The documents that there is something to score in, up to so many tokens.
 
     Raises:

@@ -69,8 +69,8 @@ class Member:
         layout: What its caches must know of it.
         chunk: Most tokens that one call should read, so that its logits stay within `LOGITS_BYTES`.
         pairs: Whether a call with a single token of a sequence says something else than one with several: attention has
-            a path of its own for one token, and where products round activations to 8 bits, its last bits
-            grow to tenths of a logit. Rows of a batch with a token each read as a single row does.
+            a path of its own for one token, and where products round activations to 8 bits, its last bits grow to
+            tenths of a logit. Rows of a batch with a token each read as a single row does.
     """
 
     def __init__(
@@ -122,6 +122,7 @@ class Member:
 
         Raises:
             BundleError: The graph does not load, or is not the decoder that `facts` describe.
+            EdgemixError: It keeps keys and values in 8 bits, and ONNX Runtime is too old for that.
         """
         provider = provider or PROVIDERS["cpu"]
         if facts.cache_dtype is not None:

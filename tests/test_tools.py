@@ -135,3 +135,20 @@ def test_a_peer_that_is_not_installed(tool, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
     with pytest.raises(SystemExit, match="pip install llama-cpp-python"):
         tool("benchmark").main()
+
+
+def test_adaptive_weights_against_fixed_ones(tool, monkeypatch, tmp_path, capsys):
+    forms = {name: random_member(seed, tokens=VOCABULARY, padding=6) for seed, name in enumerate(("a", "b"))}
+    bundle = write_bundle(tmp_path / "mixture", forms, weights={"a": 0.7, "b": 0.3})
+    for name, text in (("one", "ox and hen " * 30), ("two", "the owl sat " * 30)):
+        (tmp_path / f"{name}.txt").write_text(text)
+    files = [str(tmp_path / f"{name}.txt") for name in ("one", "two")]
+    arguments = [str(bundle), *files, "--passage", "20", "--max-tokens", "100"]
+    monkeypatch.setattr(sys, "argv", ["adaptive.py", *arguments])
+    tool("adaptive").main()
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(rows["a"]) == {"one", "two", "stream"}
+    assert {"a", "b", "uniform", "fixed", "adaptive, 1", "adaptive, 32"} <= rows.keys()
+    monkeypatch.setattr(sys, "argv", ["adaptive.py", str(bundle), files[0]])
+    with pytest.raises(SystemExit, match="two texts or more"):
+        tool("adaptive").main()

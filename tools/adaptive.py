@@ -13,14 +13,13 @@ import argparse
 import json
 import math
 import sys
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgemix.cli.console import Console
-from edgemix.cli.texts import read_files
+from edgemix.cli.texts import read_files, with_line_ends
 from edgemix.errors import EdgemixError, InputError
 
 if TYPE_CHECKING:
@@ -43,15 +42,6 @@ def alternate(mixture: Mixture, texts: Mapping[str, Sequence[str]], passage: int
     tokens = [mixture.tokenizer.encode("\n\n".join(documents))[:most] for documents in texts.values()]
     starts = range(0, min(map(len, tokens)), passage)
     return "\n\n".join(mixture.tokenizer.decode(ids[at : at + passage]) for at in starts for ids in tokens)
-
-
-def first_tokens(mixture: Mixture, documents: Sequence[str], most: int) -> list[str]:
-    """Documents from the beginning, up to so many tokens in all; none with fewer than two."""
-    lengths = [len(mixture.tokenizer.encode(document)) for document in documents]
-    reach = zip(documents, lengths, accumulate(lengths), strict=True)
-    return [document for document, length, end in reach if length > 1 and end <= most] or [
-        mixture.tokenizer.shorten(documents[0], most)
-    ]
 
 
 def ways(mixture: Mixture) -> dict[str, Way]:
@@ -115,14 +105,16 @@ def main() -> None:
     console = Console()
     try:
         from edgemix.runtime import Mixture
+        from edgemix.runtime.evaluation import scored_documents
 
-        template = arguments.template and arguments.template.replace("\\n", "\n")
+        template = with_line_ends(arguments.template)
         files = read_files(tuple(arguments.texts), template)
         if len(files) < 2 or STREAM in files or arguments.passage < 2 or arguments.max_tokens < 2:
             raise InputError(f"give two texts or more, none called {STREAM}, and at least two tokens of each")
         with Mixture.load(arguments.bundle, provider="cpu") as mixture:
-            taken = {name: first_tokens(mixture, documents, arguments.max_tokens) for name, documents in files.items()}
-            taken[STREAM] = [alternate(mixture, files, arguments.passage, arguments.max_tokens)]
+            most = arguments.max_tokens
+            taken = {name: scored_documents(mixture, name, documents, most) for name, documents in files.items()}
+            taken[STREAM] = [alternate(mixture, files, arguments.passage, most)]
             rows = measure(mixture, taken, min(WINDOW, mixture.context), console)
             show(rows, mixture.members, console)
     except EdgemixError as error:

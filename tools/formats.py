@@ -34,7 +34,7 @@ import numpy as np
 from edgemix.bundle import read_manifest
 from edgemix.cli.command import quiet_libraries
 from edgemix.cli.console import Console, megabytes
-from edgemix.cli.texts import read_files
+from edgemix.cli.texts import read_files, with_line_ends
 from edgemix.compression import Algorithm, Quantization
 from edgemix.errors import EdgemixError, InputError
 from edgemix.formats import FORMATS
@@ -260,7 +260,7 @@ def main() -> None:
     quiet_libraries()
     console = Console()
     try:
-        template = arguments.template and arguments.template.replace("\\n", "\n")
+        template = with_line_ends(arguments.template)
         texts = {name: "\n".join(each) for name, each in read_files(tuple(arguments.texts), template).items()}
         calibration = {
             str(index): TextSource(str(path.resolve()), template if path.suffix == ".jsonl" else None)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from edgemix.cli.console import Console
-from edgemix.cli.texts import read_files
+from edgemix.cli.texts import read_files, with_line_ends
 from edgemix.compression import Student
 from edgemix.errors import EdgemixError
 from edgemix.manifest import MANIFEST
@@ -121,7 +121,7 @@ def main() -> None:
 
     console = Console()
     try:
-        template = arguments.template and arguments.template.replace("\\n", "\n")
+        template = with_line_ends(arguments.template)
         texts = read_files(tuple(arguments.texts), template)
         arguments.output.mkdir(parents=True, exist_ok=True)
         for name, recipe in recipes(load_recipe(arguments.recipe), arguments.base, arguments.minutes).items():

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import click
 
+from edgemix.cli.texts import with_line_ends
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -252,8 +254,7 @@ def max_tokens_option(function: F) -> F:
 
 
 def _with_line_ends(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:  # noqa: ARG001
-    r"""Shells pass a typed \n as two characters."""
-    return None if value is None else value.replace("\\n", "\n")
+    return with_line_ends(value)
 
 
 def _all(function: F, options: Sequence[Callable[[F], F]]) -> F:

@@ -11,6 +11,11 @@ import click
 from edgemix.errors import InputError
 
 
+def with_line_ends(template: str | None) -> str | None:
+    r"""A template as it was meant: shells pass a typed \n as two characters."""
+    return None if template is None else template.replace("\\n", "\n")
+
+
 def read_prompt(prompt: str | None, file: Path | None) -> str:
     """The prompt from the argument, a file or stdin (one line end at its end does not count).
 

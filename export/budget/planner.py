@@ -47,12 +47,18 @@ def undecided(recipe: Recipe) -> Recipe:
     """The recipe with int4, as a beginning, for all members that have no format of their own.
 
     Raises:
-        InputError: There is none, or one whose blocks cannot have bits of their own, or members share graphs.
+        InputError: There is none, or one whose blocks cannot have bits of their own, or members share graphs, or keep
+            keys and values in 8 bits.
     """
     if recipe.stack:
         raise InputError(
             "a budget chooses formats member by member, and stacked members have one graph",
             "Leave stack: true out of the recipe, or export without a budget.",
+        )
+    if recipe.cache == "int8":
+        raise InputError(
+            "a budget does not go with cache: int8, as formats are tried with keys and values in float",
+            "Leave one of them out.",
         )
     chosen = [spec for spec in recipe.members if spec.format is None]
     if not chosen:

@@ -1,8 +1,8 @@
 """Keys and values in 8 bits: a quarter of the memory that a text takes, in graphs with GroupQueryAttention.
 
-ONNX Runtime's operator rounds what it appends to the cache and reads it back as codes times scales. A
-scale belongs to one channel of one head, symmetric around zero, and is set by the largest number that the float32 graph
-puts there on calibration text; what is larger later is cut off.
+ONNX Runtime's operator rounds what it appends to the cache and reads it back as codes times scales. A scale belongs to
+one channel of one head, symmetric around zero, and is set by the largest number that the float32 graph puts there on
+calibration text; what is larger later is cut off.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ import numpy as np
 
 from edgemix.errors import EdgemixError
 from edgemix.runtime.adaptive import Posterior, evidence_from
+from edgemix.runtime.attribution import Spoken
+from edgemix.runtime.constraints import rule_out
 from edgemix.runtime.engine import Token, finish_reason
 from edgemix.runtime.mixing import check_numbers, combine_log_probabilities, log_softmax
 from edgemix.runtime.prefixes import PrefixCache
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemix.runtime.blend import Blend, Listened
+    from edgemix.runtime.constraints import Follower
     from edgemix.runtime.sampling import Sampling
 
 PIECE = 128
@@ -42,7 +45,9 @@ class Request:
         generator: Where randomness comes from.
         budget: Most tokens.
         eos: Ids that finish it with "stop".
+        follower: Where it must have a given form.
         log_probabilities: Of its tokens so far, under the mixture, nats.
+        said: What voices gave each of them, and weighed.
     """
 
     blend: Blend
@@ -51,7 +56,14 @@ class Request:
     generator: np.random.Generator
     budget: int
     eos: frozenset[int]
+    follower: Follower | None = None
     log_probabilities: list[float] = field(default_factory=list)
+    said: list[Spoken] = field(default_factory=list)
+
+    def spoken(self) -> Spoken:
+        """What voices gave its tokens so far."""
+        own, weights = zip(*self.said, strict=True)
+        return Spoken(np.concatenate(own, axis=1), np.concatenate(weights, axis=1))
 
 
 class _Row:
@@ -213,9 +225,15 @@ class ContinuousBatch:
         """A row's next token, from each voice's logits and log-probabilities [voices, vocabulary]."""
         request, mixed = row.request, row.mix(parts)
         scores = mixed if request.sampling.repetition_penalty == 1 else row.penalised(logits)
+        if request.follower is not None:
+            scores = rule_out(scores, request.follower.allowed())
         token = choose_token(scores, request.sampling, request.generator)
+        if request.follower is not None:
+            request.follower.take([token])
         request.log_probabilities.append(float(mixed[token]))
-        row.learn(parts[:, token].astype(np.float64))
+        own = parts[:, token].astype(np.float64)
+        request.said.append(Spoken(np.where(row.weights > 0, own, np.nan)[:, None], row.weights[:, None]))
+        row.learn(own)
         row.last = token
         row.seen = np.union1d(row.seen, [token]) if request.sampling.repetition_penalty != 1 else row.seen
         request.budget -= 1

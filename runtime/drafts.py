@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
+from edgemix.runtime.constraints import rule_out
 from edgemix.runtime.mixing import log_softmax, most_probable
 from edgemix.runtime.prefixes import common_length
 from edgemix.runtime.sampling import distribution, draw
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from numpy.typing import NDArray
 
     from edgemix.runtime.pace import Pace
@@ -107,10 +110,28 @@ class PromptLookup:
 class StudentDrafts:
     """The student's own continuation, drawn (or not) as the mixture's tokens are. Of a text that is there already it
     reads the end only: drafts need not be the best, and the beginning would delay them.
+
+    Args:
+        reader: The student's.
+        sampling: The mixture's.
+        generator: Where randomness comes from.
+        pace: Tells what pays.
+        eos: Ids that nothing is drafted behind.
+        allow: Which tokens may come behind some that are drafted, bool [vocabulary]; None allows all.
     """
 
-    def __init__(self, reader: Reader, sampling: Sampling, generator: np.random.Generator, pace: Pace) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        sampling: Sampling,
+        generator: np.random.Generator,
+        pace: Pace,
+        *,
+        eos: frozenset[int] = frozenset(),
+        allow: Callable[[Sequence[int]], NDArray[np.bool_]] | None = None,
+    ) -> None:
         self._reader, self._sampling, self._generator, self._pace = reader, sampling, generator, pace
+        self._eos, self._allow = eos, allow
         self._read = np.empty(0, np.int64)
         self._start: int | None = None
 
@@ -129,13 +150,15 @@ class StudentDrafts:
         chance, next_seconds = 1.0, pace.drafting("student")
         while len(tokens) < most and pace.pays(chance * pace.chance("student"), next_seconds):
             started = time.perf_counter()
-            ((_, (logits,)),) = reader.listen(ids, len(ids))
+            ((_, ((logits,),)),) = reader.listen(ids, len(ids))
+            if self._allow is not None:
+                logits = rule_out(logits, self._allow(tokens))
             if self._sampling.temperature:
-                shares = distribution(log_softmax(logits[0]), self._sampling)
+                shares = distribution(log_softmax(logits), self._sampling)
                 token, surest = draw(shares, self._generator), float(shares.max())
                 proposals.append(shares)
             else:
-                token, surest = most_probable(logits[0])
+                token, surest = most_probable(logits)
             source: Source = ("student", min(3, int(4 * surest)))
             chance *= pace.chance(source)
             pace.drafted("student", time.perf_counter() - started)
@@ -145,6 +168,8 @@ class StudentDrafts:
             tokens.append(token)
             sources.append(source)
             ids = np.append(ids, token)
+            if token in self._eos:
+                break
         self._read = ids
         return Draft(tokens, sources, proposals[: len(tokens)] if self._sampling.temperature else None)
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from edgemix.runtime.adaptive import Posterior, evidence_from
+from edgemix.runtime.attribution import Spoken
+from edgemix.runtime.constraints import rule_out
 from edgemix.runtime.mixing import check_numbers, combine_log_probabilities, log_softmax
 from edgemix.runtime.reader import Reader
 from edgemix.runtime.sampling import choose_token, penalise_repetition
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemix.runtime.blend import Blend
+    from edgemix.runtime.constraints import Follower
     from edgemix.runtime.member import Tokens
     from edgemix.runtime.sampling import Sampling
 
@@ -84,6 +87,11 @@ class State:
         """The same from logits that somebody has changed, and that are no evidence of anything."""
         return self._mix(logits, self._buffer(len(logits[0])))
 
+    def spoken(self, row: int, token: int) -> Spoken:
+        """What voices, as `mix` heard them last, gave a token of a row, and what they weighed."""
+        weights = self._weights if self._weights.ndim == 1 else self._weights[:, row]
+        return Spoken(self._parts[:, row, token].astype(np.float64)[:, None], weights[:, None])
+
     def select(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in ascending order."""
         for cache in self._caches:
@@ -146,6 +154,7 @@ class _Sequence:
     generator: np.random.Generator
     budget: int
     seen: NDArray[np.int64]
+    follower: Follower | None = None
     last: int = -1
     finished: bool = False
 
@@ -163,6 +172,7 @@ class Decoding:
         max_new_tokens: Most tokens for each.
         context: Most tokens that are read of a sequence; what would follow ends with finish reason "length".
         eos: Ids that finish a sequence with "stop"; the id itself is the last token.
+        followers: One a prompt, where texts must have a given form.
     """
 
     def __init__(
@@ -175,12 +185,14 @@ class Decoding:
         max_new_tokens: int,
         context: int,
         eos: Iterable[int],
+        followers: Sequence[Follower] = (),
     ) -> None:
         self._sampling = sampling
         self._eos = frozenset(eos)
         self._prompts: list[NDArray[np.int64]] | None = [np.asarray(prompt, np.int64) for prompt in prompts]
         self._state = State(blend, len(prompts))
         self._log_probabilities: list[list[float]] = [[] for _ in prompts]
+        self._spoken: list[list[Spoken]] = [[] for _ in prompts]
         self._active = [
             _Sequence(
                 index,
@@ -188,6 +200,7 @@ class Decoding:
                 # The last token is never read, so it may lie one beyond the context.
                 budget=min(max_new_tokens, context - len(prompt) + 1),
                 seen=np.unique(prompt),
+                follower=followers[index] if followers else None,
             )
             for index, (prompt, seed) in enumerate(zip(self._prompts, seeds, strict=True))
         ]
@@ -207,6 +220,8 @@ class Decoding:
             chosen = self._choose(log_probabilities)
         else:
             chosen = self._choose(self._state.mix_altered([self._penalise(each) for each in logits]))
+        for row, (sequence, token) in enumerate(zip(self._active, chosen, strict=True)):
+            self._spoken[sequence.index].append(self._state.spoken(row, token))
         return [
             self._advance(sequence, token, float(row[token]))
             for sequence, token, row in zip(self._active, chosen, log_probabilities, strict=True)
@@ -215,6 +230,11 @@ class Decoding:
     def log_probabilities(self, sequence: int) -> NDArray[np.float64]:
         """Of a sequence's tokens so far, under the mixture, before temperature and filters: float64 [tokens], nats."""
         return np.array(self._log_probabilities[sequence], np.float64)
+
+    def spoken(self, sequence: int) -> Spoken:
+        """What voices that weigh something gave a sequence's tokens so far."""
+        own, weights = zip(*self._spoken[sequence], strict=True)
+        return Spoken(np.concatenate(own, axis=1), np.concatenate(weights, axis=1))
 
     def finish(self, sequence: int) -> None:
         """Take a sequence out, whatever it may still have had to say."""
@@ -241,17 +261,21 @@ class Decoding:
         return np.stack([penalise_repetition(row, sequence.seen, penalty) for row, sequence in rows])
 
     def _choose(self, scores: NDArray[np.float32]) -> list[int]:
-        if self._sampling.temperature == 0:
-            return [int(token) for token in scores.argmax(axis=-1)]
+        rows = [
+            row if sequence.follower is None else rule_out(row, sequence.follower.allowed())
+            for row, sequence in zip(scores, self._active, strict=True)
+        ]
         return [
             choose_token(row, self._sampling, sequence.generator)
-            for row, sequence in zip(scores, self._active, strict=True)
+            for row, sequence in zip(rows, self._active, strict=True)
         ]
 
     def _advance(self, sequence: _Sequence, token: int, log_probability: float) -> Token:
         sequence.last = token
         self._log_probabilities[sequence.index].append(log_probability)
         sequence.budget -= 1
+        if sequence.follower is not None:
+            sequence.follower.take([token])
         if self._sampling.repetition_penalty != 1:
             sequence.seen = np.union1d(sequence.seen, [token])
         reason = finish_reason(token, self._eos, sequence.budget)

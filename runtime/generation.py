@@ -13,7 +13,9 @@ from edgemix.runtime.writer import Writer
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from edgemix.runtime.attribution import Spoken
     from edgemix.runtime.blend import Blend
+    from edgemix.runtime.constraints import Grammar
     from edgemix.runtime.mixture import Mixture
     from edgemix.runtime.options import Settings
     from edgemix.runtime.results import Chunk
@@ -25,6 +27,7 @@ def generate(
     prompts: list[list[int]],
     settings: Settings,
     *,
+    grammar: Grammar | None,
     seeds: list[int | None],
     started: float,
 ) -> Generator[tuple[int, Chunk]]:
@@ -35,6 +38,7 @@ def generate(
         blend: What generates.
         prompts: Token ids, at least one each, no more than the context.
         settings: Checked.
+        grammar: Of their constraint, if they have one.
         seeds: One a prompt; None draws from the system's entropy.
         started: `time.perf_counter()` when the call began.
 
@@ -42,7 +46,12 @@ def generate(
         EdgemixError: A graph fails, or computes something that is not a number.
     """
     prompt_tokens = sum(map(len, prompts))
-    decoding = _decoding(mixture, blend, prompts, settings, seeds)
+    decoding = _decoding(mixture, blend, prompts, settings, seeds, grammar=grammar)
+    voices = mixture.whole_blend(settings.weights, settings.combine).heavy if settings.attribution else None
+
+    def spoken(sequence: int) -> Spoken:
+        return decoding.spoken(sequence).of_all(voices, len(mixture.members))
+
     writers = [
         Writer(
             mixture.tokenizer,
@@ -51,6 +60,7 @@ def generate(
             batch_tokens=prompt_tokens,
             started=started,
             log_probabilities=partial(decoding.log_probabilities, i),
+            spoken=None if voices is None else partial(spoken, i),
         )
         for i, prompt in enumerate(prompts)
     ]
@@ -75,7 +85,13 @@ def chunks(decoded: Generator[tuple[int, Chunk]]) -> Generator[Chunk]:
 
 
 def _decoding(
-    mixture: Mixture, blend: Blend, prompts: list[list[int]], settings: Settings, seeds: list[int | None]
+    mixture: Mixture,
+    blend: Blend,
+    prompts: list[list[int]],
+    settings: Settings,
+    seeds: list[int | None],
+    *,
+    grammar: Grammar | None,
 ) -> Decoding | SpeculativeDecoding:
     """A sequence alone in fewer calls, several as a batch; what is drawn with a seed token by token in any case, so
     that it is the same alone, in a batch, and on a machine of another speed.
@@ -93,6 +109,17 @@ def _decoding(
             eos=eos,
             student=mixture.drafting if settings.speculation in ("auto", "student") else None,
             lookup=settings.speculation in ("auto", "lookup"),
+            lazy=not settings.attribution,
+            follower=grammar.follow() if grammar else None,
             prefixes=mixture.prefixes,
         )
-    return Decoding(blend, prompts, sampling, seeds=seeds, max_new_tokens=budget, context=mixture.context, eos=eos)
+    return Decoding(
+        blend,
+        prompts,
+        sampling,
+        seeds=seeds,
+        max_new_tokens=budget,
+        context=mixture.context,
+        eos=eos,
+        followers=[grammar.follow() for _ in prompts] if grammar else (),
+    )

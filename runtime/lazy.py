@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemix.runtime.adaptive import PERIOD, Posterior, evidence_from
-from edgemix.runtime.mixing import check_numbers, log_linear, target_log_probabilities
+from edgemix.runtime.attribution import Spoken
+from edgemix.runtime.constraints import only_one, rule_out
+from edgemix.runtime.mixing import check_numbers, linear, log_linear, log_softmax, target_log_probabilities
 from edgemix.runtime.prefixes import PrefixCache
 
 if TYPE_CHECKING:
@@ -30,11 +32,14 @@ if TYPE_CHECKING:
     from edgemix.runtime.reader import Reader
 
     Alter = Callable[[NDArray[np.float32], int], NDArray[np.float32]]
+    Allow = Callable[[int], NDArray[np.bool_]]
 
 _ROOM = 256
 """Tokens beside the prompt that there is room for at first."""
 ROUNDING = 1e-5
 """What float32 may lose in a sum of probabilities that is about one."""
+_FAINT = 1e-30
+"""A probability that float32 hardly holds: what is below is compared by its logarithm."""
 
 
 class LazyState:
@@ -44,6 +49,7 @@ class LazyState:
         blend: The members.
         prompt: int64 [tokens], at least one.
         alter: Changes a voice's logits [vocabulary] for a place of the window (a penalty); None changes nothing.
+        allow: Which tokens the mixture may take at a place of the window, bool [vocabulary]; None allows all.
         prefixes: Texts that were read before, and where this one will be kept.
 
     Attributes:
@@ -58,9 +64,11 @@ class LazyState:
         prompt: NDArray[np.int64],
         alter: Alter | None = None,
         *,
+        allow: Allow | None = None,
         prefixes: PrefixCache | None = None,
     ) -> None:
-        self._blend, self._alter, self._prefixes = blend, alter, PrefixCache(0) if prefixes is None else prefixes
+        self._blend, self._alter, self._allow = blend, alter, allow
+        self._prefixes = PrefixCache(0) if prefixes is None else prefixes
         heavy, vocabulary = blend.heavy, blend.vocabulary
         self._posterior = Posterior(blend.experts.narrowed(heavy)) if blend.experts else None
         self.weights = blend.weights[heavy]
@@ -164,17 +172,25 @@ class LazyState:
         """The token at a place that is most probable to those asked so far, or to the one of most weight; and by how
         much, in units of what the others could change: it is the mixture's, too, above 1.
         """
+        if (forced := self.forced(place)) is not None:
+            return forced, math.inf
         if not self._spoken:
             self.ask_next()
         mass = self.mass(place)
+        if self._allow is not None:
+            mass = np.where(self._allow(place), mass, np.float32(-1))
         token = int(mass.argmax())
         lead, rest = mass[token], self.rest
         if not rest:
-            return token, math.inf
+            return int(self.scores(place).argmax()) if lead < _FAINT else token, math.inf
         mass[token] = -1
         second = mass.max()
         mass[token] = lead
         return token, float(lead - second) / (rest + ROUNDING)
+
+    def forced(self, place: int) -> int | None:
+        """The token that is the only one allowed at a place, if there is one."""
+        return None if self._allow is None else only_one(self._allow(place))
 
     def shorten(self, drafted: int) -> None:
         """Take tokens of the draft back: so many of them stay."""
@@ -199,16 +215,23 @@ class LazyState:
                 self.asked += 1
 
     def scores(self, place: int) -> NDArray[np.float32]:
-        """The whole mixture's log-probabilities [vocabulary] at a place, a new array; asks all members."""
+        """The whole mixture's log-probabilities [vocabulary] at a place, a new array, with -inf where a token is not
+        allowed; asks all members.
+        """
         self.ask_all()
+        voices = sorted(self._spoken)
         if self._blend.combine != "linear":
-            voices = sorted(self._spoken)
-            parts = np.stack([self._altered(voice, place) for voice in voices])
-            mixed = log_linear(parts, self.weights[voices])
+            mixed = log_linear(np.stack([self._altered(voice, place) for voice in voices]), self.weights[voices])
         else:
             with np.errstate(divide="ignore"):
                 mixed = np.log(self.mass(place))
         check_numbers(mixed.max())
+        if self._allow is None:
+            return mixed
+        mixed = rule_out(mixed, allowed := self._allow(place))
+        if self._blend.combine == "linear" and mixed.max() < math.log(_FAINT):
+            parts = np.stack([log_softmax(self._altered(voice, place)) for voice in voices])
+            mixed = rule_out(linear(parts, self.weights[voices]), allowed)
         return mixed
 
     def accept(self, tokens: Sequence[int]) -> None:
@@ -238,13 +261,18 @@ class LazyState:
         """Of the tokens behind the prompt, under the mixture without `alter`: float64 [tokens], nats."""
         if self._blend.combine != "linear":
             return np.array(self._geometric)
+        spoken = self.spoken()
+        mixed: NDArray[np.float64] = np.logaddexp.reduce(spoken.own + np.log(spoken.weights), axis=0)
+        return mixed
+
+    def spoken(self) -> Spoken:
+        """What voices gave the tokens behind the prompt; those left out read on for that."""
         for reader in self._readers:
             if reader.read < self.length - 1:
                 for heard in reader.listen(self._ids[: self.length - 1], max(self._start, reader.read + 1)):
                     reader.note(heard, self.text, self._own)
         new = slice(self._start, self.length)
-        mixed: NDArray[np.float64] = np.logaddexp.reduce(self._own[:, new] + np.log(self._path[:, new]), axis=0)
-        return mixed
+        return Spoken(self._own[:, new], self._path[:, new])
 
     def close(self) -> None:
         """Give the caches away."""

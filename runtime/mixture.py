@@ -15,6 +15,7 @@ from edgemix.progress import SILENT
 from edgemix.runtime import prefix_file
 from edgemix.runtime.adaptive import Experts
 from edgemix.runtime.blend import Blend
+from edgemix.runtime.constraints import Grammar
 from edgemix.runtime.engine import State
 from edgemix.runtime.generation import chunks, generate
 from edgemix.runtime.mixing import check_combine, normalise
@@ -356,7 +357,8 @@ class Mixture:
             self.check_length(prompt, "the prompt" if len(prompts) == 1 else f"prompt {index + 1}")
         blend = self.blend(settings.weights, settings.combine)
         seeds = settings.seeds(len(prompts))
-        return generate(self, blend, prompts, settings, seeds=seeds, started=started)
+        grammar = None if settings.constraint.free else Grammar(settings.constraint, self.tokenizer)
+        return generate(self, blend, prompts, settings, grammar=grammar, seeds=seeds, started=started)
 
     @property
     def drafting(self) -> Blend | None:

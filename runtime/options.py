@@ -5,9 +5,10 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from edgemix.errors import InputError
+from edgemix.runtime.constraints import Constraint
 from edgemix.runtime.mixing import Combine, check_combine
 from edgemix.runtime.sampling import Sampling
 
@@ -43,6 +44,13 @@ class GenerateOptions(TypedDict, total=False):
             from the bundle's student ("student"), as long as that is faster; members are asked only where the answer
             depends on them. What is generated does not change; with a seed tokens are drawn one by one, so that they
             are the same on every machine. "off": one token after the other, by all members.
+        json_schema: None. A JSON schema (or its text) that the text follows, see `constraints`; needs
+            edgemix[constrained]. A text that `max_new_tokens` or the context cuts short is only the beginning of one.
+        regex: None. A regular expression that the whole text matches.
+        choices: None. The texts of which it is one.
+        attribution: False. True: chunks and completions tell who spoke, each member's share in every token
+            (`responsibilities`) and its log-probability (`member_logprobs`); so every member that weighs something
+            reads every token.
     """
 
     max_new_tokens: int
@@ -56,6 +64,10 @@ class GenerateOptions(TypedDict, total=False):
     weights: WeightChoice
     combine: Combine
     speculation: Speculation
+    json_schema: Mapping[str, Any] | str | None
+    regex: str | None
+    choices: Sequence[str] | None
+    attribution: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +81,8 @@ class Settings:
     weights: WeightChoice
     combine: Combine
     speculation: Speculation
+    constraint: Constraint
+    attribution: bool
 
     @classmethod
     def of(cls, **options: Unpack[GenerateOptions]) -> Self:
@@ -97,6 +111,11 @@ class Settings:
             raise InputError(
                 f"speculation={speculation!r} is unknown", f"Choose one of: {', '.join(get_args(Speculation))}."
             )
+        if (attribution := options.get("attribution", False)) and combine != "linear":
+            raise InputError(
+                f"attribution is of the linear mixture; in the {combine} one no member says a token alone",
+                'Leave one of them out, or choose combine="linear".',
+            )
         return cls(
             sampling,
             max_new_tokens,
@@ -105,6 +124,8 @@ class Settings:
             options.get("weights"),
             combine,
             speculation,
+            Constraint(options.get("json_schema"), options.get("regex"), options.get("choices")),
+            attribution,
         )
 
     def seeds(self, prompts: int) -> list[int | None]:

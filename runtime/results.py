@@ -41,6 +41,10 @@ class Completion:
         log_probabilities: float64 [tokens], of `token_ids` under the mixture, before temperature and filters, in nats.
         prompt_tokens: Number of tokens of the prompt.
         timings: How long it took.
+        responsibilities: float64 [tokens, members], each member's share in the token, in the manifest's order; where
+            that was asked for, see `attribution`.
+        member_logprobs: float64 [tokens, members], the token's log-probability under each member, nats; NaN for those
+            that weigh nothing.
     """
 
     text: str
@@ -49,15 +53,22 @@ class Completion:
     log_probabilities: NDArray[np.float64]
     prompt_tokens: int
     timings: Timings
+    responsibilities: NDArray[np.float64] | None = None
+    member_logprobs: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of a completion as it is generated: new text and tokens; the last one carries the whole completion."""
+    """A piece of a completion as it is generated: new text and tokens; the last one carries the whole completion.
+
+    `responsibilities` and `member_logprobs` are as there, of the new tokens.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     completion: Completion | None = None
+    responsibilities: NDArray[np.float64] | None = None
+    member_logprobs: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True, slots=True)

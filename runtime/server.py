@@ -12,6 +12,7 @@ import numpy as np
 
 from edgemix.errors import EdgemixError, InputError
 from edgemix.runtime.batching import ContinuousBatch, Request
+from edgemix.runtime.constraints import Grammar
 from edgemix.runtime.options import GenerateOptions, Settings
 from edgemix.runtime.writer import Writer
 
@@ -105,6 +106,7 @@ class Server:
         ids = mixture.tokenizer.encode(prompt)
         mixture.check_length(ids, "the prompt")
         (seed,) = settings.seeds(1)
+        grammar = None if settings.constraint.free else Grammar(settings.constraint, mixture.tokenizer)
         request = Request(
             blend=mixture.whole_blend(settings.weights, settings.combine),
             prompt=np.asarray(ids, np.int64),
@@ -112,6 +114,7 @@ class Server:
             generator=np.random.default_rng(seed),
             budget=min(settings.max_new_tokens, mixture.context - len(ids) + 1),
             eos=frozenset(mixture.manifest.tokenizer.eos),
+            follower=grammar.follow() if grammar else None,
         )
 
         def log_probabilities() -> NDArray[np.float64]:
@@ -124,6 +127,7 @@ class Server:
             batch_tokens=len(ids),
             started=begun,
             log_probabilities=log_probabilities,
+            spoken=request.spoken if settings.attribution else None,
         )
         ticket = Ticket(self, request, writer)
         with self._lock:

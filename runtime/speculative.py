@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgemix.runtime.attribution import Spoken
     from edgemix.runtime.blend import Blend
+    from edgemix.runtime.constraints import Follower
     from edgemix.runtime.drafts import Drafter
     from edgemix.runtime.prefixes import PrefixCache
     from edgemix.runtime.sampling import Sampling
@@ -50,6 +52,7 @@ class SpeculativeDecoding:
         student: A blend of one model that drafts.
         lookup: Draft from the text itself, too.
         lazy: Ask members only where the answer depends on them.
+        follower: Where the text must have a given form.
         prefixes: Texts that were read before, and where this one will be kept.
 
     Attributes:
@@ -70,6 +73,7 @@ class SpeculativeDecoding:
         student: Blend | None = None,
         lookup: bool = True,
         lazy: bool = True,
+        follower: Follower | None = None,
         prefixes: PrefixCache | None = None,
     ) -> None:
         ids = np.asarray(prompt, np.int64)
@@ -79,7 +83,11 @@ class SpeculativeDecoding:
         # The last token is never read, so it may lie one beyond the context.
         self._budget = min(max_new_tokens, context - len(ids) + 1)
         penalised = sampling.repetition_penalty != 1
-        self._state = LazyState(blend, ids, self._penalise if penalised else None, prefixes=prefixes)
+        self._follower = follower
+        # Of a mixture that is held to a form, a member's token, drawn by its weight, is not the mixture's.
+        self._plain = sampling.plain and follower is None
+        allow = (lambda place: follower.allowed(self._draft.tokens[:place])) if follower else None
+        self._state = LazyState(blend, ids, self._penalise if penalised else None, allow=allow, prefixes=prefixes)
         self._seen = np.zeros(blend.vocabulary, bool)
         self._seen[ids] = True
         self._pace = Pace()
@@ -90,7 +98,10 @@ class SpeculativeDecoding:
         if student is not None:
             (listened,) = student.listened()
             reader = Reader(listened, blend.vocabulary, steady=False)  # what is said does not depend on drafts
-            self._drafters.append(StudentDrafts(reader, sampling, self._generator, self._pace))
+            behind = follower.allowed if follower else None
+            self._drafters.append(
+                StudentDrafts(reader, sampling, self._generator, self._pace, eos=self._eos, allow=behind)
+            )
         self._draft, self._alone = NOTHING, 0.0
         self._begun = self._finished = False
         self.drafted = self.accepted = 0
@@ -103,7 +114,7 @@ class SpeculativeDecoding:
         """The next tokens; the first step reads the prompt. Empty when the sequence is finished."""
         if self._finished:
             return []
-        state, begun = self._state, time.perf_counter()
+        state, begun, asked = self._state, time.perf_counter(), self._state.asked
         self._draft, self._alone = self._find_draft() if self._begun else NOTHING, 0.0
         drafted = time.perf_counter()
         state.open(self._draft.tokens)
@@ -111,8 +122,10 @@ class SpeculativeDecoding:
             state.ask_all()
         tokens = self._decide()
         state.accept(tokens)
+        if self._follower:
+            self._follower.take(tokens)
         ended = time.perf_counter()
-        if self._begun:
+        if self._begun and state.asked > asked:
             calls = ended - drafted - self._alone
             self._pace.stepped(len(self._draft.tokens), calls, ended - begun, len(tokens))
         self._begun = True
@@ -125,6 +138,10 @@ class SpeculativeDecoding:
     def log_probabilities(self, sequence: int) -> NDArray[np.float64]:  # noqa: ARG002 - there is one
         """Of the tokens so far, under the mixture, before temperature and filters: float64 [tokens], nats."""
         return self._state.log_probabilities()
+
+    def spoken(self, sequence: int) -> Spoken:  # noqa: ARG002 - there is one
+        """What voices that weigh something gave the tokens so far."""
+        return self._state.spoken()
 
     def close(self) -> None:
         """Free the caches."""
@@ -140,15 +157,22 @@ class SpeculativeDecoding:
         return min(LONGEST, state.room, self._budget - 1, self._context - state.length)
 
     def _find_draft(self) -> Draft:
-        """From the first drafter that has one."""
+        """From the first drafter that has one; only what the text's form allows."""
         state = self._state
         if (most := self._most) > 0:
             for drafter in self._drafters:
-                if (draft := drafter.draft(state.text, most)).tokens:
+                if (draft := self._held(drafter.draft(state.text, most))).tokens:
                     return draft
             if self._lookup and self._pairs:
-                return self._lookup.guess(state.text)
+                return self._held(self._lookup.guess(state.text))
         return NOTHING
+
+    def _held(self, draft: Draft) -> Draft:
+        """The beginning of a draft that the text's form allows. Of drawn tokens that is all: they were drawn so."""
+        if self._follower is None or draft.proposals is not None:
+            return draft
+        valid = self._follower.valid(draft.tokens)
+        return Draft(draft.tokens[:valid], draft.sources[:valid])
 
     def _decide(self) -> list[int]:
         """The window's tokens: the draft's as long as they are taken, then one more."""
@@ -195,6 +219,8 @@ class SpeculativeDecoding:
     def _choose(self, place: int) -> tuple[int, bool]:
         """The token of a place of the window, and whether it is the draft's."""
         drafted = place < len(self._draft.tokens)
+        if (forced := self._state.forced(place)) is not None:
+            return forced, drafted and forced == self._draft.tokens[place]
         if not self._sampling.temperature:
             token = self._state.leader(place)
             accepted = drafted and token == self._draft.tokens[place]
@@ -210,7 +236,7 @@ class SpeculativeDecoding:
     def _draw(self, place: int) -> int:
         """A token of the mixture's distribution; from one member alone, drawn by its weight, where that will do."""
         state = self._state
-        if not self._lazy or not self._sampling.plain:
+        if not self._lazy or not self._plain:
             return draw(distribution(state.scores(place), self._sampling), self._generator)
         voice = int(self._generator.choice(len(state.weights), p=state.weights / state.weights.sum()))
         state.ask_voice(voice)
@@ -220,7 +246,7 @@ class SpeculativeDecoding:
         """Take a drafted token with probability min(1, p / q), or draw from what p has more than q."""
         state, proposals, generator = self._state, self._draft.proposals, self._generator
         bar = generator.random() * (1.0 if proposals is None else float(proposals[place][token]))
-        if self._lazy and self._sampling.plain:
+        if self._lazy and self._plain:
             while state.rest:
                 if not state.silent:
                     least = float(state.mass(place)[token])

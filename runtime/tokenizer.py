@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
 from edgemix.bundle import CHAT_TEMPLATE, TOKENIZER, resolve
 from edgemix.errors import BundleError, InputError
+from edgemix.runtime.constraints import vocabulary_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -84,6 +86,15 @@ class Tokenizer:
         if not ids:
             raise InputError("the text is empty", "Give at least one character.")
         return ids, [0] * len(first) + [start for start, _ in encoding.offsets]
+
+    @cached_property
+    def words(self) -> Any:
+        """What each token is as text, for `constraints`.
+
+        Raises:
+            EdgemixError: As `vocabulary_of`.
+        """
+        return vocabulary_of(self._core, self.entry.vocabulary, self.entry.eos)
 
     def shorten(self, text: str, tokens: int) -> str:
         """The beginning of a text that has no more than so many tokens.

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from edgemix.runtime.attribution import Spoken
     from edgemix.runtime.engine import FinishReason, Token
     from edgemix.runtime.tokenizer import Tokenizer
 
@@ -29,6 +30,7 @@ class Writer:
         batch_tokens: Prompt tokens of the whole batch, for the prefill's rate.
         started: `time.perf_counter()` when the call began.
         log_probabilities: Asked, when the completion is finished, for those of all its tokens.
+        spoken: Asked, at every chunk, what each member gave the tokens so far; None where nobody wants to know.
     """
 
     def __init__(
@@ -40,8 +42,9 @@ class Writer:
         batch_tokens: int,
         started: float,
         log_probabilities: Callable[[], NDArray[np.float64]],
+        spoken: Callable[[], Spoken] | None = None,
     ) -> None:
-        self._log_probabilities = log_probabilities
+        self._log_probabilities, self._spoken = log_probabilities, spoken
         self._decoder = IncrementalDecoder(tokenizer, prompt)
         self._stops = StopStrings(stops)
         self._prompt_tokens, self._batch_tokens, self._started = len(prompt), batch_tokens, started
@@ -64,12 +67,19 @@ class Writer:
         if not text and reason is None:
             return None
         self._text.append(text)
-        new = tuple(told.id for told in self._tokens[self._told :])
+        new = slice(self._told, len(self._tokens))
         self._told = len(self._tokens)
-        return Chunk(text, new, None if reason is None else self._complete(reason))
+        spoken = self._spoken() if self._spoken else None
+        return Chunk(
+            text,
+            tuple(told.id for told in self._tokens[new]),
+            None if reason is None else self._complete(reason, spoken),
+            *_shares(spoken, new),
+        )
 
-    def _complete(self, reason: FinishReason) -> Completion:
+    def _complete(self, reason: FinishReason, spoken: Spoken | None) -> Completion:
         log_probabilities = self._log_probabilities()[: len(self._tokens)]
+        responsibilities, member_logprobs = _shares(spoken, slice(len(self._tokens)))
         return Completion(
             text="".join(self._text),
             token_ids=tuple(token.id for token in self._tokens),
@@ -77,6 +87,8 @@ class Writer:
             log_probabilities=log_probabilities,
             prompt_tokens=self._prompt_tokens,
             timings=self._timings(),
+            responsibilities=responsibilities,
+            member_logprobs=member_logprobs,
         )
 
     def _timings(self) -> Timings:
@@ -84,3 +96,10 @@ class Writer:
         later = len(self._tokens) - 1
         tpot = (time.perf_counter() - self._first) / later if later else math.nan
         return Timings(ttft, tpot, self._batch_tokens / ttft, 1 / tpot)
+
+
+def _shares(spoken: Spoken | None, tokens: slice) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
+    """Responsibilities and log-probabilities [tokens, members] of some tokens."""
+    if spoken is None:
+        return None, None
+    return spoken.responsibilities()[tokens], spoken.own[:, tokens].T.copy()

@@ -1,0 +1,39 @@
+"""Who spoke: each member's share in a token that the mixture has said.
+
+Of P(y) = sum_i w_i P_i(y), member i's responsibility for y is its share w_i P_i(y) / P(y): the posterior probability
+that y, drawn from the mixture, was drawn from member i.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class Spoken(NamedTuple):
+    """What voices gave the tokens of a text.
+
+    Attributes:
+        own: float64 [voices, tokens], log-probabilities, nats.
+        weights: float64 [voices, tokens], theirs when the token was chosen.
+    """
+
+    own: NDArray[np.float64]
+    weights: NDArray[np.float64]
+
+    def of_all(self, voices: NDArray[np.int64], count: int) -> Spoken:
+        """The same for so many members, of which `voices` were listened to; the others' log-probabilities are NaN."""
+        own, weights = np.full((count, self.own.shape[1]), np.nan), np.zeros((count, self.own.shape[1]))
+        own[voices], weights[voices] = self.own, self.weights
+        return Spoken(own, weights)
+
+    def responsibilities(self) -> NDArray[np.float64]:
+        """float64 [tokens, voices], each row's sum one; zero for a voice without weight."""
+        with np.errstate(divide="ignore"):
+            joint = np.where(self.weights > 0, self.own + np.log(self.weights), -np.inf)
+        shares = np.exp(joint - joint.max(axis=0))
+        return np.asarray((shares / shares.sum(axis=0)).T)

@@ -1,0 +1,196 @@
+"""Texts of a given form: exactly the mixture's distribution over those texts, however they are generated."""
+
+import json
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+from onnx_members import EOS, VOCABULARY, ClosedForm, random_member, saying, write_bundle
+
+from edgemix.errors import EdgemixError, InputError
+from edgemix.runtime import Mixture
+from edgemix.runtime.constraints import Constraint, Grammar
+from edgemix.runtime.pace import Pace
+from edgemix.runtime.speculative import SpeculativeDecoding
+
+WEIGHTS = {"shared": 0.7, "growing": 0.3}
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 4}, "age": {"type": "integer", "maximum": 99, "minimum": 0}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+FORMS = [{"json_schema": SCHEMA}, {"json_schema": json.dumps(SCHEMA)}, {"regex": "(ab|[c-f]{2,5})+x"}]
+PROMPT = "Who is it? "
+
+
+@pytest.fixture(scope="module")
+def drafted(tmp_path_factory, pair_forms):
+    """The mixture of `pair_forms` with a student that resembles it."""
+    student = ClosedForm(random_member(1, tokens=VOCABULARY).table * 0.7, pull=2.0)
+    folder = write_bundle(tmp_path_factory.mktemp("drafted") / "bundle", pair_forms, weights=WEIGHTS, student=student)
+    return Mixture.load(folder, provider="cpu", threads=1)
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Every draft pays."""
+    monkeypatch.setattr(Pace, "pays", lambda *_: True)
+
+
+def following(forms, text, allowed):
+    """The constrained mixture's distribution [VOCABULARY] of the next token, from closed forms."""
+    shares = sum(
+        weight * np.exp(form.log_probabilities(text)[-1])
+        for weight, form in zip(WEIGHTS.values(), forms.values(), strict=True)
+    )
+    shares = np.where(np.isin(np.arange(VOCABULARY), allowed), shares, 0)
+    return shares / shares.sum()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_text_has_the_form_and_ends(drafted, form):
+    found = drafted.generate(PROMPT, max_new_tokens=200, **form)
+    assert found.finish_reason == "stop"
+    assert found.token_ids[-1] == EOS
+    if "regex" in form:
+        assert found.text.endswith("x")
+    else:
+        assert json.loads(found.text).keys() == {"name", "age"}
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize(
+    "options", [{}, {"weights": "adaptive"}, {"combine": "log-linear"}, {"repetition_penalty": 1.4}]
+)
+@pytest.mark.parametrize("form", FORMS[::2])
+def test_the_fast_loop_says_what_the_plain_loop_says(drafted, form, options):
+    plain = drafted.generate(PROMPT, max_new_tokens=60, speculation="off", **form, **options)
+    for speculation in ("auto", "lookup", "student"):
+        fast = drafted.generate(PROMPT, max_new_tokens=60, speculation=speculation, **form, **options)
+        assert fast.token_ids == plain.token_ids
+        np.testing.assert_allclose(fast.log_probabilities, plain.log_probabilities, atol=1e-4)
+
+
+def test_the_most_probable_token_is_taken_after_averaging(drafted, pair_forms):
+    """By hand: of the two texts, token by token, the one that the averaged distribution prefers."""
+    found = drafted.generate(PROMPT, choices=["ax", "bx"])
+    text = [*PROMPT.encode()]
+    assert found.token_ids[0] == following(pair_forms, text, [*b"ab"]).argmax()
+    expected = [form.log_probabilities(text)[-1][found.token_ids[0]] for form in pair_forms.values()]
+    mixed = np.log(np.dot(list(WEIGHTS.values()), np.exp(expected)))
+    np.testing.assert_allclose(found.log_probabilities[0], mixed, atol=1e-4)  # before the constraint
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("speculation", ["off", "auto", "student"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_drawn_texts_have_the_constrained_distribution(drafted, pair_forms, speculation, temperature):
+    """Chi-square over all texts of the form, the end of text included: "a" may end or go on to "ab"."""
+    texts = ["a", "ab", "ba", "bab", "c"]
+    chance = {}
+    for text in texts:
+        ids, likely = [*PROMPT.encode()], 1.0
+        for place, token in enumerate([*text.encode(), EOS]):
+            begun = [each for each in texts if each.startswith(text[:place])]
+            allowed = {each.encode()[place] if len(each) > place else EOS for each in begun}
+            shares = following(pair_forms, ids, [*allowed]) ** (1 / temperature)
+            likely *= shares[token] / shares.sum()
+            ids.append(token)
+        chance[text] = likely
+    assert sum(chance.values()) == pytest.approx(1)
+    draws = 600
+    options = {"choices": texts, "temperature": temperature, "speculation": speculation}
+    seen = Counter(drafted.generate(PROMPT, **options).text for _ in range(draws))
+    expected = np.array([chance[text] * draws for text in texts])
+    square = ((np.array([seen[text] for text in texts]) - expected) ** 2 / expected).sum()
+    assert square < 23.5, (seen, chance)  # the 99.99% quantile with 4 degrees of freedom
+
+
+def test_a_token_that_is_forced_costs_no_call(drafted, monkeypatch):
+    asked = []
+    finish = SpeculativeDecoding.close
+    monkeypatch.setattr(SpeculativeDecoding, "close", lambda self: (asked.append(self.calls), finish(self)))
+    found = drafted.generate(PROMPT, choices=["a long text that can only be this one", "b"], max_new_tokens=64)
+    assert len(found.token_ids) in (38, 2)
+    assert asked[0] <= 2, "only the first token is in doubt"
+
+
+def test_batches_and_servers_hold_texts_to_their_form(drafted):
+    prompts = ["One", "Two of them", "3"]
+    alone = [drafted.generate(prompt, json_schema=SCHEMA, speculation="off").text for prompt in prompts]
+    assert [each.text for each in drafted.generate(prompts, json_schema=SCHEMA)] == alone
+    with drafted.serve(most=2) as server:
+        forms = [{"json_schema": SCHEMA}, {"choices": ["yes", "no"]}, {"json_schema": SCHEMA}]
+        tickets = [server.submit(prompt, **form) for prompt, form in zip(prompts, forms, strict=True)]
+        found = [ticket.result().text for ticket in tickets]
+    assert [found[0], found[2]] == [alone[0], alone[2]]
+    assert found[1] in ("yes", "no")
+
+
+def test_a_seed_draws_the_same_alone_and_in_a_batch(drafted):
+    options = {"json_schema": SCHEMA, "temperature": 1.0, "seed": 5}
+    together = drafted.generate(["a", "b"], **options)
+    assert together[1].text == drafted.generate("b", **options).text
+
+
+@pytest.mark.parametrize("speculation", ["off", "auto"])
+def test_what_no_member_believes_is_still_ordered(mixture_of, speculation):
+    """Regression: probabilities that float32 cannot hold are all zero, and then the first token of all would win."""
+    table = np.zeros((VOCABULARY, VOCABULARY), np.float32)
+    table[:, ord("z")] = 300
+    table[:, ord("b")] = 20
+    mixture = mixture_of({"one": ClosedForm(table), "other": ClosedForm(table)})
+    assert mixture.generate("q", choices=["a", "b", "c"], speculation=speculation).text == "b"
+
+
+def test_a_text_that_is_cut_short_is_a_beginning(mixture_of):
+    found = mixture_of({"one": saying("abc")}).generate("a", regex="[b-c]{8}", max_new_tokens=3)
+    assert (found.finish_reason, len(found.text)) == ("length", 3)
+
+
+def test_characters_of_several_tokens(mixture_of):
+    found = mixture_of({"one": random_member(3, tokens=VOCABULARY)}).generate("a", choices=["né\n", "ñ\"'\\"])
+    assert found.text in ("né\n", "ñ\"'\\")
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"regex": "a["}, "unclosed character class|invalid regex"),
+        ({"json_schema": {"type": "bogus"}}, "bogus"),
+        ({"json_schema": "{"}, "no JSON"),
+        ({"json_schema": {"type": object()}}, "no JSON"),
+        ({"choices": []}, "at least one"),
+        ({"choices": "yes"}, "must be texts"),
+        ({"choices": ["yes", ""]}, "none of them empty"),
+        ({"choices": ["yes"], "regex": "no"}, "regex and choices both"),
+    ],
+)
+def test_a_form_that_makes_no_sense_is_refused_at_once(drafted, form, message):
+    for call in (drafted.generate, drafted.stream):
+        with pytest.raises(InputError, match=message):
+            call("a", **form)
+    with drafted.serve() as server, pytest.raises(InputError, match=message):
+        server.submit("a", **form)
+
+
+def test_without_the_library_the_remedy_is_told(drafted, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(EdgemixError, match="llguidance") as caught:
+        drafted.generate("a", regex="b")
+    assert "edgemix[constrained]" in caught.value.remedy
+
+
+def test_a_follower_can_look_ahead_and_come_back(drafted):
+    follower = Grammar(Constraint(regex="abc|abd|x+"), drafted.tokenizer).follow()
+    a, b, c, d, x = b"abcdx"
+    assert set(np.flatnonzero(follower.allowed([a, b]))) == {c, d}
+    assert set(np.flatnonzero(follower.allowed())) == {a, x}
+    assert set(np.flatnonzero(follower.allowed([x]))) == {x, EOS}
+    assert follower.valid([a, b, x]) == 2
+    follower.take([a])
+    assert set(np.flatnonzero(follower.allowed())) == {b}
+    follower.take([b, d])
+    assert set(np.flatnonzero(follower.allowed())) == {EOS}

@@ -8,14 +8,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from edgemix.errors import InputError
+from edgemix.runtime.adaptive import Experts
+from edgemix.runtime.mixing import check_combine, normalise
+from edgemix.runtime.options import ADAPTIVE
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from edgemix.runtime.adaptive import Experts
+    from edgemix.manifest import Weights
     from edgemix.runtime.member import Member
     from edgemix.runtime.mixing import Combine
+    from edgemix.runtime.options import WeightChoice
 
 
 class Listened(NamedTuple):
@@ -79,3 +85,55 @@ class Blend:
             found.append(Listened(member, own, tuple(range(place, place + len(own)))))
             first, place = first + member.voices, place + len(own)
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class Blender:
+    """Makes blends from what callers say of weights.
+
+    Attributes:
+        names: The members', in the manifest's order.
+        weights: The bundle's.
+        vocabulary: The tokenizer's.
+    """
+
+    names: tuple[str, ...]
+    weights: Weights
+    vocabulary: int
+
+    def whole(self, graphs: Sequence[Member], weights: WeightChoice, combine: Combine) -> Blend:
+        """All members, those that weigh nothing too.
+
+        Raises:
+            InputError: An argument makes no sense.
+        """
+        check_combine(combine)
+        experts = self.experts(combine) if weights == ADAPTIVE else None
+        shares = experts.weights if experts else self.shares(weights)
+        return Blend(tuple(graphs), shares, combine, self.vocabulary, experts)
+
+    def blend(self, graphs: Sequence[Member], weights: WeightChoice, combine: Combine) -> Blend:
+        """The members that weigh something; raises as `whole`."""
+        whole = self.whole(graphs, weights, combine)
+        return Blend.of(whole.members, whole.weights, combine, self.vocabulary, whole.experts)
+
+    def experts(self, combine: Combine) -> Experts:
+        """What adaptive weights choose among."""
+        if combine != "linear":
+            raise InputError(
+                f'weights="{ADAPTIVE}" are those of the linear mixture, not of {combine!r}',
+                'Leave combine out, or choose combine="linear".',
+            )
+        return Experts.of(self.names, self.weights.default, self.weights.domains)
+
+    def shares(self, weights: WeightChoice) -> NDArray[np.float64]:
+        """float64 [members], sum one, of weights that stay."""
+        if isinstance(weights, str):
+            domains = self.weights.domains
+            if weights not in domains:
+                raise InputError(
+                    f"this bundle has no weights for a domain {weights!r}",
+                    f"Domains: {', '.join(domains)}." if domains else "It has no domains: give weights by member name.",
+                )
+            weights = domains[weights]
+        return normalise(self.weights.default if weights is None else weights, self.names)

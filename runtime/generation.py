@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from edgemix.runtime.constraints import Grammar
 from edgemix.runtime.engine import Decoding
 from edgemix.runtime.speculative import SpeculativeDecoding
 from edgemix.runtime.writer import Writer
@@ -15,111 +17,124 @@ if TYPE_CHECKING:
 
     from edgemix.runtime.attribution import Spoken
     from edgemix.runtime.blend import Blend
-    from edgemix.runtime.constraints import Grammar
     from edgemix.runtime.mixture import Mixture
     from edgemix.runtime.options import Settings
+    from edgemix.runtime.prefixes import PrefixCache
     from edgemix.runtime.results import Chunk
 
 
-def generate(
-    mixture: Mixture,
-    blend: Blend,
-    prompts: list[list[int]],
-    settings: Settings,
-    *,
-    grammar: Grammar | None,
-    seeds: list[int | None],
-    started: float,
+def decode(
+    mixture: Mixture, prompts: list[list[int]], settings: Settings, *, started: float, kept: PrefixCache | None = None
 ) -> Generator[tuple[int, Chunk]]:
     """Continue prompts: yields the index of a prompt with its next chunk. Closing it frees the caches.
 
+    Arguments are checked at once.
+
     Args:
-        mixture: Whose tokenizer, context, student and prefixes serve.
-        blend: What generates.
-        prompts: Token ids, at least one each, no more than the context.
+        mixture: Whose members, tokenizer, context, student and prefixes serve.
+        prompts: Token ids, at least one each.
         settings: Checked.
-        grammar: Of their constraint, if they have one.
-        seeds: One a prompt; None draws from the system's entropy.
         started: `time.perf_counter()` when the call began.
+        kept: Of one prompt alone, what was read of it before, and where all of it will be kept.
 
     Raises:
-        EdgemixError: A graph fails, or computes something that is not a number.
+        InputError: A prompt is longer than the context, or an option makes no sense.
     """
-    prompt_tokens = sum(map(len, prompts))
-    decoding = _decoding(mixture, blend, prompts, settings, seeds, grammar=grammar)
-    voices = mixture.whole_blend(settings.weights, settings.combine).heavy if settings.attribution else None
-
-    def spoken(sequence: int) -> Spoken:
-        return decoding.spoken(sequence).of_all(voices, len(mixture.members))
-
-    writers = [
-        Writer(
-            mixture.tokenizer,
-            prompt,
-            settings.stop,
-            batch_tokens=prompt_tokens,
-            started=started,
-            log_probabilities=partial(decoding.log_probabilities, i),
-            spoken=None if voices is None else partial(spoken, i),
-        )
-        for i, prompt in enumerate(prompts)
-    ]
-    with closing(decoding):
-        while tokens := decoding.step():
-            finished: set[int] = set()
-            for token in tokens:
-                # A step may bring tokens behind a stop string.
-                if token.sequence in finished or (chunk := writers[token.sequence].add(token)) is None:
-                    continue
-                if chunk.completion is not None:
-                    finished.add(token.sequence)
-                    decoding.finish(token.sequence)
-                yield token.sequence, chunk
+    for index, prompt in enumerate(prompts):
+        mixture.check_length(prompt, "the prompt" if len(prompts) == 1 else f"prompt {index + 1}")
+    blend = mixture.blend(settings.weights, settings.combine)
+    grammar = None if settings.constraint.free else Grammar(settings.constraint, mixture.tokenizer)
+    call = _Call(mixture, blend, prompts, settings, settings.seeds(len(prompts)), grammar, kept)
+    return call.generate(started)
 
 
 def chunks(decoded: Generator[tuple[int, Chunk]]) -> Generator[Chunk]:
-    """What `generate` yields for a prompt alone, without its index."""
+    """What `decode` yields for a prompt alone, without its index."""
     with closing(decoded):
         for _, chunk in decoded:
             yield chunk
 
 
-def _decoding(
-    mixture: Mixture,
-    blend: Blend,
-    prompts: list[list[int]],
-    settings: Settings,
-    seeds: list[int | None],
-    *,
-    grammar: Grammar | None,
-) -> Decoding | SpeculativeDecoding:
-    """A sequence alone in fewer calls, several as a batch; what is drawn with a seed token by token in any case, so
-    that it is the same alone, in a batch, and on a machine of another speed.
-    """
-    sampling, budget, eos = settings.sampling, settings.max_new_tokens, mixture.manifest.tokenizer.eos
-    repeatable = sampling.temperature == 0 or seeds[0] is None
-    if len(prompts) == 1 and repeatable and settings.speculation != "off":
-        return SpeculativeDecoding(
-            blend,
-            prompts[0],
-            sampling,
-            seed=seeds[0],
-            max_new_tokens=budget,
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """Everything that a call is about, checked."""
+
+    mixture: Mixture
+    blend: Blend
+    prompts: list[list[int]]
+    settings: Settings
+    seeds: list[int | None]
+    grammar: Grammar | None
+    kept: PrefixCache | None
+
+    def generate(self, started: float) -> Generator[tuple[int, Chunk]]:
+        """See `decode`.
+
+        Raises:
+            EdgemixError: A graph fails, or computes something that is not a number.
+        """
+        decoding = self._decoding()
+        with closing(decoding):
+            writers = self._writers(decoding, started)
+            while tokens := decoding.step():
+                finished: set[int] = set()
+                for token in tokens:
+                    # A step may bring tokens behind a stop string.
+                    if token.sequence in finished or (chunk := writers[token.sequence].add(token)) is None:
+                        continue
+                    if chunk.completion is not None:
+                        finished.add(token.sequence)
+                        decoding.finish(token.sequence)
+                    yield token.sequence, chunk
+
+    def _writers(self, decoding: Decoding | SpeculativeDecoding, started: float) -> list[Writer]:
+        mixture, settings = self.mixture, self.settings
+        whole = mixture.whole_blend(settings.weights, settings.combine)
+
+        def spoken(sequence: int) -> Spoken:
+            return decoding.spoken(sequence).of_all(whole.heavy, len(mixture.members))
+
+        return [
+            Writer(
+                mixture.tokenizer,
+                prompt,
+                settings.stop,
+                batch_tokens=sum(map(len, self.prompts)),
+                started=started,
+                log_probabilities=partial(decoding.log_probabilities, i),
+                spoken=partial(spoken, i) if settings.attribution else None,
+            )
+            for i, prompt in enumerate(self.prompts)
+        ]
+
+    def _decoding(self) -> Decoding | SpeculativeDecoding:
+        """A sequence alone in fewer calls, several as a batch. What is drawn with a seed is drawn token by token in any
+        case, so that it is the same alone, in a batch, and on a machine of another speed.
+        """
+        settings, mixture = self.settings, self.mixture
+        drafts = settings.speculation if settings.sampling.temperature == 0 or self.seeds[0] is None else "off"
+        if len(self.prompts) == 1 and (drafts != "off" or self.kept is not None):
+            return SpeculativeDecoding(
+                self.blend,
+                self.prompts[0],
+                settings.sampling,
+                seed=self.seeds[0],
+                max_new_tokens=settings.max_new_tokens,
+                context=mixture.context,
+                eos=mixture.manifest.tokenizer.eos,
+                student=mixture.drafting if drafts in ("auto", "student") else None,
+                lookup=drafts in ("auto", "lookup"),
+                lazy=drafts != "off" and not settings.attribution,
+                follower=self.grammar.follow() if self.grammar else None,
+                prefixes=mixture.prefixes if self.kept is None else self.kept,
+            )
+        return Decoding(
+            self.blend,
+            self.prompts,
+            settings.sampling,
+            seeds=self.seeds,
+            max_new_tokens=settings.max_new_tokens,
             context=mixture.context,
-            eos=eos,
-            student=mixture.drafting if settings.speculation in ("auto", "student") else None,
-            lookup=settings.speculation in ("auto", "lookup"),
-            lazy=not settings.attribution,
-            follower=grammar.follow() if grammar else None,
-            prefixes=mixture.prefixes,
+            eos=mixture.manifest.tokenizer.eos,
+            followers=[self.grammar.follow() for _ in self.prompts] if self.grammar else (),
         )
-    return Decoding(
-        blend,
-        prompts,
-        sampling,
-        seeds=seeds,
-        max_new_tokens=budget,
-        context=mixture.context,
-        eos=eos,
-        followers=[grammar.follow() for _ in prompts] if grammar else (),
-    )

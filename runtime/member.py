@@ -10,6 +10,7 @@ import numpy as np
 
 from edgemix import graph_io
 from edgemix.errors import BundleError, EdgemixError, InputError
+from edgemix.runtime.cancellation import check as check_called_off
 from edgemix.runtime.kv_cache import KINDS, CacheLayout, KVCache, Slot
 from edgemix.runtime.providers import PROVIDERS, check_version, onnxruntime_errors, open_session, place, plain
 
@@ -223,6 +224,7 @@ class Member:
         """
         batch, new = ids.shape
         kept = min(keep, new) if keep and self._can_keep else new
+        check_called_off()
         call = self._call(cache, batch, new, kept)
         binding = call.binding
         # Bound anew each time: a provider with memory of its own copies them when they are bound.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import closing
 from pathlib import Path
@@ -13,23 +14,22 @@ from edgemix.bundle import read_manifest, verify_bundle
 from edgemix.errors import EdgemixError, InputError
 from edgemix.progress import SILENT
 from edgemix.runtime import prefix_file
-from edgemix.runtime.adaptive import Experts
-from edgemix.runtime.blend import Blend
-from edgemix.runtime.constraints import Grammar
+from edgemix.runtime.blend import Blend, Blender
+from edgemix.runtime.cancellation import in_thread, iterate
 from edgemix.runtime.engine import State
-from edgemix.runtime.generation import chunks, generate
-from edgemix.runtime.mixing import check_combine, normalise
+from edgemix.runtime.generation import chunks, decode
 from edgemix.runtime.opening import open_graphs
-from edgemix.runtime.options import ADAPTIVE, GenerateOptions, Settings, WeightChoice
+from edgemix.runtime.options import GenerateOptions, Settings, WeightChoice
 from edgemix.runtime.prefixes import PrefixCache
 from edgemix.runtime.providers import choose
 from edgemix.runtime.results import Chunk, Completion, Score
 from edgemix.runtime.scoring import score_tokens
 from edgemix.runtime.server import Server
+from edgemix.runtime.session import Session
 from edgemix.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -80,6 +80,8 @@ class Mixture:
         self.vocabulary = manifest.tokenizer.vocabulary
         self.context = min(member.context for member in members)
         self.provider = provider.name
+        self._blender = Blender(self.members, manifest.weights, self.vocabulary)
+        self._process = os.getpid()
         self._loaded = tuple(members)
         self._drafter = drafter
         self.prefixes = PrefixCache(prefix_bytes)
@@ -189,7 +191,9 @@ class Mixture:
         started = time.perf_counter()
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         completions: dict[int, Completion] = {}
-        with closing(self._decode([self.tokenizer.encode(text) for text in texts], settings, started)) as decoded:
+        with closing(
+            decode(self, [self.tokenizer.encode(text) for text in texts], settings, started=started)
+        ) as decoded:
             for index, chunk in decoded:
                 if chunk.completion is not None:
                     completions[index] = chunk.completion
@@ -202,6 +206,47 @@ class Mixture:
         Arguments are checked at once. The last chunk carries the completion. Closing the iterator ends the work.
         """
         return self._stream(self.tokenizer.encode(prompt), Settings.of(**options))
+
+    @overload
+    async def agenerate(  # type: ignore[overload-overlap]
+        self, prompts: str, **options: Unpack[GenerateOptions]
+    ) -> Completion: ...
+
+    @overload
+    async def agenerate(self, prompts: Sequence[str], **options: Unpack[GenerateOptions]) -> list[Completion]: ...
+
+    async def agenerate(
+        self, prompts: str | Sequence[str], **options: Unpack[GenerateOptions]
+    ) -> Completion | list[Completion]:
+        """As `generate`, for asyncio: the work is done in a thread, and called off when the task is cancelled."""
+        return await in_thread(lambda: self.generate(prompts, **options))
+
+    def astream(self, prompt: str, **options: Unpack[GenerateOptions]) -> AsyncGenerator[Chunk]:
+        """As `stream`, for asyncio. Closing it, or cancelling the task that waits for it, calls the work off.
+
+        Where many ask at once, `serve` does more in the same time: its tickets can be iterated and awaited, too.
+        """
+        return iterate(self._stream(self.tokenizer.encode(prompt), Settings.of(**options)))
+
+    def session(self, messages: Sequence[Mapping[str, Any]] = ()) -> Session:
+        """A conversation that reads only what is new at each turn.
+
+        Args:
+            messages: How it begins: a system message, say.
+        """
+        return Session(self, messages)
+
+    def restore(self, path: str | Path) -> Session:
+        """The session that `Session.save` wrote to a file; one of another bundle's is read again at its next turn.
+
+        Open only files of your own: what they say was read is taken for it.
+
+        Raises:
+            InputError: There is no such file, or it is damaged.
+        """
+        kept = PrefixCache(None, texts=1)
+        _, messages = prefix_file.read(Path(path), kept, self.manifest, self.graphs())
+        return Session(self, messages, kept)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerateOptions]) -> Completion:
         """The assistant's next message in a conversation, written down with the tokenizer's chat template.
@@ -269,9 +314,7 @@ class Mixture:
         Raises:
             InputError: A text is too short, or an argument makes no sense.
         """
-        check_combine(combine)
-        experts = self._experts(combine) if weights == ADAPTIVE else None
-        shares = experts.weights if experts else self._shares(weights)
+        blend = self.whole_blend(weights, combine)
         window = self.context if window is None else window
         if not 1 <= window <= self.context:
             raise InputError(f"window must be between 1 and the context, {self.context} tokens, not {window}")
@@ -283,11 +326,11 @@ class Mixture:
             for token_ids, scored_bytes in encoded:
                 ids = np.array(token_ids, np.int64)
                 mixed, own = score_tokens(
-                    self._open_members(),
-                    shares,
+                    blend.members,
+                    blend.weights,
                     ids,
                     combine=combine,
-                    experts=experts,
+                    experts=blend.experts,
                     vocabulary=self.vocabulary,
                     window=window,
                     advance=task.advance,
@@ -325,7 +368,7 @@ class Mixture:
         Raises:
             EdgemixError: It cannot be written; an old file is untouched.
         """
-        prefix_file.write(Path(path), self.prefixes, self.manifest, self._open_members())
+        prefix_file.write(Path(path), self.prefixes, self.manifest, self.graphs())
 
     def load_prefixes(self, path: str | Path) -> int:
         """Begin with the texts of a file, as far as `prefix_bytes` go: how many it had of this bundle's graphs.
@@ -335,7 +378,7 @@ class Mixture:
         Raises:
             InputError: There is no such file, or it is damaged.
         """
-        return prefix_file.read(Path(path), self.prefixes, self.manifest, self._open_members())
+        return prefix_file.read(Path(path), self.prefixes, self.manifest, self.graphs())[0]
 
     def close(self) -> None:
         """Free the graphs; the mixture is of no more use."""
@@ -349,16 +392,7 @@ class Mixture:
         self.close()
 
     def _stream(self, prompt: list[int], settings: Settings) -> Generator[Chunk]:
-        return chunks(self._decode([prompt], settings, time.perf_counter()))
-
-    def _decode(self, prompts: list[list[int]], settings: Settings, started: float) -> Generator[tuple[int, Chunk]]:
-        """Check what is left to check, then generate: yields the index of a prompt with its next chunk."""
-        for index, prompt in enumerate(prompts):
-            self.check_length(prompt, "the prompt" if len(prompts) == 1 else f"prompt {index + 1}")
-        blend = self.blend(settings.weights, settings.combine)
-        seeds = settings.seeds(len(prompts))
-        grammar = None if settings.constraint.free else Grammar(settings.constraint, self.tokenizer)
-        return generate(self, blend, prompts, settings, grammar=grammar, seeds=seeds, started=started)
+        return chunks(decode(self, [prompt], settings, started=time.perf_counter()))
 
     @property
     def drafting(self) -> Blend | None:
@@ -371,41 +405,29 @@ class Mixture:
         Raises:
             InputError: An argument makes no sense.
         """
-        whole = self.whole_blend(weights, combine)
-        return Blend.of(whole.members, whole.weights, combine, self.vocabulary, whole.experts)
+        return self._blender.blend(self.graphs(), weights, combine)
 
     def whole_blend(self, weights: WeightChoice = None, combine: Combine = "linear") -> Blend:
         """As `blend`, of all members, those that weigh nothing too."""
-        check_combine(combine)
-        experts = self._experts(combine) if weights == ADAPTIVE else None
-        shares = experts.weights if experts else self._shares(weights)
-        return Blend(self._open_members(), shares, combine, self.vocabulary, experts)
-
-    def _experts(self, combine: Combine) -> Experts:
-        if combine != "linear":
-            raise InputError(
-                f'weights="{ADAPTIVE}" are those of the linear mixture, not of {combine!r}',
-                'Leave combine out, or choose combine="linear".',
-            )
-        return Experts.of(self.members, self.weights, self.manifest.weights.domains)
-
-    def _shares(self, weights: WeightChoice) -> NDArray[np.float64]:
-        if isinstance(weights, str):
-            domains = self.manifest.weights.domains
-            if weights not in domains:
-                raise InputError(
-                    f"this bundle has no weights for a domain {weights!r}",
-                    f"Domains: {', '.join(domains)}." if domains else "It has no domains: give weights by member name.",
-                )
-            weights = domains[weights]
-        return normalise(self.weights if weights is None else weights, self.members)
+        return self._blender.whole(self.graphs(), weights, combine)
 
     def check_length(self, ids: Sequence[int], what: str) -> None:
         """Raise InputError if token ids are more than the context."""
         if len(ids) > self.context:
             raise InputError(f"{what} has {len(ids)} tokens, more than the context of {self.context}", "Shorten it.")
 
-    def _open_members(self) -> tuple[Member, ...]:
+    def graphs(self) -> tuple[Member, ...]:
+        """The members' graphs, opened.
+
+        Raises:
+            EdgemixError: The mixture is closed, or belongs to the process that this one was forked from: ONNX Runtime's
+                threads stayed there.
+        """
         if not self._loaded:
             raise EdgemixError("this mixture is closed", "Load the bundle again.")
+        if self._process != os.getpid():
+            raise EdgemixError(
+                "this mixture was loaded before the process forked, and its threads stayed in the other one",
+                'Load it after the fork, or start processes with multiprocessing\'s "spawn".',
+            )
         return self._loaded

@@ -21,7 +21,7 @@ from edgemix.errors import InputError, storage_errors
 from edgemix.runtime.prefixes import Kept
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from edgemix.manifest import Manifest
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from edgemix.runtime.prefixes import PrefixCache
 
 _MAGIC = b"edgemix texts that were read, 1\n"
-_LONGEST_HEADER = 1 << 20
+_LONGEST_HEADER = 16 << 20
 _MOST_TEXTS = 4_000
 """Whose header is within that length; the least recently used ones are left out."""
 
@@ -44,12 +44,19 @@ class _Text(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What follows, the least recently used text first."""
+    """What follows, the least recently used text first; and the messages of a session."""
 
     texts: tuple[_Text, ...]
+    messages: tuple[dict[str, Any], ...] = ()
 
 
-def write(path: Path, prefixes: PrefixCache, manifest: Manifest, members: Sequence[Member]) -> None:
+def write(
+    path: Path,
+    prefixes: PrefixCache,
+    manifest: Manifest,
+    members: Sequence[Member],
+    messages: Sequence[Mapping[str, Any]] = (),
+) -> None:
     """Write down what is kept.
 
     Args:
@@ -57,8 +64,10 @@ def write(path: Path, prefixes: PrefixCache, manifest: Manifest, members: Sequen
         prefixes: What is kept.
         manifest: The bundle's.
         members: Its graphs.
+        messages: Of the session whose texts these are.
 
     Raises:
+        InputError: A message is not JSON, or there are more of them than a file can have.
         EdgemixError: It cannot be written; an old file is untouched.
     """
     names = {id(member): name for name, member in _named(manifest, members).items()}
@@ -68,10 +77,18 @@ def write(path: Path, prefixes: PrefixCache, manifest: Manifest, members: Sequen
         data = b"".join(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes() for array in arrays)
         texts.append(_Text(names[kept.graph], len(kept.text), len(data), hashlib.sha256(data).hexdigest()))
         content.append(data)
-    write_atomically(path, b"".join([_MAGIC, msgspec.json.encode(_Header(tuple(texts))), b"\n", *content]))
+    try:
+        header = msgspec.json.encode(_Header(tuple(texts), tuple(map(dict, messages))))
+    except TypeError as error:
+        raise InputError(f"the messages cannot be written down: {error}") from None
+    if len(header) >= _LONGEST_HEADER:
+        raise InputError(f"the messages are longer than {_LONGEST_HEADER >> 20} MiB")
+    write_atomically(path, b"".join([_MAGIC, header, b"\n", *content]))
 
 
-def read(path: Path, prefixes: PrefixCache, manifest: Manifest, members: Sequence[Member]) -> int:
+def read(
+    path: Path, prefixes: PrefixCache, manifest: Manifest, members: Sequence[Member]
+) -> tuple[int, tuple[dict[str, Any], ...]]:
     """Keep what a file has, as far as there is room; texts of graphs that are not here are passed over.
 
     Args:
@@ -81,7 +98,7 @@ def read(path: Path, prefixes: PrefixCache, manifest: Manifest, members: Sequenc
         members: Its graphs.
 
     Returns:
-        How many texts it had of these graphs.
+        How many texts it had of these graphs, and the messages of the session whose texts they are.
 
     Raises:
         InputError: There is no such file, or it is damaged.
@@ -97,7 +114,8 @@ def read(path: Path, prefixes: PrefixCache, manifest: Manifest, members: Sequenc
             begin, line = file.readline(len(_MAGIC)), file.readline(_LONGEST_HEADER)
             if begin != _MAGIC:
                 raise InputError(f"{path} is no file of texts that edgemix has read")
-            texts = _texts(line, path)
+            header = _header(line, path)
+            texts = header.texts
             if any(text.bytes < 0 for text in texts) or file.tell() + sum(t.bytes for t in texts) != _size(file):
                 raise _damaged(path)
             found = 0
@@ -114,7 +132,7 @@ def read(path: Path, prefixes: PrefixCache, manifest: Manifest, members: Sequenc
                     raise _damaged(path)
                 prefixes.add(_kept(data, fields, member, manifest.tokenizer.vocabulary, path))
                 found += 1
-    return found
+    return found, header.messages
 
 
 def _named(manifest: Manifest, members: Sequence[Member]) -> dict[str, Member]:
@@ -145,9 +163,9 @@ def _fields(member: Member, tokens: int) -> list[_Field]:
     ]
 
 
-def _texts(line: bytes, path: Path) -> tuple[_Text, ...]:
+def _header(line: bytes, path: Path) -> _Header:
     try:
-        return msgspec.json.decode(line, type=_Header).texts
+        return msgspec.json.decode(line, type=_Header)
     except (msgspec.DecodeError, ValueError, RecursionError):
         raise _damaged(path) from None
 

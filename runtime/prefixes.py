@@ -47,11 +47,12 @@ class PrefixCache:
     """Texts that graphs have read. Threads may share it.
 
     Args:
-        room: Most bytes of key-value state that are kept.
+        room: Most bytes of key-value state that are kept; None sets no limit.
+        texts: Most texts of a graph that are kept; None sets no limit.
     """
 
-    def __init__(self, room: int) -> None:
-        self._room, self._lock = room, threading.Lock()
+    def __init__(self, room: int | None, texts: int | None = None) -> None:
+        self._room, self._texts, self._lock = room, texts, threading.Lock()
         self._kept: list[Kept] = []  # the least recently used one first
 
     def __len__(self) -> int:
@@ -112,15 +113,26 @@ class PrefixCache:
 
     def add(self, kept: Kept) -> None:
         """Keep one more, unless it is larger than all the room; others go if there is no more."""
-        if kept.cache.bytes > self._room:
+        if self._room is not None and kept.cache.bytes > self._room:
             kept.cache.free()
             return
         with self._lock:
+            others = [each for each in self._kept if each.graph != kept.graph]
             # What a longer text has is not kept twice.
-            self._kept = [each for each in self._kept if each.graph != kept.graph or not _begins(kept.text, each.text)]
-            self._kept.append(kept)
-            while self.bytes > self._room:
+            same = [each for each in self._kept if each.graph == kept.graph and not _begins(kept.text, each.text)]
+            if self._texts is not None:
+                same = same[len(same) + 1 - self._texts :]
+            self._kept = [*(each for each in self._kept if each in others or each in same), kept]
+            while self._room is not None and self.bytes > self._room:
                 self._kept.pop(0).cache.free()
+
+    def shared(self) -> PrefixCache:
+        """Another one that begins with the same texts; what is added to one is not in the other. Not for one with a
+        limit of bytes, which frees what others may still read.
+        """
+        other = PrefixCache(self._room, self._texts)
+        other._kept = [*self.each()]
+        return other
 
     def each(self) -> Iterator[Kept]:
         """All that is kept, the least recently used one first; nothing is forgotten meanwhile."""

@@ -1,0 +1,92 @@
+"""Work in a thread of its own that can be called off between two calls of a graph, and its way into asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextlib import closing, suppress
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Generator
+
+T = TypeVar("T")
+
+_CALLED_OFF: ContextVar[threading.Event | None] = ContextVar("called_off", default=None)
+
+
+class CalledOff(BaseException):
+    """Nobody waits for this work any more. No error: handlers of errors let it through."""
+
+
+def check() -> None:
+    """Raise CalledOff in a thread whose work was called off; costs nothing elsewhere."""
+    event = _CALLED_OFF.get()
+    if event is not None and event.is_set():
+        raise CalledOff
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """What some work returns or raises; a task that is cancelled calls it off, and waits until it has ended."""
+
+    def once() -> Generator[T]:
+        yield work()
+
+    async for result in iterate(once()):
+        return result
+    raise asyncio.CancelledError
+
+
+async def iterate(items: Generator[T]) -> AsyncGenerator[T]:
+    """Items as a generator makes them in a thread of its own, which begins with the first one.
+
+    Closing this, or cancelling the task that waits for the next item, calls the work off and waits until it has ended.
+    """
+    stream = _Stream(asyncio.get_running_loop(), items)
+    stream.start()
+    try:
+        while (item := await stream.queue.get()) is not None:
+            if isinstance(item, _Failure):
+                raise item.error
+            yield item.value
+    finally:
+        stream.called_off.set()
+        await stream.ended.wait()
+
+
+class _Item(Generic[T]):
+    def __init__(self, value: T) -> None:
+        self.value = value
+
+
+class _Failure:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+class _Stream(threading.Thread, Generic[T]):
+    """The thread, and what it tells the event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, items: Generator[T]) -> None:
+        super().__init__(name="edgemix", daemon=True)
+        self.queue: asyncio.Queue[_Item[T] | _Failure | None] = asyncio.Queue()
+        self.ended, self.called_off = asyncio.Event(), threading.Event()
+        self._loop, self._items = loop, items
+
+    def run(self) -> None:
+        _CALLED_OFF.set(self.called_off)
+        try:
+            with suppress(CalledOff), closing(self._items):
+                for item in self._items:
+                    self._tell(self.queue.put_nowait, _Item(item))
+                    check()
+            self._tell(self.queue.put_nowait, None)
+        except Exception as error:  # noqa: BLE001 - whoever waits is told
+            self._tell(self.queue.put_nowait, _Failure(error))
+        finally:
+            self._tell(self.ended.set)
+
+    def _tell(self, function: Callable[..., object], *arguments: object) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody listens
+            self._loop.call_soon_threadsafe(function, *arguments)

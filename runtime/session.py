@@ -1,0 +1,102 @@
+"""A conversation that keeps what its members have read between its turns."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, Unpack
+
+from edgemix.errors import EdgemixError
+from edgemix.runtime import prefix_file
+from edgemix.runtime.cancellation import in_thread, iterate
+from edgemix.runtime.generation import chunks, decode
+from edgemix.runtime.options import GenerateOptions, Settings
+from edgemix.runtime.prefixes import PrefixCache
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+
+    from edgemix.runtime.mixture import Mixture
+    from edgemix.runtime.results import Chunk, Completion
+
+
+class Session:
+    """A conversation: each turn reads only what is new. Made by `Mixture.session`; one turn at a time.
+
+    What is said goes through the tokenizer's chat template. A turn that is broken off (its stream closed, its task
+    cancelled) leaves the beginning of the answer in the conversation; one that fails leaves the conversation as it was.
+
+    Attributes:
+        messages: The conversation so far: mappings with `role` and `content`. Change it as you like: what still begins
+            alike is not read again.
+    """
+
+    def __init__(
+        self, mixture: Mixture, messages: Sequence[Mapping[str, Any]] = (), prefixes: PrefixCache | None = None
+    ) -> None:
+        self.messages: list[dict[str, Any]] = [dict(message) for message in messages]
+        self._mixture = mixture
+        self._prefixes = PrefixCache(None, texts=1) if prefixes is None else prefixes
+
+    @property
+    def bytes(self) -> int:
+        """Of key-value state that is kept."""
+        return self._prefixes.bytes
+
+    def stream(self, content: str, **options: Unpack[GenerateOptions]) -> Generator[Chunk]:
+        """Say something, and get the assistant's answer piece by piece; see `Mixture.stream`.
+
+        Raises:
+            InputError: As `Mixture.chat`.
+        """
+        asked = [*self.messages, {"role": "user", "content": content}]
+        ids, settings = self._mixture.tokenizer.render(asked), Settings.of(**options)
+        decoded = decode(self._mixture, [ids], settings, started=time.perf_counter(), kept=self._prefixes)
+        return self._answer(asked, chunks(decoded))
+
+    def send(self, content: str, **options: Unpack[GenerateOptions]) -> Completion:
+        """Say something, and wait for the assistant's whole answer.
+
+        Raises:
+            InputError: As `Mixture.chat`.
+        """
+        *_, last = self.stream(content, **options)
+        if last.completion is None:
+            raise EdgemixError("generation ended without a completion")
+        return last.completion
+
+    def astream(self, content: str, **options: Unpack[GenerateOptions]) -> AsyncGenerator[Chunk]:
+        """As `stream`, for asyncio: see `Mixture.astream`."""
+        return iterate(self.stream(content, **options))
+
+    async def asend(self, content: str, **options: Unpack[GenerateOptions]) -> Completion:
+        """As `send`, for asyncio: see `Mixture.agenerate`."""
+        return await in_thread(lambda: self.send(content, **options))
+
+    def fork(self) -> Self:
+        """Another session that begins as this one is; neither hears of the other's turns. Costs no memory."""
+        return type(self)(self._mixture, self.messages, self._prefixes.shared())
+
+    def save(self, path: str | Path) -> None:
+        """Write the conversation, and what was read of it, to a file for `Mixture.restore`.
+
+        Raises:
+            EdgemixError: It cannot be written; an old file is untouched.
+        """
+        mixture = self._mixture
+        prefix_file.write(Path(path), self._prefixes, mixture.manifest, mixture.graphs(), self.messages)
+
+    def _answer(self, asked: list[dict[str, Any]], answer: Generator[Chunk]) -> Generator[Chunk]:
+        """Hand on an answer's chunks; it is part of the conversation as far as it has come."""
+        before, said = self.messages, ""
+        with closing(answer):
+            try:
+                for chunk in answer:
+                    said += chunk.text
+                    if said or chunk.completion is not None:
+                        self.messages = [*asked, {"role": "assistant", "content": said}]
+                    yield chunk
+            except Exception:
+                self.messages = before
+                raise

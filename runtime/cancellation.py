@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from contextlib import closing, suppress
+from contextlib import aclosing, closing, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -33,9 +33,8 @@ async def in_thread(work: Callable[[], T]) -> T:
     def once() -> Generator[T]:
         yield work()
 
-    async for result in iterate(once()):
-        return result
-    raise asyncio.CancelledError
+    async with aclosing(iterate(once())) as results:
+        return await anext(results)
 
 
 async def iterate(items: Generator[T]) -> AsyncGenerator[T]:
@@ -53,6 +52,7 @@ async def iterate(items: Generator[T]) -> AsyncGenerator[T]:
     finally:
         stream.called_off.set()
         await stream.ended.wait()
+        stream.join()
 
 
 class _Item(Generic[T]):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Self, Unpack
 
@@ -17,7 +19,7 @@ from edgemix.runtime.options import GenerateOptions, Settings
 from edgemix.runtime.writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -27,17 +29,21 @@ if TYPE_CHECKING:
 
 
 class Ticket:
-    """A text that was asked for: iterate it for chunks as they come, or wait for its completion. One reader only."""
+    """A text that was asked for: iterate it for chunks as they come, or wait for its completion; `async for` and
+    `aresult` are the same for asyncio. One reader only.
+    """
 
     def __init__(self, server: Server, request: Request, writer: Writer) -> None:
         self.request, self.writer, self._server = request, writer, server
         self._chunks: queue.SimpleQueue[Chunk | Exception | None] = queue.SimpleQueue()
         self._last: Chunk | Exception | None = None
         self._ended = False
+        self._news: Callable[[], object] = _nobody
 
     def tell(self, chunk: Chunk | Exception | None) -> None:
         """Hand on what is new; the server does."""
         self._chunks.put(chunk)
+        self._news()
 
     def __iter__(self) -> Iterator[Chunk]:
         """New text and tokens as they come; the last chunk carries the completion. Ends early when cancelled.
@@ -47,14 +53,55 @@ class Ticket:
         """
         while True:
             chunk = self._last if self._ended else self._chunks.get()
-            self._ended = chunk is None or isinstance(chunk, Exception) or chunk.completion is not None
-            self._last = chunk
-            if isinstance(chunk, Exception):
-                raise chunk
-            if chunk is not None:
-                yield chunk
+            if (new := self._take(chunk)) is not None:
+                yield new
             if self._ended:
                 return
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        """The same for asyncio. A task that is cancelled while it waits, or a loop that is left, cancels the text.
+
+        Raises:
+            EdgemixError: As `__iter__`.
+        """
+        loop, news = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody listens
+                loop.call_soon_threadsafe(news.set)
+
+        self._news = tell
+        try:
+            while True:
+                try:
+                    chunk = self._last if self._ended else self._chunks.get_nowait()
+                except queue.Empty:
+                    await news.wait()
+                    news.clear()
+                    continue
+                if (new := self._take(chunk)) is not None:
+                    yield new
+                if self._ended:
+                    return
+        finally:
+            self._news = _nobody
+            if not self._ended:
+                self.cancel()
+
+    async def aresult(self) -> Completion:
+        """The whole completion, for asyncio; raises as `result`."""
+        async for chunk in self:
+            if chunk.completion is not None:
+                return chunk.completion
+        raise EdgemixError("the text was cancelled")
+
+    def _take(self, chunk: Chunk | Exception | None) -> Chunk | None:
+        """What is new; remembers whether it is the last of it."""
+        self._ended = chunk is None or isinstance(chunk, Exception) or chunk.completion is not None
+        self._last = chunk
+        if isinstance(chunk, Exception):
+            raise chunk
+        return chunk
 
     def result(self) -> Completion:
         """The whole completion, waited for.
@@ -70,6 +117,10 @@ class Ticket:
     def cancel(self) -> None:
         """Stop generating; what is there stays with those who have it."""
         self._server.cancel(self)
+
+
+def _nobody() -> None:
+    """Nobody waits for news."""
 
 
 class Server:

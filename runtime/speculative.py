@@ -83,6 +83,7 @@ class SpeculativeDecoding:
         # The last token is never read, so it may lie one beyond the context.
         self._budget = min(max_new_tokens, context - len(ids) + 1)
         penalised = sampling.repetition_penalty != 1
+        self._draft, self._alone = NOTHING, 0.0
         self._follower = follower
         # Of a mixture that is held to a form, a member's token, drawn by its weight, is not the mixture's.
         self._plain = sampling.plain and follower is None
@@ -102,7 +103,6 @@ class SpeculativeDecoding:
             self._drafters.append(
                 StudentDrafts(reader, sampling, self._generator, self._pace, eos=self._eos, allow=behind)
             )
-        self._draft, self._alone = NOTHING, 0.0
         self._begun = self._finished = False
         self.drafted = self.accepted = 0
 

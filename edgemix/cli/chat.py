@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -61,18 +61,18 @@ def chat(
             conversation.read()
         if console.as_json:
             told = {"provider": mixture.provider, "student": student}
-            console.document({**told, "messages": conversation.messages})
+            console.document({**told, "messages": conversation.session.messages})
 
 
 class Conversation:
-    """The messages so far, and how the next one is made."""
+    """A session in the terminal."""
 
     def __init__(self, console: Console, mixture: Mixture, system: str | None, sampling: dict[str, Any]) -> None:
         self._console = console
         self._mixture = mixture
         self._start = [{"role": "system", "content": system}] if system else []
         self._sampling = sampling
-        self.messages = list(self._start)
+        self.session = mixture.session(self._start)
 
     def talk(self) -> None:
         """Ask and answer until the user leaves."""
@@ -86,7 +86,7 @@ class Conversation:
                 case "/exit" | "/quit":
                     return
                 case "/reset":
-                    self.messages = list(self._start)
+                    self.session = self._mixture.session(self._start)
                     self._console.note("Forgotten.")
                 case command if command.startswith("/"):
                     self._console.note(_HELP)
@@ -107,19 +107,15 @@ class Conversation:
 
     def answer(self, message: str) -> None:
         """Stream the answer to a message; both become part of the conversation unless there is no answer."""
-        asked = [*self.messages, {"role": "user", "content": message}]
-        answer = ""
         try:
-            for chunk in self._mixture.stream_chat(asked, **self._sampling):
-                self._console.write(chunk.text)
-                answer += chunk.text
+            with closing(self.session.stream(message, **self._sampling)) as chunks:
+                for chunk in chunks:
+                    self._console.write(chunk.text)
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise
             self._console.note("\nstopped")
         self._console.line()
-        if answer:
-            self.messages = [*asked, {"role": "assistant", "content": answer}]
 
     def _ask(self) -> str | None:
         """The user's next line; None when they leave."""

@@ -9,7 +9,6 @@ import select
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -17,6 +16,7 @@ from click.testing import CliRunner
 from edgemix.cli import edgemix
 from edgemix.cli.chat import Conversation
 from edgemix.cli.console import Console
+from edgemix.runtime import Mixture
 
 
 def test_every_line_of_a_pipe_is_a_message(bundle):
@@ -70,20 +70,22 @@ def test_a_bundle_without_a_chat_template(bundle, tmp_path):
     assert "chat template" in result.stderr
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(monkeypatch):
-    def interrupted(messages, **options):
-        yield SimpleNamespace(text="half an ")
-        raise KeyboardInterrupt
+def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(bundle, monkeypatch):
+    class Interrupted(Console):
+        def write(self, text):
+            super().write(text)
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    conversation = Conversation(Console(), SimpleNamespace(stream_chat=interrupted), "Speak.", {})
-    conversation.answer("hello")
+    with Mixture.load(bundle, provider="cpu") as mixture:
+        conversation = Conversation(Interrupted(), mixture, "Speak.", {"weights": {"code": 1.0}})
+        conversation.answer("d")
 
-    assert conversation.messages == [
-        {"role": "system", "content": "Speak."},
-        {"role": "user", "content": "hello"},
-        {"role": "assistant", "content": "half an "},
-    ]
+        assert conversation.session.messages == [
+            {"role": "system", "content": "Speak."},
+            {"role": "user", "content": "d"},
+            {"role": "assistant", "content": "e"},
+        ]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no pseudo-terminals")

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"edgemix": ROOT / "edgemix", "edgemix.export": ROOT / "export", "edgemix.runtime": ROOT / "runtime"}
 HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "mobius", "peft", "bitsandbytes"}
-RUNTIME = {"numpy", "onnxruntime", "tokenizers", "msgspec", "jinja2", "psutil", "edgemix"}
-"""All that the runtime may import beside the standard library."""
+RUNTIME = {"numpy", "onnxruntime", "tokenizers", "msgspec", "jinja2", "psutil", "llguidance", "edgemix"}
+"""All that the runtime may import beside the standard library; llguidance only where a text must have a form."""
 MAY_USE_RUNTIME = {
     "budget.planner",
     "budget.speed",

@@ -60,10 +60,16 @@ class Console:
         if not self.as_json:
             click.echo(printable(text), file=self._stdout)
 
-    def write(self, text: str) -> None:
-        """Print a piece of generated text as it comes; silent with --json. A terminal gets nothing that steers it."""
-        if not self.as_json:
-            click.echo(printable(text) if self._stdout.isatty() else text, file=self._stdout, nl=False)
+    def write(self, text: str, colour: int | None = None) -> None:
+        """Print a piece of generated text as it comes; silent with --json. A terminal gets nothing that steers it, and
+        the colour of that number, if one is given.
+        """
+        if self.as_json:
+            return
+        if self._stdout.isatty():
+            text = printable(text)
+            text = text if colour is None else click.style(text, fg=_COLOURS[colour % len(_COLOURS)])
+        click.echo(text, file=self._stdout, nl=False)
 
     def heading(self, text: str) -> None:
         """Print a line that stands out, for people; silent with --json."""
@@ -74,8 +80,19 @@ class Console:
         """Print a line beside the results, on stderr."""
         click.secho(printable(text), err=True, dim=True)
 
-    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> None:
-        """Print a table; the first `left` columns are names (aligned left), the others figures (aligned right)."""
+    def table(
+        self,
+        title: str,
+        columns: Sequence[str],
+        rows: Iterable[Sequence[str]],
+        *,
+        left: int = 1,
+        coloured: bool = False,
+    ) -> None:
+        """Print a table; the first `left` columns are names (aligned left), the others figures (aligned right).
+
+        In one that is coloured each row has the colour that `write` knows by its number.
+        """
         if self.as_json:
             return
         from rich import box
@@ -85,8 +102,9 @@ class Console:
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, show_header=any(columns), pad_edge=False)
         for index, column in enumerate(columns):
             table.add_column(column, justify="left" if index < left else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(printable(cell)) for cell in row))
+        for number, row in enumerate(rows):
+            style = _COLOURS[number % len(_COLOURS)] if coloured else None
+            table.add_row(*(Text(printable(cell)) for cell in row), style=style)
         self.heading(title)
         self._rich.print(table)
         self._rich.print()
@@ -98,6 +116,7 @@ class Console:
         return RichConsole(file=self._stdout, highlight=False)
 
 
+_COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red")
 _CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), 127, *range(128, 160)), "\ufffd")
 
 

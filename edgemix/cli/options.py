@@ -222,6 +222,30 @@ def sampling_options(max_new_tokens: int) -> Callable[[F], F]:
     )
 
 
+def form_options(function: F) -> F:
+    """What the text must be: --json-schema, --regex, --choice."""
+    return _all(
+        function,
+        (
+            click.option(
+                "--json-schema",
+                metavar="FILE",
+                type=click.Path(path_type=Path),
+                help="The text is JSON that follows the schema in this file.",
+            ),
+            click.option("--regex", metavar="TEXT", help="The whole text matches this regular expression."),
+            click.option(
+                "--choice",
+                "choices",
+                metavar="TEXT",
+                multiple=True,
+                callback=lambda ctx, param, value: value or None,  # noqa: ARG005
+                help="The text is this one or another choice; may be repeated.",
+            ),
+        ),
+    )
+
+
 def template_option(function: F) -> F:
     return click.option(
         "--template",

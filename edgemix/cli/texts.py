@@ -26,7 +26,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise click.UsageError("Give the prompt as an argument or with --file, not both.")
     if file is not None:
-        return _not_empty(_without_line_end(_read_file(file)), str(file))
+        return _not_empty(_without_line_end(read_text(file)), str(file))
     if prompt is not None and prompt != "-":
         return _not_empty(_checked_argument(prompt), "the prompt")
     if prompt is None and sys.stdin.isatty():
@@ -58,12 +58,17 @@ def read_files(files: tuple[Path, ...], template: str | None) -> dict[str, list[
     }
 
 
-def _read_file(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        InputError: It is missing, empty or not UTF-8, or holds several texts.
+    """
     from edgemix.text_files import TextSource, read_documents
 
     documents = read_documents(TextSource(str(file)), Path())
     if len(documents) != 1:
-        raise InputError(f"{file} holds {len(documents)} prompts, and generate takes one")
+        raise InputError(f"{file} holds {len(documents)} texts, and one is needed here")
     return documents[0]
 
 

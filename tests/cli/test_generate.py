@@ -127,3 +127,41 @@ def test_a_reader_that_leaves_is_no_error(bundle):
     result = subprocess.run(["sh", "-c", command], capture_output=True, check=False)
 
     assert result.stderr == b""
+
+
+def test_a_text_of_a_given_form(bundle, tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text(
+        '{"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": false}'
+    )
+
+    assert generate(bundle, "1", "--choice", "+2", "--choice", "no").stdout == "+2\n"
+    assert generate(bundle, "1", "--regex", r"\+[0-9]=3").stdout == "+2=3\n"
+    assert json.loads(generate(bundle, "1", "--json-schema", str(schema)).stdout)["n"] in (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--regex", "a["], "a["),
+        (["--regex", "a", "--choice", "b"], "regex and choices"),
+        (["--json-schema", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_a_form_that_makes_no_sense_is_refused(bundle, options, message):
+    result = generate(bundle, "1", *options)
+
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_attribution_tells_who_spoke(bundle):
+    result = generate(bundle, "d", "--weights", "code=0.5,math=0.5", "--attribution")
+    told = json.loads(generate(bundle, "d", "--weights", "code=0.5,math=0.5", "--attribution", "--json").stdout)
+
+    assert result.stdout.startswith("ef x\n")
+    assert "Who spoke" in result.stdout
+    code = told["members"].index("code")
+    assert all(shares[code] > 0.9 for shares in told["responsibilities"])
+    assert len(told["member_logprobs"]) == len(told["token_ids"])

@@ -7,5 +7,18 @@ with Mixture.load("bundle") as mixture:
 from edgemix.runtime.mixture import Mixture
 from edgemix.runtime.options import GenerateOptions, WeightChoice
 from edgemix.runtime.results import Chunk, Completion, Score, Timings
+from edgemix.runtime.server import Server, Ticket
+from edgemix.runtime.session import Session
 
-__all__ = ["Chunk", "Completion", "GenerateOptions", "Mixture", "Score", "Timings", "WeightChoice"]
+__all__ = [
+    "Chunk",
+    "Completion",
+    "GenerateOptions",
+    "Mixture",
+    "Score",
+    "Server",
+    "Session",
+    "Ticket",
+    "Timings",
+    "WeightChoice",
+]

@@ -82,7 +82,10 @@ def _decoding(
     """
     sampling, budget, eos = settings.sampling, settings.max_new_tokens, mixture.manifest.tokenizer.eos
     repeatable = sampling.temperature == 0 or seeds[0] is None
-    if len(prompts) == 1 and repeatable and settings.speculation != "off":
+    speculation = settings.speculation
+    if speculation == "auto" and mixture.plan is not None:
+        speculation = mixture.plan.speculation
+    if len(prompts) == 1 and repeatable and speculation != "off":
         return SpeculativeDecoding(
             blend,
             prompts[0],
@@ -91,8 +94,8 @@ def _decoding(
             max_new_tokens=budget,
             context=mixture.context,
             eos=eos,
-            student=mixture.drafting if settings.speculation in ("auto", "student") else None,
-            lookup=settings.speculation in ("auto", "lookup"),
+            student=mixture.drafting if speculation in ("auto", "student") else None,
+            lookup=speculation in ("auto", "lookup"),
             prefixes=mixture.prefixes,
         )
     return Decoding(blend, prompts, sampling, seeds=seeds, max_new_tokens=budget, context=mixture.context, eos=eos)

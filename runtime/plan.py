@@ -1,7 +1,7 @@
 """The plan for a bundle on a machine: how it was measured to run fastest there (`edgemix profile --recommend`).
 
-Plans lie in the user's cache folder, one a file, by what they hold for: the bundle's manifest, the processor, its cores,
-ONNX Runtime's version, the provider. They are advice: one that cannot be read is as good as none.
+Plans lie in the user's cache folder, one a file, by what they hold for: the bundle's manifest, the processor, its
+cores, ONNX Runtime's version, the provider. They are advice: one that cannot be read is as good as none.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Measuring a bundle on the machine that it runs on."""
+"""Measuring a bundle on the machine that it runs on: see `profiler.profile`."""

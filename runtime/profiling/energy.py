@@ -104,17 +104,17 @@ def _cards() -> Iterable[Counter]:
 class Meter:
     """Readings of counters before and after some work."""
 
-    def __init__(self, read: Iterable[Counter]) -> None:
-        self._counters = tuple(read)
+    def __init__(self, counters: Iterable[Counter]) -> None:
+        self.counters = tuple(counters)
 
     def readings(self) -> list[float | None]:
         """What every counter says now."""
-        return [counter.read() for counter in self._counters]
+        return [counter.read() for counter in self.counters]
 
     def spent(self, before: list[float | None]) -> dict[str, float]:
         """Joules since some readings, by the counter's name."""
         return {
             counter.name: counter.spent(was, now)
-            for counter, was, now in zip(self._counters, before, self.readings(), strict=True)
+            for counter, was, now in zip(self.counters, before, self.readings(), strict=True)
             if was is not None and now is not None
         }

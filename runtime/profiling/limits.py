@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from edgemix.runtime.providers import Provider
 
-LEAST_BUFFER, MOST_BUFFER = 64 << 20, 1 << 30
+LEAST_BUFFER, MOST_BUFFER = 64 << 20, 512 << 20
 """Bytes that are read for the bandwidth; between them, twice the processor's last cache."""
 SIDE = 1024
 """Rows and columns of the matrices."""

@@ -79,7 +79,7 @@ class Bench:
         self.contenders = {contender.name: contender for contender in contenders}
         self._fast = self.contenders[FAST]
         self._plain = self.contenders.get(PLAIN) or contenders[0]
-        self._prompts, self._meter = prompts, meter
+        self.prompts, self.meter = prompts, meter
         self.sizes = sizes.within(self._fast.context)
         self._gathered: dict[str, Gathered] = defaultdict(Gathered)
         self._found: dict[tuple[str, str, int], Measurement] = {}
@@ -169,8 +169,8 @@ class Bench:
 
     def _batch(self, contender: Contender, size: int) -> Measurement:
         def take(_: int) -> Mapping[str, Sequence[float]]:
-            prompts = self._prompts.batch(self.sizes.contexts[0], size)
-            run = contender.run(prompts, self.sizes.tokens // 2, meter=self._meter, patience=self.sizes.patience)
+            prompts = self.prompts.batch(self.sizes.contexts[0], size)
+            run = contender.run(prompts, self.sizes.tokens // 2, meter=self.meter, patience=self.sizes.patience)
             return {f"{contender.name} rate": [size / seconds for seconds in run.tpot]}
 
         measurement = Measurement(f"{contender.name}, {size} texts at once", take)
@@ -178,9 +178,9 @@ class Bench:
         return measurement
 
     def _run(self, contender: Contender, size: int, number: int, *, tokens: int | None = None) -> Run:
-        prompt = self._prompts.take(size, number)
+        prompt = self.prompts.take(size, number)
         new = self.sizes.tokens if tokens is None else tokens
-        run = contender.run([prompt], new, meter=self._meter, patience=self.sizes.patience)
+        run = contender.run([prompt], new, meter=self.meter, patience=self.sizes.patience)
         if tokens is None and run.tokens:
             for counter, joules in run.joules.items():
                 self._gathered[contender.name].joules[counter].append(joules / run.tokens)

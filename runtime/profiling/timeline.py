@@ -161,7 +161,7 @@ def encoding_seconds(tokenizer: Tokenizer, text: str) -> float:
 
 
 class Trace:
-    """A file for Perfetto and chrome://tracing (Trace Event Format), with a process for each thing that was looked at."""
+    """A file for Perfetto and chrome://tracing (Trace Event Format); each thing that was looked at is a process."""
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []

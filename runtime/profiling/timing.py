@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 ROUNDS = 3
 """Rounds that a figure needs before it can be steady."""
 MOST_ROUNDS = 12
-AGREEMENT = 0.05
-"""How far, by the median, the medians of a figure's rounds may lie from the median of all."""
+AGREEMENT = 0.1
+"""Interquartile range of the medians of a steady figure's rounds, over the median of all, at most."""
 
 
 @dataclass
@@ -46,9 +46,11 @@ class Series:
     @property
     def steady(self) -> bool:
         """Whether there are enough rounds, and they agree."""
-        medians = np.array([np.median(each) for each in self._counting])
-        middle = float(np.median(self.samples)) if self.rounds else 0.0
-        return len(medians) >= ROUNDS and float(np.median(np.abs(medians - middle))) <= AGREEMENT * abs(middle)
+        medians = [float(np.median(each)) for each in self._counting]
+        if len(medians) < ROUNDS:
+            return False
+        low, high = np.percentile(medians, [25, 75])
+        return bool(high - low <= AGREEMENT * abs(np.median(self.samples)))
 
     def quantiles(self) -> Quantiles:
         """What the profile says of it.

@@ -19,6 +19,8 @@ Verdict = Literal["better", "worse", "same", ""]
 
 LEAST = 0.02
 """Differences of less are none, however small the spread."""
+ROUGHLY = 0.1
+"""The spread of what was measured without one."""
 LARGER_IS_BETTER: frozenset[Unit] = frozenset({"1/s", "bytes/s", "share", "times"})
 
 
@@ -99,7 +101,7 @@ def _of_machine(machine: Machine) -> Iterator[_Figure]:
     limits = {"memory bandwidth": machine.bandwidth, "fp32 peak": machine.fp32_peak, "int8 peak": machine.int8_peak}
     for name, value in limits.items():
         if value is not None:
-            yield _Figure("machine", name, "bytes/s" if name == "memory bandwidth" else "1/s", _number(value))
+            yield _Figure("machine", name, "bytes/s" if name == "memory bandwidth" else "1/s", _number(value), ROUGHLY)
 
 
 def _of_loading(about: str, loading: Loading) -> Iterator[_Figure]:
@@ -119,15 +121,15 @@ def _of_subject(subject: Subject) -> Iterator[_Figure]:
     for batch in subject.batches:
         yield _Figure(about, f"rate, {batch.size} texts", "1/s", _number(batch.rate.p50), _number(batch.rate.spread))
     if subject.speculation is not None:
-        yield _Figure(about, "speed-up", "times", _number(subject.speculation.speedup))
+        yield _Figure(about, "speed-up", "times", _number(subject.speculation.speedup), ROUGHLY)
         if subject.speculation.acceptance is not None:
-            yield _Figure(about, "acceptance", "share", _number(subject.speculation.acceptance))
+            yield _Figure(about, "acceptance", "share", _number(subject.speculation.acceptance), ROUGHLY)
     if subject.outside is not None:
         outside = subject.outside
         parts = (outside.tokenizer, outside.mixing, outside.sampling, outside.other)
-        yield _Figure(about, "outside ONNX Runtime", "s", math.fsum(map(_number, parts)), 0.1)
+        yield _Figure(about, "outside ONNX Runtime", "s", math.fsum(map(_number, parts)), ROUGHLY)
     if subject.energy is not None:
-        yield _Figure(about, f"energy, {subject.energy.counter}", "J", _number(subject.energy.joules), 0.1)
+        yield _Figure(about, f"energy, {subject.energy.counter}", "J", _number(subject.energy.joules), ROUGHLY)
     if subject.loading is not None:
         yield from _of_loading(about, subject.loading)
 

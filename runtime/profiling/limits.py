@@ -43,10 +43,8 @@ def measure_limits(provider: Provider, threads: int, *, seconds: float) -> Limit
     each = seconds / 3
     return Limits(
         _bandwidth(threads, each) if provider.device == "cpu" else None,
-        _peak(_product("MatMul", _FLOAT, np.float32, _FLOAT), np.float32, provider, threads, each),
-        _peak(_product("MatMulInteger", _UINT8, np.int8, _INT32), np.uint8, provider, threads, each)
-        if provider.device == "cpu"
-        else None,
+        _peak(fp32_product(), np.float32, provider, threads, each),
+        _peak(int8_product(), np.uint8, provider, threads, each) if provider.device == "cpu" else None,
     )
 
 
@@ -98,8 +96,18 @@ def _fastest(work: Callable[[], object], seconds: float) -> float:
     return float(best)
 
 
+def fp32_product() -> bytes:
+    """A graph c = a b of square matrices."""
+    return _product("MatMul", _FLOAT, np.float32, _FLOAT)
+
+
+def int8_product() -> bytes:
+    """The same of codes: a is uint8, b int8, c int32."""
+    return _product("MatMulInteger", _UINT8, np.int8, _INT32)
+
+
 def _product(operator: str, left: int, right: Any, result: int) -> bytes:
-    """A graph c = a b of square matrices, where b is in the graph, so that its layout is the kernels' own."""
+    """With b, all ones, in the graph, so that its layout is the kernels' own."""
     weights = np.ones((SIDE, SIDE), right)
     kind = {"float32": _FLOAT, "int8": _INT8}[weights.dtype.name]
     node = protobuf.encode((1, "a"), (1, "b"), (2, "c"), (4, operator))

@@ -127,7 +127,7 @@ def _of_subject(subject: Subject) -> Iterator[_Figure]:
     if subject.outside is not None:
         outside = subject.outside
         parts = (outside.tokenizer, outside.mixing, outside.sampling, outside.other)
-        yield _Figure(about, "outside ONNX Runtime", "s", math.fsum(map(_number, parts)), ROUGHLY)
+        yield _Figure(about, "outside ONNX Runtime", "s", _number(sum(map(_number, parts))), ROUGHLY)
     if subject.energy is not None:
         yield _Figure(about, f"energy, {subject.energy.counter}", "J", _number(subject.energy.joules), ROUGHLY)
     if subject.loading is not None:

@@ -8,14 +8,19 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from edgemix.errors import InputError
+from edgemix.runtime.mixing import normalise
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
+    from edgemix.manifest import Manifest
     from edgemix.runtime.adaptive import Experts
     from edgemix.runtime.member import Member
     from edgemix.runtime.mixing import Combine
+    from edgemix.runtime.options import WeightChoice
 
 
 class Listened(NamedTuple):
@@ -79,3 +84,22 @@ class Blend:
             found.append(Listened(member, own, tuple(range(place, place + len(own)))))
             first, place = first + member.voices, place + len(own)
         return found
+
+
+def shares_of(weights: WeightChoice, manifest: Manifest) -> NDArray[np.float64]:
+    """Weights that stay, by whatever names them, as float64 [members].
+
+    Raises:
+        InputError: There is no such domain or member, or a weight makes no sense.
+    """
+    if isinstance(weights, str):
+        domains = manifest.weights.domains
+        if weights not in domains:
+            raise InputError(
+                f"this bundle has no weights for a domain {weights!r}",
+                f"Domains: {', '.join(domains)}." if domains else "It has no domains: give weights by member name.",
+            )
+        weights = domains[weights]
+    return normalise(
+        manifest.weights.default if weights is None else weights, [entry.name for entry in manifest.members]
+    )

@@ -15,10 +15,10 @@ from edgemix.errors import EdgemixError, InputError
 from edgemix.progress import SILENT
 from edgemix.runtime import prefix_file
 from edgemix.runtime.adaptive import Experts
-from edgemix.runtime.blend import Blend
+from edgemix.runtime.blend import Blend, shares_of
 from edgemix.runtime.engine import State
 from edgemix.runtime.generation import chunks, generate
-from edgemix.runtime.mixing import check_combine, normalise
+from edgemix.runtime.mixing import check_combine
 from edgemix.runtime.opening import open_graphs
 from edgemix.runtime.options import ADAPTIVE, GenerateOptions, Settings, WeightChoice
 from edgemix.runtime.plan import find_plan
@@ -287,7 +287,7 @@ class Mixture:
         """
         check_combine(combine)
         experts = self._experts(combine) if weights == ADAPTIVE else None
-        shares = experts.weights if experts else self._shares(weights)
+        shares = experts.weights if experts else shares_of(weights, self.manifest)
         window = self.context if window is None else window
         if not 1 <= window <= self.context:
             raise InputError(f"window must be between 1 and the context, {self.context} tokens, not {window}")
@@ -393,7 +393,7 @@ class Mixture:
         """As `blend`, of all members, those that weigh nothing too."""
         check_combine(combine)
         experts = self._experts(combine) if weights == ADAPTIVE else None
-        shares = experts.weights if experts else self._shares(weights)
+        shares = experts.weights if experts else shares_of(weights, self.manifest)
         return Blend(self._open_members(), shares, combine, self.vocabulary, experts)
 
     def _experts(self, combine: Combine) -> Experts:
@@ -403,17 +403,6 @@ class Mixture:
                 'Leave combine out, or choose combine="linear".',
             )
         return Experts.of(self.members, self.weights, self.manifest.weights.domains)
-
-    def _shares(self, weights: WeightChoice) -> NDArray[np.float64]:
-        if isinstance(weights, str):
-            domains = self.manifest.weights.domains
-            if weights not in domains:
-                raise InputError(
-                    f"this bundle has no weights for a domain {weights!r}",
-                    f"Domains: {', '.join(domains)}." if domains else "It has no domains: give weights by member name.",
-                )
-            weights = domains[weights]
-        return normalise(self.weights if weights is None else weights, self.members)
 
     def check_length(self, ids: Sequence[int], what: str) -> None:
         """Raise InputError if token ids are more than the context."""

@@ -51,7 +51,7 @@ class Run:
     joules: dict[str, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Contender:
     """Something that generates.
 

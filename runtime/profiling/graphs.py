@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 EMBEDDING, HEAD, OTHER = "embedding", "head", "other"
 
-_LAYER = re.compile(rf"(?:^|[._/])(?:layers?|h|blocks?)[._](\d+)(?![0-9])|^{re.escape(graph_io.PAST_PREFIX)}(\d+)\.")
+_LAYER = re.compile(
+    rf"(?:^|[._/])(?:layers?|h|blocks?)[._](\d+)(?![0-9A-Za-z])|^{re.escape(graph_io.PAST_PREFIX)}(\d+)\."
+)
 _EMBEDDING = re.compile(r"(?:^|[._/])(?:embed_tokens|wte|embed_in|word_embeddings)\b")
 _HEAD = re.compile(r"(?:^|[._/])(?:lm_head|embed_out|norm|ln_f|final_layer_?norm|final_norm)\b")
 _LOOKUPS = frozenset({"Gather", "GatherBlockQuantized"})

@@ -15,7 +15,9 @@ from edgemix.bundle import read_manifest, resolve, verify_bundle
 from edgemix.errors import EdgemixError
 from edgemix.profile import Machine, Profile
 from edgemix.progress import SILENT
+from edgemix.runtime.blend import shares_of
 from edgemix.runtime.mixture import Mixture
+from edgemix.runtime.options import ADAPTIVE
 from edgemix.runtime.plan import write_plan
 from edgemix.runtime.profiling import loading, operators
 from edgemix.runtime.profiling.contenders import contenders
@@ -165,6 +167,8 @@ def profile(request: Request, progress: Progress = SILENT) -> Measured:
     begun = time.perf_counter()
     manifest = read_manifest(request.bundle)
     verify_bundle(request.bundle, manifest, checksums=request.verify)
+    if request.weights != ADAPTIVE:
+        shares_of(request.weights, manifest)  # before anything takes its time
     provider, threads = choose(request.provider), request.threads or default_threads()
     pace = QUICK if request.quick else THOROUGH
     work = _Work(request, manifest, provider, threads, pace, begun, progress)

@@ -57,6 +57,10 @@ class Loads:
     Args:
         request: What is loaded.
         manifest: The bundle's.
+
+    Attributes:
+        trouble: Why there are no cold loads; empty while nothing is known against them.
+        seconds: What the last one took, with its process.
     """
 
     def __init__(self, request: Request, manifest: Manifest) -> None:
@@ -65,6 +69,7 @@ class Loads:
         self.bytes = sum(manifest.files[file].size for file in self.files)
         self._seen: dict[bool, list[Loaded]] = {True: [], False: []}
         self.trouble = ""
+        self.seconds = 0.0
 
     def take(self, *, cold: bool) -> None:
         """Load once more.
@@ -75,16 +80,13 @@ class Loads:
         if cold and (self.trouble or not drop_from_cache(self._paths())):
             self.trouble = self.trouble or "this system has no way to drop files from its cache"
             return
+        begun = time.perf_counter()
         loaded = _in_a_process(self._request)
+        self.seconds = time.perf_counter() - begun
         if cold and loaded.disk is not None and loaded.disk < _MOSTLY * self.bytes:
             self.trouble = "the files stayed in the file cache (others use them, or it is not this system's own)"
         else:
             self._seen[cold].append(loaded)
-
-    @property
-    def seconds(self) -> float:
-        """Of the longest load so far."""
-        return max((loaded.seconds for each in self._seen.values() for loaded in each), default=0.0)
 
     def loading(self) -> Loading | None:
         """The figures; None where nothing was loaded warm."""

@@ -213,9 +213,10 @@ def _loads(work: _Work) -> dict[str, Loading]:
             request = loading.Request(str(work.request.bundle), work.provider.name, work.threads, name)
             loads = loading.Loads(request, work.manifest)
             cold, warm = work.pace.each if name else work.pace.loads
-            for number, is_cold in enumerate([*[True] * cold, *[False] * warm]):
-                needed = not name and number == cold  # the first warm load of everything
-                if needed or time.perf_counter() + 2 * loads.seconds < work.by(work.pace.loaded):
+            order = [False] * min(1, warm) + [True] * cold + [False] * (warm - 1)
+            for number, is_cold in enumerate(order):
+                needed = not name and number == 0
+                if needed or time.perf_counter() + loads.seconds < work.by(work.pace.loaded):
                     loads.take(cold=is_cold)
             if (loaded := loads.loading()) is not None:
                 found[name] = loaded
@@ -249,17 +250,20 @@ def _breakdowns(work: _Work, prompts: Prompts) -> Iterator[Breakdown]:
     """Of every graph, as far as the time goes."""
     entries = {entry.graph: entry for entry in reversed(work.manifest.graphs)}
     prompt, seconds = prompts.take(min(work.pace.sizes.contexts[0], _context(work.manifest))), 0.0
+    late: list[str] = []
     with work.progress.stage("operators", len(entries)) as task:
         for entry in reversed(entries.values()):
             begun = time.perf_counter()
             if begun + seconds > work.by(work.pace.operators):
-                work.notes.append(f"there was no time for the operators of {entry.name}")
+                late.append(entry.name)
                 continue
             path = resolve(work.request.bundle, entry.graph)
             calls = operators.profiled_calls(path, entry, work.provider, work.threads, prompt)
             yield operators.breakdown(_voices(work.manifest, entry), len(prompt), *calls, read_graph(path).marks())
             seconds = time.perf_counter() - begun
             task.advance(note=entry.name)
+    if late:
+        work.notes.append(f"there was no time for the operators of {', '.join(late)}")
 
 
 def _context(manifest: Manifest) -> int:
@@ -275,7 +279,8 @@ def _voices(manifest: Manifest, first: MemberEntry) -> str:
 def _subject(work: _Work, bench: Bench, contender: Contender, tokenizer: Tokenizer) -> Subject:
     """What was found of a contender, with the time outside ONNX Runtime and its rooflines."""
     found, sizes = bench.subject(contender.name), bench.sizes
-    timeline, tokens = watch(contender, bench.prompts.take(sizes.contexts[0]), sizes.tokens, tokenizer)
+    prompt = bench.prompts.take(sizes.contexts[0])
+    timeline, tokens = watch(contender, prompt, sizes.tokens, tokenizer, patience=sizes.patience)
     work.trace.add(contender.name, timeline.spans)
     text = work.request.text or "".join(PASSAGES)
     return msgspec.structs.replace(

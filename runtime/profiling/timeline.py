@@ -103,9 +103,13 @@ class Timeline:
         return spanned
 
 
-def watch(contender: Contender, prompt: Sequence[int], new: int, tokenizer: Tokenizer) -> tuple[Timeline, int]:
-    """Generate a text with everything on a timeline: that, and the number of tokens written after the first step."""
-    timeline, written = Timeline(), 0
+def watch(
+    contender: Contender, prompt: Sequence[int], new: int, tokenizer: Tokenizer, *, patience: float
+) -> tuple[Timeline, int]:
+    """Generate a text with everything on a timeline: that, and the number of tokens written after the first step, fewer
+    where more than `patience` seconds have passed.
+    """
+    timeline, written, begun = Timeline(), 0, time.perf_counter()
     watched = replace(
         contender,
         blend=timeline.watch(contender.blend),
@@ -116,7 +120,7 @@ def watch(contender: Contender, prompt: Sequence[int], new: int, tokenizer: Toke
         timeline.around(decoding, _OF_DECODING)
         timeline.around(decoding._state, _OF_STATE)
         first = True
-        while True:
+        while not written or time.perf_counter() - begun < patience:
             with timeline.span(STEPS, "prompt" if first else "step"):
                 step = decoding.step()
             if not step:

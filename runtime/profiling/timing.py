@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -124,7 +125,8 @@ def take_turns(
 ) -> None:
     """Give every measurement its turns, so that a machine that slows down does so for all.
 
-    Each has `ROUNDS`, the first ones first if time does not suffice; those that are not steady then have more.
+    Each has `ROUNDS`, the first ones first if time does not suffice; those that are not steady then have more. The very
+    first one has a turn in any case.
 
     Args:
         measurements: The most important first.
@@ -136,7 +138,8 @@ def take_turns(
     with progress.stage(title, max(0.0, until - time.perf_counter())) as task:
         for number in range(rounds):
             due = [each for each in measurements if each.turns <= number and not (number >= ROUNDS and each.steady)]
-            if not [each for each in due if _turn(each, until, task)]:
+            taken = [_turn(each, math.inf if each is measurements[0] and not number else until, task) for each in due]
+            if not any(taken):
                 break
 
 

@@ -182,7 +182,7 @@ def test_looking_at_a_text_does_not_change_it(mixture):
         while step := decoding.step():
             written += [token.id for token in step]
 
-        timeline, tokens = watch(contender, prompt, 8, mixture.tokenizer)
+        timeline, tokens = watch(contender, prompt, 8, mixture.tokenizer, patience=99)
 
         assert len(written) == 9
         assert tokens == 8
@@ -191,7 +191,7 @@ def test_looking_at_a_text_does_not_change_it(mixture):
 
 def test_time_outside_is_what_is_left_of_the_steps(mixture):
     contender = {each.name: each for each in contenders(mixture)}[PLAIN]
-    timeline, tokens = watch(contender, [1, 2, 3], 8, mixture.tokenizer)
+    timeline, tokens = watch(contender, [1, 2, 3], 8, mixture.tokenizer, patience=99)
 
     found = outside(timeline, tokens, 1e-6)
     first, *steps = sorted((span for span in timeline.spans if span.track == "steps"), key=lambda span: span.begin)
@@ -222,7 +222,7 @@ def test_spans_know_what_is_their_own(monkeypatch):
 
 def test_the_trace_has_members_as_tracks(mixture):
     contender = {each.name: each for each in contenders(mixture)}[FAST]
-    timeline, _ = watch(contender, [1, 2, 3], 8, mixture.tokenizer)
+    timeline, _ = watch(contender, [1, 2, 3], 8, mixture.tokenizer, patience=99)
     trace = Trace()
     trace.add(FAST, timeline.spans)
     trace.add("nothing", [])

@@ -102,3 +102,11 @@ def test_a_turn_that_would_not_fit_is_not_begun(clock):
 
     assert (long.turns, short.turns) == (1, 3)
     assert clock.now <= 110
+
+
+def test_the_first_one_is_measured_however_late_it_is(clock):
+    first, second = clock.measurement("first", [1.0]), clock.measurement("second", [1.0])
+
+    take_turns([first, second], until=clock.now - 5)
+
+    assert (first.turns, second.turns) == (1, 0)

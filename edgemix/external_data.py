@@ -1,7 +1,6 @@
 """Which files a graph takes its weights from: a reader of ONNX's protobuf that follows only the way to them.
 
-ONNX Runtime opens whatever path a graph names, so a bundle's graphs are checked before it sees them. The `onnx` package
-is too heavy for the runtime; the wire format is small (https://protobuf.dev/programming-guides/encoding). Every byte is
+ONNX Runtime opens whatever path a graph names, so a bundle's graphs are checked before it sees them. Every byte is
 visited at most once, weights inside the graph are jumped over, and nothing is allocated by a number from the file.
 """
 
@@ -12,6 +11,7 @@ import stat
 from typing import TYPE_CHECKING, NamedTuple
 
 from edgemix.errors import BundleError, storage_errors
+from edgemix.protobuf import MalformedError, field, fields
 from edgemix.safe_paths import resolve
 from edgemix.sparse_storage import SUFFIX, read_header
 
@@ -45,7 +45,6 @@ _WAYS: dict[str, dict[int, str]] = {
     "TensorProto": {13: "StringStringEntryProto"},
     "StringStringEntryProto": {},
 }
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _LONGEST_ENTRY = 4096
 _KEYS = frozenset({"location", "offset", "length", "checksum"})
 
@@ -59,10 +58,6 @@ class ExternalTensor(NamedTuple):
     location: str
     offset: int
     length: int
-
-
-class _MalformedError(ValueError):
-    """The bytes are no ONNX model; the message says why."""
 
 
 def external_files(graph: Path) -> frozenset[str]:
@@ -92,13 +87,13 @@ def external_tensors(graph: Path) -> Iterator[ExternalTensor]:
             try:
                 for entries in _external_entries(data):
                     yield _placed(graph, entries, sizes)
-            except _MalformedError as error:
+            except MalformedError as error:
                 raise BundleError(f"{graph}: is no sound ONNX model: {error}", "Export the bundle again.") from None
 
 
 def _placed(graph: Path, entries: dict[str, str], sizes: dict[str, int]) -> ExternalTensor:
     if "location" not in entries:
-        raise _MalformedError("a tensor's external data has no location")
+        raise MalformedError("a tensor's external data has no location")
     location = entries["location"]
     if location not in sizes:
         sizes[location] = _size(graph, location)
@@ -125,7 +120,7 @@ def _size(graph: Path, location: str) -> int:
 
 def _natural(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 18):
-        raise _MalformedError(f"a tensor's place in its file is {text[:80]!r}, not a number of bytes")
+        raise MalformedError(f"a tensor's place in its file is {text[:80]!r}, not a number of bytes")
     return int(text)
 
 
@@ -133,7 +128,7 @@ def _external_entries(data: mmap.mmap) -> Iterator[dict[str, str]]:
     """The external data of each tensor that has some, as it stands."""
     # A stack of open messages: kind, end, and for a tensor what was found in it.
     stack: list[tuple[str, int, dict[str, str]]] = [("ModelProto", len(data), {})]
-    position, fields = 0, 0
+    position, seen = 0, 0
     while stack:
         kind, end, found = stack[-1]
         if position == end:
@@ -141,10 +136,10 @@ def _external_entries(data: mmap.mmap) -> Iterator[dict[str, str]]:
             if kind == "TensorProto" and found:
                 yield found
             continue
-        fields += 1
-        if fields > MAX_FIELDS:
-            raise _MalformedError(f"it has more than {MAX_FIELDS:,} fields")
-        number, start, position = _field(data, position, end)
+        seen += 1
+        if seen > MAX_FIELDS:
+            raise MalformedError(f"it has more than {MAX_FIELDS:,} fields")
+        number, _, start, position = field(data, position, end)
         inner = _WAYS[kind].get(number)
         if start is None or inner is None:
             continue
@@ -152,67 +147,27 @@ def _external_entries(data: mmap.mmap) -> Iterator[dict[str, str]]:
             key, value = _entry(data, start, position)
             if key in found or key not in _KEYS:
                 problem = "the unknown key" if key not in found else "twice the key"
-                raise _MalformedError(f"a tensor's external data has {problem} {key[:80]!r}")
+                raise MalformedError(f"a tensor's external data has {problem} {key[:80]!r}")
             found[key] = value
         else:
             if len(stack) == MAX_DEPTH:
-                raise _MalformedError(f"it nests messages more than {MAX_DEPTH} deep")
+                raise MalformedError(f"it nests messages more than {MAX_DEPTH} deep")
             stack.append((inner, position, {}))
             position = start
-
-
-def _field(data: mmap.mmap, position: int, end: int) -> tuple[int, int | None, int]:
-    """The field at `position` of a message that ends at `end`: its number, where its bytes begin (None for a number),
-    and where it ends.
-    """
-    tag, position = _varint(data, position, end)
-    if not 8 <= tag < 1 << 32:  # other parsers would cut a wider tag off, and see another field than this one
-        raise _MalformedError(f"it has a field tag of {tag} before byte {position:,}")
-    number, wire = tag >> 3, tag & 7
-    start = None
-    if wire == _VARINT:
-        _, position = _varint(data, position, end)
-    elif wire == _FIXED64:
-        position += 8
-    elif wire == _FIXED32:
-        position += 4
-    elif wire == _BYTES:
-        length, start = _varint(data, position, end)
-        position = start + length
-    else:
-        raise _MalformedError(f"it has a field of the wire type {wire} before byte {position:,}")
-    if position > end:
-        raise _MalformedError(f"a field ends at byte {position:,}, beyond its message's end at {end:,}")
-    return number, start, position
-
-
-def _varint(data: mmap.mmap, position: int, end: int) -> tuple[int, int]:
-    """A base-128 number of at most ten bytes, and where it ends."""
-    value = 0
-    for shift in range(0, 70, 7):
-        if position >= end:
-            raise _MalformedError(f"it is cut off at byte {position:,}")
-        byte = data[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-    raise _MalformedError(f"it has a number of more than ten bytes at byte {position:,}")
 
 
 def _entry(data: mmap.mmap, position: int, end: int) -> tuple[str, str]:
     """A key and its value."""
     texts: dict[int, str] = {}
     if end - position > _LONGEST_ENTRY:
-        raise _MalformedError("a tensor's external data has an entry that is too long")
-    while position < end:
-        number, start, position = _field(data, position, end)
+        raise MalformedError("a tensor's external data has an entry that is too long")
+    for number, _, start, stop in fields(data, position, end):
         if start is None or number not in (1, 2):
             continue
         if number in texts:
-            raise _MalformedError("a tensor's external data has an entry with a repeated part")
+            raise MalformedError("a tensor's external data has an entry with a repeated part")
         try:
-            texts[number] = data[start:position].decode()
+            texts[number] = data[start:stop].decode()
         except UnicodeDecodeError:
-            raise _MalformedError("a tensor's external data is no UTF-8") from None
+            raise MalformedError("a tensor's external data is no UTF-8") from None
     return texts.get(1, ""), texts.get(2, "")

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SCHEMA = 1
+MAX_BYTES = 64 << 20
+"""Of a profile's file; a real one has some ten thousand."""
+_MAKE_ONE = "Make one: edgemix profile BUNDLE -o FILE"
 SubjectKind = Literal["member", "student", "mixture"]
 
 
@@ -30,7 +33,8 @@ class Quantiles(_Record, frozen=True):
         p50, p90, p99: Of what was measured; with few measurements the higher ones are the largest.
         spread: Interquartile range over the median.
         count: Measurements.
-        steady: Whether the spread is small enough to believe the median; what was not was measured again, in vain.
+        steady: Whether the median can be believed: rounds that were measured at other times agree on it. What was not
+            steady was measured again, in vain.
     """
 
     p50: float
@@ -220,6 +224,7 @@ class Subject(_Record, frozen=True):
         roofs: Of graphs whose size is known.
         outside: Where it was measured.
         energy: Where the machine tells it.
+        loading: Of a member or the student alone; the profile's own is that of the mixture.
     """
 
     name: str
@@ -233,6 +238,7 @@ class Subject(_Record, frozen=True):
     roofs: tuple[Roof, ...] = ()
     outside: Outside | None = None
     energy: Energy | None = None
+    loading: Loading | None = None
 
     @property
     def rate(self) -> float | None:
@@ -241,12 +247,19 @@ class Subject(_Record, frozen=True):
 
 
 class Variant(_Record, frozen=True):
-    """One way to run the mixture here, and its time per output token."""
+    """One way to run the mixture here, and its time per output token.
+
+    Attributes:
+        ttft: Of the prompt before those tokens.
+        chosen: Whether it is the plan that was written for this machine.
+    """
 
     threads: int
     provider: str
     speculation: str
     tpot: Quantiles
+    ttft: Quantiles | None = None
+    chosen: bool = False
 
 
 class Profile(_Record, frozen=True):
@@ -259,6 +272,7 @@ class Profile(_Record, frozen=True):
         quick: Whether it was measured in a hurry.
         seconds: How long measuring took.
         notes: What a reader must know: figures that are not steady, what could not be measured and why.
+        weights: How the mixture's members were weighed, as `--weights` says it; empty for the bundle's own weights.
     """
 
     bundle: str
@@ -272,6 +286,7 @@ class Profile(_Record, frozen=True):
     breakdowns: tuple[Breakdown, ...] = ()
     variants: tuple[Variant, ...] = ()
     notes: tuple[str, ...] = ()
+    weights: str = ""
     schema: int = SCHEMA
 
     def subject(self, name: str) -> Subject:
@@ -295,7 +310,9 @@ def read_profile(path: Path) -> Profile:
     """
     with storage_errors(f"reading {path}"):
         if not path.is_file():
-            raise InputError(f"there is no profile {path}", "Make one: edgemix profile BUNDLE -o FILE")
+            raise InputError(f"there is no profile {path}", _MAKE_ONE)
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{path} is no profile: it has more than {MAX_BYTES:,} bytes", _MAKE_ONE)
         data = path.read_bytes()
     try:
         found = msgspec.json.decode(data, type=dict[str, Any])
@@ -306,7 +323,7 @@ def read_profile(path: Path) -> Profile:
             )
         return msgspec.convert(found, Profile)
     except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
-        raise InputError(f"{path} is no profile: {error}", "Make one: edgemix profile BUNDLE -o FILE") from None
+        raise InputError(f"{path} is no profile: {error}", _MAKE_ONE) from None
 
 
 def encode_profile(profile: Profile) -> bytes:

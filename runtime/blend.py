@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemix.manifest import Weights
+    from edgemix.manifest import Manifest, Weights
     from edgemix.runtime.member import Member
     from edgemix.runtime.mixing import Combine
     from edgemix.runtime.options import WeightChoice
@@ -100,6 +100,12 @@ class Blender:
     names: tuple[str, ...]
     weights: Weights
     vocabulary: int
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Blender:
+        """Those of a bundle."""
+        names = tuple(entry.name for entry in manifest.members)
+        return cls(names, manifest.weights, manifest.tokenizer.vocabulary)
 
     def whole(self, graphs: Sequence[Member], weights: WeightChoice, combine: Combine) -> Blend:
         """All members, those that weigh nothing too.

@@ -112,7 +112,10 @@ class _Call:
         case, so that it is the same alone, in a batch, and on a machine of another speed.
         """
         settings, mixture = self.settings, self.mixture
-        drafts = settings.speculation if settings.sampling.temperature == 0 or self.seeds[0] is None else "off"
+        speculation = settings.speculation
+        if speculation == "auto" and mixture.plan is not None:
+            speculation = mixture.plan.speculation
+        drafts = speculation if settings.sampling.temperature == 0 or self.seeds[0] is None else "off"
         if len(self.prompts) == 1 and (drafts != "off" or self.kept is not None):
             return SpeculativeDecoding(
                 self.blend,

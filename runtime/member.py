@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,8 @@ from edgemix.runtime.kv_cache import KINDS, CacheLayout, KVCache, Slot
 from edgemix.runtime.providers import PROVIDERS, check_version, onnxruntime_errors, open_session, place, plain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from edgemix.runtime.providers import Provider
 
     Tokens = Sequence[Sequence[int]] | Sequence[NDArray[np.int64]] | NDArray[np.int64]
+    Watch = Callable[[str, int], AbstractContextManager[object]]
 
 MAX_CHUNK = 256
 """Most tokens read in one call."""
@@ -42,6 +46,13 @@ _FLOATS: dict[str, np.dtype[Any]] = {
     "tensor(float16)": np.dtype(np.float16),
 }
 _CACHE_TYPES = _FLOATS | {"tensor(int8)": np.dtype(np.int8)}
+
+
+_NOBODY = nullcontext()
+
+
+def _unwatched(name: str, tokens: int) -> AbstractContextManager[object]:  # noqa: ARG001
+    return _NOBODY
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +90,7 @@ class Member:
     ) -> None:
         self.facts, self.provider, self.name = facts, provider, name
         self._session = session
+        self._watch: Watch = _unwatched
         self._inputs = {tensor.name: tensor for tensor in session.get_inputs()}
         self._outputs = {tensor.name: tensor for tensor in session.get_outputs()}
         self._can_keep = any(t.name == graph_io.LOGITS_TO_KEEP for t in session.get_overridable_initializers())
@@ -130,6 +142,12 @@ class Member:
             check_version(CODED_CACHE, "a cache of keys and values in 8 bits")
         session = open_session(graph, provider, threads=threads, packed=packed)
         return cls(session, facts, provider, name or graph.parent.name, quantized=quantized)
+
+    def watched(self, watch: Watch) -> Member:
+        """The same graph, whose every call of ONNX Runtime is made within `watch(name, tokens)`."""
+        member = copy.copy(self)
+        member._watch = watch
+        return member
 
     def new_cache(self, batch: int = 1) -> KVCache:
         """An empty cache for `batch` sequences; it takes memory only as tokens are read."""
@@ -234,7 +252,8 @@ class Member:
             binding.bind_cpu_input(graph_io.POSITION_IDS, cache.lengths[:, None] + np.arange(new))
         cache.bind(binding, new)
         try:
-            self._session.run_with_iobinding(binding)
+            with self._watch(self.name, ids.size):
+                self._session.run_with_iobinding(binding)
         except onnxruntime_errors() as error:
             raise EdgemixError(f"member {self.name!r} failed on {self.provider.name}: {plain(error)}") from error
         cache.advance(binding, new)

@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 
+import msgspec
 import numpy as np
 
 from edgemix.bundle import read_manifest, verify_bundle
@@ -20,6 +21,7 @@ from edgemix.runtime.engine import State
 from edgemix.runtime.generation import chunks, decode
 from edgemix.runtime.opening import open_graphs
 from edgemix.runtime.options import GenerateOptions, Settings, WeightChoice
+from edgemix.runtime.plan import find_plan
 from edgemix.runtime.prefixes import PrefixCache
 from edgemix.runtime.providers import choose
 from edgemix.runtime.results import Chunk, Completion, Score
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from edgemix.progress import Progress
     from edgemix.runtime.member import Member
     from edgemix.runtime.mixing import Combine
+    from edgemix.runtime.plan import Plan
     from edgemix.runtime.providers import Provider
 
 PREFIX_BYTES = 64 << 20
@@ -60,6 +63,7 @@ class Mixture:
         vocabulary: Number of token ids.
         context: Most tokens of a sequence: the smallest of the members' contexts.
         provider: Where the graphs run, "cpu" or "cuda".
+        plan: How this bundle was measured to run fastest on this machine, where that is used.
         prefixes: Texts that were read, so that one that begins alike is not read again.
     """
 
@@ -72,6 +76,7 @@ class Mixture:
         *,
         drafter: Member | None = None,
         prefix_bytes: int = 0,
+        plan: Plan | None = None,
     ) -> None:
         self.manifest = manifest
         self.tokenizer = tokenizer
@@ -80,8 +85,9 @@ class Mixture:
         self.vocabulary = manifest.tokenizer.vocabulary
         self.context = min(member.context for member in members)
         self.provider = provider.name
-        self._blender = Blender(self.members, manifest.weights, self.vocabulary)
+        self._blender = Blender.of(manifest)
         self._process = os.getpid()
+        self.plan = plan
         self._loaded = tuple(members)
         self._drafter = drafter
         self.prefixes = PrefixCache(prefix_bytes)
@@ -95,9 +101,10 @@ class Mixture:
         verify: bool = True,
         *,
         student: bool = False,
-        drafts: bool = True,
+        drafts: bool | None = None,
         prefix_bytes: int = PREFIX_BYTES,
         packed: str | Path | None = None,
+        plan: bool = True,
     ) -> Self:
         """Open a bundle.
 
@@ -107,11 +114,14 @@ class Mixture:
             threads: Threads within an operator; as many as there are physical cores by default.
             verify: Compare the checksums of all files. Without it only structure, paths and sizes are checked.
             student: Open the student alone, a mixture of one: the members' files are not even read.
-            drafts: Open the student beside the members, where there is one, to draft what they verify.
+            drafts: Open the student beside the members, where there is one, to draft what they verify; by default
+                unless the plan says otherwise.
             prefix_bytes: Most memory for texts that were read, so that one that begins alike is not read again; 0 keeps
                 none.
             packed: A folder of your own where weights are kept as this machine's kernels want them, two to three times
                 their size: written at first, mapped into memory from then on.
+            plan: Where `edgemix profile --recommend` has measured what is fastest for this bundle on this machine, take
+                threads, drafts, and what speculation="auto" means, from there; what is given here or in a call wins.
 
         Raises:
             BundleError: The bundle is missing, damaged, unsafe, or its graphs do not load.
@@ -129,14 +139,20 @@ class Mixture:
         verify_bundle(bundle, manifest, checksums=verify, only=alone)
         if prefix_bytes < 0:
             raise InputError(f"prefix_bytes must be 0 or more, not {prefix_bytes}")
+        found = find_plan(manifest, choose(provider)) if plan and not student else None
+        if found is not None and drafts not in (None, found.drafts):
+            found = msgspec.structs.replace(found, drafts=drafts, speculation="auto")
+        if drafts is None:
+            drafts = found is None or found.drafts
         return cls.assemble(
             bundle,
             manifest.alone(alone) if alone else manifest,
             provider,
-            threads,
+            threads if threads is not None or found is None else found.threads,
             drafts=drafts and not student,
             prefix_bytes=prefix_bytes,
             packed=None if packed is None else Path(packed),
+            plan=found,
         )
 
     @classmethod
@@ -150,6 +166,7 @@ class Mixture:
         drafts: bool = False,
         prefix_bytes: int = 0,
         packed: Path | None = None,
+        plan: Plan | None = None,
     ) -> Self:
         """Open the files of a bundle whose manifest is at hand: one that is being made.
 
@@ -162,7 +179,7 @@ class Mixture:
         chosen = choose(provider)
         tokenizer = Tokenizer.load(bundle, manifest.tokenizer)
         opened, drafter = open_graphs(bundle, manifest, chosen, threads, student=drafts, packed=packed)
-        return cls(manifest, opened, tokenizer, chosen, drafter=drafter, prefix_bytes=prefix_bytes)
+        return cls(manifest, opened, tokenizer, chosen, drafter=drafter, prefix_bytes=prefix_bytes, plan=plan)
 
     @overload
     def generate(  # type: ignore[overload-overlap]

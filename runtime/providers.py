@@ -133,7 +133,12 @@ def session_options(threads: int | None) -> Any:
 
 
 def open_session(
-    graph: Path, provider: Provider, *, threads: int | None = None, packed: tuple[PackedWeights, str] | None = None
+    graph: Path,
+    provider: Provider,
+    *,
+    threads: int | None = None,
+    packed: tuple[PackedWeights, str] | None = None,
+    profile: Path | None = None,
 ) -> Any:
     """An `onnxruntime.InferenceSession` of a graph file.
 
@@ -142,6 +147,7 @@ def open_session(
         provider: Where it runs.
         threads: Threads within an operator; physical cores by default.
         packed: Where its weights are kept as the provider's kernels want them, and the digest of its files.
+        profile: Let ONNX Runtime's profiler write a trace to a file that begins with this path.
 
     Raises:
         BundleError: ONNX Runtime cannot load the graph.
@@ -153,6 +159,8 @@ def open_session(
         options = session_options(threads)
         for name, value in entries.items():
             options.add_session_config_entry(name, value)
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile)
         if output is not None:
             options.optimized_model_filepath = str(output)
         if instead is None and (weights := expanded_files(graph)):
@@ -171,6 +179,11 @@ def open_session(
         return create(None, {}, None)
     folder, digest = packed
     return folder.open(digest, create)
+
+
+def open_bytes(graph: bytes, provider: Provider, *, threads: int | None = None) -> Any:
+    """An `onnxruntime.InferenceSession` of a graph in memory; what ONNX Runtime raises is raised."""
+    return _create(graph, provider, session_options(threads))
 
 
 def _give_files(options: Any, files: Mapping[str, NDArray[np.uint8]]) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import shutil
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from onnx_members import saying, write_bundle
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 MATH, CODE = "1+2=3", "def x"
 """What the two members of `bundle` say after each character of it."""
@@ -41,6 +45,14 @@ def student_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_bundle(bundle: Path, tmp_path: Path) -> Path:
     """A copy of `bundle` that a test may change."""
     return Path(shutil.copytree(bundle, tmp_path / "mixture"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_plans_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What was recommended on this machine does not change what tests see."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGEMIX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def pytest_configure() -> None:

@@ -357,7 +357,7 @@ def main() -> None:
         if arguments.plot and find_spec("matplotlib") is None:
             raise InputError("--plot needs matplotlib", "pip install 'edgemix[bench]'")
         prompts = read_prompts(arguments.prompts, arguments.most)
-        with Mixture.load(arguments.bundle, provider="cpu", threads=arguments.threads) as mixture:
+        with Mixture.load(arguments.bundle, provider="cpu", threads=arguments.threads, plan=False) as mixture:
             blend = mixture.blend(arguments.weights)
             compared = sides(arguments.bundle, mixture, blend, peers, arguments.threads)
             encoded = [mixture.tokenizer.encode(prompt) for prompt, _ in prompts]

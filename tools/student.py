@@ -59,7 +59,7 @@ def measure(folder: Path, texts: dict[str, list[str]], most: int | None, console
     from edgemix.runtime.evaluation import evaluate
 
     found = {}
-    with Mixture.load(folder / "mixture", provider="cpu") as mixture:
+    with Mixture.load(folder / "mixture", provider="cpu", plan=False) as mixture:
         for name in ("mixture", "base"):
             with Mixture.load(folder / name, provider="cpu", student=True) as student:
                 found[name] = evaluate(

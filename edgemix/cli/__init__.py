@@ -20,6 +20,7 @@ COMMANDS = {
     "chat": "chat:chat",
     "evaluate": "evaluate:evaluate",
     "fit-weights": "evaluate:fit_weights",
+    "profile": "profile:profile",
     "inspect": "bundle:inspect",
     "verify": "bundle:verify",
     "doctor": "doctor:doctor",

@@ -101,7 +101,7 @@ class Console:
 
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, show_header=any(columns), pad_edge=False)
         for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index < left else "right", overflow="fold")
+            table.add_column(Text(printable(column)), justify="left" if index < left else "right", overflow="fold")
         for number, row in enumerate(rows):
             style = _COLOURS[number % len(_COLOURS)] if coloured else None
             table.add_row(*(Text(printable(cell)) for cell in row), style=style)

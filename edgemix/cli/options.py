@@ -121,6 +121,16 @@ def runtime_options(function: F) -> F:
     )
 
 
+def weights_option(function: F) -> F:
+    return click.option(
+        "--weights",
+        metavar="TEXT",
+        type=WeightsType(),
+        show_default="the bundle's",
+        help='Like "math=0.7,code=0.3", the name of a fitted domain, or "adaptive": they follow the text.',
+    )(function)
+
+
 def mixing_options(function: F) -> F:
     """Who speaks, and how the members are mixed: --student, --weights, --combine."""
     return _all(
@@ -131,13 +141,7 @@ def mixing_options(function: F) -> F:
                 is_flag=True,
                 help="Use the student alone: faster, and in less memory; the members are not loaded.",
             ),
-            click.option(
-                "--weights",
-                metavar="TEXT",
-                type=WeightsType(),
-                show_default="the bundle's",
-                help='Like "math=0.7,code=0.3", the name of a fitted domain, or "adaptive": they follow the text.',
-            ),
+            weights_option,
             click.option(
                 "--combine",
                 type=click.Choice(["linear", "log-linear"]),

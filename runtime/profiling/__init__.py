@@ -1,0 +1,1 @@
+"""Measuring a bundle on the machine that it runs on: see `profiler.profile`."""

@@ -1,0 +1,354 @@
+"""All measurements of a bundle, one after the other within a time, into one `Profile`."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import msgspec
+import psutil
+
+from edgemix import __version__
+from edgemix.bundle import read_manifest, resolve, verify_bundle
+from edgemix.errors import EdgemixError
+from edgemix.profile import Machine, Profile
+from edgemix.progress import SILENT
+from edgemix.runtime.blend import Blender
+from edgemix.runtime.mixture import Mixture
+from edgemix.runtime.options import ADAPTIVE
+from edgemix.runtime.plan import write_plan
+from edgemix.runtime.profiling import loading, operators
+from edgemix.runtime.profiling.contenders import contenders
+from edgemix.runtime.profiling.energy import Meter, counters
+from edgemix.runtime.profiling.graphs import read_graph
+from edgemix.runtime.profiling.limits import measure_limits
+from edgemix.runtime.profiling.prompts import PASSAGES, Prompts
+from edgemix.runtime.profiling.roofline import Work, roof
+from edgemix.runtime.profiling.subjects import Bench, Sizes
+from edgemix.runtime.profiling.timeline import Trace, encoding_seconds, outside, watch
+from edgemix.runtime.profiling.timing import take_turns
+from edgemix.runtime.profiling.variants import (
+    best_of,
+    measure_variants,
+    now,
+    plan_of,
+    thread_counts,
+    working_providers,
+)
+from edgemix.runtime.providers import choose, default_threads
+from edgemix.runtime.system import describe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from edgemix.manifest import Manifest, MemberEntry
+    from edgemix.profile import Breakdown, Loading, Roof, Subject, Variant
+    from edgemix.progress import Progress
+    from edgemix.runtime.options import WeightChoice
+    from edgemix.runtime.profiling.contenders import Contender
+    from edgemix.runtime.providers import Provider
+    from edgemix.runtime.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure.
+
+    Attributes:
+        bundle: The folder.
+        provider, threads, verify: As `Mixture.load` takes them; no plan counts.
+        weights: Of the mixture's members, see `WeightChoice`; `weights_name` is how people write that.
+        quick: In less than half a minute.
+        recommend: Measure the ways to run the mixture here, and keep the best as this machine's plan.
+        text: To continue, in the place of the built-in one.
+    """
+
+    bundle: Path
+    provider: str = "auto"
+    threads: int | None = None
+    verify: bool = True
+    weights: WeightChoice = None
+    weights_name: str = ""
+    quick: bool = False
+    recommend: bool = False
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How the time is spent: seconds in all, and the share of it that is over when each stage ends.
+
+    Attributes:
+        more: Seconds on top for recommending.
+        loads: Cold and warm loads of the mixture; `each` of every graph alone.
+    """
+
+    seconds: float
+    more: float
+    limits: float
+    loads: tuple[int, int]
+    each: tuple[int, int]
+    loaded: float
+    turns: float
+    operators: float
+    sizes: Sizes
+
+
+QUICK = Pace(
+    seconds=26,
+    more=30,
+    limits=0.9,
+    loads=(1, 2),
+    each=(0, 0),
+    loaded=0.25,
+    turns=0.75,
+    operators=0.9,
+    sizes=Sizes((64,), (256,), (8,), tokens=16, texts=3, everybody=False, patience=3.0),
+)
+THOROUGH = Pace(
+    seconds=165,
+    more=90,
+    limits=3,
+    loads=(2, 3),
+    each=(1, 2),
+    loaded=0.2,
+    turns=0.75,
+    operators=0.85,
+    sizes=Sizes((64, 256, 1024), (16,), (4, 16), tokens=24, texts=6, everybody=True, patience=10.0),
+)
+
+
+@dataclass
+class Measured:
+    """What has been found.
+
+    Attributes:
+        trace: A timeline of a text of each contender.
+        plan: Where the recommended plan lies.
+    """
+
+    profile: Profile
+    trace: Trace
+    plan: Path | None = None
+
+
+@dataclass
+class _Work:
+    """Measuring under way, and what was found on the way."""
+
+    request: Request
+    manifest: Manifest
+    provider: Provider
+    threads: int
+    pace: Pace
+    begun: float
+    progress: Progress
+    machine: Machine = field(init=False)
+    loads: dict[str, Loading] = field(default_factory=dict)
+    trace: Trace = field(default_factory=Trace)
+    notes: list[str] = field(default_factory=list)
+
+    def by(self, share: float) -> float:
+        """`time.perf_counter()` when a share of the time is over."""
+        return self.begun + share * self.pace.seconds
+
+
+def profile(request: Request, progress: Progress = SILENT) -> Measured:
+    """Measure a bundle on this machine.
+
+    Raises:
+        BundleError: The bundle is missing, damaged, unsafe, or its graphs do not load.
+        InputError: The weights are none of this bundle's.
+        EdgemixError: The provider does not work here, or a measurement fails.
+    """
+    begun = time.perf_counter()
+    manifest = read_manifest(request.bundle)
+    verify_bundle(request.bundle, manifest, checksums=request.verify)
+    if request.weights != ADAPTIVE:
+        Blender.of(manifest).shares(request.weights)  # before anything takes its time
+    provider, threads = choose(request.provider), request.threads or default_threads()
+    pace = QUICK if request.quick else THOROUGH
+    work = _Work(request, manifest, provider, threads, pace, begun, progress)
+    work.loads = _loads(work)
+    work.machine = _machine(work)
+    with closing(Mixture.assemble(request.bundle, manifest, provider.name, threads, drafts=True)) as mixture:
+        bench = Bench(
+            contenders(mixture, request.weights),
+            Prompts(mixture.tokenizer, request.text),
+            pace.sizes,
+            Meter(counters()),
+        )
+        bench.warm_up()
+        take_turns(bench.measurements, until=work.by(pace.turns), progress=progress)
+        breakdowns = tuple(_breakdowns(work, bench.prompts))
+        subjects = tuple(_subject(work, bench, each, mixture.tokenizer) for each in bench.contenders.values())
+    variants, plan = _variants(work, bench)
+    _note(work, bench)
+    found = Profile(
+        bundle=request.bundle.resolve().name,
+        digest=manifest.checksum,
+        created=now(),
+        quick=request.quick,
+        seconds=time.perf_counter() - begun,
+        machine=work.machine,
+        loading=work.loads[""],
+        subjects=subjects,
+        breakdowns=breakdowns,
+        variants=variants,
+        notes=tuple(work.notes),
+        weights=request.weights_name,
+    )
+    return Measured(found, work.trace, plan)
+
+
+def _loads(work: _Work) -> dict[str, Loading]:
+    """Loading everything (""), and each graph alone; in the time that there is for it."""
+    found: dict[str, Loading] = {}
+    names = [entry.name for entry in work.manifest.graphs] if len(work.manifest.graphs) > 1 else []
+    with work.progress.stage("loading", 1 + len(names)) as task:
+        for name in ("", *names):
+            request = loading.Request(str(work.request.bundle), work.provider.name, work.threads, name)
+            loads = loading.Loads(request, work.manifest)
+            cold, warm = work.pace.each if name else work.pace.loads
+            order = [False] * min(1, warm) + [True] * cold + [False] * (warm - 1)
+            for number, is_cold in enumerate(order):
+                needed = not name and number == 0
+                if needed or time.perf_counter() + loads.seconds < work.by(work.pace.loaded):
+                    loads.take(cold=is_cold)
+            if (loaded := loads.loading()) is not None:
+                found[name] = loaded
+            if loads.trouble and not name:
+                work.notes.append(f"loading cold was not measured: {loads.trouble}")
+            task.advance(note=name)
+    return found
+
+
+def _machine(work: _Work) -> Machine:
+    with work.progress.stage("limits of the machine"):
+        limits = measure_limits(work.provider, work.threads, seconds=work.pace.limits)
+    here = describe()
+    return Machine(
+        processor=here.processor.name,
+        cores=default_threads(),
+        instruction_sets=here.processor.instruction_sets,
+        memory=here.memory.total,
+        platform=here.platform,
+        provider=work.provider.name,
+        threads=work.threads,
+        onnxruntime=here.packages["onnxruntime"] or here.packages["onnxruntime-gpu"] or "",
+        edgemix=__version__,
+        bandwidth=limits.bandwidth,
+        fp32_peak=limits.fp32_peak,
+        int8_peak=limits.int8_peak,
+    )
+
+
+def _breakdowns(work: _Work, prompts: Prompts) -> Iterator[Breakdown]:
+    """Of every graph, as far as the time goes."""
+    entries = {entry.graph: entry for entry in reversed(work.manifest.graphs)}
+    prompt, seconds = prompts.take(min(work.pace.sizes.contexts[0], _context(work.manifest))), 0.0
+    late: list[str] = []
+    with work.progress.stage("operators", len(entries)) as task:
+        for entry in reversed(entries.values()):
+            begun = time.perf_counter()
+            if begun + seconds > work.by(work.pace.operators):
+                late.append(entry.name)
+                continue
+            path = resolve(work.request.bundle, entry.graph)
+            calls = operators.profiled_calls(path, entry, work.provider, work.threads, prompt)
+            yield operators.breakdown(_voices(work.manifest, entry), len(prompt), *calls, read_graph(path).marks())
+            seconds = time.perf_counter() - begun
+            task.advance(note=entry.name)
+    if late:
+        work.notes.append(f"there was no time for the operators of {', '.join(late)}")
+
+
+def _context(manifest: Manifest) -> int:
+    """Tokens of a prompt that leave room for the tokens behind it, in every graph."""
+    return max(1, min(entry.facts.context for entry in manifest.graphs) - operators.DECODES)
+
+
+def _voices(manifest: Manifest, first: MemberEntry) -> str:
+    """The name of a graph: those of all members that it speaks for."""
+    return ", ".join(entry.name for entry in manifest.graphs if entry.graph == first.graph)
+
+
+def _subject(work: _Work, bench: Bench, contender: Contender, tokenizer: Tokenizer) -> Subject:
+    """What was found of a contender, with the time outside ONNX Runtime and its rooflines."""
+    found, sizes = bench.subject(contender.name), bench.sizes
+    prompt = bench.prompts.take(sizes.contexts[0])
+    timeline, tokens = watch(contender, prompt, sizes.tokens, tokenizer, patience=sizes.patience)
+    work.trace.add(contender.name, timeline.spans)
+    text = work.request.text or "".join(PASSAGES)
+    return msgspec.structs.replace(
+        found,
+        outside=outside(timeline, tokens, encoding_seconds(tokenizer, text[:10_000])),
+        roofs=tuple(_roofs(work, contender, found)),
+        loading=work.loads.get(contender.name) if contender.kind != "mixture" else None,
+    )
+
+
+def _roofs(work: _Work, contender: Contender, found: Subject) -> Iterator[Roof]:
+    """Over a prompt and over a token, where it is known which graphs are called."""
+    if not contender.plain:
+        return
+    machine = work.machine
+    works = [
+        Work.of(read_graph(resolve(work.request.bundle, entry.graph)), member, entry.format)
+        for entry, member in zip(contender.entries, contender.blend.members, strict=True)
+    ]
+    if found.prefill:
+        longest = found.prefill[-1]
+        seconds = longest.ttft.p50
+        if over := roof("prefill", works, machine, tokens=longest.tokens, context=0, seconds=seconds):
+            yield over
+    if found.decode:
+        shortest = found.decode[0]
+        seconds = shortest.tpot.p50
+        if over := roof("decode", works, machine, tokens=1, context=shortest.context, seconds=seconds):
+            yield over
+
+
+def _variants(work: _Work, bench: Bench) -> tuple[tuple[Variant, ...], Path | None]:
+    """The mixture by provider, threads and way to generate; with `recommend` the best one becomes the plan."""
+    request, pace = work.request, work.pace
+    if request.quick and not request.recommend:
+        return (), None
+    asked = request.provider != "auto"
+    found = measure_variants(
+        request.bundle,
+        work.manifest,
+        providers=[work.provider.name] if asked else working_providers(work.provider.name),
+        threads=[request.threads] if request.threads else thread_counts(default_threads()),
+        weights=request.weights,
+        all_ways=request.recommend,
+        prompts=bench.prompts,
+        sizes=pace.sizes,
+        meter=bench.meter,
+        until=work.by(1.0) + (pace.more if request.recommend else 0.0),
+        progress=work.progress,
+    )
+    if not request.recommend:
+        return tuple(found), None
+    if not found:
+        raise EdgemixError("there was no time to find a plan", "Leave --quick out.")
+    best = best_of(found)
+    path = write_plan(plan_of(best, work.manifest))
+    return tuple(msgspec.structs.replace(each, chosen=each is best) for each in found), path
+
+
+def _note(work: _Work, bench: Bench) -> None:
+    """What a reader must know."""
+    if bench.missing():
+        work.notes.append(f"there was no time to measure: {'; '.join(bench.missing())}")
+    if bench.unsteady():
+        work.notes.append(f"not steady, though measured again: {'; '.join(bench.unsteady())}")
+    if not bench.meter.counters:
+        work.notes.append("this machine tells of no energy (no counter that can be read)")
+    if load := psutil.getloadavg()[0] if hasattr(psutil, "getloadavg") else 0.0:
+        busy = load - work.threads
+        if busy > 0.5 * default_threads():
+            work.notes.append(f"other processes kept the machine busy (load {load:.1f})")

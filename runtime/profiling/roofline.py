@@ -1,0 +1,92 @@
+"""How far a phase is from what the machine allows (Williams et al. 2009): the time to read from memory what a call must
+read, or to do its multiply-adds, whichever is longer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from edgemix.profile import Roof
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edgemix.profile import Machine
+    from edgemix.runtime.member import Member
+    from edgemix.runtime.profiling.graphs import Graph
+
+_IN_INT8 = frozenset({"int8", "int8-dynamic", "int4"})
+"""Formats whose products are computed in 8 bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a graph has to do.
+
+    Attributes:
+        weights: Bytes that every call reads.
+        state: Bytes of keys and values of a token.
+        products: Multiply-adds of a token.
+        attention: Multiply-adds of a token, for each token before it.
+        int8: Whether products are in 8 bits.
+    """
+
+    weights: int
+    state: int
+    products: int
+    attention: int
+    int8: bool
+
+    @classmethod
+    def of(cls, graph: Graph, member: Member, format_: str) -> Work:
+        """The work in a member's graph."""
+        slots = member.layout.slots
+        numbers = sum(slot.heads * slot.head_size for slot in slots)
+        size = slots[0].head_size if slots else 0
+        return cls(
+            weights=graph.weight_bytes(),
+            state=numbers * member.layout.dtype.itemsize,
+            products=graph.multiply_adds(),
+            attention=2 * graph.query_heads * size or numbers,
+            int8=format_ in _IN_INT8,
+        )
+
+    def bytes(self, tokens: int, context: int) -> int:
+        """Read by a call of so many tokens behind a context: weights once; keys and values, once for all its tokens."""
+        return self.weights + self.state * (tokens + context)
+
+    def operations(self, tokens: int, context: int) -> int:
+        """Of such a call: every token attends to those before it and itself."""
+        return tokens * self.products + self.attention * (tokens * context + tokens * (tokens + 1) // 2)
+
+
+def roof(
+    phase: Literal["prefill", "decode"],
+    works: Sequence[Work],
+    machine: Machine,
+    *,
+    tokens: int,
+    context: int,
+    seconds: float,
+) -> Roof | None:
+    """The roof over a call of so many tokens, of one graph or of several one after the other; None where neither limit
+    of the machine is known.
+    """
+    read = sum(work.bytes(tokens, context) for work in works)
+    memory = read / machine.bandwidth if machine.bandwidth else 0.0
+    compute = 0.0
+    for work in works:
+        peak = machine.int8_peak if work.int8 and machine.int8_peak else machine.fp32_peak
+        compute += work.operations(tokens, context) / peak if peak else 0.0
+    if not memory and not compute:
+        return None
+    return Roof(
+        phase=phase,
+        bytes=read,
+        operations=sum(work.operations(tokens, context) for work in works),
+        tokens=tokens,
+        floor=max(memory, compute),
+        bound="memory" if memory >= compute else "compute",
+        seconds=seconds,
+    )

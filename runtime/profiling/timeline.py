@@ -1,0 +1,200 @@
+"""When what happens while a text is generated: spans on tracks, for the time outside ONNX Runtime, and for a picture.
+
+The production path carries one hook, around a graph's call (`Member.watched`). The other spans are laid around methods
+of the one decoding that is looked at.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from edgemix.profile import Outside
+from edgemix.runtime.tokenizer import IncrementalDecoder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from edgemix.runtime.blend import Blend
+    from edgemix.runtime.profiling.contenders import Contender
+    from edgemix.runtime.tokenizer import Tokenizer
+
+MIXING, SAMPLING, TOKENIZER, DRAFTING, STEPS = "mixing", "sampling", "tokenizer", "drafting", "steps"
+
+# Methods that are looked at: of the decoding, and of its state.
+_OF_DECODING = {"_choose": SAMPLING, "_find_draft": DRAFTING}
+_OF_STATE = {"mix": MIXING, "mass": MIXING, "voice": MIXING, "scores": MIXING}
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of time on a track, `time.perf_counter()` from begin to end.
+
+    Attributes:
+        own: Seconds of it that are not those of spans within it.
+    """
+
+    track: str
+    name: str
+    begin: float
+    end: float
+    own: float
+    tokens: int = 0
+
+
+class Timeline:
+    """Spans, which may lie within each other.
+
+    Attributes:
+        spans: All that have ended.
+    """
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+        self._within: list[float] = []
+
+    @contextmanager
+    def span(self, track: str, name: str = "", tokens: int = 0) -> Iterator[None]:
+        """A span for as long as this context."""
+        begin = time.perf_counter()
+        self._within.append(0.0)
+        try:
+            yield
+        finally:
+            end = time.perf_counter()
+            inner = self._within.pop()
+            if self._within:
+                self._within[-1] += end - begin
+            self.spans.append(Span(track, name or track, begin, end, end - begin - inner, tokens))
+
+    def watch(self, blend: Blend) -> Blend:
+        """The same blend, whose every call of a graph is a span on a track of the member's name."""
+
+        def call(name: str, tokens: int) -> Any:
+            return self.span(name, "1 token" if tokens == 1 else f"{tokens} tokens", tokens)
+
+        return replace(blend, members=tuple(member.watched(call) for member in blend.members))
+
+    def own(self, spans: Iterable[Span] | None = None) -> dict[str, float]:
+        """Track -> seconds that its spans took without those within them."""
+        seconds: dict[str, float] = defaultdict(float)
+        for span in self.spans if spans is None else spans:
+            seconds[span.track] += span.own
+        return seconds
+
+    def around(self, thing: object, methods: dict[str, str]) -> None:
+        """Make every call of an object's methods, those that it has, a span on a track."""
+        for method, track in methods.items():
+            if hasattr(thing, method):
+                setattr(thing, method, self._around(getattr(thing, method), track))
+
+    def _around(self, function: Callable[..., Any], track: str) -> Callable[..., Any]:
+        @wraps(function)
+        def spanned(*arguments: Any) -> Any:
+            with self.span(track):
+                return function(*arguments)
+
+        return spanned
+
+
+def watch(
+    contender: Contender, prompt: Sequence[int], new: int, tokenizer: Tokenizer, *, patience: float
+) -> tuple[Timeline, int]:
+    """Generate a text with everything on a timeline: that, and the number of tokens written after the first step, fewer
+    where more than `patience` seconds have passed.
+    """
+    timeline, written, begun = Timeline(), 0, time.perf_counter()
+    watched = replace(
+        contender,
+        blend=timeline.watch(contender.blend),
+        student=timeline.watch(contender.student) if contender.student else None,
+    )
+    decoder = IncrementalDecoder(tokenizer, prompt)
+    with closing(watched.start([prompt], new + 1)) as decoding:
+        timeline.around(decoding, _OF_DECODING)
+        timeline.around(decoding._state, _OF_STATE)
+        first = True
+        while not written or time.perf_counter() - begun < patience:
+            with timeline.span(STEPS, "prompt" if first else "step"):
+                step = decoding.step()
+            if not step:
+                break
+            with timeline.span(TOKENIZER):
+                for token in step:
+                    decoder.add(token.id)
+            written += 0 if first else len(step)
+            first = False
+    return timeline, written
+
+
+def outside(timeline: Timeline, tokens: int, encode: float) -> Outside | None:
+    """Time outside ONNX Runtime for each token that was written after the prompt; None where there was none.
+
+    Args:
+        timeline: Of one text.
+        tokens: That it says were written.
+        encode: Seconds of encoding, for each token of a prompt.
+    """
+    first = min((span.end for span in timeline.spans if span.track == STEPS), default=0.0)
+    own = timeline.own(span for span in timeline.spans if span.begin >= first)
+    if not tokens:
+        return None
+    return Outside(
+        tokenizer=own[TOKENIZER] / tokens,
+        mixing=own[MIXING] / tokens,
+        sampling=own[SAMPLING] / tokens,
+        other=(own[STEPS] + own[DRAFTING]) / tokens,
+        encode=encode,
+    )
+
+
+def encoding_seconds(tokenizer: Tokenizer, text: str) -> float:
+    """Seconds that encoding a text takes for each of its tokens, at best of three."""
+    seconds = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        ids = tokenizer.encode(text)
+        seconds.append((time.perf_counter() - begun) / len(ids))
+    return min(seconds)
+
+
+class Trace:
+    """A file for Perfetto and chrome://tracing (Trace Event Format); each thing that was looked at is a process."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+        self._processes = 0
+
+    def add(self, name: str, spans: Iterable[Span]) -> None:
+        """What happened in one run, its tracks in the order in which they begin; time begins at 0."""
+        ordered = sorted(spans, key=lambda span: (span.begin, -span.end))
+        if not ordered:
+            return
+        self._processes += 1
+        start, tracks = ordered[0].begin, list(dict.fromkeys(span.track for span in ordered))
+        self._events.append(_named("process_name", name, self._processes, 0))
+        for number, track in enumerate(tracks):
+            self._events.append(_named("thread_name", track, self._processes, number))
+            self._events.append(
+                {"ph": "M", "name": "thread_sort_index", "pid": self._processes, "tid": number}
+                | {"args": {"sort_index": number}}
+            )
+        for span in ordered:
+            event = {"ph": "X", "name": span.name, "cat": span.track, "pid": self._processes}
+            event |= {"tid": tracks.index(span.track), "ts": round((span.begin - start) * 1e6, 3)}
+            event |= {"dur": round((span.end - span.begin) * 1e6, 3)}
+            self._events.append(event | ({"args": {"tokens": span.tokens}} if span.tokens else {}))
+
+    def encode(self) -> bytes:
+        """The file's bytes."""
+        return msgspec.json.encode({"displayTimeUnit": "ms", "traceEvents": self._events})
+
+
+def _named(what: str, name: str, process: int, track: int) -> dict[str, Any]:
+    return {"ph": "M", "name": what, "pid": process, "tid": track, "args": {"name": name}}

@@ -1,0 +1,153 @@
+"""Measuring in rounds: everything has its turn, what is not steady has more, and a deadline ends it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgemix.profile import Quantiles
+from edgemix.progress import SILENT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from edgemix.progress import Progress, Task
+
+ROUNDS = 3
+"""Rounds that a figure needs before it can be steady."""
+MOST_ROUNDS = 12
+AGREEMENT = 0.1
+"""Interquartile range of the medians of a steady figure's rounds, over the median of all, at most."""
+
+
+@dataclass
+class Series:
+    """One figure's samples, round by round.
+
+    The first round is a warm-up, and does not count once there are enough others.
+    """
+
+    rounds: list[list[float]] = field(default_factory=list)
+
+    def add(self, samples: Iterable[float]) -> None:
+        """The samples of one more round; a round without any is none."""
+        if found := list(samples):
+            self.rounds.append(found)
+
+    @property
+    def samples(self) -> list[float]:
+        """Those that count."""
+        return [sample for each in self._counting for sample in each]
+
+    @property
+    def steady(self) -> bool:
+        """Whether there are enough rounds, and they agree."""
+        medians = [float(np.median(each)) for each in self._counting]
+        if len(medians) < ROUNDS:
+            return False
+        low, high = np.percentile(medians, [25, 75])
+        return bool(high - low <= AGREEMENT * abs(np.median(self.samples)))
+
+    def quantiles(self) -> Quantiles:
+        """What the profile says of it.
+
+        Raises:
+            ValueError: Nothing was measured.
+        """
+        return quantiles(self.samples, steady=self.steady)
+
+    @property
+    def _counting(self) -> list[list[float]]:
+        return self.rounds[1:] if len(self.rounds) > ROUNDS else self.rounds
+
+
+def quantiles(samples: Sequence[float], *, steady: bool = True) -> Quantiles:
+    """Median, higher quantiles (each a sample: the next one above), and interquartile range over the median.
+
+    Raises:
+        ValueError: There are no samples.
+    """
+    if not len(samples):
+        raise ValueError("nothing was measured")
+    low, middle, high = (float(q) for q in np.percentile(samples, [25, 50, 75]))
+    p90, p99 = (float(q) for q in np.percentile(samples, [90, 99], method="higher"))
+    spread = (high - low) / middle if middle else 0.0
+    return Quantiles(middle, p90, p99, spread, len(samples), steady)
+
+
+@dataclass
+class Measurement:
+    """Something that can be measured again and again.
+
+    Attributes:
+        name: For people.
+        take: Number of the round -> samples of each of its figures.
+        series: The figures.
+        seconds: What its last turn took.
+    """
+
+    name: str
+    take: Callable[[int], Mapping[str, Sequence[float]]]
+    series: dict[str, Series] = field(default_factory=lambda: defaultdict(Series))
+    turns: int = 0
+    seconds: float = 0.0
+
+    @property
+    def steady(self) -> bool:
+        """Whether all of its figures are."""
+        return bool(self.series) and all(each.steady for each in self.series.values())
+
+    def turn(self) -> None:
+        """Measure it once more."""
+        begun = time.perf_counter()
+        for name, samples in self.take(self.turns).items():
+            self.series[name].add(samples)
+        self.turns += 1
+        self.seconds = time.perf_counter() - begun
+
+    def figure(self, name: str) -> Quantiles | None:
+        """A figure by its name; None where it was never measured."""
+        return self.series[name].quantiles() if name in self.series and self.series[name].rounds else None
+
+
+def take_turns(
+    measurements: Sequence[Measurement],
+    *,
+    until: float,
+    rounds: int = MOST_ROUNDS,
+    title: str = "measuring",
+    progress: Progress = SILENT,
+) -> None:
+    """Give every measurement its turns, so that a machine that slows down does so for all.
+
+    Each has `ROUNDS`, the first ones first if time does not suffice; those that are not steady then have more. The very
+    first one has a turn in any case.
+
+    Args:
+        measurements: The most important first.
+        until: `time.perf_counter()` at which it ends; a turn that is not likely to end by then is not begun.
+        rounds: Most turns of one.
+        title: Of the stage.
+        progress: Hears of the seconds spent.
+    """
+    with progress.stage(title, max(0.0, until - time.perf_counter())) as task:
+        for number in range(rounds):
+            due = [each for each in measurements if each.turns <= number and not (number >= ROUNDS and each.steady)]
+            taken = [_turn(each, math.inf if each is measurements[0] and not number else until, task) for each in due]
+            if not any(taken):
+                break
+
+
+def _turn(measurement: Measurement, until: float, task: Task) -> bool:
+    """A turn, if there is time for it."""
+    begun = time.perf_counter()
+    if begun + measurement.seconds > until:
+        return False
+    measurement.turn()
+    task.advance(time.perf_counter() - begun, note=measurement.name)
+    return True

@@ -1,0 +1,233 @@
+"""`profile`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+
+import msgspec
+import pytest
+from click.testing import CliRunner
+from hurry import hurry
+from profiles import quantiles, sample_profile
+
+from edgemix.bundle import read_manifest
+from edgemix.cli import edgemix
+from edgemix.profile import encode_profile, read_profile
+from edgemix.runtime import Mixture
+from edgemix.runtime.plan import CACHE
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(edgemix, ["profile", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def measured(student_bundle, tmp_path_factory):
+    """One run with all that it can write: the folder with its files, what it printed, and the plan that it left."""
+    folder = tmp_path_factory.mktemp("profile")
+    with pytest.MonkeyPatch.context() as patch:
+        hurry(patch)
+        patch.setenv(CACHE, str(folder / "cache"))
+        (folder / "temporary").mkdir()
+        patch.setattr(tempfile, "tempdir", str(folder / "temporary"))
+        options = ["--quick", "--recommend", "-o", folder / "profile.json", "--trace", folder / "trace.json"]
+        result = run(student_bundle, *options, "--provider", "cpu", "--weights", "math=3,code=1")
+        with Mixture.load(student_bundle, "cpu") as mixture:
+            plan = mixture.plan
+    assert result.exit_code == 0, result.stderr
+    return folder, result, plan
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A profile in a file."""
+    (tmp_path / "before.json").write_bytes(encode_profile(sample_profile()))
+    return tmp_path / "before.json"
+
+
+def test_everything_that_generates_is_measured(measured, student_bundle):
+    folder, _, _ = measured
+    found = read_profile(folder / "profile.json")
+
+    assert [subject.name for subject in found.subjects] == ["math", "code", "student", "mixture, plain", "mixture"]
+    assert found.digest == read_manifest(student_bundle).checksum
+    assert found.weights == "math=3,code=1"
+    assert found.quick
+    assert found.machine.bandwidth > 0
+    assert found.loading.files == sum(entry.size for entry in read_manifest(student_bundle).files.values())
+    assert found.loading.peak > found.loading.resident > 0
+    for subject in found.subjects:
+        assert [prefill.tokens for prefill in subject.prefill] == [8, 12]
+        assert [decode.context for decode in subject.decode] == [8]
+        assert subject.outside is not None
+        assert len(subject.roofs) == (0 if subject.name == "mixture" else 2)
+    assert found.subject("mixture").speculation is not None
+    assert [batch.size for batch in found.subject("mixture, plain").batches] == [2]
+    assert [breakdown.graph for breakdown in found.breakdowns] == ["math", "code", "student"]
+    assert any("energy" in note for note in found.notes) or found.subjects[0].energy
+
+
+def test_the_best_way_is_the_plan_from_then_on(measured):
+    folder, result, plan = measured
+    found = read_profile(folder / "profile.json")
+    (chosen,) = [variant for variant in found.variants if variant.chosen]
+
+    assert {variant.speculation for variant in found.variants} == {"off", "lookup", "student", "auto"}
+    assert chosen.tpot.p50 <= 1.02 * min(variant.tpot.p50 for variant in found.variants)
+    assert (plan.threads, plan.speculation, plan.tpot) == (chosen.threads, chosen.speculation, chosen.tpot.p50)
+    assert "by the plan" in result.stderr
+
+
+def test_the_trace_is_one_for_perfetto(measured):
+    events = json.loads((measured[0] / "trace.json").read_bytes())["traceEvents"]
+
+    processes = {event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert processes == {"math", "code", "student", "mixture, plain", "mixture"}
+    assert {"X", "M"} == {event["ph"] for event in events}
+
+
+def test_the_tables_fit_into_a_terminal(measured):
+    _, result, _ = measured
+
+    for title in (
+        "Decoding behind 8 tokens",
+        "Time to first token",
+        "Loading",
+        "Outside ONNX",
+        "Operators",
+        "Roofline",
+    ):
+        assert title in result.stdout
+    for title in ("Parts of the model", "Ways to run the mixture", "texts at once"):
+        assert title in result.stdout
+    tables = [line for line in result.stdout.splitlines() if not line.startswith(("Note: ", "mixture on", "cpu, "))]
+    assert max(map(len, tables)) <= 80
+
+
+def test_nothing_is_left_behind(measured):
+    assert list((measured[0] / "temporary").iterdir()) == []
+    assert {path.name for path in measured[0].iterdir()} == {"profile.json", "trace.json", "cache", "temporary"}
+
+
+def test_json(bundle, monkeypatch, tmp_path):
+    hurry(monkeypatch)
+    (tmp_path / "text.txt").write_text("1+2=3 and so on")
+
+    result = run(bundle, "--quick", "--json", "--file", tmp_path / "text.txt", "--threads", 1)
+
+    told = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert told["machine"]["threads"] == 1
+    assert told["variants"] == []
+    assert [subject["name"] for subject in told["subjects"]] == ["math", "code", "mixture, plain", "mixture"]
+
+
+def test_a_profile_is_shown_and_compared_without_measuring(saved, tmp_path):
+    (tmp_path / "after.json").write_bytes(encode_profile(sample_profile(2.0)))
+
+    shown = run(tmp_path / "after.json", "--compare", saved)
+
+    assert shown.exit_code == 0
+    assert "Ratios, this over the other" in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+    lines = [line.split() for line in shown.stdout.splitlines()]
+    assert ["math", "TTFT,", "64", "tokens", "80.0", "ms", "40.0", "ms", "2.00", "worse"] in lines
+
+    told = json.loads(run(tmp_path / "after.json", "--compare", saved, "--json").stdout)
+    assert told["profile"]["bundle"] == "mixture"
+    assert {ratio["verdict"] for ratio in told["comparison"]["ratios"]} == {"worse", "same"}
+    assert json.loads(run(saved, "--json").stdout) == json.loads(saved.read_bytes())
+
+
+@pytest.mark.parametrize("value", [0.0, -1e300, 1.7e308, 5e-324])
+def test_absurd_numbers_are_shown_and_break_nothing(saved, tmp_path, value):
+    """A profile may come from anybody."""
+
+    def absurd(thing):
+        match thing:
+            case float():
+                return value
+            case int() if not isinstance(thing, bool):
+                return 10**400
+            case str():
+                return "\x1b[31m" + "x" * 200
+            case dict():
+                kept = {"schema", "kind", "phase", "bound"}
+                return {key: each if key in kept else absurd(each) for key, each in thing.items()}
+            case list():
+                return [absurd(each) for each in thing]
+        return thing
+
+    document = absurd(json.loads(saved.read_bytes()))
+    (tmp_path / "absurd.json").write_bytes(msgspec.json.encode(document))
+
+    for arguments in (["absurd.json"], ["absurd.json", "--compare", saved], [saved, "--compare", "absurd.json"]):
+        result = run(*(tmp_path / each if each == "absurd.json" else each for each in arguments))
+        assert result.exit_code == 0, result.stderr
+        assert "\x1b" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--compare", "missing.json"], "there is no profile"),
+        (["-o", "missing/profile.json"], "missing"),
+        (["-o", "."], "is a folder"),
+        (["--trace", "."], "is a folder"),
+        (["--file", "missing.txt"], "no such file"),
+        (["--weights", "physics=1"], "there is no such member"),
+        (["--threads", "0"], "is not in the range"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_measured(bundle, monkeypatch, tmp_path, arguments, message):
+    def measure(*_, **__):
+        raise AssertionError("it was measured for nothing")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("edgemix.runtime.profiling.profiler._loads", measure)
+
+    result = run(bundle, *arguments)
+
+    assert result.exit_code in (1, 2)
+    assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_profile_is_not_measured(saved):
+    result = run(saved, "--quick")
+
+    assert result.exit_code == 2
+    assert "is a file, a profile to be shown" in result.stderr
+
+
+def test_there_is_no_bundle(tmp_path):
+    result = run(tmp_path / "missing")
+
+    assert result.exit_code == 2
+    assert "missing" in result.stderr
+
+
+def test_what_is_not_steady_is_marked(saved):
+    unsteady = msgspec.structs.replace(sample_profile(), subjects=())
+    loading = msgspec.structs.replace(unsteady.loading, warm=quantiles(0.5, steady=False))
+    saved.write_bytes(encode_profile(msgspec.structs.replace(unsteady, loading=loading)))
+
+    assert "~0.50" in run(saved).stdout
+
+
+def test_an_interruption_leaves_nothing(bundle, monkeypatch, tmp_path):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    hurry(monkeypatch)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr("edgemix.runtime.profiling.operators.read_calls", interrupt)
+
+    result = run(bundle, "--quick", "-o", tmp_path / "profile.json")
+
+    assert result.exit_code == 130
+    assert "interrupted\nNothing was written." in result.stderr
+    assert list((tmp_path / "temporary").iterdir()) == []
+    assert not (tmp_path / "profile.json").exists()

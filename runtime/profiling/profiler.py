@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -127,12 +128,12 @@ class Measured:
 
     Attributes:
         trace: A timeline of a text of each contender.
-        plan: Where the recommended plan lies.
+        plans: Where the recommended plans lie, one for each provider that was tried.
     """
 
     profile: Profile
     trace: Trace
-    plan: Path | None = None
+    plans: tuple[Path, ...] = ()
 
 
 @dataclass
@@ -185,8 +186,11 @@ def profile(request: Request, progress: Progress = SILENT) -> Measured:
         take_turns(bench.measurements, until=work.by(pace.turns), progress=progress)
         breakdowns = tuple(_breakdowns(work, bench.prompts))
         subjects = tuple(_subject(work, bench, each, mixture.tokenizer) for each in bench.contenders.values())
-    variants, plan = _variants(work, bench)
     _note(work, bench)
+    prompts, meter = bench.prompts, bench.meter
+    del bench
+    gc.collect()  # the graphs go, before others are opened
+    variants, plans = _variants(work, prompts, meter)
     found = Profile(
         bundle=request.bundle.resolve().name,
         digest=manifest.checksum,
@@ -201,7 +205,7 @@ def profile(request: Request, progress: Progress = SILENT) -> Measured:
         notes=tuple(work.notes),
         weights=request.weights_name,
     )
-    return Measured(found, work.trace, plan)
+    return Measured(found, work.trace, plans)
 
 
 def _loads(work: _Work) -> dict[str, Loading]:
@@ -312,32 +316,34 @@ def _roofs(work: _Work, contender: Contender, found: Subject) -> Iterator[Roof]:
             yield over
 
 
-def _variants(work: _Work, bench: Bench) -> tuple[tuple[Variant, ...], Path | None]:
-    """The mixture by provider, threads and way to generate; with `recommend` the best one becomes the plan."""
+def _variants(work: _Work, prompts: Prompts, meter: Meter) -> tuple[tuple[Variant, ...], tuple[Path, ...]]:
+    """The mixture by provider, threads and way to generate; with `recommend` a provider's best one becomes its plan."""
     request, pace = work.request, work.pace
     if request.quick and not request.recommend:
-        return (), None
+        return (), ()
     asked = request.provider != "auto"
+    providers = [work.provider.name] if asked else working_providers(work.provider.name)
     found = measure_variants(
         request.bundle,
         work.manifest,
-        providers=[work.provider.name] if asked else working_providers(work.provider.name),
+        providers=providers,
         threads=[request.threads] if request.threads else thread_counts(default_threads()),
         weights=request.weights,
         all_ways=request.recommend,
-        prompts=bench.prompts,
+        prompts=prompts,
         sizes=pace.sizes,
-        meter=bench.meter,
+        meter=meter,
         until=work.by(1.0) + (pace.more if request.recommend else 0.0),
         progress=work.progress,
     )
     if not request.recommend:
-        return tuple(found), None
-    if not found:
+        return tuple(found), ()
+    tried = [[variant for variant in found if variant.provider == name] for name in providers]
+    best = [best_of(each) for each in tried if each]
+    if not best:
         raise EdgemixError("there was no time to find a plan", "Leave --quick out.")
-    best = best_of(found)
-    path = write_plan(plan_of(best, work.manifest))
-    return tuple(msgspec.structs.replace(each, chosen=each is best) for each in found), path
+    plans = tuple(write_plan(plan_of(each, work.manifest)) for each in best)
+    return tuple(msgspec.structs.replace(each, chosen=each in best) for each in found), plans
 
 
 def _note(work: _Work, bench: Bench) -> None:

@@ -31,6 +31,7 @@ from edgemix.runtime.profiling.subjects import Bench, Sizes
 from edgemix.runtime.profiling.timeline import Trace, encoding_seconds, outside, watch
 from edgemix.runtime.profiling.timing import take_turns
 from edgemix.runtime.profiling.variants import (
+    Trial,
     best_of,
     measure_variants,
     now,
@@ -253,17 +254,20 @@ def _machine(work: _Work) -> Machine:
 def _breakdowns(work: _Work, prompts: Prompts) -> Iterator[Breakdown]:
     """Of every graph, as far as the time goes."""
     entries = {entry.graph: entry for entry in reversed(work.manifest.graphs)}
-    prompt, seconds = prompts.take(min(work.pace.sizes.contexts[0], _context(work.manifest))), 0.0
-    late: list[str] = []
+    prompt = prompts.take(min(work.pace.sizes.contexts[0], _context(work.manifest)))
+    seconds, late = 0.0, []
     with work.progress.stage("operators", len(entries)) as task:
         for entry in reversed(entries.values()):
             begun = time.perf_counter()
             if begun + seconds > work.by(work.pace.operators):
                 late.append(entry.name)
                 continue
-            path = resolve(work.request.bundle, entry.graph)
-            calls = operators.profiled_calls(path, entry, work.provider, work.threads, prompt)
-            yield operators.breakdown(_voices(work.manifest, entry), len(prompt), *calls, read_graph(path).marks())
+            path, voices = resolve(work.request.bundle, entry.graph), _voices(work.manifest, entry)
+            try:
+                calls = operators.profiled_calls(path, entry, work.provider, work.threads, prompt)
+                yield operators.breakdown(voices, *calls, read_graph(path).marks())
+            except EdgemixError as error:
+                work.notes.append(f"the operators of {voices} are not known: {error.message}")
             seconds = time.perf_counter() - begun
             task.advance(note=entry.name)
     if late:
@@ -323,19 +327,23 @@ def _variants(work: _Work, prompts: Prompts, meter: Meter) -> tuple[tuple[Varian
         return (), ()
     asked = request.provider != "auto"
     providers = [work.provider.name] if asked else working_providers(work.provider.name)
-    found = measure_variants(
+    trial = Trial(
         request.bundle,
         work.manifest,
-        providers=providers,
-        threads=[request.threads] if request.threads else thread_counts(default_threads()),
-        weights=request.weights,
+        request.weights,
         all_ways=request.recommend,
         prompts=prompts,
         sizes=pace.sizes,
         meter=meter,
+    )
+    found, troubles = measure_variants(
+        trial,
+        providers,
+        [request.threads] if request.threads else thread_counts(default_threads()),
         until=work.by(1.0) + (pace.more if request.recommend else 0.0),
         progress=work.progress,
     )
+    work.notes += troubles
     if not request.recommend:
         return tuple(found), ()
     tried = [[variant for variant in found if variant.provider == name] for name in providers]
@@ -351,7 +359,7 @@ def _note(work: _Work, bench: Bench) -> None:
     if bench.missing():
         work.notes.append(f"there was no time to measure: {'; '.join(bench.missing())}")
     if bench.unsteady():
-        work.notes.append(f"not steady, though measured again: {'; '.join(bench.unsteady())}")
+        work.notes.append(f"not steady in the rounds that there was time for: {'; '.join(bench.unsteady())}")
     if not bench.meter.counters:
         work.notes.append("this machine tells of no energy (no counter that can be read)")
     if load := psutil.getloadavg()[0] if hasattr(psutil, "getloadavg") else 0.0:

@@ -102,8 +102,8 @@ def profile(
     if trace is not None:
         write_atomically(trace, measured.trace.encode())
     _show(console, measured.profile, other)
-    if measured.plan is not None:
-        console.note(f"Mixture.load and the other commands run it so from now on, by the plan {measured.plan}")
+    for plan in measured.plans:
+        console.note(f"Mixture.load and the other commands run it so from now on, by the plan {plan}")
 
 
 def _measure(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import chain, groupby, repeat
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def show_profile(console: Console, found: Profile) -> None:
     _show_roofs(console, found.subjects)
     _show_variants(console, found)
     for note in found.notes:
-        console.line(f"Note: {note}.")
+        console.line(fill(f"Note: {note}.", 80, subsequent_indent="  "))
     if found.notes:
         console.line()
 

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from edgemix.runtime.profiling.energy import Meter
 
 PLAIN, FAST = "mixture, plain", "mixture"
-STRETCH = 8
-"""Tokens over which the time of one is averaged where a step may bring several."""
 LEAST = 4
 """Tokens that are decoded in any case."""
 
@@ -35,7 +33,7 @@ class Run:
 
     Attributes:
         ttft: From the prompt's token ids to the first token (of each text).
-        tpot: Samples of the time of a later step; of fewer calls, for a token, averaged over stretches.
+        tpot: Seconds of every later step; of fewer calls, where a step brings several tokens, of a token on average.
         tokens: Written after the first step, in `seconds`.
         calls, drafted, accepted: See `SpeculativeDecoding`; after the first step.
         joules: By counter, of those tokens.
@@ -100,28 +98,23 @@ class Contender:
 
     def run(self, prompts: Sequence[Sequence[int]], new: int, *, meter: Meter, patience: float) -> Run:
         """Generate so many tokens after the first, or fewer where that would take longer than `patience` seconds."""
-        stretch = 1 if self.plain else STRETCH
-        samples, tokens, since, marked = [], 0, 0, 0.0
+        steps, tokens = [], 0
         begun = time.perf_counter()
         with closing(self.start(prompts, new + 1)) as decoding:
             decoding.step()
-            first = marked = time.perf_counter()
-            told = _counts(decoding)
-            readings = meter.readings()
+            first = last = time.perf_counter()
+            told, readings = _counts(decoding), meter.readings()
             while step := decoding.step():
                 now = time.perf_counter()
-                tokens, since = tokens + len(step), since + len(step) // len(prompts)
-                if since >= stretch:
-                    samples.append((now - marked) / since)
-                    marked, since = now, 0
+                steps.append(now - last)
+                tokens, last = tokens + len(step), now
                 if now - first > patience and tokens >= LEAST * len(prompts):
                     break
-            seconds = time.perf_counter() - first
-            if tokens and not samples:
-                samples.append(seconds * len(prompts) / tokens)
-            calls, drafted, accepted = (now - was for now, was in zip(_counts(decoding), told, strict=True))
+            seconds = last - first
             joules = meter.spent(readings)
-        return Run(first - begun, samples, tokens, seconds, calls, drafted, accepted, joules)
+            calls, drafted, accepted = (now - was for now, was in zip(_counts(decoding), told, strict=True))
+        tpot = steps if self.plain else [seconds / tokens] if tokens else []
+        return Run(first - begun, tpot, tokens, seconds, calls, drafted, accepted, joules)
 
 
 def _counts(decoding: Decoding | SpeculativeDecoding) -> tuple[int, int, int]:

@@ -19,16 +19,18 @@ import msgspec
 from edgemix.bundle import read_manifest, resolve
 from edgemix.errors import EdgemixError
 from edgemix.profile import Loading
-from edgemix.runtime.profiling.timing import Series
+from edgemix.runtime.profiling.timing import quantiles
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from edgemix.bundle import Manifest
+    from edgemix.profile import Quantiles
 
 TOKENS = 16
 """That are generated after loading, for the peak of memory."""
 PROMPT = "The first sentence of a text that somebody else has yet to write"
+_CLOSE = 0.25
 _MOSTLY = 0.5
 """Share of the files that must come from the disk for the file cache to have been cold."""
 
@@ -94,17 +96,23 @@ class Loads:
         if not warm:
             return None
         last = max((*warm, *cold), key=lambda loaded: loaded.peak)
-        series = {name: Series([[each.seconds] for each in loads]) for name, loads in (("warm", warm), ("cold", cold))}
         return Loading(
-            warm=series["warm"].quantiles(),
+            warm=_seconds(warm),
             resident=int(sorted(each.resident for each in warm)[len(warm) // 2]),
             peak=last.peak,
             files=self.bytes,
-            cold=series["cold"].quantiles() if cold else None,
+            cold=_seconds(cold) if cold else None,
         )
 
     def _paths(self) -> Iterable[Path]:
         return (resolve(Path(self._request.bundle), file) for file in self.files)
+
+
+def _seconds(loads: Sequence[Loaded]) -> Quantiles:
+    """Of a few loads; steady are those that are close to each other."""
+    seconds = [loaded.seconds for loaded in loads]
+    close = max(seconds) - min(seconds) <= _CLOSE * min(seconds)
+    return quantiles(seconds, steady=len(seconds) > 1 and close)
 
 
 def files_of(manifest: Manifest, name: str = "") -> tuple[str, ...]:

@@ -58,8 +58,9 @@ class Call:
 
 def profiled_calls(
     path: Path, entry: MemberEntry, provider: Provider, threads: int, prompt: Sequence[int]
-) -> tuple[list[Call], list[Call]]:
-    """Calls of a graph with a prompt, and calls with a token behind it; the profiler's file does not stay.
+) -> tuple[int, list[Call], list[Call]]:
+    """Calls of a graph with a prompt, cut to what one call can read, and calls with a token behind it: the tokens of
+    the prompt, and both kinds. The profiler's file does not stay.
 
     Raises:
         EdgemixError: The profiler's file cannot be written or read.
@@ -68,7 +69,7 @@ def profiled_calls(
         session = open_session(path, provider, threads=threads, profile=Path(folder) / "calls")
         try:
             member = Member(session, entry.facts, provider, entry.name)
-            tokens = [np.asarray(prompt, np.int64)]
+            tokens = [np.asarray(prompt[: member.chunk], np.int64)]
             for _ in range(PREFILLS):
                 cache = member.new_cache()
                 member.extend(cache, tokens)
@@ -80,7 +81,7 @@ def profiled_calls(
         calls = read_calls(trace.read_bytes())
     if len(calls) != PREFILLS + DECODES:
         raise EdgemixError(f"ONNX Runtime's profiler told of {len(calls)} calls of {PREFILLS + DECODES}")
-    return calls[1:PREFILLS], calls[PREFILLS + 1 :]
+    return len(tokens[0]), calls[1:PREFILLS], calls[PREFILLS + 1 :]
 
 
 def read_calls(trace: bytes) -> list[Call]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from edgemix.runtime.profiling.subjects import Bench, Sizes
 from edgemix.runtime.profiling.timeline import Trace, encoding_seconds, outside, watch
 from edgemix.runtime.profiling.timing import take_turns
 from edgemix.runtime.profiling.variants import (
+    Trial,
     best_of,
     measure_variants,
     now,
@@ -127,12 +129,12 @@ class Measured:
 
     Attributes:
         trace: A timeline of a text of each contender.
-        plan: Where the recommended plan lies.
+        plans: Where the recommended plans lie, one for each provider that was tried.
     """
 
     profile: Profile
     trace: Trace
-    plan: Path | None = None
+    plans: tuple[Path, ...] = ()
 
 
 @dataclass
@@ -185,8 +187,11 @@ def profile(request: Request, progress: Progress = SILENT) -> Measured:
         take_turns(bench.measurements, until=work.by(pace.turns), progress=progress)
         breakdowns = tuple(_breakdowns(work, bench.prompts))
         subjects = tuple(_subject(work, bench, each, mixture.tokenizer) for each in bench.contenders.values())
-    variants, plan = _variants(work, bench)
     _note(work, bench)
+    prompts, meter = bench.prompts, bench.meter
+    del bench
+    gc.collect()  # the graphs go, before others are opened
+    variants, plans = _variants(work, prompts, meter)
     found = Profile(
         bundle=request.bundle.resolve().name,
         digest=manifest.checksum,
@@ -201,7 +206,7 @@ def profile(request: Request, progress: Progress = SILENT) -> Measured:
         notes=tuple(work.notes),
         weights=request.weights_name,
     )
-    return Measured(found, work.trace, plan)
+    return Measured(found, work.trace, plans)
 
 
 def _loads(work: _Work) -> dict[str, Loading]:
@@ -249,17 +254,20 @@ def _machine(work: _Work) -> Machine:
 def _breakdowns(work: _Work, prompts: Prompts) -> Iterator[Breakdown]:
     """Of every graph, as far as the time goes."""
     entries = {entry.graph: entry for entry in reversed(work.manifest.graphs)}
-    prompt, seconds = prompts.take(min(work.pace.sizes.contexts[0], _context(work.manifest))), 0.0
-    late: list[str] = []
+    prompt = prompts.take(min(work.pace.sizes.contexts[0], _context(work.manifest)))
+    seconds, late = 0.0, []
     with work.progress.stage("operators", len(entries)) as task:
         for entry in reversed(entries.values()):
             begun = time.perf_counter()
             if begun + seconds > work.by(work.pace.operators):
                 late.append(entry.name)
                 continue
-            path = resolve(work.request.bundle, entry.graph)
-            calls = operators.profiled_calls(path, entry, work.provider, work.threads, prompt)
-            yield operators.breakdown(_voices(work.manifest, entry), len(prompt), *calls, read_graph(path).marks())
+            path, voices = resolve(work.request.bundle, entry.graph), _voices(work.manifest, entry)
+            try:
+                calls = operators.profiled_calls(path, entry, work.provider, work.threads, prompt)
+                yield operators.breakdown(voices, *calls, read_graph(path).marks())
+            except EdgemixError as error:
+                work.notes.append(f"the operators of {voices} are not known: {error.message}")
             seconds = time.perf_counter() - begun
             task.advance(note=entry.name)
     if late:
@@ -312,32 +320,38 @@ def _roofs(work: _Work, contender: Contender, found: Subject) -> Iterator[Roof]:
             yield over
 
 
-def _variants(work: _Work, bench: Bench) -> tuple[tuple[Variant, ...], Path | None]:
-    """The mixture by provider, threads and way to generate; with `recommend` the best one becomes the plan."""
+def _variants(work: _Work, prompts: Prompts, meter: Meter) -> tuple[tuple[Variant, ...], tuple[Path, ...]]:
+    """The mixture by provider, threads and way to generate; with `recommend` a provider's best one becomes its plan."""
     request, pace = work.request, work.pace
     if request.quick and not request.recommend:
-        return (), None
+        return (), ()
     asked = request.provider != "auto"
-    found = measure_variants(
+    providers = [work.provider.name] if asked else working_providers(work.provider.name)
+    trial = Trial(
         request.bundle,
         work.manifest,
-        providers=[work.provider.name] if asked else working_providers(work.provider.name),
-        threads=[request.threads] if request.threads else thread_counts(default_threads()),
-        weights=request.weights,
+        request.weights,
         all_ways=request.recommend,
-        prompts=bench.prompts,
+        prompts=prompts,
         sizes=pace.sizes,
-        meter=bench.meter,
+        meter=meter,
+    )
+    found, troubles = measure_variants(
+        trial,
+        providers,
+        [request.threads] if request.threads else thread_counts(default_threads()),
         until=work.by(1.0) + (pace.more if request.recommend else 0.0),
         progress=work.progress,
     )
+    work.notes += troubles
     if not request.recommend:
-        return tuple(found), None
-    if not found:
+        return tuple(found), ()
+    tried = [[variant for variant in found if variant.provider == name] for name in providers]
+    best = [best_of(each) for each in tried if each]
+    if not best:
         raise EdgemixError("there was no time to find a plan", "Leave --quick out.")
-    best = best_of(found)
-    path = write_plan(plan_of(best, work.manifest))
-    return tuple(msgspec.structs.replace(each, chosen=each is best) for each in found), path
+    plans = tuple(write_plan(plan_of(each, work.manifest)) for each in best)
+    return tuple(msgspec.structs.replace(each, chosen=each in best) for each in found), plans
 
 
 def _note(work: _Work, bench: Bench) -> None:
@@ -345,7 +359,7 @@ def _note(work: _Work, bench: Bench) -> None:
     if bench.missing():
         work.notes.append(f"there was no time to measure: {'; '.join(bench.missing())}")
     if bench.unsteady():
-        work.notes.append(f"not steady, though measured again: {'; '.join(bench.unsteady())}")
+        work.notes.append(f"not steady in the rounds that there was time for: {'; '.join(bench.unsteady())}")
     if not bench.meter.counters:
         work.notes.append("this machine tells of no energy (no counter that can be read)")
     if load := psutil.getloadavg()[0] if hasattr(psutil, "getloadavg") else 0.0:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import product
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from edgemix.errors import EdgemixError
 from edgemix.profile import Variant
+from edgemix.progress import SILENT
 from edgemix.runtime.mixture import Mixture
 from edgemix.runtime.options import Speculation
 from edgemix.runtime.plan import Plan, key_of
@@ -19,7 +22,7 @@ from edgemix.runtime.profiling.timing import ROUNDS, Measurement, take_turns
 from edgemix.runtime.providers import PROVIDERS, why_not
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from edgemix.manifest import Manifest
@@ -40,69 +43,87 @@ def thread_counts(cores: int) -> list[int]:
     return sorted({cores, *(1 << power for power in range(cores.bit_length()) if 1 << power < cores)}, reverse=True)
 
 
-def measure_variants(
-    bundle: Path,
-    manifest: Manifest,
-    *,
-    providers: Sequence[str],
-    threads: Sequence[int],
-    weights: WeightChoice,
-    all_ways: bool,
-    prompts: Prompts,
-    sizes: Sizes,
-    meter: Meter,
-    until: float,
-    progress: Progress,
-) -> list[Variant]:
-    """The mixture in its ways to generate, by provider and number of threads, each opened anew.
+@dataclass(frozen=True)
+class Trial:
+    """What all variants are measured with.
 
-    Args:
-        bundle: The folder; checked.
-        manifest: Its own.
-        providers, threads: Which; the most likely ones first.
+    Attributes:
+        bundle, manifest: The folder, checked, and its own manifest.
         weights: Of the members.
         all_ways: Every way to generate, not only the plain one and "auto".
         prompts: Texts to continue.
         sizes: The first context, the tokens and the number of texts count.
         meter: For the runs.
-        until: When it ends; what cannot be done by then is missing.
-        progress: Hears of it.
     """
-    places = [(provider, count) for provider, count in product(providers, threads)]
+
+    bundle: Path
+    manifest: Manifest
+    weights: WeightChoice
+    all_ways: bool
+    prompts: Prompts
+    sizes: Sizes
+    meter: Meter
+
+    def variants(self, provider: str, threads: int, *, until: float, progress: Progress) -> list[Variant]:
+        """The mixture in its ways to generate, opened anew.
+
+        Raises:
+            BundleError, EdgemixError: It cannot be opened so, or fails.
+        """
+        where = f"{provider}, {threads} thread{'s' if threads > 1 else ''}"
+        with closing(Mixture.assemble(self.bundle, self.manifest, provider, threads, drafts=True)) as mixture:
+            usual = ("off", "auto" if mixture.drafting else "lookup")
+            tried = [way for way in ways(mixture, self.weights) if self.all_ways or way.speculation in usual]
+            measured = [self._measurement(way, self.sizes.within(mixture.context)) for way in tried]
+            take_turns(measured, until=until, rounds=ROUNDS + 1, title=where, progress=progress)
+        return [
+            Variant(threads, provider, measurement.name, tpot, measurement.figure("ttft"))
+            for measurement in measured
+            if (tpot := measurement.figure("tpot"))
+        ]
+
+    def _measurement(self, way: Contender, sizes: Sizes) -> Measurement:
+        """Samples are means over all texts, as some are easier to draft than others."""
+
+        def take(_: int) -> Mapping[str, Sequence[float]]:
+            prompts = (self.prompts.take(sizes.contexts[0], number) for number in range(sizes.texts))
+            runs = [way.run([ids], sizes.tokens, meter=self.meter, patience=sizes.patience) for ids in prompts]
+            tokens = sum(run.tokens for run in runs)
+            return {
+                "tpot": [sum(run.seconds for run in runs) / tokens] if tokens else [],
+                "ttft": [run.ttft for run in runs],
+            }
+
+        return Measurement(way.speculation, take)
+
+
+def measure_variants(
+    trial: Trial, providers: Sequence[str], threads: Sequence[int], *, until: float, progress: Progress = SILENT
+) -> tuple[list[Variant], list[str]]:
+    """The mixture in its ways to generate, by provider and number of threads, the most likely ones first.
+
+    Args:
+        trial: With what.
+        providers, threads: Which.
+        until: `time.perf_counter()` when it ends; what cannot be done by then is missing.
+        progress: Hears of it.
+
+    Returns:
+        The variants, and what did not work, a line each.
+    """
+    places = [*product(providers, threads)]
     found: list[Variant] = []
+    troubles: list[str] = []
     for number, (provider, count) in enumerate(places):
         begun = time.perf_counter()
         share = (until - begun) / (len(places) - number)
         if share <= 0:
             break
-        with closing(Mixture.assemble(bundle, manifest, provider, count, drafts=True)) as mixture:
-            ended = [way for way in ways(mixture, weights) if all_ways or way.speculation in ("off", _best(mixture))]
-            measured = {way: _measurement(way, prompts, sizes.within(mixture.context), meter) for way in ended}
-            where = f"{provider}, {count} thread{'s' if count > 1 else ''}"
-            take_turns([*measured.values()], until=begun + share, rounds=ROUNDS + 1, title=where, progress=progress)
-        found += _variants(measured, provider, count)
-    return found
-
-
-def _best(mixture: Mixture) -> str:
-    return "lookup" if mixture.drafting is None else "auto"
-
-
-def _measurement(way: Contender, prompts: Prompts, sizes: Sizes, meter: Meter) -> Measurement:
-    def take(_: int) -> Mapping[str, Sequence[float]]:
-        runs = [
-            way.run([prompts.take(sizes.contexts[0], number)], sizes.tokens, meter=meter, patience=sizes.patience)
-            for number in range(sizes.texts)
-        ]
-        return {"tpot": [run.seconds / run.tokens for run in runs if run.tokens], "ttft": [run.ttft for run in runs]}
-
-    return Measurement(way.name, take)
-
-
-def _variants(measured: Mapping[Contender, Measurement], provider: str, threads: int) -> Iterator[Variant]:
-    for way, measurement in measured.items():
-        if tpot := measurement.figure("tpot"):
-            yield Variant(threads, provider, way.speculation, tpot, measurement.figure("ttft"))
+        try:
+            found += trial.variants(provider, count, until=begun + share, progress=progress)
+        except EdgemixError as error:  # another provider may have too little memory
+            troubles.append(f"{provider}, threads: {count}: {error.message}")
+    return found, troubles
 
 
 def best_of(variants: Sequence[Variant]) -> Variant:

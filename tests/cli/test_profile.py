@@ -101,7 +101,7 @@ def test_the_tables_fit_into_a_terminal(measured):
         assert title in result.stdout
     for title in ("Parts of the model", "Ways to run the mixture", "texts at once"):
         assert title in result.stdout
-    tables = [line for line in result.stdout.splitlines() if not line.startswith(("Note: ", "mixture on", "cpu, "))]
+    tables = [line for line in result.stdout.splitlines() if not line.startswith(("mixture on", "cpu, "))]
     assert max(map(len, tables)) <= 80
 
 

@@ -165,14 +165,23 @@ def test_onnx_runtimes_own_profiler_on_a_member(bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     entry = read_manifest(bundle).members[0]
 
-    prefills, decodes = profiled_calls(bundle / entry.graph, entry, PROVIDERS["cpu"], 1, [1, 2, 3])
-    found = breakdown(entry.name, 3, prefills, decodes, read_graph(bundle / entry.graph).marks())
+    tokens, prefills, decodes = profiled_calls(bundle / entry.graph, entry, PROVIDERS["cpu"], 1, [1, 2, 3])
+    found = breakdown(entry.name, tokens, prefills, decodes, read_graph(bundle / entry.graph).marks())
 
-    assert (len(prefills), len(decodes)) == (PREFILLS - 1, DECODES - 1)
+    assert (tokens, len(prefills), len(decodes)) == (3, PREFILLS - 1, DECODES - 1)
     assert {"GroupQueryAttention", "MatMul", "Gather"} <= {operator.type for operator in found.operators}
     assert 0 < sum(operator.decode for operator in found.operators) <= found.decode
     assert sum(layer.decode for layer in found.layers) == pytest.approx(sum(o.decode for o in found.operators))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_is_cut_to_what_one_call_reads(bundle, monkeypatch):
+    monkeypatch.setattr("edgemix.runtime.member.MAX_CHUNK", 16)
+    entry = read_manifest(bundle).members[0]
+
+    tokens, prefills, _ = profiled_calls(bundle / entry.graph, entry, PROVIDERS["cpu"], 1, [1] * 40)
+
+    assert (tokens, len(prefills)) == (16, PREFILLS - 1)
 
 
 def test_an_interruption_leaves_no_trace(bundle, tmp_path, monkeypatch):

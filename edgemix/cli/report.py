@@ -84,9 +84,12 @@ def report(
     from edgemix.bundle import read_manifest, write_atomically
     from edgemix.profile import read_profile
     from edgemix.report import build_report
+    from edgemix.report.material import check_profile
 
     manifest = read_manifest(bundle)
     profile = None if profile_file is None else read_profile(profile_file)
+    if profile is not None:
+        check_profile(profile)
     evaluation: Evaluation | None = None
     passages: tuple[Passage, ...] = ()
     if documents:

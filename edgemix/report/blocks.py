@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from markupsafe import Markup
 
 
@@ -64,6 +66,7 @@ class Figure:
         title: What it shows.
         drawing: It, as SVG at two widths.
         caption: How to read it.
+        legend: What its colours stand for, where it does not say so itself.
         table: Its figures.
     """
 
@@ -71,13 +74,14 @@ class Figure:
     title: str
     drawing: Markup
     caption: str = ""
+    legend: tuple[Cell, ...] = ()
     table: Table | None = None
     kind: ClassVar[str] = "figure"
 
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Neighbouring tokens that one member leads: their text, the member's name, tone and level (0, not at all, to 4)."""
+    """Neighbouring tokens that one member leads: their text; its name, its tone, and how strongly it shows (0 to 4)."""
 
     text: str
     member: str
@@ -93,7 +97,6 @@ class ColouredText:
     id: str
     title: str
     stretches: tuple[Stretch, ...]
-    legend: tuple[Cell, ...]
     kind: ClassVar[str] = "text"
 
 
@@ -124,6 +127,11 @@ class Section:
     title: str
     lead: str
     blocks: tuple[Block, ...]
+
+
+def legend(tones: Mapping[str, str]) -> tuple[Cell, ...]:
+    """What colours stand for, from name -> tone."""
+    return tuple(Cell(name, tone) for name, tone in tones.items())
 
 
 def row(*cells: str | Cell) -> tuple[Cell, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import altair as alt
 
 from edgemix.report import charts, wording
-from edgemix.report.blocks import Block, Cell, Figure, Note, Section, Table, row
+from edgemix.report.blocks import Block, Cell, Figure, Note, Section, Table, legend, row
 from edgemix.report.drawing import data, draw
 from edgemix.report.palette import light
 
@@ -83,7 +83,8 @@ def _weights(material: Material) -> Figure:
         title,
         draw("weights", title, partial(charts.shares, rows=rows, tones=tones)),
         how.get(weights.method, "Fitted to validation text: to all of it, and to each domain alone."),
-        Table(
+        legend(tones),
+        table=Table(
             "Weights",
             ("Weights", *material.members),
             tuple(row(bar, *(f"{own[name]:.3f}" for name in material.members)) for bar, own in sets.items()),
@@ -134,10 +135,10 @@ def _quantisation(material: Material, quantised: list[MemberEntry]) -> Figure:
             title,
             partial(_divergences, rows=rows, tones={row["name"]: tones[row["name"]] for row in rows}),
         ),
-        "KL divergence of the stored graph from the fp32 graph, in nats a token. The tick is the gate's limit: beyond it no "
-        "bundle is made."
+        "KL divergence of the stored graph from the fp32 graph, in nats a token. The tick is the gate's limit: beyond "
+        "it no bundle is made."
         + ("" if mixed is None else " Of what its members lose, the mixture loses no more than their weighted mean."),
-        Table(
+        table=Table(
             "Stored graphs against fp32",
             ("", "KL (nats)", "Limit", "KL decoding", "Flipped tokens", "Perplexity ratio"),
             tuple(table),
@@ -147,12 +148,11 @@ def _quantisation(material: Material, quantised: list[MemberEntry]) -> Figure:
 
 
 def _divergences(canvas: Canvas, rows: list[dict[str, Any]], tones: dict[str, str]) -> alt.TopLevelMixin:
-    order = [row["name"] for row in rows]
-    labelled = [{**row, "label": f"{row['kl']:.4f}"} for row in rows]
-    highest = max(max(row["kl"], row["limit"] or 0.0) for row in rows)
-    scale = alt.Scale(domain=[0, highest * 1.05], nice=False)
-    base = alt.Chart(data(labelled), width=canvas.width, height=charts.BAND * len(order)).encode(
-        y=alt.Y("name:N", sort=order)
+    labelled = [{**each, "label": f"{each['kl']:.4f}"} for each in rows]
+    highest = max(max(each["kl"], each["limit"] or 0.0) for each in rows)
+    scale = alt.Scale(domain=[0, highest * 1.1 or 1.0], nice=False)
+    base = alt.Chart(data(labelled), width=canvas.width, height=charts.BAND * len(rows)).encode(
+        y=charts.bands(canvas, "name", [each["name"] for each in rows])
     )
     bars = base.mark_bar(size=8).encode(x=alt.X("kl:Q", scale=scale, title="nats a token"), color=charts.colour(tones))
     limits = base.transform_filter("isValid(datum.limit)").mark_tick(color=light("soft"), thickness=2, size=18)
@@ -187,9 +187,9 @@ def _budget(budget: BudgetFigures) -> Figure:
         "budget",
         title,
         draw("budget", title, partial(_curve, rows=rows)),
-        f"Estimated KL divergence of the mixture from fp32, by the bundle's size. The limit was {wording.listed(limits)}; the full "
-        "dot was chosen.",
-        Table(
+        "Estimated KL divergence of the mixture from fp32, by the bundle's size. The limit was "
+        f"{wording.listed(limits)}; the full dot was chosen.",
+        table=Table(
             title,
             ("Size", "Seconds a token", "Estimated KL (nats)", ""),
             tuple(

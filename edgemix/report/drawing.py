@@ -114,23 +114,4 @@ def _config(canvas: Canvas) -> dict[str, Any]:
         "text": {"fontSize": size, "color": ink},
         "line": {"strokeWidth": 2, "strokeCap": "round", "strokeJoin": "round"},
         "point": {"filled": True, "size": 70, "opacity": 1},
-        "legend": {
-            "labelColor": ink,
-            "labelFontSize": size,
-            "labelLimit": 150 if canvas.narrow else 260,
-            "title": None,
-            "orient": "top",
-            "direction": "horizontal",
-            "columns": 3 if canvas.narrow else 0,
-            "offset": 14,
-            "symbolStrokeWidth": 2,
-        },
-        "header": {
-            "title": None,
-            "labelColor": ink,
-            "labelFontSize": size,
-            "labelFontWeight": 600,
-            "labelAnchor": "start",
-            "labelLimit": 300,
-        },
     }

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from edgemix.report import charts, wording
-from edgemix.report.blocks import Block, Cell, Figure, Note, Section, Table, row
+from edgemix.report.blocks import Block, Cell, Figure, Note, Section, Table, legend, row
 from edgemix.report.drawing import draw
 from edgemix.report.scatter import Point, roofline
 from edgemix.report.speed_section import MISSING
@@ -29,7 +29,12 @@ def hardware_section(material: Material) -> Section:
     if profile is None:
         note = Note(MISSING.format(what="the roofline and the operators' times"), missing=True)
         return Section("hardware", title, "Not measured.", (note,))
-    roofs = [(subject, roof) for subject in profile.subjects for roof in subject.roofs]
+    roofs = [
+        (subject, roof)
+        for subject in profile.subjects
+        for roof in subject.roofs
+        if roof.bytes > 0 and roof.seconds > 0 and roof.operations > 0
+    ]
     blocks: list[Block] = []
     if roofs and profile.machine.bandwidth:
         blocks.append(_roofline(material, profile.machine, profile.machine.bandwidth, roofs))
@@ -43,13 +48,14 @@ def hardware_section(material: Material) -> Section:
 
 
 def _lead(roofs: list[tuple[Subject, Roof]]) -> str:
-    decoding = [(subject, roof) for subject, roof in roofs if roof.phase == "decode" and roof.seconds > 0]
+    decoding = [(subject, roof) for subject, roof in roofs if roof.phase == "decode"]
     if not decoding:
         return "Of one call of a graph, by ONNX Runtime's own profiler."
     subject, roof = max(decoding, key=lambda pair: pair[1].floor / pair[1].seconds)
     return (
-        f"Decoding is bound by {'memory' if roof.bound == 'memory' else 'arithmetic'}: {wording.name(subject.name)} takes "
-        f"{wording.seconds(roof.seconds)} a token, and the machine could not do it in less than {wording.seconds(roof.floor)}."
+        f"Decoding is bound by {'memory' if roof.bound == 'memory' else 'arithmetic'}: "
+        f"{wording.name(subject.name)} takes {wording.seconds(roof.seconds)} a token, and the machine could not do it "
+        f"in less than {wording.seconds(roof.floor)}."
     )
 
 
@@ -64,7 +70,6 @@ def _roofline(material: Material, machine: Machine, bandwidth: float, roofs: lis
             roof.phase,
         )
         for subject, roof in roofs
-        if roof.bytes > 0 and roof.seconds > 0 and roof.operations > 0
     ]
     peaks = [(name, peak) for name, peak in (("fp32", machine.fp32_peak), ("int8", machine.int8_peak)) if peak]
     limits = [
@@ -80,7 +85,7 @@ def _roofline(material: Material, machine: Machine, bandwidth: float, roofs: lis
             wording.count(roof.operations),
             wording.seconds(roof.seconds),
             wording.seconds(roof.floor),
-            wording.share(roof.floor / roof.seconds) if roof.seconds else "",
+            wording.share(roof.floor / roof.seconds),
         )
         for subject, roof in roofs
     )
@@ -89,9 +94,10 @@ def _roofline(material: Material, machine: Machine, bandwidth: float, roofs: lis
         "roofline",
         title,
         draw("roofline", title, partial(roofline, points=points, bandwidth=bandwidth, peaks=peaks)),
-        f"The sloping line is what memory allows, the level ones what the processor does: {', '.join(limits)}, as measured here. "
-        "Both axes are logarithmic.",
-        Table("How far from the roof", columns, table, left=2),
+        "Circles are decoding a token, triangles reading a prompt. The sloping line is what memory allows, the level "
+        f"ones what the processor does: {', '.join(limits)}, as measured there. Both axes are logarithmic.",
+        legend({point.name: point.tone for point in points}),
+        table=Table("How far from the roof", columns, table, left=2),
     )
 
 
@@ -134,23 +140,23 @@ def _operators(material: Material, profile: Profile, phase: Phase) -> Figure | N
         draw(
             f"operators-{phase}",
             title,
-            partial(charts.bars, rows=rows, tones=_tones(material, profile), title=unit, order=order),
+            partial(charts.bars, rows=rows, tones=_tones(material, profile), title=unit),
         ),
         "By ONNX Runtime's profiler, which itself takes some time.",
-        Table(title, ("Graph", "Operator", "Nodes", "Time", "Of the call"), table, left=2, folded=True),
+        legend(_tones(material, profile)),
+        table=Table(title, ("Graph", "Operator", "Nodes", "Time", "Of the call"), table, left=2, folded=True),
     )
 
 
 def _layers(material: Material, profile: Profile) -> Figure | None:
     """Time by layer of a graph's decode call."""
-    order = [wording.name(layer.name) for layer in max((graph.layers for graph in profile.breakdowns), key=len)]
-    if not order:
-        return None
     rows = [
         {"name": wording.name(graph.graph), "x": at, "y": layer.decode * 1e3}
         for graph in profile.breakdowns
         for at, layer in enumerate(layer for layer in graph.layers if layer.name.startswith("layer "))
     ]
+    if not rows:
+        return None
     title = "Time of a token by layer"
     table = tuple(
         row(
@@ -162,21 +168,23 @@ def _layers(material: Material, profile: Profile) -> Figure | None:
         for graph in profile.breakdowns
         for layer in graph.layers
     )
-    if not rows:
-        return None
-    parts = "; ".join(
-        f"{wording.name(graph.graph)}: "
-        + ", ".join(f"{layer.name} {wording.seconds(layer.decode)}" for layer in others)
-        for graph in profile.breakdowns
-        if (others := [layer for layer in graph.layers if not layer.name.startswith("layer ")])
+    drawing = partial(
+        charts.lines,
+        rows=rows,
+        tones=_tones(material, profile),
+        x="layer",
+        y="milliseconds",
+        log_x=False,
+        measured=False,
+        height=160,
     )
-    drawing = partial(charts.lines, rows=rows, tones=_tones(material, profile), x="layer", y="milliseconds", height=160)
     return Figure(
         "layers",
         title,
         draw("layers", title, drawing),
-        f"Beside the layers: {parts}." if parts else "",
-        Table(title, ("Graph", "Part", "A token", "A prompt"), table, left=2, folded=True),
+        "Embedding, head and the rest are among the figures.",
+        legend(_tones(material, profile)),
+        table=Table(title, ("Graph", "Part", "A token", "A prompt"), table, left=2, folded=True),
     )
 
 

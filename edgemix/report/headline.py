@@ -20,7 +20,11 @@ def answer(material: Material) -> str:
     if material.evaluation is not None:
         parts.append(_quality(material.evaluation))
     if (rate := _rate(material)) is not None:
-        parts.append(f"It writes {wording.digits(rate)} tokens a second here.")
+        where = "on the machine that made this report"
+        if material.profile is not None:
+            threads = material.profile.machine.threads
+            where = f"with {threads} threads" if threads > 1 else "with one thread"
+        parts.append(f"It writes {wording.digits(rate)} tokens a second {where}.")
     return " ".join(parts) or _contents(material)
 
 
@@ -94,7 +98,7 @@ def _speeds(material: Material) -> list[Tile]:
         beside = ""
         if subject is not None and subject.speculation is not None:
             beside = f"{subject.speculation.speedup:.2f} times the plain mixture"
-        found.append(Tile(wording.digits(rate), "tokens/s", "decoding, one text", beside))
+        found.append(Tile(wording.digits(rate), "", "tokens a second", beside or "decoding, one text"))
     if subject is not None and subject.prefill:
         shortest = subject.prefill[0]
         value, _, unit = wording.seconds(shortest.ttft.p50).partition(" ")

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from edgemix.errors import InputError
 from edgemix.report import wording
 from edgemix.report.palette import member_tones
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from edgemix.evaluation import Evaluation, Passage, Row
     from edgemix.manifest import Manifest, MemberEntry
     from edgemix.profile import Profile, Subject
+
+_MOST = 1e18
+"""No figure of a profile is larger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +87,29 @@ class Material:
     def formats(self) -> tuple[str, ...]:
         """The members', each once, in the members' order."""
         return tuple(dict.fromkeys(entry.format for entry in self.manifest.members))
+
+
+def check_profile(profile: Profile) -> None:
+    """Find out whether a profile's figures can be drawn: a file may hold any.
+
+    Raises:
+        InputError: A number in it is negative or absurdly large, or something took no time.
+    """
+    for where, value in _numbers(msgspec.to_builtins(profile), ""):
+        if not 0 <= value <= _MOST or (value == 0 and where.endswith((".p50", ".p90", ".p99", ".size"))):
+            raise InputError(f"the profile's {where} is {value}, and cannot be", "Make the profile again.")
+
+
+def _numbers(value: Any, where: str) -> Iterator[tuple[str, float]]:
+    """Every number in a document, and where it stands."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _numbers(item, f"{where}.{key}" if where else key)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _numbers(item, f"{where}[{index}]")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield where, value
 
 
 def own_row(evaluation: Evaluation) -> Row:

@@ -15,7 +15,7 @@ from edgemix.report.blocks import ColouredText, Figure, Note, Section, Table, ro
 from edgemix.report.bundle_section import bundle_section
 from edgemix.report.hardware_section import hardware_section
 from edgemix.report.headline import answer, tiles
-from edgemix.report.material import Material
+from edgemix.report.material import Material, check_profile
 from edgemix.report.palette import MEMBER_TONES, style_sheet
 from edgemix.report.quality_section import quality_section
 from edgemix.report.speed_section import speed_section
@@ -62,7 +62,12 @@ def build_report(
         passages: Who speaks where in them.
         profile: What was measured on a machine.
         created: When; now by default.
+
+    Raises:
+        InputError: The profile has figures that cannot be.
     """
+    if profile is not None:
+        check_profile(profile)
     material = Material(bundle, manifest, evaluation, tuple(passages), profile)
     makers = (quality_section, text_section, speed_section, hardware_section, bundle_section, _making)
     sections = [make(material) for make in makers]
@@ -85,7 +90,7 @@ def _render(material: Material, sections: Sequence[Section], created: datetime) 
     )
     style = environment.get_template("style.css").render()
     levels = "\n".join(
-        f".{tone}.l{level}{{background:color-mix(in srgb,var(--{tone}) {10 + 11 * level}%,transparent)}}"
+        f".{tone}.l{level}{{background:color-mix(in srgb,var(--{tone}) {8 + 8 * level}%,transparent)}}"
         for tone in MEMBER_TONES
         for level in range(1, LEVELS + 1)
     )

@@ -1,7 +1,7 @@
 """The colours of a report: one table with a light and a dark tone each, and who has which.
 
-Charts are drawn in the light tones. In a page, CSS replaces each light tone by the dark one where the reader wants that:
-a presentation attribute like fill="#0072b2" gives way to any rule of a style sheet. So the tones must all be different.
+Charts are drawn in the light tones. In a page, CSS puts a dark one in each one's place where the reader wants that: a
+presentation attribute like fill="#0072b2" gives way to any rule of a style sheet. So the tones must all be different.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TONES = {
     "rule": Tone("#e3e6ea", "#2c3138"),
     "wash": Tone("#f5f6f8", "#1d2026"),
     "warn": Tone("#9a5b00", "#f0b658"),
-    # Members: Okabe and Ito's colours, which colour-blind readers tell apart (jfly.uni-koeln.de/color), then two of Tol's.
+    # Members: Okabe and Ito's, which colour-blind readers tell apart (jfly.uni-koeln.de/color), then two of Tol's.
     "m0": Tone("#0072b2", "#4fa8e0"),
     "m1": Tone("#d55e00", "#f58a42"),
     "m2": Tone("#009e73", "#35c79c"),
@@ -35,7 +35,7 @@ TONES = {
     "m5": Tone("#56b4e9", "#9bd4f5"),
     "m6": Tone("#882255", "#d16a9c"),
     "m7": Tone("#999933", "#c6c665"),
-    "student": Tone("#7a828e", "#aab2bd"),
+    "student": Tone("#8a6a3a", "#cfae78"),
     # Of a heat map, from good to bad.
     "h0": Tone("#d9e8f3", "#173a52"),
     "h1": Tone("#eaf1f6", "#1a2a36"),

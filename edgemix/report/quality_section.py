@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING
 
 from edgemix.report import wording
 from edgemix.report.blocks import Block, Cell, Figure, Note, Section, Table, row
 from edgemix.report.drawing import draw
-from edgemix.report.material import best_member, label, own_row
+from edgemix.report.material import label, own_row
 from edgemix.report.palette import HEAT_TONES
 from edgemix.report.scatter import Point, tradeoff
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 EXCESS = (0.01, 0.05, 0.1, 0.2, 0.4)
 """A heat map's steps: by how much more than the best of the column."""
 _SHAPES = {"member": "circle", "student": "diamond", "mixture": "square"}
-_MANY = 8
-"""Columns of a heat map that a text's own name has room in."""
 
 
 def quality_section(material: Material) -> Section:
@@ -32,26 +31,21 @@ def quality_section(material: Material) -> Section:
             "Give texts to see how well members and mixture predict them: edgemix report BUNDLE TEXT...", missing=True
         )
         return Section("quality", title, "Not measured.", (note,))
-    best, own = best_member(evaluation), own_row(evaluation)
-    tokens = own.overall.tokens
+    own = own_row(evaluation)
     blocks: list[Block] = [_size(material, evaluation)]
     rates = _rates(material, evaluation)
     if len(rates) > 1:
         blocks.append(_speed(material, evaluation, rates))
     else:
         blocks.append(Note("Give a profile, or leave --no-speed out, to see quality against speed.", missing=True))
-    blocks.append(_heat(material, evaluation))
+    blocks.append(_heat(evaluation))
     blocks.append(_closeness(material, evaluation))
+    files = len(own.files)
     return Section(
         "quality",
         title,
-        f"Bits per byte on {tokens:,} tokens of {len(own.files)} {'text' if len(own.files) == 1 else 'texts'}: "
-        f"{own.overall.bits_per_byte:.3f} for the mixture"
-        + (
-            f", {best.overall.bits_per_byte:.3f} for its best member, {wording.name(best.name)}."
-            if own is not best
-            else "."
-        ),
+        "Bits per byte are what a model needs to write the text down: fewer are better. On "
+        f"{own.overall.tokens:,} tokens of {'one text' if files == 1 else f'{files} texts'}.",
         tuple(blocks),
     )
 
@@ -86,15 +80,15 @@ def _size(material: Material, evaluation: Evaluation) -> Figure:
             title,
             partial(
                 tradeoff,
-                points=points,
+                points=_finite(points),
                 x="MB on disk (fewer is better)",
                 y="bits per byte (fewer is better)",
                 less=True,
             ),
         ),
-        "Circles are members, the diamond is the student, squares are mixtures. Nothing lies below and left of the dashed "
-        "line. The vertical axis does not begin at zero.",
-        Table(title, ("", "Format", "Size", "Bits per byte"), tuple(rows), left=2, folded=True),
+        "Circles are members, the diamond is the student, squares are mixtures. Nothing lies below and left of the "
+        "dashed line. The vertical axis does not begin at zero.",
+        table=Table(title, ("", "Format", "Size", "Bits per byte"), tuple(rows), left=2, folded=True),
     )
 
 
@@ -127,14 +121,14 @@ def _speed(material: Material, evaluation: Evaluation, rates: list[tuple[Row, st
             title,
             partial(
                 tradeoff,
-                points=points,
+                points=_finite(points),
                 x="tokens a second (more is better)",
                 y="bits per byte (fewer is better)",
                 less=False,
             ),
         ),
         "Decoding, one text at a time. Nothing lies below and right of the dashed line. Neither axis begins at zero.",
-        Table(
+        table=Table(
             title,
             ("", "Tokens/s", "Bits per byte"),
             tuple(row(Cell(p.name, p.tone), wording.digits(p.x), f"{p.y:.4f}") for p in points),
@@ -143,13 +137,18 @@ def _speed(material: Material, evaluation: Evaluation, rates: list[tuple[Row, st
     )
 
 
+def _finite(points: list[Point]) -> list[Point]:
+    """Those that can be drawn: a model that calls a token impossible needs endless bits for it."""
+    return [point for point in points if math.isfinite(point.y)]
+
+
 def heat_tone(value: float, best: float) -> str:
     """The ground of a cell, by how much more than the column's best its value is."""
     excess = value / best - 1 if best > 0 else 0.0 if value <= best else EXCESS[-1]
     return HEAT_TONES[sum(excess >= step for step in EXCESS)]
 
 
-def _heat(material: Material, evaluation: Evaluation) -> Table:
+def _heat(evaluation: Evaluation) -> Table:
     files = list(evaluation.rows[0].files)
     bits = {
         index: [each.files[file].bits_per_byte for file in files] + [each.overall.bits_per_byte]
@@ -163,7 +162,7 @@ def _heat(material: Material, evaluation: Evaluation) -> Table:
             for value, lowest in zip(bits[index], best, strict=True)
         ]
         rows.append(row(label(each, evaluation), *cells))
-    steps = ["best", *(f"+{wording.share(step)}" for step in EXCESS)]
+    steps = [f"under {wording.share(EXCESS[0])}", *(f"from {wording.share(step)}" for step in EXCESS)]
     return Table(
         "Bits per byte by text",
         ("", *(wording.name(file) for file in files), "all"),
@@ -177,7 +176,7 @@ def _closeness(material: Material, evaluation: Evaluation) -> Table:
     rows = []
     for each in evaluation.rows:
         figures = each.overall
-        if each.kind != "mixture" or each.decode_rate is not None:
+        if each.kind != "mixture" or each.name == evaluation.mixture:
             rows.append(
                 row(
                     Cell(label(each, evaluation), _tone(material, each, evaluation)),
@@ -188,4 +187,6 @@ def _closeness(material: Material, evaluation: Evaluation) -> Table:
                 )
             )
     columns = ("", "Perplexity", "Same next token", "Accepted as draft", "Tokens/s")
-    return Table("How close each model comes to the mixture", columns, tuple(rows))
+    timed = any(each.decode_rate is not None for each in evaluation.rows)
+    width = len(columns) if timed else len(columns) - 1
+    return Table("How close each model comes to the mixture", columns[:width], tuple(cells[:width] for cells in rows))

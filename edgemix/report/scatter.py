@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import altair as alt
 
-from edgemix.report.charts import colour
+from edgemix.report.charts import CHARACTER, colour
 from edgemix.report.drawing import data
 from edgemix.report.palette import light
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 LINE = 16
 """Height of a label, in pixels."""
-_CHARACTER = 6.4
-"""Width of a label's character, in pixels."""
 _MARGIN = 46
 """Roughly what the vertical axis takes of a canvas."""
 
@@ -75,7 +74,7 @@ def tradeoff(canvas: Canvas, points: Sequence[Point], *, x: str, y: str, less: b
     }
     line = [{"x": point.x, "y": point.y} for point in front(points, less=less)]
     base = alt.Chart(data(rows)).encode(**scales)
-    marks = base.mark_point(size=110, stroke=light("paper"), strokeWidth=1.5).encode(
+    marks = base.mark_point(size=130, stroke=light("paper"), strokeWidth=1.5).encode(
         color=colour({point.name: point.tone for point in points}),
         shape=alt.Shape(
             "shape:N", scale=alt.Scale(domain=(s := ["circle", "diamond", "square"]), range=s), legend=None
@@ -114,12 +113,13 @@ def roofline(
             "x:Q",
             scale=alt.Scale(type="log", domain=[left, right], nice=False),
             title="multiply-adds for each byte read",
+            axis=alt.Axis(values=_powers(left, right), format="~s"),
         ),
         "y": alt.Y(
             "y:Q",
             scale=alt.Scale(type="log", domain=[low, top * 2], nice=False),
             title="multiply-adds a second",
-            axis=alt.Axis(format="~s"),
+            axis=alt.Axis(values=_powers(low, top * 2), format="~s"),
         ),
     }
     lines = alt.Chart(data(roofs)).mark_line(stroke=light("soft"), strokeWidth=1.6).encode(**scales, detail="roof:N")
@@ -132,18 +132,23 @@ def roofline(
     rows = [{"name": p.name, "x": p.x, "y": p.y, "shape": p.shape} for p in points]
     marks = (
         alt.Chart(data(rows))
-        .mark_point(size=90, stroke=light("paper"), strokeWidth=1)
+        .mark_point(size=130, stroke=light("paper"), strokeWidth=1)
         .encode(
             **scales,
-            color=colour({point.name: point.tone for point in points}, legend=True),
+            color=colour({point.name: point.tone for point in points}),
             shape=alt.Shape(
                 "shape:N",
                 scale=alt.Scale(domain=["decode", "prefill"], range=["circle", "triangle-up"]),
-                legend=alt.Legend(symbolFillColor=light("soft"), symbolStrokeColor=light("soft")),
+                legend=None,
             ),
         )
     )
     return alt.layer(lines, names, marks, width=canvas.width, height=300)
+
+
+def _powers(low: float, high: float) -> list[float]:
+    """The powers of ten between two numbers."""
+    return [10.0**power for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
 
 
 def labels(names: Sequence[str], places: Sequence[tuple[float, float]], width: float) -> list[dict[str, Any]]:
@@ -155,7 +160,7 @@ def labels(names: Sequence[str], places: Sequence[tuple[float, float]], width: f
     found: list[dict[str, Any]] = [{} for _ in names]
     taken: list[tuple[float, float, float]] = []
     for index in sorted(range(len(names)), key=lambda index: places[index][1]):
-        (x, y), length = places[index], len(names[index]) * _CHARACTER + 12
+        (x, y), length = places[index], len(names[index]) * CHARACTER + 14
         right = x + length <= width
         start, end = (x, x + length) if right else (x - length, x)
         for other_start, other_end, other_y in sorted(taken, key=lambda each: each[2]):
@@ -167,13 +172,13 @@ def labels(names: Sequence[str], places: Sequence[tuple[float, float]], width: f
 
 
 def _texts(rows: Sequence[dict[str, Any]], x: alt.X, height: str) -> list[alt.Chart]:
-    """Labels on either side of their points."""
+    """Labels on either side of their points, each on a halo that parts it from the lines under it."""
+    paper, ink = light("paper"), light("ink")
     return [
-        alt.Chart(data(mine))
-        .mark_text(align=align, dx=dx, color=light("ink"))
-        .encode(x=x, y=alt.Y(f"{height}:Q"), text="name:N")
-        for side, align, dx in (("right", "left", 10), ("left", "right", -10))
+        alt.Chart(data(mine)).mark_text(align=align, dx=dx, **look).encode(x=x, y=f"{height}:Q", text="name:N")
+        for side, align, dx in (("right", "left", 11), ("left", "right", -11))
         if (mine := [row for row in rows if row["side"] == side])
+        for look in ({"color": paper, "stroke": paper, "strokeWidth": 5, "strokeJoin": "round"}, {"color": ink})
     ]
 
 

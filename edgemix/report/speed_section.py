@@ -6,21 +6,21 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from edgemix.report import charts, wording
-from edgemix.report.blocks import Block, Cell, Figure, Note, Section, Table, row
+from edgemix.report.blocks import Block, Cell, Figure, Note, Section, Table, legend, row
 from edgemix.report.drawing import draw
 
 if TYPE_CHECKING:
     from edgemix.profile import Profile, Quantiles, Subject
     from edgemix.report.material import Material
 
-MISSING = "Give a profile to see {what}: edgemix profile BUNDLE -o profile.json, then edgemix report BUNDLE --profile profile.json"
+MISSING = "Give a profile to see {what}: edgemix profile BUNDLE -o FILE, then edgemix report BUNDLE --profile FILE"
 _RANGES = "The dot is the median, the tick the 90th percentile, the line ends at the 99th."
 _UNSTEADY = " An open dot was not steady."
 
 
 def speed_section(material: Material) -> Section:
     """What a profile says of time."""
-    title = "Speed on this machine"
+    title = "Speed"
     profile = material.profile
     if profile is None:
         note = Note(MISSING.format(what="latency distributions, batches and loading"), missing=True)
@@ -77,11 +77,11 @@ def _times(quantiles: Quantiles) -> tuple[str, ...]:
 _COLUMNS = ("Median", "90th percentile", "99th", "Spread", "Measurements")
 
 
-def _ranged(id_: str, title: str, unit: str, rows: list[dict[str, Any]], tones: dict[str, str], table: Table) -> Figure:
+def _ranged(id_: str, rows: list[dict[str, Any]], tones: dict[str, str], table: Table) -> Figure:
+    """Quantiles as a figure, under the title of the table with them."""
     caption = _RANGES + ("" if all(each["steady"] for each in rows) else _UNSTEADY)
-    return Figure(
-        id_, title, draw(id_, title, partial(charts.ranges, rows=rows, tones=tones, title=unit)), caption, table
-    )
+    chart = partial(charts.ranges, rows=rows, tones=tones, title="milliseconds a token")
+    return Figure(id_, table.title, draw(id_, table.title, chart), caption, table=table)
 
 
 def _decode(material: Material, subjects: list[Subject]) -> Figure:
@@ -94,7 +94,7 @@ def _decode(material: Material, subjects: list[Subject]) -> Figure:
         tuple(row(_named(material, s), *_times(s.decode[0].tpot)) for s in subjects),
         folded=True,
     )
-    return _ranged("tpot", title, "milliseconds a token", rows, _tones(material, subjects), table)
+    return _ranged("tpot", rows, _tones(material, subjects), table)
 
 
 def _contexts(material: Material, subjects: list[Subject]) -> Figure:
@@ -115,14 +115,14 @@ def _contexts(material: Material, subjects: list[Subject]) -> Figure:
         tones=_tones(material, subjects),
         x="tokens of context",
         y="milliseconds a token",
-        ticks=sorted({each["x"] for each in rows}),
     )
     return Figure(
         "context",
         title,
         draw("context", title, drawing),
-        "Medians; the shade reaches to the 99th percentile.",
-        Table(title, ("", "Context", *_COLUMNS), table, folded=True),
+        "Medians; the whisker reaches to the 99th percentile. The horizontal axis is logarithmic.",
+        legend(_tones(material, subjects)),
+        table=Table(title, ("", "Context", *_COLUMNS), table, folded=True),
     )
 
 
@@ -144,15 +144,15 @@ def _prefill(material: Material, subjects: list[Subject]) -> Figure:
         tones=_tones(material, subjects),
         x="tokens of the prompt",
         y="seconds",
-        log=True,
-        ticks=sorted({each["x"] for each in rows}),
+        log_y=True,
     )
     return Figure(
         "ttft",
         title,
         draw("ttft", title, drawing),
-        "Medians; the shade reaches to the 99th percentile. Both axes are logarithmic.",
-        Table(title, ("", "Prompt", *_COLUMNS), table, folded=True),
+        "Medians; the whisker reaches to the 99th percentile. Both axes are logarithmic.",
+        legend(_tones(material, subjects)),
+        table=Table(title, ("", "Prompt", *_COLUMNS), table, folded=True),
     )
 
 
@@ -179,14 +179,14 @@ def _batches(material: Material, subjects: list[Subject]) -> Figure:
         tones=_tones(material, subjects),
         x="texts at once",
         y="tokens a second, of all of them",
-        ticks=sorted({each["x"] for each in rows}),
     )
     return Figure(
         "batches",
         title,
         draw("batches", title, drawing),
-        "",
-        Table(title, ("", "Texts", "Tokens/s", "Of each"), table, folded=True),
+        "The horizontal axis is logarithmic.",
+        legend(_tones(material, subjects)),
+        table=Table(title, ("", "Texts", "Tokens/s", "Of each"), table, folded=True),
     )
 
 
@@ -201,14 +201,7 @@ def _variants(profile: Profile) -> Figure:
     ]
     rows = [_range(name, each.tpot) for name, each in zip(names, ordered, strict=True)]
     table = tuple(row(name, *_times(each.tpot)) for name, each in zip(names, ordered, strict=True))
-    return _ranged(
-        "variants",
-        title,
-        "milliseconds a token",
-        rows,
-        dict.fromkeys(names, "m0"),
-        Table(title, ("", *_COLUMNS), table, folded=True),
-    )
+    return _ranged("variants", rows, dict.fromkeys(names, "m0"), Table(title, ("", *_COLUMNS), table, folded=True))
 
 
 def _loading(profile: Profile) -> Table:
@@ -234,7 +227,7 @@ def _per_token(material: Material, profile: Profile) -> list[Table]:
                 "" if figures.acceptance is None else wording.share(figures.acceptance),
                 wording.digits(figures.drafted),
                 wording.digits(figures.calls),
-                f"{figures.speedup:.2f}×",
+                f"{figures.speedup:.2f}",
             )
             for subject, figures in drafting
         )

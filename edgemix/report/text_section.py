@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import altair as alt
 
 from edgemix.report import wording
-from edgemix.report.blocks import Block, Cell, ColouredText, Figure, Note, Section, Stretch, Table, row
+from edgemix.report.blocks import Block, ColouredText, Figure, Note, Section, Stretch, Table, legend, row
 from edgemix.report.charts import colour
 from edgemix.report.drawing import data, draw
 from edgemix.report.palette import light
@@ -87,14 +87,16 @@ def _lines(material: Material, passage: Passage, id_: str) -> Figure:
             f"{start:,} to {end - 1:,}",
             *(wording.share(sum(weights[start:end]) / (end - start)) for weights in passage.weights.values()),
         )
-        for start, end in zip(starts, starts[1:], strict=False)
+        for start, end in pairwise(starts)
     )
     return Figure(
         id_,
         _title(passage),
         draw(id_, title, partial(_weights, rows=rows, tones=tones, marks=marks, tokens=len(passage.pieces))),
-        "",
-        Table("Mean weights", ("Text", "Tokens", *map(wording.name, passage.weights)), table, left=2, folded=True),
+        legend=legend(tones),
+        table=Table(
+            "Mean weights", ("Text", "Tokens", *map(wording.name, passage.weights)), table, left=2, folded=True
+        ),
     )
 
 
@@ -109,7 +111,7 @@ def _weights(
     base = alt.Chart(data(rows), width=canvas.width, height=170 if marks else 110).encode(
         x=alt.X("token:Q", scale=scale, title="token", axis=alt.Axis(grid=False)),
         y=alt.Y("weight:Q", scale=alt.Scale(domain=[0, 1]), title=None, axis=alt.Axis(format="%", values=[0, 0.5, 1])),
-        color=colour(tones, legend=True),
+        color=colour(tones),
     )
     layers: list[alt.Chart] = [
         base.mark_area(opacity=0.14, interpolate="step").encode(y=alt.Y("weight:Q", stack=None)),
@@ -150,8 +152,7 @@ def _coloured(material: Material, passage: Passage, id_: str) -> ColouredText:
             )
         )
         at += length
-    legend = tuple(Cell(wording.name(name), material.tones[name]) for name in members)
-    return ColouredText(id_, _title(passage), tuple(stretches), legend)
+    return ColouredText(id_, _title(passage), tuple(stretches))
 
 
 def level(weight: float, members: int) -> int:

@@ -128,7 +128,7 @@ def evaluation(names: tuple[str, ...] = MEMBERS, texts: tuple[str, ...] = TEXTS,
 
 def passages(names: tuple[str, ...] = MEMBERS, texts: tuple[str, ...] = TEXTS) -> tuple[Passage, ...]:
     """A stream whose members take turns, and one text's passage."""
-    chance = random.Random(0)  # noqa: S311
+    chance = random.Random(0)
     pieces, strengths = [], []
     strength = [0.4, 0.3, 0.3]
     origins = []
@@ -157,7 +157,9 @@ def profile(names: tuple[str, ...] = MEMBERS, digest: str = "e" * 64) -> Profile
     subjects += [
         _subject("student", "student", "int4", 52_700_000, 0.0047),
         _subject("mixture, plain", "mixture", "int8-dynamic", 417_000_000, 0.0342),
-        _subject("mixture", "mixture", "int8-dynamic", 417_000_000, 0.0149, Speculation(0.61, 1.9, 1.3, 2.3)),
+        _subject(
+            "mixture", "mixture", "int8-dynamic", 417_000_000, 0.0149, speculation=Speculation(0.61, 1.9, 1.3, 2.3)
+        ),
     ]
     return Profile(
         bundle="experts",
@@ -194,7 +196,7 @@ def profile(names: tuple[str, ...] = MEMBERS, digest: str = "e" * 64) -> Profile
 
 
 def _subject(
-    name: str, kind: str, form: str, files: int, tpot: float, speculation: Speculation | None = None
+    name: str, kind: str, form: str, files: int, tpot: float, *, speculation: Speculation | None = None
 ) -> Subject:
     weights = files * 0.96
     return Subject(

@@ -5,6 +5,7 @@ vl-convert renders Vega-Lite to SVG in this process: no browser, no network. Tex
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -44,12 +45,12 @@ def draw(id_: str, title: str, chart: Callable[[Canvas], alt.TopLevelMixin]) -> 
 
 
 def data(rows: Sequence[Mapping[str, Any]]) -> alt.InlineData:
-    """A chart's data."""
-    return alt.InlineData([dict(row) for row in rows])
+    """A chart's data: as JSON, which Altair does not look through row by row."""
+    return alt.InlineData(json.dumps(_cleaned([dict(row) for row in rows])), format=alt.DataFormat(type="json"))
 
 
 def _svg(id_: str, title: str, canvas: Canvas, chart: alt.TopLevelMixin) -> Markup:
-    document = _cleaned({**chart.to_dict(), "config": _config(canvas)})
+    document = _cleaned({**chart.to_dict(validate=False), "config": _config(canvas)})
     drawn = vl_convert.vegalite_to_svg(document, allowed_base_urls=[])
     label = f"{id_}-{canvas.name}"
     # Several drawings share a page: what they refer to inside must stay theirs.

@@ -191,11 +191,13 @@ def _batches(material: Material, subjects: list[Subject]) -> Figure:
 
 
 def _variants(profile: Profile) -> Figure:
-    title = "Ways to run the mixture here"
+    title = "Ways to run the mixture, by threads and drafts"
     ordered = sorted(profile.variants, key=lambda variant: variant.tpot.p50)
+    several = len({each.provider for each in ordered}) > 1
     names = [
         wording.name(
-            f"{each.provider}, {each.threads} thread{'s' if each.threads > 1 else ''}, drafts {each.speculation}"
+            f"{f'{each.provider}, ' if several else ''}{each.threads} thread{'s' if each.threads > 1 else ''}, "
+            f"{'no drafts' if each.speculation == 'off' else each.speculation}"
         )
         for each in ordered
     ]

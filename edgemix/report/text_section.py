@@ -93,7 +93,8 @@ def _lines(material: Material, passage: Passage, id_: str) -> Figure:
         id_,
         _title(passage),
         draw(id_, title, partial(_weights, rows=rows, tones=tones, marks=marks, tokens=len(passage.pieces))),
-        legend=legend(tones),
+        "At each dotted line another text goes on." if marks else "",
+        legend(tones),
         table=Table(
             "Mean weights", ("Text", "Tokens", *map(wording.name, passage.weights)), table, left=2, folded=True
         ),
@@ -142,9 +143,10 @@ def _coloured(material: Material, passage: Passage, id_: str) -> ColouredText:
     stretches, at = [], 0
     for (_, leader, strength), group in groupby(leads):
         length = len(list(group))
+        text = "".join(passage.pieces[at : at + length])
         stretches.append(
             Stretch(
-                "".join(passage.pieces[at : at + length]),
+                text.rstrip("\n") if at + length in origins else text,
                 wording.name(members[leader]),
                 material.tones[members[leader]],
                 strength,

@@ -41,6 +41,25 @@ from edgemix.profile import (
 
 MEMBERS = ("math", "code", "wiki")
 TEXTS = ("gsm8k-test", "python-heldout", "wikitext2-test")
+FIGURES = {
+    "quality-size",
+    "quality-speed",
+    "voices-0",
+    "voices-1",
+    "tpot",
+    "context",
+    "ttft",
+    "batches",
+    "variants",
+    "roofline",
+    "operators-decode",
+    "operators-prefill",
+    "layers",
+    "weights",
+    "quantisation",
+    "budget",
+}
+"""Of a report with everything, by their ids."""
 _DOMAINS = {
     "math": {"math": 0.98, "code": 0.01, "wiki": 0.01},
     "code": {"math": 0.1, "code": 0.83, "wiki": 0.07},

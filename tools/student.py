@@ -28,7 +28,7 @@ from edgemix.manifest import MANIFEST
 from edgemix.recipe import MemberRecipe, Recipe, load_recipe
 
 if TYPE_CHECKING:
-    from edgemix.runtime.evaluation import Evaluation, Row
+    from edgemix.evaluation import Evaluation, Row
 
 
 def recipes(recipe: Recipe, base: str, minutes: float | None) -> dict[str, Recipe]:

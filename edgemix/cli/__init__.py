@@ -28,6 +28,7 @@ COMMANDS = {
     "finetune": "finetune:finetune",
     "distill": "distill:distill",
     "prune": "prune:prune",
+    "report": "report:report",
     "demo": "demo:demo",
 }
 """Every command and where it lives (module:name); a module is imported when its command is asked for."""

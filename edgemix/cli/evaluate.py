@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from edgemix.cli.console import Console
-    from edgemix.runtime.evaluation import Evaluation, Figures, Row
+    from edgemix.evaluation import Evaluation, Figures, Row
 
 _files_argument = click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 

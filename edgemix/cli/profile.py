@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import click
 
 from edgemix.cli.command import command
 from edgemix.cli.options import bundle_argument, runtime_options, weights_option
-from edgemix.errors import InputError, storage_errors
+from edgemix.cli.outputs import check_output
 
 if TYPE_CHECKING:
     from edgemix.cli.console import Console
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     example="edgemix profile mixture\n"
     "edgemix profile mixture --quick -o before.json\n"
     "edgemix profile mixture --compare before.json --trace trace.json\n"
-    "edgemix profile mixture --recommend\n"
+    "edgemix profile mixture --recommend --report report.html\n"
     "edgemix profile after.json --compare before.json",
     extra="cpu",
 )
@@ -46,6 +45,12 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Write a timeline for Perfetto or chrome://tracing here.",
 )
+@click.option(
+    "--report",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Write a page with all of it here; see `edgemix report`.",
+)
 @click.option("--file", metavar="FILE", type=click.Path(path_type=Path), help="Continue the text of this UTF-8 file.")
 @weights_option
 @runtime_options
@@ -58,6 +63,7 @@ def profile(
     recommend: bool,
     compare: Path | None,
     trace: Path | None,
+    report: Path | None,
     file: Path | None,
     weights: Any,
     provider: str,
@@ -77,15 +83,17 @@ def profile(
 
     other = read_profile(compare) if compare else None
     if bundle.is_file():
-        if output or quick or recommend or trace or file or weights or threads:
+        if output or quick or recommend or trace or report or file or weights or threads:
             raise click.UsageError(
                 f"{bundle} is a file, a profile to be shown: it goes with --compare and --json alone."
             )
         _show(console, read_profile(bundle), other)
         return
-    for path in (output, trace):
+    for path in (output, trace, report):
         if path is not None:
-            _check_writable(path)
+            check_output(path)
+    if report is not None:
+        from edgemix.report import build_report
     measured = _measure(
         console,
         bundle,
@@ -95,12 +103,15 @@ def profile(
         weights=weights,
         loading={"provider": provider, "threads": threads, "verify": verify},
     )
-    from edgemix.bundle import write_atomically
+    from edgemix.bundle import read_manifest, write_atomically
 
     if output is not None:
         write_atomically(output, encode_profile(measured.profile))
     if trace is not None:
         write_atomically(trace, measured.trace.encode())
+    if report is not None:
+        page = build_report(bundle.resolve().name, read_manifest(bundle), profile=measured.profile)
+        write_atomically(report, page.html.encode())
     _show(console, measured.profile, other)
     for plan in measured.plans:
         console.note(f"Mixture.load and the other commands run it so from now on, by the plan {plan}")
@@ -148,18 +159,3 @@ def _show(console: Console, found: Profile, other: Profile | None) -> None:
     show_profile(console, found)
     if comparison is not None:
         show_comparison(console, comparison)
-
-
-def _check_writable(path: Path) -> None:
-    """Find out whether a file can be written, before minutes of work for it.
-
-    Raises:
-        InputError: It cannot be one.
-        EdgemixError: The system does not let it.
-    """
-    if path.is_dir():
-        raise InputError(f"{path} is a folder", "Give the name of a file.")
-    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with storage_errors(f"writing {path}"):
-        probe.touch()
-        probe.unlink()

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from edgemix.bundle import BudgetFigures, BudgetPoint, MixtureParity, QuantizationParity, read_manifest
 from edgemix.cli import edgemix
-from edgemix.runtime.evaluation import Evaluation, Figures, Row
+from edgemix.evaluation import Evaluation, Figures, Row
 
 
 def run(*arguments: object):

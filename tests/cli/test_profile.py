@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 
 import msgspec
@@ -32,6 +33,7 @@ def measured(student_bundle, tmp_path_factory):
         (folder / "temporary").mkdir()
         patch.setattr(tempfile, "tempdir", str(folder / "temporary"))
         options = ["--quick", "--recommend", "-o", folder / "profile.json", "--trace", folder / "trace.json"]
+        options += ["--report", folder / "report.html"]
         result = run(student_bundle, *options, "--provider", "cpu", "--weights", "math=3,code=1")
         with Mixture.load(student_bundle, "cpu") as mixture:
             plan = mixture.plan
@@ -66,6 +68,22 @@ def test_everything_that_generates_is_measured(measured, student_bundle):
     assert [batch.size for batch in found.subject("mixture, plain").batches] == [2]
     assert [breakdown.graph for breakdown in found.breakdowns] == ["math", "code", "student"]
     assert any("energy" in note for note in found.notes) or found.subjects[0].energy
+
+
+def test_a_page_shows_it(measured):
+    page = (measured[0] / "report.html").read_text("utf-8")
+
+    assert page.startswith("<!DOCTYPE html>")
+    assert page.count("<figure") > 4
+    assert "mixture, plain" in page
+
+
+def test_a_page_without_what_draws_it_is_refused_at_once(student_bundle, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "edgemix.report.page", None)
+    result = run(student_bundle, "--report", tmp_path / "report.html")
+
+    assert result.exit_code == 1
+    assert "edgemix[report]" in result.stderr
 
 
 def test_the_best_way_is_the_plan_from_then_on(measured):
@@ -107,7 +125,8 @@ def test_the_tables_fit_into_a_terminal(measured):
 
 def test_nothing_is_left_behind(measured):
     assert list((measured[0] / "temporary").iterdir()) == []
-    assert {path.name for path in measured[0].iterdir()} == {"profile.json", "trace.json", "cache", "temporary"}
+    files = {"profile.json", "trace.json", "report.html", "cache", "temporary"}
+    assert {path.name for path in measured[0].iterdir()} == files
 
 
 def test_json(bundle, monkeypatch, tmp_path):

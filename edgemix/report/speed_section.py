@@ -1,0 +1,254 @@
+"""Speed on a machine: latency distributions, batches, speculation, loading."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from edgemix.report import charts, wording
+from edgemix.report.blocks import Block, Cell, Figure, Note, Section, Table, legend, row
+from edgemix.report.drawing import draw
+
+if TYPE_CHECKING:
+    from edgemix.profile import Profile, Quantiles, Subject
+    from edgemix.report.material import Material
+
+MISSING = "Give a profile to see {what}: edgemix profile BUNDLE -o FILE, then edgemix report BUNDLE --profile FILE"
+_RANGES = "The dot is the median, the tick the 90th percentile, the line ends at the 99th."
+_UNSTEADY = " An open dot was not steady."
+
+
+def speed_section(material: Material) -> Section:
+    """What a profile says of time."""
+    title = "Speed"
+    profile = material.profile
+    if profile is None:
+        note = Note(MISSING.format(what="latency distributions, batches and loading"), missing=True)
+        return Section("speed", title, "Not measured.", (note,))
+    machine = profile.machine
+    blocks: list[Block] = []
+    if decoding := [subject for subject in profile.subjects if subject.decode]:
+        blocks.append(_decode(material, decoding))
+        if any(len(subject.decode) > 1 for subject in decoding):
+            blocks.append(_contexts(material, decoding))
+    if prefilling := [subject for subject in profile.subjects if subject.prefill]:
+        blocks.append(_prefill(material, prefilling))
+    if batched := [subject for subject in profile.subjects if subject.batches]:
+        blocks.append(_batches(material, batched))
+    if profile.variants:
+        blocks.append(_variants(profile))
+    blocks += [_loading(profile), *_per_token(material, profile)]
+    return Section(
+        "speed",
+        title,
+        f"{wording.name(machine.processor)}, {machine.threads} threads, {machine.provider}.",
+        tuple(blocks),
+    )
+
+
+def _tones(material: Material, subjects: list[Subject]) -> dict[str, str]:
+    return {wording.name(subject.name): material.tone_of(subject) for subject in subjects}
+
+
+def _range(name: str, quantiles: Quantiles, scale: float = 1e3) -> dict[str, Any]:
+    """A row of `charts.ranges`."""
+    return {
+        "name": name,
+        "p50": quantiles.p50 * scale,
+        "p90": quantiles.p90 * scale,
+        "p99": quantiles.p99 * scale,
+        "steady": quantiles.steady,
+        "label": wording.digits(quantiles.p50 * scale),
+    }
+
+
+def _named(material: Material, subject: Subject) -> Cell:
+    return Cell(wording.name(subject.name), material.tone_of(subject))
+
+
+def _times(quantiles: Quantiles) -> tuple[str, ...]:
+    return (
+        *(wording.seconds(value) for value in (quantiles.p50, quantiles.p90, quantiles.p99)),
+        wording.share(quantiles.spread),
+        f"{quantiles.count:,}" + ("" if quantiles.steady else " (not steady)"),
+    )
+
+
+_COLUMNS = ("Median", "90th percentile", "99th", "Spread", "Measurements")
+
+
+def _ranged(id_: str, rows: list[dict[str, Any]], tones: dict[str, str], table: Table) -> Figure:
+    """Quantiles as a figure, under the title of the table with them."""
+    caption = _RANGES + ("" if all(each["steady"] for each in rows) else _UNSTEADY)
+    chart = partial(charts.ranges, rows=rows, tones=tones, title="milliseconds a token")
+    return Figure(id_, table.title, draw(id_, table.title, chart), caption, table=table)
+
+
+def _decode(material: Material, subjects: list[Subject]) -> Figure:
+    context = subjects[0].decode[0].context
+    title = f"Time per output token, behind {context:,} tokens"
+    rows = [_range(wording.name(subject.name), subject.decode[0].tpot) for subject in subjects]
+    table = Table(
+        title,
+        ("", *_COLUMNS),
+        tuple(row(_named(material, s), *_times(s.decode[0].tpot)) for s in subjects),
+        folded=True,
+    )
+    return _ranged("tpot", rows, _tones(material, subjects), table)
+
+
+def _contexts(material: Material, subjects: list[Subject]) -> Figure:
+    title = "Time per output token, by context"
+    rows = [
+        {"name": wording.name(subject.name), "x": each.context, "y": each.tpot.p50 * 1e3, "top": each.tpot.p99 * 1e3}
+        for subject in subjects
+        for each in subject.decode
+    ]
+    table = tuple(
+        row(_named(material, subject), f"{each.context:,}", *_times(each.tpot))
+        for subject in subjects
+        for each in subject.decode
+    )
+    drawing = partial(
+        charts.lines,
+        rows=rows,
+        tones=_tones(material, subjects),
+        x="tokens of context",
+        y="milliseconds a token",
+    )
+    return Figure(
+        "context",
+        title,
+        draw("context", title, drawing),
+        "Medians; the whisker reaches to the 99th percentile. The horizontal axis is logarithmic.",
+        legend(_tones(material, subjects)),
+        table=Table(title, ("", "Context", *_COLUMNS), table, folded=True),
+    )
+
+
+def _prefill(material: Material, subjects: list[Subject]) -> Figure:
+    title = "Time to first token, by prompt length"
+    rows = [
+        {"name": wording.name(subject.name), "x": each.tokens, "y": each.ttft.p50, "top": each.ttft.p99}
+        for subject in subjects
+        for each in subject.prefill
+    ]
+    table = tuple(
+        row(_named(material, subject), f"{each.tokens:,}", *_times(each.ttft))
+        for subject in subjects
+        for each in subject.prefill
+    )
+    drawing = partial(
+        charts.lines,
+        rows=rows,
+        tones=_tones(material, subjects),
+        x="tokens of the prompt",
+        y="seconds",
+        log_y=True,
+    )
+    return Figure(
+        "ttft",
+        title,
+        draw("ttft", title, drawing),
+        "Medians; the whisker reaches to the 99th percentile. Both axes are logarithmic.",
+        legend(_tones(material, subjects)),
+        table=Table(title, ("", "Prompt", *_COLUMNS), table, folded=True),
+    )
+
+
+def _batches(material: Material, subjects: list[Subject]) -> Figure:
+    title = "Tokens a second, by batch size"
+    rows = [
+        {"name": wording.name(subject.name), "x": each.size, "y": each.rate.p50}
+        for subject in subjects
+        for each in subject.batches
+    ]
+    table = tuple(
+        row(
+            _named(material, subject),
+            f"{each.size:,}",
+            wording.digits(each.rate.p50),
+            wording.digits(each.rate.p50 / each.size),
+        )
+        for subject in subjects
+        for each in subject.batches
+    )
+    drawing = partial(
+        charts.lines,
+        rows=rows,
+        tones=_tones(material, subjects),
+        x="texts at once",
+        y="tokens a second, of all of them",
+    )
+    return Figure(
+        "batches",
+        title,
+        draw("batches", title, drawing),
+        "The horizontal axis is logarithmic.",
+        legend(_tones(material, subjects)),
+        table=Table(title, ("", "Texts", "Tokens/s", "Of each"), table, folded=True),
+    )
+
+
+def _variants(profile: Profile) -> Figure:
+    title = "Ways to run the mixture, by threads and drafts"
+    ordered = sorted(profile.variants, key=lambda variant: variant.tpot.p50)
+    several = len({each.provider for each in ordered}) > 1
+    names = [
+        wording.name(
+            f"{f'{each.provider}, ' if several else ''}{each.threads} thread{'s' if each.threads > 1 else ''}, "
+            f"{'no drafts' if each.speculation == 'off' else each.speculation}"
+        )
+        for each in ordered
+    ]
+    rows = [_range(name, each.tpot) for name, each in zip(names, ordered, strict=True)]
+    table = tuple(row(name, *_times(each.tpot)) for name, each in zip(names, ordered, strict=True))
+    return _ranged("variants", rows, dict.fromkeys(names, "m0"), Table(title, ("", *_COLUMNS), table, folded=True))
+
+
+def _loading(profile: Profile) -> Table:
+    loading = profile.loading
+    cold = "not measured" if loading.cold is None else wording.seconds(loading.cold.p50)
+    rows = (
+        row("Cold, files read from the disk", cold),
+        row("Warm, files in memory already", wording.seconds(loading.warm.p50)),
+        row("Memory that it keeps", wording.size(loading.resident)),
+        row("Most memory, loading and generating", wording.size(loading.peak)),
+        row("Files", wording.size(loading.files)),
+    )
+    return Table("Loading", ("", ""), rows)
+
+
+def _per_token(material: Material, profile: Profile) -> list[Table]:
+    """What is known of single tokens: speculation, time outside the graphs, energy."""
+    found = []
+    if drafting := [(s, s.speculation) for s in profile.subjects if s.speculation is not None]:
+        rows = tuple(
+            row(
+                _named(material, subject),
+                "" if figures.acceptance is None else wording.share(figures.acceptance),
+                wording.digits(figures.drafted),
+                wording.digits(figures.calls),
+                f"{figures.speedup:.2f}",
+            )
+            for subject, figures in drafting
+        )
+        columns = ("", "Drafts accepted", "Drafted a token", "Calls a token", "Times as fast as plain")
+        found.append(Table("Generating in fewer calls", columns, rows))
+    if outside := [(s, s.outside) for s in profile.subjects if s.outside is not None]:
+        rows = tuple(
+            row(
+                _named(material, subject),
+                *map(wording.seconds, (figures.mixing, figures.sampling, figures.tokenizer, figures.other)),
+            )
+            for subject, figures in outside
+        )
+        columns = ("", "Mixing", "Sampling", "Tokenizer", "Other")
+        found.append(Table("Time a token outside the graphs", columns, rows))
+    if energy := [(s, s.energy) for s in profile.subjects if s.energy is not None]:
+        rows = tuple(
+            row(_named(material, subject), f"{wording.digits(each.joules)} J", wording.name(each.counter))
+            for subject, each in energy
+        )
+        found.append(Table("Energy a token", ("", "Energy", "Counter"), rows))
+    return found

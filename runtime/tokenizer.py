@@ -26,13 +26,18 @@ _CONTEXT = 6
 
 
 class Tokenizer:
-    """The tokenizer that a bundle's members share. Threads may share it."""
+    """The tokenizer that a bundle's members share. Threads may share it.
+
+    Attributes:
+        entry: What the manifest says of it.
+        chat_template: How a conversation is written down, in Jinja; None if the bundle does not say.
+    """
 
     def __init__(self, core: tokenizers.Tokenizer, entry: TokenizerEntry, chat_template: str | None = None) -> None:
         core.no_truncation()
         core.no_padding()
         self._core = core
-        self._chat_template = chat_template
+        self.chat_template = chat_template
         self.entry = entry
 
     @classmethod
@@ -109,6 +114,10 @@ class Tokenizer:
         """The text of token ids, special tokens left out."""
         return str(self._core.decode(list(ids), skip_special_tokens=True))
 
+    def token(self, id_: int | None) -> str:
+        """A token as it is written in a text, special ones too; nothing for none."""
+        return "" if id_ is None else self._core.id_to_token(id_) or ""
+
     def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation, up to where the assistant's answer begins.
 
@@ -118,14 +127,30 @@ class Tokenizer:
         Raises:
             InputError: There is no chat template, or it refuses the messages.
         """
-        if self._chat_template is None:
+        # The template writes the beginning-of-text token itself.
+        return self.encode(self.write_chat(messages), bos=False)
+
+    def write_chat(self, messages: Sequence[Mapping[str, Any]], *, answer: bool = True) -> str:
+        """A conversation as the chat template writes it down.
+
+        Args:
+            messages: As `render`.
+            answer: Whether the beginning of the assistant's answer follows.
+
+        Raises:
+            InputError: As `render`.
+        """
+        if self.chat_template is None:
             raise InputError("this bundle's tokenizer has no chat template", "Use generate with a prompt.")
         if not messages or not all({"role", "content"} <= set(message) for message in messages):
             raise InputError("a conversation needs at least one message, each with a role and content")
-        special = {"bos_token": self.entry.bos, "eos_token": next(iter(self.entry.eos), None)}
-        tokens = {name: "" if id_ is None else self._core.id_to_token(id_) or "" for name, id_ in special.items()}
-        # The template writes the beginning-of-text token itself.
-        return self.encode(_render(self._chat_template, messages=[*messages], **tokens), bos=False)
+        return _render(
+            self.chat_template,
+            messages=[*messages],
+            bos_token=self.token(self.entry.bos),
+            eos_token=self.token(next(iter(self.entry.eos), None)),
+            add_generation_prompt=answer,
+        )
 
 
 class IncrementalDecoder:
@@ -216,6 +241,6 @@ def _render(template: str, **variables: Any) -> str:
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = time.strftime
     try:
-        return environment.from_string(template).render(**variables, tools=None, add_generation_prompt=True)
+        return environment.from_string(template).render(**variables, tools=None)
     except (*_TEMPLATE_ERRORS, jinja2.TemplateError) as error:
         raise InputError(f"the chat template refuses these messages: {error}") from error

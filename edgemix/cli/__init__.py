@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "generate:generate",
     "chat": "chat:chat",
     "evaluate": "evaluate:evaluate",
+    "lm-eval": "harness:lm_eval",
     "fit-weights": "evaluate:fit_weights",
     "profile": "profile:profile",
     "inspect": "bundle:inspect",

@@ -206,6 +206,24 @@ def test_few_figures_in_a_profile():
     assert "neither a roofline nor operators' times" in " ".join(page.missing)
 
 
+def test_one_prompt_length_is_shown_as_a_distribution():
+    told = profile()
+    subjects = tuple(
+        msgspec.structs.replace(each, prefill=told.subjects[0].prefill[:1]) for each in bare(told).subjects
+    )
+
+    page = build_report("experts", manifest(), profile=msgspec.structs.replace(bare(told), subjects=subjects))
+
+    assert "Time to first token, of a prompt of 16 tokens" in page.shown
+
+
+def test_what_is_known_comes_first():
+    headings = [heading.text for heading in Reading.of(build_report("experts", manifest()).html).all("h2")]
+
+    assert headings[0] == "What is in the bundle"
+    assert headings[-1] == "How this was made"
+
+
 def test_figures_of_every_size_can_be_drawn():
     tiny, huge = (Quantiles(value, value, value, 0.0, 1) for value in (1e-9, 1e9))
     odd = bare(profile())

@@ -98,6 +98,9 @@ def test_the_answer_says_what_is_known():
     )
     assert [tile.value for tile in tiles(everything)] == ["0.847", "66.9", "17.9", "418", "61%"]
 
+    unread = Material("experts", manifest(), profile=profile())
+    assert answer(unread).endswith("473 MB for cpu. It writes 66.9 tokens a second with 2 threads.")
+
     alone = Material("one", manifest(("alone",), student=False, budget=False))
     assert answer(alone) == "One member in int8-dynamic: 141 MB for cpu."
     assert [tile.what for tile in tiles(alone)] == ["member"]

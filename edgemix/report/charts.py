@@ -144,10 +144,9 @@ def bars(canvas: Canvas, rows: Sequence[Row], tones: Tones, *, title: str) -> al
     """Thin bars in groups: rows have "bar", "name" and "value"; a group has a bar for each name."""
     order = list(dict.fromkeys(row["bar"] for row in rows))
     thickness = 8 if len(tones) > 1 else 14
-    return (
-        alt.Chart(data(rows), width=canvas.width, height=len(order) * (len(tones) * thickness + 12))
-        .mark_bar()
-        .encode(
+    chart = alt.Chart(data(rows), width=canvas.width, height=len(order) * (len(tones) * thickness + 12)).mark_bar()
+    return alt.layer(
+        chart.encode(
             y=bands(canvas, "bar", order, padding=0.2),
             yOffset=alt.YOffset("name:N", sort=list(tones)),
             x=alt.X("value:Q", title=title),

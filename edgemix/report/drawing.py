@@ -46,7 +46,7 @@ def draw(id_: str, title: str, chart: Callable[[Canvas], alt.TopLevelMixin]) -> 
 
 def data(rows: Sequence[Mapping[str, Any]]) -> alt.InlineData:
     """A chart's data: as JSON, which Altair does not look through row by row."""
-    return alt.InlineData(json.dumps(_cleaned([dict(row) for row in rows])), format=alt.DataFormat(type="json"))
+    return alt.InlineData(json.dumps(_cleaned([dict(row) for row in rows])), format={"type": "json"})
 
 
 def _svg(id_: str, title: str, canvas: Canvas, chart: alt.TopLevelMixin) -> Markup:

@@ -16,16 +16,14 @@ if TYPE_CHECKING:
 
 def answer(material: Material) -> str:
     """What there is to say in a sentence or two."""
-    parts = []
-    if material.evaluation is not None:
-        parts.append(_quality(material.evaluation))
+    parts = [_contents(material) if material.evaluation is None else _quality(material.evaluation)]
     if (rate := _rate(material)) is not None:
         where = "on the machine that made this report"
         if material.profile is not None:
             threads = material.profile.machine.threads
             where = f"with {threads} threads" if threads > 1 else "with one thread"
         parts.append(f"It writes {wording.digits(rate)} tokens a second {where}.")
-    return " ".join(parts) or _contents(material)
+    return " ".join(parts)
 
 
 def tiles(material: Material) -> list[Tile]:
@@ -74,31 +72,33 @@ def _bits(evaluation: Evaluation) -> Tile:
     return Tile(f"{own.overall.bits_per_byte:.3f}", "", "bits per byte", ", ".join(beside))
 
 
-def fastest_mixture(material: Material) -> Subject | None:
+def usual_mixture(material: Material) -> Subject | None:
     """The mixture as it is meant to run, in a profile; of a bundle of one, the member."""
     if material.profile is None:
         return None
     timed = [subject for subject in material.profile.subjects if subject.rate is not None]
     mixtures = [subject for subject in timed if subject.kind == "mixture"]
     alone = [subject for subject in timed if subject.kind == "member"] if len(material.members) == 1 else []
-    return max(mixtures or alone, key=lambda subject: subject.rate or 0.0, default=None)
+    return max(mixtures or alone, key=lambda subject: subject.speculation is not None, default=None)
 
 
 def _rate(material: Material) -> float | None:
     """Tokens a second of the mixture."""
-    subject = fastest_mixture(material)
+    subject = usual_mixture(material)
     if subject is not None:
         return subject.rate
     return None if material.evaluation is None else own_row(material.evaluation).decode_rate
 
 
 def _speeds(material: Material) -> list[Tile]:
-    rate, subject, found = _rate(material), fastest_mixture(material), list[Tile]()
+    rate, subject, found = _rate(material), usual_mixture(material), list[Tile]()
     if rate is not None:
-        beside = ""
+        beside = "decoding, one text"
         if subject is not None and subject.speculation is not None:
             beside = f"{subject.speculation.speedup:.2f} times the plain mixture"
-        found.append(Tile(wording.digits(rate), "", "tokens a second", beside or "decoding, one text"))
+        if subject is not None and not subject.decode[0].tpot.steady:
+            beside += ", not steady"
+        found.append(Tile(wording.digits(rate), "", "tokens a second", beside))
     if subject is not None and subject.prefill:
         shortest = subject.prefill[0]
         value, _, unit = wording.seconds(shortest.ttft.p50).partition(" ")
@@ -107,7 +107,7 @@ def _speeds(material: Material) -> list[Tile]:
 
 
 def _acceptance(material: Material) -> Tile | None:
-    subject = fastest_mixture(material)
+    subject = usual_mixture(material)
     if subject is not None and subject.speculation is not None and subject.speculation.acceptance is not None:
         return Tile(wording.share(subject.speculation.acceptance), "", "of drafts accepted", "as measured")
     if material.evaluation is None:

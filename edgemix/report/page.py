@@ -69,8 +69,9 @@ def build_report(
     if profile is not None:
         check_profile(profile)
     material = Material(bundle, manifest, evaluation, tuple(passages), profile)
-    makers = (quality_section, text_section, speed_section, hardware_section, bundle_section, _making)
-    sections = [make(material) for make in makers]
+    makers = (quality_section, text_section, speed_section, hardware_section, bundle_section)
+    told = sorted((make(material) for make in makers), key=_is_missing)
+    sections = [*told, _making(material)]
     blocks = [block for section in sections for block in section.blocks]
     return Page(
         _render(material, sections, created or datetime.now(UTC)),
@@ -106,6 +107,11 @@ def _render(material: Material, sections: Sequence[Section], created: datetime) 
     )
 
 
+def _is_missing(section: Section) -> bool:
+    """Whether all that a section has to say is what would have to be given."""
+    return all(isinstance(block, Note) and block.missing for block in section.blocks)
+
+
 def _finalize(value: object) -> object:
     """What the template prints, before it is escaped: no character that is none."""
     return wording.clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
@@ -135,7 +141,6 @@ def _making(material: Material) -> Section:
                 f"{profile.created}, in {wording.seconds(profile.seconds)}{', in a hurry' if profile.quick else ''}",
             ),
         ]
-        notes += [Note(note) for note in profile.notes]
         if profile.digest != manifest.checksum:
-            notes.insert(0, Note("The profile was made of another state of this bundle, or of another bundle."))
+            notes.append(Note("The profile was made of another state of this bundle, or of another bundle."))
     return Section("making", "How this was made", "", (Table("Made of", ("", ""), tuple(rows), left=2), *notes))

@@ -32,8 +32,10 @@ def quality_section(material: Material) -> Section:
         )
         return Section("quality", title, "Not measured.", (note,))
     own = own_row(evaluation)
-    blocks: list[Block] = [_size(material, evaluation)]
-    rates = _rates(material, evaluation)
+    blocks: list[Block] = []
+    if any(math.isfinite(each.overall.bits_per_byte) for each in _shown(evaluation)):
+        blocks.append(_size(material, evaluation))
+    rates = [each for each in _rates(material, evaluation) if math.isfinite(each[0].overall.bits_per_byte)]
     if len(rates) > 1:
         blocks.append(_speed(material, evaluation, rates))
     else:
@@ -80,7 +82,7 @@ def _size(material: Material, evaluation: Evaluation) -> Figure:
             title,
             partial(
                 tradeoff,
-                points=_finite(points),
+                points=[point for point in points if math.isfinite(point.y)],
                 x="MB on disk (fewer is better)",
                 y="bits per byte (fewer is better)",
                 less=True,
@@ -121,7 +123,7 @@ def _speed(material: Material, evaluation: Evaluation, rates: list[tuple[Row, st
             title,
             partial(
                 tradeoff,
-                points=_finite(points),
+                points=points,
                 x="tokens a second (more is better)",
                 y="bits per byte (fewer is better)",
                 less=False,
@@ -135,11 +137,6 @@ def _speed(material: Material, evaluation: Evaluation, rates: list[tuple[Row, st
             folded=True,
         ),
     )
-
-
-def _finite(points: list[Point]) -> list[Point]:
-    """Those that can be drawn: a model that calls a token impossible needs endless bits for it."""
-    return [point for point in points if math.isfinite(point.y)]
 
 
 def heat_tone(value: float, best: float) -> str:

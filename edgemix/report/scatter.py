@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import altair as alt
 
@@ -49,42 +49,55 @@ def front(points: Iterable[Point], *, less: bool) -> list[Point]:
 
 
 def tradeoff(canvas: Canvas, points: Sequence[Point], *, x: str, y: str, less: bool) -> alt.TopLevelMixin:
-    """Points with labels, and the line through those that no other beats (Pareto's front)."""
+    """Points with labels, and the line through those that no other beats (Pareto's front).
+
+    Args:
+        canvas: What it is drawn on.
+        points: At least one.
+        x: The horizontal axis' title.
+        y: The vertical one's.
+        less: Whether less is better on the horizontal axis, which then begins at zero, and not more.
+    """
     height = 300
-    domain_x, domain_y = _padded([point.x for point in points], 0.14), _padded([point.y for point in points], 0.12)
-    if less:
-        domain_x = (0.0, domain_x[1])
+    low_x, high_x = _padded([point.x for point in points], 0.14)
+    low_y, high_y = _padded([point.y for point in points], 0.12)
+    low_x = 0.0 if less else low_x
     inner = canvas.width - _MARGIN
     placed = [
-        (
-            (point.x - domain_x[0]) / (domain_x[1] - domain_x[0]) * inner,
-            (domain_y[1] - point.y) / (domain_y[1] - domain_y[0]) * height,
-        )
+        ((point.x - low_x) / (high_x - low_x) * inner, (high_y - point.y) / (high_y - low_y) * height)
         for point in points
     ]
+    labelled = labels([point.name for point in points], placed, inner)
     rows = [
-        {**row, "name": point.name, "x": point.x, "y": point.y, "shape": point.shape}
-        for point, row in zip(points, labels([point.name for point in points], placed, inner), strict=True)
+        {
+            "name": point.name,
+            "x": point.x,
+            "y": point.y,
+            "shape": point.shape,
+            "side": label.side,
+            "label_y": high_y - label.at / height * (high_y - low_y),
+        }
+        for point, label in zip(points, labelled, strict=True)
     ]
-    for row in rows:
-        row["label_y"] = domain_y[1] - row["at"] / height * (domain_y[1] - domain_y[0])
-    scales = {
-        "x": alt.X("x:Q", scale=alt.Scale(domain=domain_x, nice=False, zero=False), title=x),
-        "y": alt.Y("y:Q", scale=alt.Scale(domain=domain_y, nice=False, zero=False), title=y),
-    }
+    across = alt.X("x:Q", scale=alt.Scale(domain=[low_x, high_x], nice=False, zero=False), title=x)
+    up = alt.Y("y:Q", scale=alt.Scale(domain=[low_y, high_y], nice=False, zero=False), title=y)
     line = [{"x": point.x, "y": point.y} for point in front(points, less=less)]
-    base = alt.Chart(data(rows)).encode(**scales)
-    marks = base.mark_point(size=130, stroke=light("paper"), strokeWidth=1.5).encode(
-        color=colour({point.name: point.tone for point in points}),
-        shape=alt.Shape(
-            "shape:N", scale=alt.Scale(domain=(s := ["circle", "diamond", "square"]), range=s), legend=None
-        ),
-    )
+    shapes = ["circle", "diamond", "square"]
+    marks = alt.Chart(data(rows)).mark_point(size=130, stroke=light("paper"), strokeWidth=1.5)
     edge = alt.Chart(data(line)).mark_line(
         interpolate="step-after" if less else "step-before", stroke=light("soft"), strokeWidth=1.2, strokeDash=[3, 3]
     )
     return alt.layer(
-        edge.encode(**scales), marks, *_texts(rows, scales["x"], "label_y"), width=canvas.width, height=height
+        edge.encode(x=across, y=up),
+        marks.encode(
+            x=across,
+            y=up,
+            color=colour({point.name: point.tone for point in points}),
+            shape=alt.Shape("shape:N", scale=alt.Scale(domain=shapes, range=shapes), legend=None),
+        ),
+        *_texts(rows, across),
+        width=canvas.width,
+        height=height,
     )
 
 
@@ -95,55 +108,49 @@ def roofline(
 
     Args:
         canvas: What it is drawn on.
-        points: What was measured: `x` multiply-adds by byte, `y` multiply-adds a second.
+        points: What was measured, at least one: `x` multiply-adds by byte, `y` multiply-adds a second.
         bandwidth: Bytes a second.
         peaks: Name and multiply-adds a second of each kind of product.
     """
-    top = max((peak for _, peak in peaks), default=max(point.y for point in points))
+    top = max([point.y for point in points] + [peak for _, peak in peaks])
     left = min([point.x for point in points] + [top / bandwidth / 4]) / 2
     right = max([point.x for point in points] + [top / bandwidth]) * 3
-    roofs: list[dict[str, Any]] = []
-    for name, peak in peaks or [("", bandwidth * right)]:
-        knee = peak / bandwidth
-        corners = [(left, left * bandwidth), (knee, peak), *([(right, peak)] if knee < right else [])]
-        roofs += [{"roof": name, "x": x, "y": y} for x, y in corners]
     low = min([point.y for point in points] + [left * bandwidth]) / 2
-    scales = {
-        "x": alt.X(
-            "x:Q",
-            scale=alt.Scale(type="log", domain=[left, right], nice=False),
-            title="multiply-adds for each byte read",
-            axis=alt.Axis(values=_powers(left, right), format="~s"),
-        ),
-        "y": alt.Y(
-            "y:Q",
-            scale=alt.Scale(type="log", domain=[low, top * 2], nice=False),
-            title="multiply-adds a second",
-            axis=alt.Axis(values=_powers(low, top * 2), format="~s"),
-        ),
-    }
-    lines = alt.Chart(data(roofs)).mark_line(stroke=light("soft"), strokeWidth=1.6).encode(**scales, detail="roof:N")
-    ends = [{"x": right, "y": peak, "label": f"{name} peak"} for name, peak in peaks]
-    names = (
-        alt.Chart(data([*ends]))
-        .mark_text(align="right", dy=-8, color=light("soft"), fontSize=11)
-        .encode(**scales, text="label:N")
+    roofs = [
+        {"roof": name, "x": x, "y": y}
+        for name, peak in peaks or [("", bandwidth * right)]
+        for x, y in ((left, left * bandwidth), (peak / bandwidth, peak), (right, peak))
+    ]
+    across = alt.X(
+        "x:Q",
+        scale=alt.Scale(type="log", domain=[left, right], nice=False),
+        title="multiply-adds for each byte read",
+        axis=alt.Axis(values=_powers(left, right), format="~s"),
     )
-    rows = [{"name": p.name, "x": p.x, "y": p.y, "shape": p.shape} for p in points]
-    marks = (
-        alt.Chart(data(rows))
-        .mark_point(size=130, stroke=light("paper"), strokeWidth=1)
-        .encode(
-            **scales,
+    up = alt.Y(
+        "y:Q",
+        scale=alt.Scale(type="log", domain=[low, top * 2], nice=False),
+        title="multiply-adds a second",
+        axis=alt.Axis(values=_powers(low, top * 2), format="~s"),
+    )
+    lines = alt.Chart(data(roofs)).mark_line(stroke=light("soft"), strokeWidth=1.6, clip=True)
+    names = alt.Chart(data([{"x": right, "y": peak, "label": f"{name} peak"} for name, peak in peaks]))
+    texts = names.mark_text(align="right", dy=-8, color=light("soft"), fontSize=11)
+    rows = [{"name": point.name, "x": point.x, "y": point.y, "shape": point.shape} for point in points]
+    marks = alt.Chart(data(rows)).mark_point(size=130, stroke=light("paper"), strokeWidth=1)
+    shapes = alt.Scale(domain=["decode", "prefill"], range=["circle", "triangle-up"])
+    return alt.layer(
+        lines.encode(x=across, y=up, detail="roof:N"),
+        texts.encode(x=across, y=up, text="label:N"),
+        marks.encode(
+            x=across,
+            y=up,
             color=colour({point.name: point.tone for point in points}),
-            shape=alt.Shape(
-                "shape:N",
-                scale=alt.Scale(domain=["decode", "prefill"], range=["circle", "triangle-up"]),
-                legend=None,
-            ),
-        )
+            shape=alt.Shape("shape:N", scale=shapes, legend=None),
+        ),
+        width=canvas.width,
+        height=300,
     )
-    return alt.layer(lines, names, marks, width=canvas.width, height=300)
 
 
 def _powers(low: float, high: float) -> list[float]:
@@ -151,35 +158,49 @@ def _powers(low: float, high: float) -> list[float]:
     return [10.0**power for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
 
 
-def labels(names: Sequence[str], places: Sequence[tuple[float, float]], width: float) -> list[dict[str, Any]]:
-    """Where labels stand, so that none lies on another: for each its side of the point and its height `at`, in pixels.
+class Label(NamedTuple):
+    """Where a label stands: on which side of its point, and how far below the top, in pixels."""
+
+    side: Literal["left", "right"]
+    at: float
+
+
+def labels(names: Sequence[str], places: Sequence[tuple[float, float]], width: float) -> list[Label]:
+    """Places for labels of points, so that none lies on another.
 
     A label stands to the right of its point, or to the left where there is no room; those that would overlap are moved
     down, from the topmost on.
+
+    Args:
+        names: The labels.
+        places: The points': from the left and from the top, in pixels.
+        width: Of the chart, in pixels.
     """
-    found: list[dict[str, Any]] = [{} for _ in names]
+    found: dict[int, Label] = {}
     taken: list[tuple[float, float, float]] = []
     for index in sorted(range(len(names)), key=lambda index: places[index][1]):
-        (x, y), length = places[index], len(names[index]) * CHARACTER + 14
-        right = x + length <= width
-        start, end = (x, x + length) if right else (x - length, x)
-        for other_start, other_end, other_y in sorted(taken, key=lambda each: each[2]):
-            if start < other_end and other_start < end and abs(y - other_y) < LINE:
-                y = other_y + LINE
-        taken.append((start, end, y))
-        found[index] = {"side": "right" if right else "left", "at": y}
-    return found
+        (x, at), length = places[index], len(names[index]) * CHARACTER + 14
+        side: Literal["left", "right"] = "right" if x + length <= width else "left"
+        start = x if side == "right" else x - length
+        for other_start, other_end, other_at in sorted(taken, key=lambda each: each[2]):
+            if start < other_end and other_start < start + length and abs(at - other_at) < LINE:
+                at = other_at + LINE
+        taken.append((start, start + length, at))
+        found[index] = Label(side, at)
+    return [found[index] for index in range(len(names))]
 
 
-def _texts(rows: Sequence[dict[str, Any]], x: alt.X, height: str) -> list[alt.Chart]:
+def _texts(rows: Sequence[dict[str, Any]], across: alt.X) -> list[alt.Chart]:
     """Labels on either side of their points, each on a halo that parts it from the lines under it."""
     paper, ink = light("paper"), light("ink")
-    return [
-        alt.Chart(data(mine)).mark_text(align=align, dx=dx, **look).encode(x=x, y=f"{height}:Q", text="name:N")
-        for side, align, dx in (("right", "left", 11), ("left", "right", -11))
-        if (mine := [row for row in rows if row["side"] == side])
-        for look in ({"color": paper, "stroke": paper, "strokeWidth": 5, "strokeJoin": "round"}, {"color": ink})
-    ]
+    texts = []
+    for side in ("right", "left"):
+        mine = alt.Chart(data([row for row in rows if row["side"] == side]))
+        align: Literal["left", "right"] = "left" if side == "right" else "right"
+        dx = 11 if side == "right" else -11
+        halo = mine.mark_text(align=align, dx=dx, color=paper, stroke=paper, strokeWidth=5, strokeJoin="round")
+        texts += [halo, mine.mark_text(align=align, dx=dx, color=ink)]
+    return [text.encode(x=across, y="label_y:Q", text="name:N") for text in texts]
 
 
 def _padded(values: Sequence[float], part: float) -> tuple[float, float]:

@@ -37,11 +37,12 @@ def speed_section(material: Material) -> Section:
         blocks.append(_batches(material, batched))
     if profile.variants:
         blocks.append(_variants(profile))
-    blocks += [_loading(profile), *_per_token(material, profile)]
+    blocks += [_loading(profile), *_per_token(material, profile), *(Note(note) for note in profile.notes)]
     return Section(
         "speed",
         title,
-        f"{wording.name(machine.processor)}, {machine.threads} threads, {machine.provider}.",
+        f"{wording.name(machine.processor)}, {machine.threads} thread{'s' if machine.threads > 1 else ''}, "
+        f"{machine.provider}{'; measured in a hurry' if profile.quick else ''}.",
         tuple(blocks),
     )
 
@@ -77,10 +78,12 @@ def _times(quantiles: Quantiles) -> tuple[str, ...]:
 _COLUMNS = ("Median", "90th percentile", "99th", "Spread", "Measurements")
 
 
-def _ranged(id_: str, rows: list[dict[str, Any]], tones: dict[str, str], table: Table) -> Figure:
+def _ranged(
+    id_: str, rows: list[dict[str, Any]], tones: dict[str, str], table: Table, *, unit: str = "milliseconds a token"
+) -> Figure:
     """Quantiles as a figure, under the title of the table with them."""
     caption = _RANGES + ("" if all(each["steady"] for each in rows) else _UNSTEADY)
-    chart = partial(charts.ranges, rows=rows, tones=tones, title="milliseconds a token")
+    chart = partial(charts.ranges, rows=rows, tones=tones, title=unit)
     return Figure(id_, table.title, draw(id_, table.title, chart), caption, table=table)
 
 
@@ -127,6 +130,10 @@ def _contexts(material: Material, subjects: list[Subject]) -> Figure:
 
 
 def _prefill(material: Material, subjects: list[Subject]) -> Figure:
+    """By prompt length; where there is only one, as a distribution."""
+    lengths = {each.tokens for subject in subjects for each in subject.prefill}
+    if len(lengths) == 1:
+        return _first_token(material, subjects)
     title = "Time to first token, by prompt length"
     rows = [
         {"name": wording.name(subject.name), "x": each.tokens, "y": each.ttft.p50, "top": each.ttft.p99}
@@ -154,6 +161,14 @@ def _prefill(material: Material, subjects: list[Subject]) -> Figure:
         legend(_tones(material, subjects)),
         table=Table(title, ("", "Prompt", *_COLUMNS), table, folded=True),
     )
+
+
+def _first_token(material: Material, subjects: list[Subject]) -> Figure:
+    title = f"Time to first token, of a prompt of {subjects[0].prefill[0].tokens:,} tokens"
+    rows = [_range(wording.name(subject.name), subject.prefill[0].ttft) for subject in subjects]
+    table = tuple(row(_named(material, subject), *_times(subject.prefill[0].ttft)) for subject in subjects)
+    tones = _tones(material, subjects)
+    return _ranged("ttft", rows, tones, Table(title, ("", *_COLUMNS), table, folded=True), unit="milliseconds")
 
 
 def _batches(material: Material, subjects: list[Subject]) -> Figure:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from click.testing import CliRunner
-from samples import profile
+from samples import bare, profile
 
 from edgemix.bundle import read_manifest
 from edgemix.cli import edgemix
@@ -70,7 +70,7 @@ def test_a_profile_is_shown_and_spares_measuring_speed(bundle, texts, page, tmp_
 
 
 def test_a_profile_of_another_bundle_is_told(bundle, page, tmp_path):
-    (tmp_path / "profile.json").write_bytes(encode_profile(profile()))
+    (tmp_path / "profile.json").write_bytes(encode_profile(bare(profile())))
 
     run(bundle, "--profile", tmp_path / "profile.json", "-o", page)
 

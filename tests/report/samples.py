@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import random
 
+import msgspec
+
 from edgemix.evaluation import Evaluation, Figures, Passage, Row
 from edgemix.graph_io import GraphFacts
 from edgemix.manifest import (
@@ -78,11 +80,10 @@ def manifest(names: tuple[str, ...] = MEMBERS, *, student: bool = True, budget: 
         f"members/{name}/model.onnx.data": FileEntry(139_000_000 + 50_000 * at, "0" * 64)
         for at, name in enumerate(names)
     }
-    files |= {entry.graph: FileEntry(265_000, "0" * 64) for entry in (*members, small)}
-    files |= {
-        "student/model.onnx.data": FileEntry(52_686_848, "0" * 64),
-        "tokenizer/tokenizer.json": FileEntry(1_759_767, "0" * 64),
-    }
+    if student:
+        files |= {"student/model.onnx.data": FileEntry(52_686_848, "0" * 64)}
+    files |= {entry.graph: FileEntry(265_000, "0" * 64) for entry in (*members, *([small] if student else []))}
+    files["tokenizer/tokenizer.json"] = FileEntry(1_759_767, "0" * 64)
     curve = tuple(BudgetPoint(250_000_000 + 40_000_000 * at, 0.012 + 0.002 * at, 0.09 * 0.5**at) for at in range(6))
     default = (
         dict(zip(names, (0.52, 0.21, 0.27), strict=False)) if len(names) == 3 else dict.fromkeys(names, 1 / len(names))
@@ -211,6 +212,18 @@ def profile(names: tuple[str, ...] = MEMBERS, digest: str = "e" * 64) -> Profile
             for drafts, slower in (("auto", 1.0), ("lookup", 1.4), ("student", 1.25), ("off", 2.3))
         ),
         notes=("The rate of a batch of 16 was not steady.",),
+    )
+
+
+def bare(whole: Profile) -> Profile:
+    """As little of a profile as there can be: the machine, loading, and one time a subject."""
+    loading = msgspec.structs.replace(whole.loading, cold=None)
+    machine = msgspec.structs.replace(whole.machine, bandwidth=None, fp32_peak=None, int8_peak=None)
+    subjects = tuple(
+        Subject(each.name, each.kind, each.format, each.files, decode=each.decode[:1]) for each in whole.subjects
+    )
+    return msgspec.structs.replace(
+        whole, machine=machine, loading=loading, subjects=subjects, breakdowns=(), variants=()
     )
 
 

@@ -22,7 +22,7 @@ FLAGS = (
     "--disable-sync",
     "--enable-logging=stderr",
 )
-# The page has no script: another holds it in a frame as wide as a phone, then in one as wide as a desk, and measures.
+# The page has no script: another one holds it in two frames, as wide as a phone and a desk, and measures it.
 LOOK = """<!DOCTYPE html><body><script>
 const widths = [390, 1280];
 const found = {};

@@ -8,10 +8,10 @@ from dataclasses import replace
 import msgspec
 import pytest
 from reading import Reading
-from samples import FIGURES, evaluation, manifest, passages, profile
+from samples import FIGURES, bare, evaluation, manifest, passages, profile
 
 from edgemix.evaluation import Passage
-from edgemix.profile import Quantiles
+from edgemix.profile import Decode, Prefill, Quantiles
 from edgemix.report import build_report
 
 EVIL = "<script>alert(1)</script>"
@@ -146,10 +146,10 @@ def test_what_is_no_text_is_replaced():
 
 
 def test_long_texts_are_bounded():
-    pieces = ("word ",) * 50_000
+    pieces = ("word ",) * 9_000
     weights = {name: (1 / 3,) * len(pieces) for name in ("math", "code", "wiki")}
 
-    page = build_report("experts", manifest(), passages=(Passage("long", pieces, weights),) * 2).html
+    page = build_report("experts", manifest(), passages=(Passage("long", pieces, weights),) * 3).html
 
     assert 3900 < page.count("word ") <= 4000
     assert "Further passages are left out" in page
@@ -170,7 +170,7 @@ def test_what_is_missing_is_named():
 
 def test_a_bundle_of_one_member():
     names = ("alone",)
-    page = build_report("one", manifest(names, student=False, budget=False), profile=profile(names))
+    page = build_report("one", manifest(names, student=False, budget=False), profile=bare(profile(names)))
 
     assert Reading.of(page.html).faults == []
     assert "this one has one member" in " ".join(page.missing)
@@ -179,7 +179,7 @@ def test_a_bundle_of_one_member():
 def test_more_members_than_colours():
     names = tuple(f"expert-{at}" for at in range(11))
 
-    page = build_report("many", manifest(names), profile=profile(names))
+    page = build_report("many", manifest(names), profile=bare(profile(names)))
 
     assert Reading.of(page.html).faults == []
 
@@ -199,48 +199,39 @@ def test_a_member_that_calls_a_token_impossible():
 
 
 def test_few_figures_in_a_profile():
-    bare = profile()
-    bare = msgspec.structs.replace(
-        bare,
-        machine=msgspec.structs.replace(bare.machine, bandwidth=None, fp32_peak=None, int8_peak=None),
-        loading=msgspec.structs.replace(bare.loading, cold=None),
-        subjects=tuple(
-            msgspec.structs.replace(
-                each,
-                prefill=(),
-                decode=each.decode[:1],
-                batches=(),
-                speculation=None,
-                roofs=(),
-                outside=None,
-                energy=None,
-            )
-            for each in bare.subjects
-        ),
-        breakdowns=(),
-        variants=(),
+    page = build_report("experts", manifest(), profile=bare(profile()))
+
+    shown = {figure.attributes["id"] for figure in Reading.of(page.html).all("figure")}
+    assert shown == {"tpot", "weights", "quantisation", "budget"}
+    assert "neither a roofline nor operators' times" in " ".join(page.missing)
+
+
+def test_one_prompt_length_is_shown_as_a_distribution():
+    told = profile()
+    subjects = tuple(
+        msgspec.structs.replace(each, prefill=told.subjects[0].prefill[:1]) for each in bare(told).subjects
     )
 
-    page = build_report("experts", manifest(), profile=bare)
+    page = build_report("experts", manifest(), profile=msgspec.structs.replace(bare(told), subjects=subjects))
 
-    reading = Reading.of(page.html)
-    assert {figure.attributes["id"] for figure in reading.all("figure")} == {
-        "tpot",
-        "weights",
-        "quantisation",
-        "budget",
-    }
-    assert "neither a roofline nor operators' times" in " ".join(page.missing)
+    assert "Time to first token, of a prompt of 16 tokens" in page.shown
+
+
+def test_what_is_known_comes_first():
+    headings = [heading.text for heading in Reading.of(build_report("experts", manifest()).html).all("h2")]
+
+    assert headings[0] == "What is in the bundle"
+    assert headings[-1] == "How this was made"
 
 
 def test_figures_of_every_size_can_be_drawn():
     tiny, huge = (Quantiles(value, value, value, 0.0, 1) for value in (1e-9, 1e9))
-    odd = profile()
+    odd = bare(profile())
     subjects = tuple(
         msgspec.structs.replace(
             each,
-            prefill=tuple(msgspec.structs.replace(one, ttft=tiny if at else huge) for one in each.prefill),
-            decode=tuple(msgspec.structs.replace(one, tpot=huge if at else tiny, context=0) for one in each.decode),
+            prefill=(Prefill(16, tiny), Prefill(64, huge)),
+            decode=(Decode(0, huge if at else tiny), Decode(9, tiny)),
         )
         for at, each in enumerate(odd.subjects)
     )

@@ -13,7 +13,7 @@ import logging
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 from lm_eval.api.model import TemplateLM
@@ -54,7 +54,7 @@ class ModelArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     bundle: Path
     weights: str | dict[str, float] | None = None
-    combine: str = "linear"
+    combine: Literal["linear", "log-linear"] = "linear"
     student: bool = False
     provider: str = "auto"
     threads: int | None = None
@@ -148,8 +148,8 @@ class MixtureLM(TemplateLM):  # type: ignore[misc]
             prefix_bytes=PREFIX_BYTES,
         )
         self._batch = arguments.batch
-        self._mixing: GenerateOptions = {"weights": arguments.choice, "combine": arguments.combine}  # type: ignore[typeddict-item]
-        self._blend = self._mixture.blend(**self._mixing)
+        self._mixing: GenerateOptions = {"weights": arguments.choice, "combine": arguments.combine}
+        self._blend = self._mixture.blend(arguments.choice, arguments.combine)
         self.max_length: int = min(self._mixture.context, arguments.max_length or self._mixture.context)
         self.max_gen_toks = MAX_GEN_TOKS
 
@@ -307,7 +307,8 @@ class MixtureLM(TemplateLM):  # type: ignore[misc]
                 f"{most} tokens to generate leave no room for a prompt in {self.max_length} tokens",
                 "Ask for fewer: --gen_kwargs max_gen_toks=N.",
             )
-        settings = Settings.of(**options, **self._mixing, seed=[seed + number for number in numbers])
+        seeds: GenerateOptions = {"seed": [seed + number for number in numbers]}
+        settings = Settings.of(**(options | self._mixing | seeds))
         prompts = [(self.tok_encode(context) or [self.prefix_token_id])[-room:] for context, _ in arguments]
         texts = [""] * len(prompts)
         with closing(decode(self._mixture, prompts, settings, started=time.perf_counter())) as decoded:

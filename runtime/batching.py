@@ -60,9 +60,9 @@ class Request:
     log_probabilities: list[float] = field(default_factory=list)
     said: list[Spoken] = field(default_factory=list)
 
-    def spoken(self) -> Spoken:
-        """What voices gave its tokens so far."""
-        own, weights = zip(*self.said, strict=True)
+    def spoken(self, first: int = 0) -> Spoken:
+        """What voices gave its tokens so far, from one of them on."""
+        own, weights = zip(*self.said[first:], strict=True)
         return Spoken(np.concatenate(own, axis=1), np.concatenate(weights, axis=1))
 
 

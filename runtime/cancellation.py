@@ -8,6 +8,8 @@ from contextlib import aclosing, closing, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from edgemix.errors import EdgemixError
+
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator
 
@@ -38,21 +40,22 @@ async def in_thread(work: Callable[[], T]) -> T:
 
 
 async def iterate(items: Generator[T]) -> AsyncGenerator[T]:
-    """Items as a generator makes them in a thread of its own, which begins with the first one.
+    """Items as a generator makes them in a thread of its own, each when it is asked for.
 
     Closing this, or cancelling the task that waits for the next item, calls the work off and waits until it has ended.
     """
     stream = _Stream(asyncio.get_running_loop(), items)
     stream.start()
     try:
-        while (item := await stream.queue.get()) is not None:
+        while True:
+            stream.wanted.release()
+            if (item := await stream.queue.get()) is None:
+                return
             if isinstance(item, _Failure):
                 raise item.error
             yield item.value
     finally:
-        stream.called_off.set()
-        await stream.ended.wait()
-        stream.join()
+        await stream.call_off()
 
 
 class _Item(Generic[T]):
@@ -71,22 +74,55 @@ class _Stream(threading.Thread, Generic[T]):
     def __init__(self, loop: asyncio.AbstractEventLoop, items: Generator[T]) -> None:
         super().__init__(name="edgemix", daemon=True)
         self.queue: asyncio.Queue[_Item[T] | _Failure | None] = asyncio.Queue()
-        self.ended, self.called_off = asyncio.Event(), threading.Event()
+        self.wanted = threading.Semaphore(0)
+        self._ended, self._called_off = asyncio.Event(), threading.Event()
         self._loop, self._items = loop, items
 
     def run(self) -> None:
-        _CALLED_OFF.set(self.called_off)
+        _CALLED_OFF.set(self._called_off)
+        last: _Failure | None = None
         try:
             with suppress(CalledOff), closing(self._items):
+                self._wait()
                 for item in self._items:
                     self._tell(self.queue.put_nowait, _Item(item))
-                    check()
-            self._tell(self.queue.put_nowait, None)
+                    self._wait()
         except Exception as error:  # noqa: BLE001 - whoever waits is told
-            self._tell(self.queue.put_nowait, _Failure(error))
-        finally:
-            self._tell(self.ended.set)
+            last = _Failure(error)
+        except BaseException as error:  # noqa: BLE001 - a panic of a library in Rust, say
+            last = _Failure(EdgemixError(f"{type(error).__name__}: {error}"))
+        self._tell(self.queue.put_nowait, last)
+        self._tell(self._ended.set)
+
+    async def call_off(self) -> None:
+        """Stop the work, and wait until it has ended, however often the task that waits is cancelled."""
+        self._called_off.set()
+        self.wanted.release()
+        cancelled: asyncio.CancelledError | None = None
+        while not self._ended.is_set() and not self._loop.is_closed():
+            try:
+                await self._ended.wait()
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if not self._loop.is_closed():
+            self.join()
+        if cancelled is not None:
+            raise cancelled
+
+    def _wait(self) -> None:
+        """Wait until the next item is asked for.
+
+        Raises:
+            CalledOff: It never will be.
+        """
+        while not self.wanted.acquire(timeout=1):
+            if self._loop.is_closed():
+                raise CalledOff
+        check()
 
     def _tell(self, function: Callable[..., object], *arguments: object) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody listens
+        try:
             self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:  # the loop is closed: nobody listens
+            self._called_off.set()
+            self.wanted.release()

@@ -9,6 +9,7 @@ over a lexer of derivatives, github.com/guidance-ai/llguidance).
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ import numpy as np
 from edgemix.errors import EdgemixError, InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 _IMPOSSIBLE = np.float32(-np.inf)
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """One way to write it, as Python does: where any white space may come, small models write nothing else."""
+_UNFORCED = '%llguidance {"no_forcing": true}\n'
+"""Text that is forced may be spelled by any tokens: else llguidance allows the tokenizer's own spelling alone, which is
+a special token where a text has what looks like one.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +52,10 @@ class Constraint:
         given = [name for name in self.__slots__ if getattr(self, name) is not None]
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)} both say what the text must be", "Give one of them.")
-        if self.choices is not None and (isinstance(self.choices, str) or not self.choices or not all(self.choices)):
-            raise InputError("choices must be texts, at least one, none of them empty")
+        if self.regex is not None and not _is_text(self.regex):
+            raise InputError("regex must be a text of valid Unicode")
+        if self.choices is not None and not _are_texts(self.choices):
+            raise InputError("choices must be texts of valid Unicode, at least one, none of them empty")
 
     @property
     def free(self) -> bool:
@@ -64,16 +71,14 @@ class Constraint:
         """
         matcher = _llguidance().LLMatcher
         if self.json_schema is not None:
-            schema = self.json_schema
-            try:
-                text = json.dumps(json.loads(schema) if isinstance(schema, str) else dict(schema))
-                return str(matcher.grammar_from_json_schema(text, defaults=_JSON))
-            except (ValueError, TypeError, RecursionError) as error:
-                raise InputError(f"json_schema is no JSON: {error}", "Mend the schema.") from None
-        if self.regex is not None:
-            return str(matcher.grammar_from_regex(self.regex))
-        texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in self.choices or ())
-        return str(matcher.grammar_from_lark(f"start: {texts}"))
+            grammar = json.loads(matcher.grammar_from_json_schema(_schema(self.json_schema), defaults=_JSON))
+            lark = f"start: %json {json.dumps(grammar['grammars'][0]['json_schema'])}"
+        elif self.regex is not None:
+            lark = json.loads(matcher.grammar_from_regex(self.regex))["grammars"][0]["lark_grammar"]
+        else:
+            texts = (json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f") for text in self.choices or ())
+            lark = f"start: {' | '.join(texts)}"
+        return str(matcher.grammar_from_lark(_UNFORCED + lark))
 
 
 class Grammar:
@@ -88,23 +93,28 @@ class Grammar:
         source = constraint.grammar()
         if not tokenizer.entry.eos:
             raise InputError("this tokenizer has no end-of-text token, so a text of a given form could not end")
-        self._entry, words = tokenizer.entry, tokenizer.words
-        if trouble := _llguidance().LLMatcher.validate_grammar(source, words):
+        self._tokenizer, words, matcher = tokenizer, tokenizer.words, _llguidance().LLMatcher
+        if trouble := matcher.validate_grammar(source, words):
             raise InputError(f"no text can be held to this: {trouble.strip().splitlines()[0]}", _form(constraint))
-        self._matcher = _llguidance().LLMatcher(words, source)
+        self._matcher = matcher(words, source, log_level=0)
+        try:
+            self.follow().allowed()
+        except EdgemixError as error:
+            raise InputError(f"there is no text of this form: {error.message}", _form(constraint)) from None
 
     def follow(self) -> Follower:
         """Follow a text from its beginning."""
-        return Follower(self._matcher.deep_copy(), self._entry.vocabulary, frozenset(self._entry.eos))
+        return Follower(self._matcher.deep_copy(), self._tokenizer)
 
 
 class Follower:
     """Where one text is in what it must become. Made by `Grammar.follow`."""
 
-    def __init__(self, matcher: Any, vocabulary: int, eos: frozenset[int]) -> None:
-        self._matcher, self._vocabulary, self._eos = matcher, vocabulary, eos
-        self._ahead: list[int] = []
-        self._masks: dict[int, NDArray[np.bool_]] = {}  # behind so many of them
+    def __init__(self, matcher: Any, tokenizer: Tokenizer) -> None:
+        self._matcher, self._words = matcher, tokenizer.words
+        self._vocabulary, self._eos = tokenizer.entry.vocabulary, frozenset(tokenizer.entry.eos)
+        self._ahead: tuple[int, ...] = ()
+        self._masks: dict[tuple[int, ...], NDArray[np.bool_]] = {}
 
     def allowed(self, ahead: Sequence[int] = ()) -> NDArray[np.bool_]:
         """Which tokens may come behind the text and some tokens that may follow it: bool [vocabulary], some true.
@@ -112,46 +122,53 @@ class Follower:
         Raises:
             EdgemixError: llguidance gives up (its limits protect from what would take forever).
         """
-        ahead = self._go(ahead)
-        place = len(ahead)
+        place = self._before_end(ahead)
         if place not in self._masks:
+            self._go(place)
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
             mask = np.unpackbits(bits, count=self._vocabulary, bitorder="little").view(np.bool_)
+            if not self._matcher.is_accepting():
+                mask[[*self._eos]] = False
             self._check(bool(mask.any()))
             self._masks[place] = mask
         return self._masks[place]
 
     def valid(self, tokens: Sequence[int]) -> int:
         """How many of some tokens may follow the text, one after the other."""
-        self._go([])
-        text = self._without_end(tokens)
-        valid = int(self._matcher.validate_tokens(text)) if text else 0
+        self._go(())
+        text = self._before_end(tokens)
+        valid = int(self._matcher.validate_tokens([*text])) if text else 0
         if valid < len(text) or len(text) == len(tokens):
             return valid
         return valid + int(self.allowed(text)[tokens[valid]])
 
+    def expected(self) -> list[int]:
+        """Tokens that spell what the text can only go on with, as its tokenizer would; others may spell it, too."""
+        self._go(())
+        forced: bytes = self._matcher.compute_ff_bytes()
+        return [*self._words.tokenize_bytes(forced)] if forced else []
+
     def take(self, tokens: Sequence[int]) -> None:
         """The text goes on with tokens, each of which was allowed."""
-        taken = len(self._go(tokens))
-        self._masks = {place - taken: mask for place, mask in self._masks.items() if place >= taken}
-        self._ahead = []
+        taken = self._before_end(tokens)
+        self._go(taken)
+        count = len(taken)
+        self._masks = {place[count:]: mask for place, mask in self._masks.items() if place[:count] == taken}
+        self._ahead = ()
 
-    def _without_end(self, tokens: Sequence[int]) -> list[int]:
+    def _before_end(self, tokens: Sequence[int]) -> tuple[int, ...]:
         """Tokens before the end of the text: that is no word of llguidance's."""
-        return [*takewhile(lambda token: token not in self._eos, tokens)]
+        return tuple(takewhile(lambda token: token not in self._eos, tokens))
 
-    def _go(self, tokens: Sequence[int]) -> list[int]:
-        """Move to behind some tokens that may follow the text, or to its end: gives those before that."""
-        ahead = self._without_end(tokens)
+    def _go(self, ahead: tuple[int, ...]) -> None:
+        """Move to behind some tokens that may follow the text."""
         both = zip(self._ahead, ahead, strict=False)
         common = next((place for place, (old, new) in enumerate(both) if old != new), min(len(self._ahead), len(ahead)))
         if back := len(self._ahead) - common:
             self._check(self._matcher.rollback(back))
         if new := ahead[common:]:
-            self._check(self._matcher.consume_tokens(new))
-        self._masks = {place: mask for place, mask in self._masks.items() if place <= common}
+            self._check(self._matcher.consume_tokens([*new]))
         self._ahead = ahead
-        return ahead
 
     def _check(self, fine: bool) -> None:
         if not fine or self._matcher.is_error():
@@ -188,6 +205,35 @@ def vocabulary_of(core: Any, vocabulary: int, eos: Sequence[int]) -> Any:
         return _llguidance().LLTokenizer(core.to_str(), n_vocab=vocabulary, eos_token=list(eos))
     except (ValueError, TypeError, RuntimeError) as error:
         raise EdgemixError(f"llguidance cannot read this tokenizer: {error}") from error
+
+
+def _is_text(text: object) -> bool:
+    """Whether it is a text that can be written in UTF-8."""
+    try:
+        return isinstance(text, str) and bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _are_texts(texts: object) -> bool:
+    return isinstance(texts, Sequence) and not isinstance(texts, str) and bool(texts) and all(map(_is_text, texts))
+
+
+def _schema(given: Mapping[str, Any] | str) -> str:
+    """A JSON schema as text.
+
+    Raises:
+        InputError: It is none.
+    """
+    try:
+        schema = json.loads(given) if isinstance(given, str) else dict(given)
+        text = json.dumps(schema)
+        text.encode()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"json_schema is no JSON: {error}", "Mend the schema.") from None
+    if not isinstance(schema, dict):
+        raise InputError("json_schema must be a JSON object", 'For any JSON at all, give "{}".')
+    return text
 
 
 def _form(constraint: Constraint) -> str:

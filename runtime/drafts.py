@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgemix.runtime.constraints import Follower
     from edgemix.runtime.pace import Pace
     from edgemix.runtime.reader import Reader
     from edgemix.runtime.sampling import Sampling
@@ -105,6 +106,23 @@ class PromptLookup:
             for length in range(1, min(_GRAM, end - offset) + 1):
                 self._ends[tuple(ids[end - length - offset : end - offset])] = end
         self._known = len(text)
+
+
+class FormDrafts:
+    """What a text of a given form can only go on with, as its tokenizer spells it. Costs no call of a model."""
+
+    def __init__(self, follower: Follower, pace: Pace) -> None:
+        self._follower, self._pace = follower, pace
+
+    def draft(self, text: NDArray[np.int64], most: int) -> Draft:  # noqa: ARG002 - the follower knows it
+        """See `Drafter`; its tokens are not drawn."""
+        source: Source = ("form", 1)
+        chance, tokens = self._pace.chance(source), self._follower.expected()[:most]
+        worth = [token for place, token in enumerate(tokens, 1) if self._pace.pays(chance**place)]
+        return Draft(worth, [source] * len(worth))
+
+    def close(self) -> None:
+        """Nothing to free."""
 
 
 class StudentDrafts:

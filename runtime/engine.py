@@ -231,9 +231,9 @@ class Decoding:
         """Of a sequence's tokens so far, under the mixture, before temperature and filters: float64 [tokens], nats."""
         return np.array(self._log_probabilities[sequence], np.float64)
 
-    def spoken(self, sequence: int) -> Spoken:
-        """What voices that weigh something gave a sequence's tokens so far."""
-        own, weights = zip(*self._spoken[sequence], strict=True)
+    def spoken(self, sequence: int, first: int = 0) -> Spoken:
+        """What voices that weigh something gave a sequence's tokens so far, from one of them on."""
+        own, weights = zip(*self._spoken[sequence][first:], strict=True)
         return Spoken(np.concatenate(own, axis=1), np.concatenate(weights, axis=1))
 
     def finish(self, sequence: int) -> None:

@@ -91,8 +91,8 @@ class _Call:
         mixture, settings = self.mixture, self.settings
         whole = mixture.whole_blend(settings.weights, settings.combine)
 
-        def spoken(sequence: int) -> Spoken:
-            return decoding.spoken(sequence).of_all(whole.heavy, len(mixture.members))
+        def spoken(sequence: int, first: int) -> Spoken:
+            return decoding.spoken(sequence, first).of_all(whole.heavy, len(mixture.members))
 
         return [
             Writer(

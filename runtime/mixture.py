@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from edgemix.runtime.plan import Plan
     from edgemix.runtime.providers import Provider
 
+_ELSEWHERE: list[object] = []
+"""Graphs of the process that this one was forked from: freeing them would wait for threads that are not here."""
 PREFIX_BYTES = 64 << 20
 """Memory for texts that were read, by default: of SmolLM2-135M 1,400 tokens of one member."""
 
@@ -399,6 +401,8 @@ class Mixture:
 
     def close(self) -> None:
         """Free the graphs; the mixture is of no more use."""
+        if self._process != os.getpid():
+            _ELSEWHERE.append((self._loaded, self._drafter))
         self._loaded, self._drafter = (), None
         self.prefixes.clear()
 

@@ -78,9 +78,13 @@ def write(
         texts.append(_Text(names[kept.graph], len(kept.text), len(data), hashlib.sha256(data).hexdigest()))
         content.append(data)
     try:
-        header = msgspec.json.encode(_Header(tuple(texts), tuple(map(dict, messages))))
-    except TypeError as error:
+        plain = tuple(map(dict, messages))
+        header = msgspec.json.encode(_Header(tuple(texts), plain))
+        same = msgspec.json.decode(header, type=_Header).messages == plain
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"the messages cannot be written down: {error}") from None
+    if not same:
+        raise InputError("the messages cannot be written down: they hold what is not JSON")
     if len(header) >= _LONGEST_HEADER:
         raise InputError(f"the messages are longer than {_LONGEST_HEADER >> 20} MiB")
     write_atomically(path, b"".join([_MAGIC, header, b"\n", *content]))

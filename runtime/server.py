@@ -6,7 +6,7 @@ import asyncio
 import queue
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Self, Unpack
 
@@ -37,7 +37,7 @@ class Ticket:
         self.request, self.writer, self._server = request, writer, server
         self._chunks: queue.SimpleQueue[Chunk | Exception | None] = queue.SimpleQueue()
         self._last: Chunk | Exception | None = None
-        self._ended = False
+        self._ended = self._read = False
         self._news: Callable[[], object] = _nobody
 
     def tell(self, chunk: Chunk | Exception | None) -> None:
@@ -49,44 +49,50 @@ class Ticket:
         """New text and tokens as they come; the last chunk carries the completion. Ends early when cancelled.
 
         Raises:
+            InputError: Somebody else reads it.
             EdgemixError: A graph fails, or the server was closed.
         """
-        while True:
-            chunk = self._last if self._ended else self._chunks.get()
-            if (new := self._take(chunk)) is not None:
-                yield new
-            if self._ended:
-                return
+        with self._reading():
+            while True:
+                chunk = self._last if self._ended else self._chunks.get()
+                if (new := self._take(chunk)) is not None:
+                    yield new
+                if self._ended:
+                    return
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         """The same for asyncio. A task that is cancelled while it waits, or a loop that is left, cancels the text.
 
         Raises:
-            EdgemixError: As `__iter__`.
+            InputError, EdgemixError: As `__iter__`.
         """
         loop, news = asyncio.get_running_loop(), asyncio.Event()
 
         def tell() -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody listens
+            try:
                 loop.call_soon_threadsafe(news.set)
-
-        self._news = tell
-        try:
-            while True:
-                try:
-                    chunk = self._last if self._ended else self._chunks.get_nowait()
-                except queue.Empty:
-                    await news.wait()
-                    news.clear()
-                    continue
-                if (new := self._take(chunk)) is not None:
-                    yield new
-                if self._ended:
-                    return
-        finally:
-            self._news = _nobody
-            if not self._ended:
+            except RuntimeError:  # the loop is closed: nobody listens
+                self._news = _nobody
                 self.cancel()
+
+        with self._reading():
+            self._news = tell
+            try:
+                while True:
+                    try:
+                        chunk = self._last if self._ended else self._chunks.get_nowait()
+                    except queue.Empty:
+                        await news.wait()
+                        news.clear()
+                        continue
+                    if (new := self._take(chunk)) is not None:
+                        yield new
+                    if self._ended:
+                        return
+            finally:
+                self._news = _nobody
+                if not self._ended:
+                    self.cancel()
 
     async def aresult(self) -> Completion:
         """The whole completion, for asyncio; raises as `result`."""
@@ -94,6 +100,17 @@ class Ticket:
             if chunk.completion is not None:
                 return chunk.completion
         raise EdgemixError("the text was cancelled")
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Be the one who reads."""
+        if self._read:
+            raise InputError("somebody reads this ticket already", "Submit the prompt again for another reader.")
+        self._read = True
+        try:
+            yield
+        finally:
+            self._read = False
 
     def _take(self, chunk: Chunk | Exception | None) -> Chunk | None:
         """What is new; remembers whether it is the last of it."""
@@ -217,6 +234,8 @@ class Server:
                     self._tell(request, token)
         except Exception as error:  # noqa: BLE001 - whoever waits is told
             trouble = error
+        except BaseException as error:  # noqa: BLE001 - a panic of a library in Rust, say
+            trouble = EdgemixError(f"{type(error).__name__}: {error}")
         with self._lock:
             self._closed = True
             unfinished, self._tickets = list(self._tickets.values()), {}

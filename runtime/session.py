@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from edgemix.errors import EdgemixError
+from edgemix.errors import EdgemixError, InputError
 from edgemix.runtime import prefix_file
 from edgemix.runtime.cancellation import in_thread, iterate
 from edgemix.runtime.generation import chunks, decode
@@ -15,7 +16,7 @@ from edgemix.runtime.options import GenerateOptions, Settings
 from edgemix.runtime.prefixes import PrefixCache
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Generator, Sequence
 
     from edgemix.runtime.mixture import Mixture
     from edgemix.runtime.results import Chunk, Completion
@@ -35,6 +36,8 @@ class Session:
     def __init__(
         self, mixture: Mixture, messages: Sequence[Mapping[str, Any]] = (), prefixes: PrefixCache | None = None
     ) -> None:
+        if not all(isinstance(message, Mapping) for message in messages):
+            raise InputError("a session begins with messages, each with a role and content")
         self.messages: list[dict[str, Any]] = [dict(message) for message in messages]
         self._mixture = mixture
         self._prefixes = PrefixCache(None, texts=1) if prefixes is None else prefixes

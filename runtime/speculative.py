@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgemix.runtime.drafts import LONGEST, NOTHING, Draft, PromptLookup, Source, StudentDrafts
+from edgemix.runtime.attribution import Spoken
+from edgemix.runtime.drafts import LONGEST, NOTHING, Draft, FormDrafts, PromptLookup, Source, StudentDrafts
 from edgemix.runtime.engine import Token, finish_reason
 from edgemix.runtime.lazy import ROUNDING, LazyState
 from edgemix.runtime.pace import Pace
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemix.runtime.attribution import Spoken
     from edgemix.runtime.blend import Blend
     from edgemix.runtime.constraints import Follower
     from edgemix.runtime.drafts import Drafter
@@ -94,6 +94,8 @@ class SpeculativeDecoding:
         self._pace = Pace()
         self._lookup = PromptLookup(self._pace) if lookup else None
         self._drafters: list[Drafter] = [self._lookup] if self._lookup else []
+        if follower is not None and (lookup or student is not None):
+            self._drafters.insert(0, FormDrafts(follower, self._pace))
         # Such a member reads two tokens in any case.
         self._pairs = any(member.pairs for member in blend.members)
         if student is not None:
@@ -139,9 +141,10 @@ class SpeculativeDecoding:
         """Of the tokens so far, under the mixture, before temperature and filters: float64 [tokens], nats."""
         return self._state.log_probabilities()
 
-    def spoken(self, sequence: int) -> Spoken:  # noqa: ARG002 - there is one
-        """What voices that weigh something gave the tokens so far."""
-        return self._state.spoken()
+    def spoken(self, sequence: int, first: int = 0) -> Spoken:  # noqa: ARG002 - there is one
+        """What voices that weigh something gave the tokens so far, from one of them on."""
+        spoken = self._state.spoken()
+        return Spoken(spoken.own[:, first:], spoken.weights[:, first:])
 
     def close(self) -> None:
         """Free the caches."""

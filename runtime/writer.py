@@ -30,7 +30,7 @@ class Writer:
         batch_tokens: Prompt tokens of the whole batch, for the prefill's rate.
         started: `time.perf_counter()` when the call began.
         log_probabilities: Asked, when the completion is finished, for those of all its tokens.
-        spoken: Asked, at every chunk, what each member gave the tokens so far; None where nobody wants to know.
+        spoken: Asked, at every chunk, what each member gave the tokens from one on; None where nobody wants to know.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Writer:
         batch_tokens: int,
         started: float,
         log_probabilities: Callable[[], NDArray[np.float64]],
-        spoken: Callable[[], Spoken] | None = None,
+        spoken: Callable[[int], Spoken] | None = None,
     ) -> None:
         self._log_probabilities, self._spoken = log_probabilities, spoken
         self._decoder = IncrementalDecoder(tokenizer, prompt)
@@ -67,19 +67,13 @@ class Writer:
         if not text and reason is None:
             return None
         self._text.append(text)
-        new = slice(self._told, len(self._tokens))
-        self._told = len(self._tokens)
-        spoken = self._spoken() if self._spoken else None
-        return Chunk(
-            text,
-            tuple(told.id for told in self._tokens[new]),
-            None if reason is None else self._complete(reason, spoken),
-            *_shares(spoken, new),
-        )
+        first, self._told = self._told, len(self._tokens)
+        ids = tuple(told.id for told in self._tokens[first:])
+        return Chunk(text, ids, None if reason is None else self._complete(reason), *self._shares(first))
 
-    def _complete(self, reason: FinishReason, spoken: Spoken | None) -> Completion:
+    def _complete(self, reason: FinishReason) -> Completion:
         log_probabilities = self._log_probabilities()[: len(self._tokens)]
-        responsibilities, member_logprobs = _shares(spoken, slice(len(self._tokens)))
+        responsibilities, member_logprobs = self._shares(0)
         return Completion(
             text="".join(self._text),
             token_ids=tuple(token.id for token in self._tokens),
@@ -91,15 +85,15 @@ class Writer:
             member_logprobs=member_logprobs,
         )
 
+    def _shares(self, first: int) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
+        """Responsibilities and log-probabilities [tokens, members] of the tokens from one on."""
+        if self._spoken is None:
+            return None, None
+        count, spoken = len(self._tokens) - first, self._spoken(first)
+        return spoken.responsibilities()[:count], spoken.own[:, :count].T.copy()
+
     def _timings(self) -> Timings:
         ttft = self._first - self._started
         later = len(self._tokens) - 1
         tpot = (time.perf_counter() - self._first) / later if later else math.nan
         return Timings(ttft, tpot, self._batch_tokens / ttft, 1 / tpot)
-
-
-def _shares(spoken: Spoken | None, tokens: slice) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
-    """Responsibilities and log-probabilities [tokens, members] of some tokens."""
-    if spoken is None:
-        return None, None
-    return spoken.responsibilities()[tokens], spoken.own[:, tokens].T.copy()

@@ -107,6 +107,7 @@ class Conversation:
 
     def answer(self, message: str) -> None:
         """Stream the answer to a message; both become part of the conversation unless there is no answer."""
+        before = self.session.messages
         try:
             with closing(self.session.stream(message, **self._sampling)) as chunks:
                 for chunk in chunks:
@@ -116,6 +117,8 @@ class Conversation:
                 raise
             self._console.note("\nstopped")
         self._console.line()
+        if not self.session.messages[-1]["content"]:
+            self.session.messages = before
 
     def _ask(self) -> str | None:
         """The user's next line; None when they leave."""

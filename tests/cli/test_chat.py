@@ -25,6 +25,13 @@ def test_every_line_of_a_pipe_is_a_message(bundle):
     assert (result.exit_code, result.stdout) == (0, "ef x\nf x\n")
 
 
+def test_no_answer_is_no_part_of_the_conversation(bundle):
+    arguments = ["chat", str(bundle), "--weights", "code=1", "--json"]
+    result = CliRunner().invoke(edgemix, arguments, input="x\nd\n")
+
+    assert [message["content"] for message in json.loads(result.stdout)["messages"]] == ["d", "ef x"]
+
+
 def test_json_is_the_conversation(bundle):
     arguments = ["chat", str(bundle), "--weights", "code=1", "--system", "Speak.", "--json"]
     result = CliRunner().invoke(edgemix, arguments, input="d\n")

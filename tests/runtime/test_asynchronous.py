@@ -1,12 +1,15 @@
 """The same texts for asyncio, and work that ends when nobody waits for it any more."""
 
 import asyncio
+import gc
 import os
 import threading
 
 import pytest
+from onnx_members import write_bundle
 
 from edgemix.errors import EdgemixError, InputError
+from edgemix.runtime import Mixture
 from edgemix.runtime.member import Member
 
 PROMPT = "Once upon a time"
@@ -142,9 +145,68 @@ def test_an_error_reaches_the_one_who_awaits_a_ticket(pair, monkeypatch):
     asyncio.run(ask())
 
 
+class Panic(BaseException):
+    """What a library in Rust raises where it fails badly is no Exception."""
+
+
+def test_a_panic_reaches_the_one_who_waits(pair, monkeypatch):
+    def fail(*_, **__):
+        raise Panic("in a library")
+
+    async def ask():
+        with pair.serve() as server:
+            monkeypatch.setattr(Member, "_run", fail)
+            for waited in (pair.agenerate(PROMPT), server.submit(PROMPT).aresult()):
+                with pytest.raises(EdgemixError, match="Panic"):
+                    await waited
+            with pytest.raises(EdgemixError, match="closed"):
+                server.submit(PROMPT)
+
+    asyncio.run(ask())
+
+
+def test_what_nobody_asks_for_is_not_made(pair, slow):
+    async def ask():
+        stream = pair.astream(PROMPT, max_new_tokens=200)
+        await anext(stream)
+        await asyncio.sleep(0.2)
+        made = len(slow)
+        await stream.aclose()
+        return made
+
+    assert asyncio.run(ask()) < 20
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # asyncio's, of a task left behind
+def test_work_ends_with_its_loop(pair, slow):
+    loop = asyncio.new_event_loop()
+    stream = pair.astream(PROMPT, max_new_tokens=4000)
+    loop.run_until_complete(anext(stream))
+    waiting = asyncio.ensure_future(anext(stream), loop=loop)
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    for thread in working():
+        thread.join(5)
+    assert not working()
+    del waiting, stream
+    gc.collect()
+
+
+def test_a_ticket_has_one_reader(pair):
+    async def ask():
+        with pair.serve() as server:
+            ticket = server.submit(PROMPT, max_new_tokens=20)
+            return await asyncio.gather(ticket.aresult(), ticket.aresult(), return_exceptions=True)
+
+    one, other = asyncio.run(ask())
+    assert len(one.token_ids) == 20
+    assert isinstance(other, InputError)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_after_a_fork_the_mixture_says_so_and_does_not_hang(pair):
-    """ONNX Runtime's threads stay in the parent: a call would wait for them for ever."""
+def test_after_a_fork_the_mixture_says_so_and_does_not_hang(tmp_path, pair_forms):
+    """ONNX Runtime's threads stay in the parent: a call, or the end of a session, would wait for them for ever."""
+    pair = Mixture.load(write_bundle(tmp_path / "bundle", pair_forms), provider="cpu", threads=2)
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -153,6 +215,7 @@ def test_after_a_fork_the_mixture_says_so_and_does_not_hang(pair):
             told = "it ran"
         except EdgemixError as error:
             told = f"{error.message} {error.remedy}"
+        pair.close()
         os.write(write, told.encode())
         os._exit(0)
     os.close(write)

@@ -6,13 +6,16 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import tokenizers
 from onnx_members import EOS, VOCABULARY, ClosedForm, random_member, saying, write_bundle
 
+from edgemix.bundle import TokenizerEntry
 from edgemix.errors import EdgemixError, InputError
 from edgemix.runtime import Mixture
 from edgemix.runtime.constraints import Constraint, Grammar
 from edgemix.runtime.pace import Pace
 from edgemix.runtime.speculative import SpeculativeDecoding
+from edgemix.runtime.tokenizer import Tokenizer
 
 WEIGHTS = {"shared": 0.7, "growing": 0.3}
 SCHEMA = {
@@ -162,6 +165,13 @@ def test_characters_of_several_tokens(mixture_of):
         ({"json_schema": {"type": "bogus"}}, "bogus"),
         ({"json_schema": "{"}, "no JSON"),
         ({"json_schema": {"type": object()}}, "no JSON"),
+        ({"json_schema": "true"}, "JSON object"),
+        ({"json_schema": {"$ref": "#"}}, "no text"),
+        ({"regex": r"[^\s\S]"}, "no text"),
+        ({"regex": "a\udcff"}, "valid Unicode"),
+        ({"regex": 5}, "valid Unicode"),
+        ({"choices": ["a\udcff"]}, "valid Unicode"),
+        ({"choices": 5}, "must be texts"),
         ({"choices": []}, "at least one"),
         ({"choices": "yes"}, "must be texts"),
         ({"choices": ["yes", ""]}, "none of them empty"),
@@ -181,6 +191,31 @@ def test_without_the_library_the_remedy_is_told(drafted, monkeypatch):
     with pytest.raises(EdgemixError, match="llguidance") as caught:
         drafted.generate("a", regex="b")
     assert "edgemix[constrained]" in caught.value.remedy
+
+
+@pytest.mark.parametrize("speculation", ["off", "auto"])
+def test_what_looks_like_a_special_token_is_text(drafted, speculation):
+    """Regression: the end of text was taken for the spelling of "</s>", and ended the text in its middle."""
+    for text in ("ab</s>c", "ab<s>c", "x\x7fy"):
+        found = drafted.generate("a", choices=[text], speculation=speculation)
+        assert (found.text, found.finish_reason) == (text, "stop")
+    assert json.loads(drafted.generate("a", json_schema={"const": "x</s>y"}, speculation=speculation).text) == "x</s>y"
+
+
+def test_forced_text_may_be_spelled_in_any_way():
+    """The mask is all tokens that can go on, not only the tokenizer's own spelling."""
+    core = tokenizers.Tokenizer(
+        tokenizers.models.BPE({"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4}, [("a", "b"), ("ab", "c")])
+    )
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    core.add_special_tokens(["</s>"])
+    tokenizer = Tokenizer(core, TokenizerEntry(sha256="0" * 64, vocabulary=6, eos=(5,), bos=None))
+    follower = Grammar(Constraint(choices=["abc"]), tokenizer).follow()
+    assert set(np.flatnonzero(follower.allowed())) == {0, 3, 4}
+    assert follower.expected() == [4]
+    assert set(np.flatnonzero(follower.allowed([0, 1]))) == {2}
+    assert [follower.valid(tokens) for tokens in ([4, 5], [0, 1, 2, 5], [3, 0], [5])] == [2, 4, 1, 0]
 
 
 def test_a_follower_can_look_ahead_and_come_back(drafted):

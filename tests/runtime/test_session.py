@@ -120,6 +120,27 @@ def test_a_turn_that_is_broken_off_keeps_what_was_said(talking):
     assert session.messages == [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": said}]
 
 
+def test_a_turn_that_is_left_keeps_what_was_seen(talking):
+    async def talk():
+        session, seen = talking[0].session(), ""
+        async for chunk in (stream := session.astream("Hello", max_new_tokens=100)):
+            seen += chunk.text
+            await asyncio.sleep(0.01)
+            if len(seen) > 4:
+                break
+        await stream.aclose()
+        return session.messages[-1]["content"], seen
+
+    said, seen = asyncio.run(talk())
+    assert said == seen
+
+
+def test_a_session_begins_with_messages(talking):
+    for wrong in ("hi", [5]):
+        with pytest.raises(InputError, match="role and content"):
+            talking[0].session(wrong)
+
+
 def test_a_turn_that_fails_leaves_the_conversation_as_it_was(talking, monkeypatch):
     session = talking[0].session()
     session.send("Hello", max_new_tokens=4)
@@ -162,7 +183,8 @@ def test_a_damaged_file_is_refused(talking, tmp_path):
             talking[0].restore(tmp_path / name)
     with pytest.raises(InputError, match="there is no file"):
         talking[0].restore(tmp_path / "nothing")
-    session.messages.append({"role": "user", "content": object()})
-    with pytest.raises(InputError, match="written down"):
-        session.save(tmp_path / "talk")
+    for odd in (object(), b"bytes", float("nan"), "\udcff"):
+        session.messages[-1]["content"] = odd
+        with pytest.raises(InputError, match="written down"):
+            session.save(tmp_path / "talk")
     assert (tmp_path / "talk").read_bytes() == data

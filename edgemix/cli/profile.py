@@ -157,8 +157,8 @@ def _check_writable(path: Path) -> None:
         InputError: It cannot be one.
         EdgemixError: The system does not let it.
     """
-    if path.is_dir():
-        raise InputError(f"{path} is a folder", "Give the name of a file.")
+    if path.exists() and not path.is_file():  # a device would be replaced by a file
+        raise InputError(f"{path} is no file", "Give the name of one, or of one to be made.")
     probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(f"writing {path}"):
         probe.touch()

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 Unit = Literal["s", "bytes", "1/s", "bytes/s", "J", "share", "times"]
 Verdict = Literal["better", "worse", "same", ""]
 
+MACHINE, LOADING = "the machine", "loading, all"
+"""What figures are about that are no subject's; no member can be called so."""
 LEAST = 0.02
 """Differences of less are none, however small the spread."""
 ROUGHLY = 0.1
@@ -29,7 +31,7 @@ class Ratio:
     """One figure of both profiles.
 
     Attributes:
-        about: What was measured: a subject's name, "loading", "machine".
+        about: What was measured: a subject's name, `LOADING`, `MACHINE`.
         figure: Which figure of it.
         unit: Of both.
         this, other: The figures.
@@ -92,7 +94,7 @@ def _verdict(ratio: float, spread: float, unit: Unit) -> Verdict:
 
 def _figures(profile: Profile) -> Iterator[_Figure]:
     yield from _of_machine(profile.machine)
-    yield from _of_loading("loading", profile.loading)
+    yield from _of_loading(LOADING, profile.loading)
     for subject in profile.subjects:
         yield from _of_subject(subject)
 
@@ -101,7 +103,7 @@ def _of_machine(machine: Machine) -> Iterator[_Figure]:
     limits = {"memory bandwidth": machine.bandwidth, "fp32 peak": machine.fp32_peak, "int8 peak": machine.int8_peak}
     for name, value in limits.items():
         if value is not None:
-            yield _Figure("machine", name, "bytes/s" if name == "memory bandwidth" else "1/s", _number(value), ROUGHLY)
+            yield _Figure(MACHINE, name, "bytes/s" if name == "memory bandwidth" else "1/s", _number(value), ROUGHLY)
 
 
 def _of_loading(about: str, loading: Loading) -> Iterator[_Figure]:

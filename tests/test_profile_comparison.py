@@ -7,7 +7,7 @@ import pytest
 from profiles import quantiles, sample_profile
 
 from edgemix.profile import Decode
-from edgemix.profile_comparison import compare_profiles
+from edgemix.profile_comparison import LOADING, MACHINE, compare_profiles
 
 
 def ratios(this, other):
@@ -28,7 +28,7 @@ def test_a_profile_is_the_same_as_itself():
     assert {ratio.verdict for ratio in comparison.ratios} == {"same"}
     assert {ratio.ratio for ratio in comparison.ratios} == {1.0}
     assert {ratio.about for ratio in comparison.ratios} == {
-        *("machine", "loading", "math", "code", "student", "mixture, plain", "mixture")
+        *(MACHINE, LOADING, "math", "code", "student", "mixture, plain", "mixture")
     }
 
 
@@ -39,8 +39,8 @@ def test_slower_is_worse_for_times_and_for_rates():
     assert found["math", "TPOT, context 64"].verdict == "worse"
     assert found["mixture, plain", "rate, 16 texts"].ratio == pytest.approx(0.5)
     assert found["mixture, plain", "rate, 16 texts"].verdict == "worse"
-    assert found["loading", "load, cold"].verdict == "worse"
-    assert found["loading", "files"].verdict == "same"
+    assert found[LOADING, "load, cold"].verdict == "worse"
+    assert found[LOADING, "files"].verdict == "same"
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,8 @@ def test_only_what_both_have_is_compared():
 
     found = ratios(sample_profile(), other)
 
-    assert {about for about, _ in found} == {"machine", "loading", "math"}
-    assert ("machine", "int8 peak") not in found
+    assert {about for about, _ in found} == {MACHINE, LOADING, "math"}
+    assert (MACHINE, "int8 peak") not in found
 
 
 def test_what_else_is_different_is_told():

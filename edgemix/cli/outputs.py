@@ -18,8 +18,8 @@ def check_output(path: Path) -> None:
         InputError: It cannot be one.
         EdgemixError: The system does not let it.
     """
-    if path.is_dir():
-        raise InputError(f"{path} is a folder", "Give the name of a file.")
+    if path.exists() and not path.is_file():  # a device would be replaced by a file
+        raise InputError(f"{path} is no file", "Give the name of one, or of one to be made.")
     if not path.parent.is_dir():
         raise InputError(f"there is no folder {path.parent}", f"Make it: mkdir -p {path.parent}")
     probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")

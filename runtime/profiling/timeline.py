@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from edgemix.runtime.profiling.contenders import Contender
     from edgemix.runtime.tokenizer import Tokenizer
 
-MIXING, SAMPLING, TOKENIZER, DRAFTING, STEPS = "mixing", "sampling", "tokenizer", "drafting", "steps"
+_OURS = "edgemix: "
+# No member can be called so.
+STEPS, MIXING, SAMPLING = "edgemix: steps", "edgemix: mixing", "edgemix: sampling"
+TOKENIZER, DRAFTING = "edgemix: tokenizer", "edgemix: drafting"
 
 # Methods that are looked at: of the decoding, and of its state.
 _OF_DECODING = {"_choose": SAMPLING, "_find_draft": DRAFTING}
@@ -71,7 +74,7 @@ class Timeline:
             inner = self._within.pop()
             if self._within:
                 self._within[-1] += end - begin
-            self.spans.append(Span(track, name or track, begin, end, end - begin - inner, tokens))
+            self.spans.append(Span(track, name or track.removeprefix(_OURS), begin, end, end - begin - inner, tokens))
 
     def watch(self, blend: Blend) -> Blend:
         """The same blend, whose every call of a graph is a span on a track of the member's name."""

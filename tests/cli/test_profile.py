@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 
@@ -192,8 +193,8 @@ def test_absurd_numbers_are_shown_and_break_nothing(saved, tmp_path, value):
     [
         (["--compare", "missing.json"], "there is no profile"),
         (["-o", "missing/profile.json"], "missing"),
-        (["-o", "."], "is a folder"),
-        (["--trace", "."], "is a folder"),
+        (["-o", "."], "is no file"),
+        (["--trace", os.devnull], "is no file"),
         (["--file", "missing.txt"], "no such file"),
         (["--weights", "physics=1"], "there is no such member"),
         (["--threads", "0"], "is not in the range"),

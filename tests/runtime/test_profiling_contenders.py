@@ -14,7 +14,7 @@ from edgemix.runtime.profiling.contenders import FAST, PLAIN, contenders, ways
 from edgemix.runtime.profiling.energy import Meter
 from edgemix.runtime.profiling.prompts import PASSAGES, Prompts
 from edgemix.runtime.profiling.subjects import Bench, Sizes, speculation
-from edgemix.runtime.profiling.timeline import Timeline, Trace, outside, watch
+from edgemix.runtime.profiling.timeline import MIXING, STEPS, TOKENIZER, Timeline, Trace, outside, watch
 
 SIZES = Sizes((8, 24), (5,), (2,), tokens=6, texts=2, everybody=True, patience=9.0)
 
@@ -186,7 +186,7 @@ def test_looking_at_a_text_does_not_change_it(mixture):
 
         assert len(written) == 9
         assert tokens == 8
-        assert {"steps", "tokenizer"} <= set(timeline.own())
+        assert {STEPS, TOKENIZER} <= set(timeline.own())
 
 
 def test_time_outside_is_what_is_left_of_the_steps(mixture):
@@ -194,7 +194,7 @@ def test_time_outside_is_what_is_left_of_the_steps(mixture):
     timeline, tokens = watch(contender, [1, 2, 3], 8, mixture.tokenizer, patience=99)
 
     found = outside(timeline, tokens, 1e-6)
-    first, *steps = sorted((span for span in timeline.spans if span.track == "steps"), key=lambda span: span.begin)
+    first, *steps = sorted((span for span in timeline.spans if span.track == STEPS), key=lambda span: span.begin)
     graphs = [s for s in timeline.spans if s.track in ("math", "code") and s.begin >= first.end]
     whole = sum(span.end - span.begin for span in steps) - sum(span.end - span.begin for span in graphs)
 
@@ -231,7 +231,7 @@ def test_the_trace_has_members_as_tracks(mixture):
     names = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
     spans = [event for event in events if event["ph"] == "X"]
 
-    assert {"math", "student", "steps", "mixing"} <= names
+    assert {"math", "student", STEPS, MIXING} <= names
     assert [event["args"]["name"] for event in events if event["name"] == "process_name"] == [FAST]
     assert min(event["ts"] for event in spans) == 0
     assert all(event["dur"] >= 0 for event in spans)

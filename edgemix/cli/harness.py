@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,8 +43,6 @@ def lm_eval(console: Console, *, arguments: tuple[str, ...]) -> None:
     """
     if console.as_json:
         check_json(arguments)
-    if sys.stderr.isatty():
-        os.environ.pop("TQDM_DISABLE", None)  # the harness's bars are the only ones there are
 
     import lm_eval.evaluator  # noqa: F401 - all that the extra brings is there, or named
     from lm_eval.__main__ import cli_evaluate
@@ -71,10 +69,8 @@ def check_json(arguments: tuple[str, ...]) -> None:
 
 def read_results(folder: Path) -> object:
     """What the harness wrote."""
-    import msgspec
-
     for path in folder.rglob("results_*.json"):
-        return msgspec.json.decode(path.read_bytes())
+        return json.loads(path.read_bytes())  # with NaN, which the standard does not know
     raise EdgemixError("lm-evaluation-harness ended without results")
 
 

@@ -137,6 +137,7 @@ class MixtureLM(TemplateLM):  # type: ignore[misc]
     def __init__(self, **model_args: Any) -> None:
         super().__init__()
         arguments = ModelArguments.of(model_args)
+        self._batch, self._weights, self._combine = arguments.batch, arguments.choice, arguments.combine
 
         from edgemix.runtime import Mixture
 
@@ -147,9 +148,7 @@ class MixtureLM(TemplateLM):  # type: ignore[misc]
             student=arguments.student,
             prefix_bytes=PREFIX_BYTES,
         )
-        self._batch = arguments.batch
-        self._mixing: GenerateOptions = {"weights": arguments.choice, "combine": arguments.combine}
-        self._blend = self._mixture.blend(arguments.choice, arguments.combine)
+        self._blend = self._mixture.blend(self._weights, self._combine)
         self.max_length: int = min(self._mixture.context, arguments.max_length or self._mixture.context)
         self.max_gen_toks = MAX_GEN_TOKS
 
@@ -195,7 +194,7 @@ class MixtureLM(TemplateLM):  # type: ignore[misc]
         Raises:
             InputError: It has none.
         """
-        if chat_template is False:
+        if not chat_template:
             return None
         if self._mixture.tokenizer.chat_template is None:
             raise InputError("this bundle's tokenizer has no chat template", "Leave out --apply_chat_template.")
@@ -248,7 +247,7 @@ class MixtureLM(TemplateLM):  # type: ignore[misc]
             )
         with (
             closing(score_continuations(self._blend, texts)) as scores,
-            tqdm(total=len(texts), desc="Running loglikelihood requests", disable=disable_tqdm) as bar,
+            bar_of(len(texts), "loglikelihood", disable_tqdm) as bar,
         ):
             for index, score in scores:
                 answers[index] = float(score.log_probabilities.sum()), bool(score.greedy.all())
@@ -284,7 +283,7 @@ class MixtureLM(TemplateLM):  # type: ignore[misc]
         for index in sorted(range(len(requests)), key=lambda i: str(requests[i].args[0])):
             alike.setdefault(repr(requests[index].args[1]), []).append(index)
         texts = [""] * len(requests)
-        with tqdm(total=len(requests), desc="Running generate_until requests", disable=disable_tqdm) as bar:
+        with bar_of(len(requests), "generate_until", disable_tqdm) as bar:
             for indices in alike.values():
                 for start in range(0, len(indices), self._batch):
                     batch = indices[start : start + self._batch]
@@ -301,14 +300,14 @@ class MixtureLM(TemplateLM):  # type: ignore[misc]
         from edgemix.runtime.options import Settings
 
         options, seed = generation_options(arguments[0][1])
+        options |= {"weights": self._weights, "combine": self._combine, "seed": [seed + number for number in numbers]}
         most = options.setdefault("max_new_tokens", self.max_gen_toks)
         if (room := self.max_length - most) < 1:
             raise InputError(
                 f"{most} tokens to generate leave no room for a prompt in {self.max_length} tokens",
                 "Ask for fewer: --gen_kwargs max_gen_toks=N.",
             )
-        seeds: GenerateOptions = {"seed": [seed + number for number in numbers]}
-        settings = Settings.of(**(options | self._mixing | seeds))
+        settings = Settings.of(**options)
         prompts = [(self.tok_encode(context) or [self.prefix_token_id])[-room:] for context, _ in arguments]
         texts = [""] * len(prompts)
         with closing(decode(self._mixture, prompts, settings, started=time.perf_counter())) as decoded:
@@ -324,6 +323,11 @@ class MixtureLM(TemplateLM):  # type: ignore[misc]
         if len(ids) > self.max_length:
             raise InputError(f"a continuation has {len(ids)} tokens, more than the {self.max_length} that fit")
         return Continuation(context[-(self.max_length + 1 - len(ids)) :], ids)
+
+
+def bar_of(total: int, kind: str, disabled: bool) -> Any:
+    """The harness's bar of so many requests, on a terminal only."""
+    return tqdm(total=total, desc=f"Running {kind} requests", disable=disabled or None)  # None: if there is a terminal
 
 
 def generation_options(generation_kwargs: Mapping[str, Any]) -> tuple[GenerateOptions, int]:

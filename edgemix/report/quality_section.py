@@ -129,7 +129,8 @@ def _speed(material: Material, evaluation: Evaluation, rates: list[tuple[Row, st
                 less=False,
             ),
         ),
-        "Decoding, one text at a time. Nothing lies below and right of the dashed line. Neither axis begins at zero.",
+        "Decoding, one text at a time. Nothing lies below and right of the dashed line. The vertical axis does not "
+        "begin at zero.",
         table=Table(
             title,
             ("", "Tokens/s", "Bits per byte"),

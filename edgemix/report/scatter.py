@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 LINE = 16
 """Height of a label, in pixels."""
+_POINT, _GAP = 8, 11
+"""Half of a point's width, and how far from its middle a label begins, in pixels."""
 _MARGIN = 46
 """Roughly what the vertical axis takes of a canvas."""
 
@@ -51,17 +53,18 @@ def front(points: Iterable[Point], *, less: bool) -> list[Point]:
 def tradeoff(canvas: Canvas, points: Sequence[Point], *, x: str, y: str, less: bool) -> alt.TopLevelMixin:
     """Points with labels, and the line through those that no other beats (Pareto's front).
 
+    The horizontal axis begins at zero, the vertical one where the points do.
+
     Args:
         canvas: What it is drawn on.
         points: At least one.
         x: The horizontal axis' title.
         y: The vertical one's.
-        less: Whether less is better on the horizontal axis, which then begins at zero, and not more.
+        less: Whether less is better on the horizontal axis, and not more.
     """
     height = 300
-    low_x, high_x = _padded([point.x for point in points], 0.14)
+    low_x, high_x = 0.0, max(point.x for point in points) * 1.14 or 1.0
     low_y, high_y = _padded([point.y for point in points], 0.12)
-    low_x = 0.0 if less else low_x
     inner = canvas.width - _MARGIN
     placed = [
         ((point.x - low_x) / (high_x - low_x) * inner, (high_y - point.y) / (high_y - low_y) * height)
@@ -89,13 +92,13 @@ def tradeoff(canvas: Canvas, points: Sequence[Point], *, x: str, y: str, less: b
     )
     return alt.layer(
         edge.encode(x=across, y=up),
+        *_texts(rows, across),
         marks.encode(
             x=across,
             y=up,
             color=colour({point.name: point.tone for point in points}),
             shape=alt.Shape("shape:N", scale=alt.Scale(domain=shapes, range=shapes), legend=None),
         ),
-        *_texts(rows, across),
         width=canvas.width,
         height=height,
     )
@@ -166,7 +169,7 @@ class Label(NamedTuple):
 
 
 def labels(names: Sequence[str], places: Sequence[tuple[float, float]], width: float) -> list[Label]:
-    """Places for labels of points, so that none lies on another.
+    """Places for labels of points, so that none lies on another or on a point.
 
     A label stands to the right of its point, or to the left where there is no room; those that would overlap are moved
     down, from the topmost on.
@@ -177,11 +180,11 @@ def labels(names: Sequence[str], places: Sequence[tuple[float, float]], width: f
         width: Of the chart, in pixels.
     """
     found: dict[int, Label] = {}
-    taken: list[tuple[float, float, float]] = []
+    taken = [(x - _POINT, x + _POINT, at) for x, at in places]
     for index in sorted(range(len(names)), key=lambda index: places[index][1]):
-        (x, at), length = places[index], len(names[index]) * CHARACTER + 14
-        side: Literal["left", "right"] = "right" if x + length <= width else "left"
-        start = x if side == "right" else x - length
+        (x, at), length = places[index], len(names[index]) * CHARACTER
+        side: Literal["left", "right"] = "right" if x + _GAP + length <= width else "left"
+        start = x + _GAP if side == "right" else x - _GAP - length
         for other_start, other_end, other_at in sorted(taken, key=lambda each: each[2]):
             if start < other_end and other_start < start + length and abs(at - other_at) < LINE:
                 at = other_at + LINE
@@ -193,14 +196,14 @@ def labels(names: Sequence[str], places: Sequence[tuple[float, float]], width: f
 def _texts(rows: Sequence[dict[str, Any]], across: alt.X) -> list[alt.Chart]:
     """Labels on either side of their points, each on a halo that parts it from the lines under it."""
     paper, ink = light("paper"), light("ink")
-    texts = []
+    halos, texts = [], []
     for side in ("right", "left"):
         mine = alt.Chart(data([row for row in rows if row["side"] == side]))
         align: Literal["left", "right"] = "left" if side == "right" else "right"
-        dx = 11 if side == "right" else -11
-        halo = mine.mark_text(align=align, dx=dx, color=paper, stroke=paper, strokeWidth=5, strokeJoin="round")
-        texts += [halo, mine.mark_text(align=align, dx=dx, color=ink)]
-    return [text.encode(x=across, y="label_y:Q", text="name:N") for text in texts]
+        dx = _GAP if side == "right" else -_GAP
+        halos.append(mine.mark_text(align=align, dx=dx, color=paper, stroke=paper, strokeWidth=5, strokeJoin="round"))
+        texts.append(mine.mark_text(align=align, dx=dx, color=ink))
+    return [text.encode(x=across, y="label_y:Q", text="name:N") for text in (*halos, *texts)]
 
 
 def _padded(values: Sequence[float], part: float) -> tuple[float, float]:

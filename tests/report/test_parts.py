@@ -49,6 +49,14 @@ def test_the_front_is_what_nothing_beats():
     assert [point.name for point in front(points, less=False)] == ["e"]
 
 
+def test_a_label_does_not_hide_another_point():
+    """The label of the left one would lie on the right one."""
+    left, right = labels(["mixture, plain", "mixture"], [(20.0, 50.0), (60.0, 50.0)], 300.0)
+
+    assert left.at - 50 >= LINE
+    assert right.at - 50 < LINE or right.at - left.at >= LINE
+
+
 def test_labels_do_not_lie_on_each_other():
     names = ["one", "a longer one", "two", "three", "at the edge"]
     places = [(10.0, 50.0), (12.0, 51.0), (40.0, 52.0), (10.0, 60.0), (295.0, 50.0)]

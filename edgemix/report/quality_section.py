@@ -100,10 +100,12 @@ def _rates(material: Material, evaluation: Evaluation) -> list[tuple[Row, str, f
         return [
             (row, label(row, evaluation), row.decode_rate) for row in evaluation.rows if row.decode_rate is not None
         ]
-    own, found = own_row(evaluation), []
+    found, weights = [], material.profile.weights
     rows = {row.name: row for row in reversed(evaluation.rows) if row.kind != "mixture"}
+    mixtures = {row.name.removeprefix("fitted to "): row for row in evaluation.rows if row.kind == "mixture"}
+    mixed = mixtures.get(weights) if weights else own_row(evaluation)
     for subject in material.profile.subjects:
-        row = own if subject.kind == "mixture" else rows.get(subject.name)
+        row = mixed if subject.kind == "mixture" else rows.get(subject.name)
         if row is not None and subject.rate is not None:
             found.append((row, wording.name(subject.name), subject.rate))
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import msgspec
 import pytest
 from samples import evaluation, manifest, passages, profile
 
@@ -14,7 +15,7 @@ from edgemix.report.charts import CHARACTER, decades
 from edgemix.report.headline import answer, tiles
 from edgemix.report.material import Material
 from edgemix.report.palette import MEMBER_TONES, TONES, member_tones
-from edgemix.report.quality_section import heat_tone
+from edgemix.report.quality_section import _rates, heat_tone
 from edgemix.report.scatter import LINE, Point, front, labels
 from edgemix.report.text_section import LEVELS, level, text_section
 
@@ -173,3 +174,10 @@ def test_text_can_be_read(mode):
     assert contrast(tone["soft"], tone["paper"]) > 4.5
     assert contrast(tone["student"], tone["paper"]) > 3
     assert all(contrast(tone[name], tone["paper"]) > 2 for name in MEMBER_TONES)
+
+
+@pytest.mark.parametrize(("weights", "rows"), [("", {"fitted"}), ("adaptive", {"adaptive"}), ("a=1,b=2", set())])
+def test_speed_with_some_weights_stands_at_their_quality(weights, rows):
+    material = Material("experts", manifest(), evaluation(), (), msgspec.structs.replace(profile(), weights=weights))
+
+    assert {row.name for row, _, _ in _rates(material, evaluation()) if row.kind == "mixture"} == rows

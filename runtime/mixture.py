@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import closing
 from pathlib import Path
@@ -15,10 +14,10 @@ from edgemix.bundle import read_manifest, verify_bundle
 from edgemix.errors import EdgemixError, InputError
 from edgemix.progress import SILENT
 from edgemix.runtime import prefix_file
-from edgemix.runtime.blend import Blend, Blender
 from edgemix.runtime.cancellation import in_thread, iterate
 from edgemix.runtime.engine import State
 from edgemix.runtime.generation import chunks, decode
+from edgemix.runtime.opened import OpenedBundle
 from edgemix.runtime.opening import open_graphs
 from edgemix.runtime.options import GenerateOptions, Settings, WeightChoice
 from edgemix.runtime.plan import find_plan
@@ -37,18 +36,14 @@ if TYPE_CHECKING:
 
     from edgemix.bundle import Manifest
     from edgemix.progress import Progress
-    from edgemix.runtime.member import Member
     from edgemix.runtime.mixing import Combine
     from edgemix.runtime.plan import Plan
-    from edgemix.runtime.providers import Provider
 
-_ELSEWHERE: list[object] = []
-"""Graphs of the process that this one was forked from: freeing them would wait for threads that are not here."""
 PREFIX_BYTES = 64 << 20
 """Memory for texts that were read, by default: of SmolLM2-135M 1,400 tokens of one member."""
 
 
-class Mixture:
+class Mixture(OpenedBundle):
     """Several language models that answer as one:  P(y | x) = sum_i w_i P_i(y | x).
 
     A loaded mixture does not change, and every call has caches of its own: threads may share one mixture and call it at
@@ -68,31 +63,6 @@ class Mixture:
         plan: How this bundle was measured to run fastest on this machine, where that is used.
         prefixes: Texts that were read, so that one that begins alike is not read again.
     """
-
-    def __init__(
-        self,
-        manifest: Manifest,
-        members: Sequence[Member],
-        tokenizer: Tokenizer,
-        provider: Provider,
-        *,
-        drafter: Member | None = None,
-        prefix_bytes: int = 0,
-        plan: Plan | None = None,
-    ) -> None:
-        self.manifest = manifest
-        self.tokenizer = tokenizer
-        self.members = tuple(entry.name for entry in manifest.members)
-        self.weights: Mapping[str, float] = dict(manifest.weights.default)
-        self.vocabulary = manifest.tokenizer.vocabulary
-        self.context = min(member.context for member in members)
-        self.provider = provider.name
-        self._blender = Blender.of(manifest)
-        self._process = os.getpid()
-        self.plan = plan
-        self._loaded = tuple(members)
-        self._drafter = drafter
-        self.prefixes = PrefixCache(prefix_bytes)
 
     @classmethod
     def load(
@@ -399,56 +369,5 @@ class Mixture:
         """
         return prefix_file.read(Path(path), self.prefixes, self.manifest, self.graphs())[0]
 
-    def close(self) -> None:
-        """Free the graphs; the mixture is of no more use."""
-        if self._process != os.getpid():
-            _ELSEWHERE.append((self._loaded, self._drafter))
-        self._loaded, self._drafter = (), None
-        self.prefixes.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
     def _stream(self, prompt: list[int], settings: Settings) -> Generator[Chunk]:
         return chunks(decode(self, [prompt], settings, started=time.perf_counter()))
-
-    @property
-    def drafting(self) -> Blend | None:
-        """The student as a blend of one, where it was opened beside the members."""
-        return None if self._drafter is None else Blend((self._drafter,), np.ones(1), "linear", self.vocabulary)
-
-    def blend(self, weights: WeightChoice = None, combine: Combine = "linear") -> Blend:
-        """The members that weigh something, and how they are mixed, for callers who need more than text.
-
-        Raises:
-            InputError: An argument makes no sense.
-        """
-        return self._blender.blend(self.graphs(), weights, combine)
-
-    def whole_blend(self, weights: WeightChoice = None, combine: Combine = "linear") -> Blend:
-        """As `blend`, of all members, those that weigh nothing too."""
-        return self._blender.whole(self.graphs(), weights, combine)
-
-    def check_length(self, ids: Sequence[int], what: str) -> None:
-        """Raise InputError if token ids are more than the context."""
-        if len(ids) > self.context:
-            raise InputError(f"{what} has {len(ids)} tokens, more than the context of {self.context}", "Shorten it.")
-
-    def graphs(self) -> tuple[Member, ...]:
-        """The members' graphs, opened.
-
-        Raises:
-            EdgemixError: The mixture is closed, or belongs to the process that this one was forked from: ONNX Runtime's
-                threads stayed there.
-        """
-        if not self._loaded:
-            raise EdgemixError("this mixture is closed", "Load the bundle again.")
-        if self._process != os.getpid():
-            raise EdgemixError(
-                "this mixture was loaded before the process forked, and its threads stayed in the other one",
-                'Load it after the fork, or start processes with multiprocessing\'s "spawn".',
-            )
-        return self._loaded

@@ -6,9 +6,9 @@ r"""The mixture against the naive loop, against one member alone, and against ot
 Sides: the naive loop (every member for every token, one after the other); each technique of edgemix switched on alone
 (members asked only where it matters; drafts from the text; drafts from the student), and all together; one member
 alone, token by token; the bare ONNX Runtime loop on that member's graph; and the peers that are named, which run one
-model: transformers (on torch), llama-cpp, onnxruntime-genai, openvino-genai. They take turns prompt by prompt, greedy,
-batch 1; the first round is a warm-up. Figures are medians over prompts and rounds, ratios medians of the ratios within
-a turn.
+model: transformers (on torch), llama-cpp, onnxruntime-genai, openvino-genai. What follows a space in a peer's name only
+tells two models of one runtime apart. They take turns prompt by prompt, greedy, batch 1; the first round is a warm-up.
+Figures are medians over prompts and rounds, ratios medians of the ratios within a turn.
 
 Every technique must say what the members say together; how many texts differ is in the table. They are held against a
 loop in which every member reads every token, as the techniques read: in calls of two tokens at least where products are
@@ -115,7 +115,7 @@ def sides(bundle: Path, mixture: Mixture, blend: Blend, peers: Mapping[str, str]
     found[ALONE] = plainly(alone)
     graph = resolve(bundle, mixture.manifest.members[best].graph)
     found["bare ONNX Runtime"] = Side(bare_loop(graph, mixture.vocabulary, threads))
-    return found | {name: Side(PEERS[name](where, threads)) for name, where in peers.items()}
+    return found | {name: Side(PEERS[name.partition(" ")[0]](where, threads)) for name, where in peers.items()}
 
 
 def _ids(decoding: Any) -> Iterable[list[int]]:
@@ -346,7 +346,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     peers = dict(each.partition("=")[::2] for each in arguments.peer)
-    if unknown := peers.keys() - PEERS.keys():
+    if unknown := {name for name in peers if name.partition(" ")[0] not in PEERS}:
         parser.error(f"unknown peers: {', '.join(unknown)}; there are {', '.join(PEERS)}")
 
     quiet_libraries()

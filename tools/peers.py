@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import queue
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,10 +115,13 @@ def _genai(where: str, threads: int) -> Run:
 def _openvino(where: str, threads: int) -> Run:
     genai: Any = _imported("openvino_genai", "openvino-genai")
     openvino: Any = _imported("openvino", "openvino")
-    pipeline = genai.LLMPipeline(where, "CPU", INFERENCE_NUM_THREADS=threads)
+    scheduling = genai.SchedulerConfig()
+    scheduling.enable_prefix_caching = False  # it is on by default, and a prompt would be read in the first round only
+    scheduling.max_num_batched_tokens = 1 << 30  # the pipeline's own default, which a configuration replaces
+    pipeline = genai.LLMPipeline(where, "CPU", scheduler_config=scheduling, INFERENCE_NUM_THREADS=threads)
 
     def run(ids: list[int], count: int) -> Iterable[list[int]]:
-        options = genai.GenerationConfig(max_new_tokens=count, min_new_tokens=count, do_sample=False, ignore_eos=True)
+        options = genai.GenerationConfig(max_new_tokens=count, do_sample=False, ignore_eos=True)
         array = np.array([ids], np.int64)
         inputs = genai.TokenizedInputs(openvino.Tensor(array), openvino.Tensor(np.ones_like(array)))
         told: queue.SimpleQueue[int | None] = queue.SimpleQueue()
@@ -130,13 +133,19 @@ def _openvino(where: str, threads: int) -> Run:
                 return genai.StreamingStatus.RUNNING
 
             def end(self) -> None:
+                pass
+
+        def generate() -> Any:
+            try:
+                return pipeline.generate(inputs, options, Streamer())
+            finally:
                 told.put(None)
 
-        worker = threading.Thread(target=lambda: pipeline.generate(inputs, options, Streamer()))
-        worker.start()
-        while (token := told.get()) is not None:
-            yield [token]
-        worker.join()
+        with ThreadPoolExecutor(1) as pool:
+            generated = pool.submit(generate)
+            while (token := told.get()) is not None:
+                yield [token]
+            generated.result()
 
     return run
 

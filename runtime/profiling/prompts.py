@@ -55,6 +55,46 @@ Early maps of the coast show a river mouth far to the west of where it is today.
 the shore built a spit across it, grain by grain, and pushed the outlet eastwards by some forty metres a year. A canal
 was dug in 1893 to hold it in its place. Behind the spit a lagoon formed, which is now a reserve for wading birds;
 more than two hundred species have been counted there since records began.
+---
+class Inventory:
+    """What a shop has in stock, by article."""
+
+    def __init__(self):
+        self._stock = {}
+
+    def receive(self, article, pieces):
+        if pieces <= 0:
+            raise ValueError(f"{pieces} pieces of {article} are no delivery")
+        self._stock[article] = self._stock.get(article, 0) + pieces
+
+    def sell(self, article, wanted):
+        available = self._stock.get(article, 0)
+        if wanted > available:
+            raise LookupError(f"only {available} of {article} are left")
+        self._stock[article] = available - wanted
+        return wanted
+---
+Question: Two trains leave the same station in opposite directions, one at 80 kilometres an hour, the other at 110. How
+far apart are they after an hour and a half?
+Answer: Together they put 80 + 110 = 190 kilometres between them every hour. In 1.5 hours that is 190 * 1.5 = 285, so
+the distance is 285 kilometres.
+---
+Bread that rises slowly tastes of more than flour. Over a night in the cold, yeast works at a tenth of its usual pace
+while bacteria turn a little of the starch into acids, and enzymes have time to free sugars that later brown the crust.
+Bakers call this retarding. The dough is shaped in the evening, covered, and set on a low shelf; next morning it goes
+straight into a very hot oven with a cup of water thrown onto the floor of it, whose steam keeps the skin soft until the
+loaf has spread as far as it will.
+---
+The committee met on Thursday to discuss the bridge. Mr Lindqvist reported that its piers were sound but that eleven of
+the forty hangers showed rust beneath the paint, three of them badly. Replacing all of them would close one lane from
+April until late June; replacing the worst three would take a fortnight, and the rest could wait two winters. After some
+debate it was agreed, by seven votes against four, to do the whole work at once and to ask the county for a share of the
+cost. The treasurer abstained.
+---
+Owls hear with ears set at different heights, so a sound from below reaches one a moment before its fellow. From that
+delay, and from which is louder, the bird knows direction both sideways and up or down, to within two degrees. Its face
+is a dish of stiff feathers which gathers noise as a cupped hand does. In snow a great grey owl will plunge through
+thirty centimetres of crust after a vole that it has never seen.
 '''
 PASSAGES = tuple(f"{passage}\n" for passage in _TEXT.split("---\n"))
 

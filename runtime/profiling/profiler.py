@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
-import psutil
 
 from edgemix import __version__
 from edgemix.bundle import read_manifest, resolve, verify_bundle
@@ -25,6 +24,7 @@ from edgemix.runtime.profiling.contenders import contenders
 from edgemix.runtime.profiling.energy import Meter, counters
 from edgemix.runtime.profiling.graphs import read_graph
 from edgemix.runtime.profiling.limits import measure_limits
+from edgemix.runtime.profiling.neighbours import BOTHERSOME, Neighbours
 from edgemix.runtime.profiling.prompts import PASSAGES, Prompts
 from edgemix.runtime.profiling.roofline import Work, roof
 from edgemix.runtime.profiling.subjects import Bench, Sizes
@@ -152,6 +152,7 @@ class _Work:
     loads: dict[str, Loading] = field(default_factory=dict)
     trace: Trace = field(default_factory=Trace)
     notes: list[str] = field(default_factory=list)
+    neighbours: Neighbours = field(default_factory=Neighbours)
 
     def by(self, share: float) -> float:
         """`time.perf_counter()` when a share of the time is over."""
@@ -362,7 +363,7 @@ def _note(work: _Work, bench: Bench) -> None:
         work.notes.append(f"not steady in the rounds that there was time for: {'; '.join(bench.unsteady())}")
     if not bench.meter.counters:
         work.notes.append("this machine tells of no energy (no counter that can be read)")
-    if load := psutil.getloadavg()[0] if hasattr(psutil, "getloadavg") else 0.0:
-        busy = load - work.threads
-        if busy > 0.5 * default_threads():
-            work.notes.append(f"other processes kept the machine busy (load {load:.1f})")
+    if (share := work.neighbours.share()) > BOTHERSOME:
+        work.notes.append(
+            f"other processes took {share:.0%} of the processor meanwhile, and figures are the worse for it"
+        )

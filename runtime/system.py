@@ -18,6 +18,8 @@ from edgemix.errors import EdgemixError
 from edgemix.runtime.providers import PROVIDERS, default_threads, why_not
 
 RUNTIME_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "numpy", "tokenizers")
+EXTRA_PACKAGES = {"llguidance": "constrained", "altair": "report", "vl-convert-python": "report", "lm-eval": "lm-eval"}
+"""What some of edgemix needs, and the extra that installs it."""
 EXPORT_PACKAGES = ("torch", "transformers", "mobius-onnx", "onnx", "optimum", "peft", "bitsandbytes", "gguf")
 
 # The flags of /proc/cpuinfo that ONNX Runtime's kernels choose by, from plain to fast.
@@ -95,7 +97,7 @@ def describe() -> System:
         processor=processor(),
         memory=_memory(),
         providers=tuple(_state(name) for name in PROVIDERS),
-        packages={name: installed_version(name) for name in (*RUNTIME_PACKAGES, *EXPORT_PACKAGES)},
+        packages={name: installed_version(name) for name in (*RUNTIME_PACKAGES, *EXPORT_PACKAGES, *EXTRA_PACKAGES)},
     )
 
 

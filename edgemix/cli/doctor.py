@@ -55,9 +55,14 @@ def _providers(found: System) -> list[tuple[str, str, str]]:
 
 
 def _packages(found: System) -> list[tuple[str, str]]:
+    from edgemix.runtime.system import EXTRA_PACKAGES
+
     missing = {"onnxruntime", "onnxruntime-gpu"} if found.can_run else set()
+    remedies = {name: f" (edgemix[{extra}])" for name, extra in EXTRA_PACKAGES.items()}
     return [
-        (name, version or "not installed") for name, version in found.packages.items() if version or name not in missing
+        (name, version or f"not installed{remedies.get(name, '')}")
+        for name, version in found.packages.items()
+        if version or name not in missing
     ]
 
 

@@ -25,6 +25,6 @@ def hurry(patch: pytest.MonkeyPatch) -> None:
         loaded=0.5,
         turns=0.6,
         operators=0.9,
-        sizes=Sizes((8,), (12,), (2,), tokens=6, texts=1, everybody=False, patience=1.0),
+        sizes=Sizes((8,), (12,), (2,), tokens=6, texts=1, everybody=True, patience=1.0),
     )
     patch.setattr(profiler, "QUICK", pace)

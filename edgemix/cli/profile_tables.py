@@ -166,7 +166,7 @@ def _show_operators(console: Console, graphs: Sequence[Breakdown]) -> None:
         return sum(each.values()) - sum(each.get(name, 0.0) for name in shown)
 
     console.table(
-        "Operators, ms of a token (%), by ONNX Runtime's profiler",
+        "Operators, ms of a token (%); ONNX Runtime's profiler itself takes some",
         columns,
         [
             *(row(name, [each.get(name, 0.0) for each in types]) for name in shown),
@@ -202,7 +202,8 @@ def _show_roofs(console: Console, subjects: Sequence[Subject]) -> None:
     rows = [
         (
             short(subject.name),
-            f"{roof.phase}, {roof.tokens:,} token{'s' if roof.tokens != 1 else ''}",
+            roof.phase,
+            f"{roof.tokens:,}",
             roof.bound,
             number(1e3 * roof.floor),
             number(1e3 * roof.seconds),
@@ -212,8 +213,8 @@ def _show_roofs(console: Console, subjects: Sequence[Subject]) -> None:
         for roof in subject.roofs
     ]
     if rows:
-        columns = ("", "Phase", "Bound by", "At least, ms", "Took", "Reached")
-        console.table("Roofline: how much of what the machine allows is reached", columns, rows, left=3)
+        columns = ("", "Phase", "Tokens", "Bound by", "At least, ms", "Took", "Reached")
+        console.table("Roofline: how much of what the machine allows is reached", columns, rows, left=2)
 
 
 def _show_variants(console: Console, found: Profile) -> None:

@@ -99,27 +99,29 @@ class Pace:
     sizes: Sizes
 
 
+_FEW = 4
+"""Measurements that are named one by one."""
 QUICK = Pace(
-    seconds=26,
+    seconds=27,
     more=30,
-    limits=0.9,
+    limits=0.6,
     loads=(1, 2),
     each=(0, 0),
     loaded=0.25,
-    turns=0.75,
-    operators=0.9,
-    sizes=Sizes((64,), (256,), (8,), tokens=16, texts=3, everybody=False, patience=1.0),
+    turns=0.82,
+    operators=0.92,
+    sizes=Sizes((64,), (256,), (4,), tokens=16, texts=2, everybody=False, patience=1.0),
 )
 THOROUGH = Pace(
     seconds=165,
     more=90,
-    limits=3,
+    limits=2,
     loads=(2, 3),
     each=(1, 2),
     loaded=0.2,
-    turns=0.75,
-    operators=0.85,
-    sizes=Sizes((64, 256, 1024), (16,), (4, 16), tokens=24, texts=6, everybody=True, patience=3.0),
+    turns=0.76,
+    operators=0.84,
+    sizes=Sizes((64, 512), (16, 256, 1024), (4, 16), tokens=24, texts=4, everybody=True, patience=3.0),
 )
 
 
@@ -357,10 +359,11 @@ def _variants(work: _Work, prompts: Prompts, meter: Meter) -> tuple[tuple[Varian
 
 def _note(work: _Work, bench: Bench) -> None:
     """What a reader must know."""
-    if bench.missing():
-        work.notes.append(f"there was no time to measure: {'; '.join(bench.missing())}")
-    if bench.unsteady():
-        work.notes.append(f"not steady in the rounds that there was time for: {'; '.join(bench.unsteady())}")
+    if missing := bench.missing():
+        work.notes.append(f"there was no time to measure: {'; '.join(missing)}")
+    if unsteady := bench.unsteady():
+        names = f": {'; '.join(unsteady)}" if len(unsteady) <= _FEW else ""
+        work.notes.append(f"{len(unsteady)} measurements are not steady in the rounds that there was time for{names}")
     if not bench.meter.counters:
         work.notes.append("this machine tells of no energy (no counter that can be read)")
     if (share := work.neighbours.share()) > BOTHERSOME:

@@ -124,7 +124,8 @@ class Bench:
             yield self._decode(contender, sizes.contexts[0])
         both = [c for c in self.contenders.values() if c.name in (FAST, PLAIN)]
         for size in sizes.prompts:
-            yield from (self._prefill(contender, size) for contender in [*both, *others])
+            crowd = [*both, *others] if sizes.everybody else both
+            yield from (self._prefill(contender, size) for contender in crowd)
         for size in sizes.batches:
             crowd = [self._plain, *(c for c in others if sizes.everybody and c is not self._plain)]
             yield from (self._batch(contender, size) for contender in crowd)
@@ -152,7 +153,7 @@ class Bench:
 
     def _decode(self, contender: Contender, size: int) -> Measurement:
         def take(number: int) -> Mapping[str, Sequence[float]]:
-            run = self._run(contender, size, 0 if contender.name == FAST else number)
+            run = self._run(contender, size, number if contender.plain else 0)
             return {f"{contender.name} ttft": [run.ttft], f"{contender.name} tpot": run.tpot}
 
         measurement = Measurement(f"{contender.name}, {size} tokens of context", take)
@@ -161,7 +162,9 @@ class Bench:
 
     def _prefill(self, contender: Contender, size: int) -> Measurement:
         def take(number: int) -> Mapping[str, Sequence[float]]:
-            return {f"{contender.name} ttft": [self._run(contender, size, number, tokens=0).ttft]}
+            # Whom the mixture asks in fewer calls depends on the text: every round has the same ones.
+            texts = [number] if contender.plain else range(self.sizes.texts)
+            return {f"{contender.name} ttft": [self._run(contender, size, text, tokens=0).ttft for text in texts]}
 
         measurement = Measurement(f"{contender.name}, a prompt of {size} tokens", take)
         self._found[contender.name, "ttft", size] = measurement

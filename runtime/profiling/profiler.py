@@ -103,7 +103,7 @@ _FEW = 4
 """Measurements that are named one by one."""
 QUICK = Pace(
     seconds=27,
-    more=30,
+    more=60,
     limits=0.6,
     loads=(1, 2),
     each=(0, 0),
@@ -114,7 +114,7 @@ QUICK = Pace(
 )
 THOROUGH = Pace(
     seconds=165,
-    more=90,
+    more=150,
     limits=2,
     loads=(2, 3),
     each=(1, 2),

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 NEARLY = 1.02
 """How much slower than the fastest one may be and still count as fast: then no student wins, and fewer threads."""
+WRITTEN = 48
+"""Tokens of a run, at least: the student reads the prompt before its first draft, and drafts find their length."""
 _SIMPLEST = ("lookup", "off", "auto", "student")
 
 
@@ -52,7 +54,7 @@ class Trial:
         weights: Of the members.
         all_ways: Every way to generate, not only the plain one and "auto".
         prompts: Texts to continue.
-        sizes: The first context, the tokens and the number of texts count.
+        sizes: The first context and the number of texts count, and the tokens where they are more than `WRITTEN`.
         meter: For the runs.
     """
 
@@ -87,7 +89,8 @@ class Trial:
 
         def take(_: int) -> Mapping[str, Sequence[float]]:
             prompts = (self.prompts.take(sizes.contexts[0], number) for number in range(sizes.texts))
-            runs = [way.run([ids], sizes.tokens, meter=self.meter, patience=sizes.patience) for ids in prompts]
+            count = max(WRITTEN, sizes.tokens)
+            runs = [way.run([ids], count, meter=self.meter, patience=4 * sizes.patience) for ids in prompts]
             tokens = sum(run.tokens for run in runs)
             return {
                 "tpot": [sum(run.seconds for run in runs) / tokens] if tokens else [],

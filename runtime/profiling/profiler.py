@@ -256,7 +256,7 @@ def _machine(work: _Work) -> Machine:
 
 
 def _again(work: _Work) -> Machine:
-    """The machine with the better of two bandwidths, at different times: the memory may be shared with other machines."""
+    """The machine with the better of two bandwidths: its memory may be shared with other machines."""
     machine = work.machine
     if machine.bandwidth is None:
         return machine

@@ -42,13 +42,13 @@ def measure_limits(provider: Provider, threads: int, *, seconds: float) -> Limit
     """The machine's limits, in about so many seconds in all."""
     each = seconds / 3
     return Limits(
-        _bandwidth(threads, each) if provider.device == "cpu" else None,
+        bandwidth(threads, each) if provider.device == "cpu" else None,
         _peak(fp32_product(), np.float32, provider, threads, each),
         _peak(int8_product(), np.uint8, provider, threads, each) if provider.device == "cpu" else None,
     )
 
 
-def _bandwidth(threads: int, seconds: float) -> float:
+def bandwidth(threads: int, seconds: float) -> float:
     """Bytes a second of all threads that read one buffer, each a part of its own."""
     buffer = np.ones(buffer_bytes() // 8, np.int64)
     parts = np.array_split(buffer, threads)

@@ -23,7 +23,7 @@ from edgemix.runtime.profiling import loading, operators
 from edgemix.runtime.profiling.contenders import contenders
 from edgemix.runtime.profiling.energy import Meter, counters
 from edgemix.runtime.profiling.graphs import read_graph
-from edgemix.runtime.profiling.limits import measure_limits
+from edgemix.runtime.profiling.limits import bandwidth, measure_limits
 from edgemix.runtime.profiling.neighbours import BOTHERSOME, Neighbours
 from edgemix.runtime.profiling.prompts import PASSAGES, Prompts
 from edgemix.runtime.profiling.roofline import Work, roof
@@ -102,14 +102,14 @@ class Pace:
 _FEW = 4
 """Measurements that are named one by one."""
 QUICK = Pace(
-    seconds=27,
+    seconds=26.5,
     more=60,
     limits=0.6,
     loads=(1, 2),
     each=(0, 0),
     loaded=0.25,
-    turns=0.82,
-    operators=0.92,
+    turns=0.8,
+    operators=0.94,
     sizes=Sizes((64,), (256,), (4,), tokens=16, texts=2, everybody=False, patience=1.0),
 )
 THOROUGH = Pace(
@@ -188,6 +188,7 @@ def profile(request: Request, progress: Progress = SILENT) -> Measured:
         )
         bench.warm_up()
         take_turns(bench.measurements, until=work.by(pace.turns), progress=progress)
+        work.machine = _again(work)
         breakdowns = tuple(_breakdowns(work, bench.prompts))
         subjects = tuple(_subject(work, bench, each, mixture.tokenizer) for each in bench.contenders.values())
     _note(work, bench)
@@ -252,6 +253,15 @@ def _machine(work: _Work) -> Machine:
         fp32_peak=limits.fp32_peak,
         int8_peak=limits.int8_peak,
     )
+
+
+def _again(work: _Work) -> Machine:
+    """The machine with the better of two bandwidths: its memory may be shared with other machines."""
+    machine = work.machine
+    if machine.bandwidth is None:
+        return machine
+    again = bandwidth(work.threads, work.pace.limits / 3)
+    return msgspec.structs.replace(machine, bandwidth=max(machine.bandwidth, again))
 
 
 def _breakdowns(work: _Work, prompts: Prompts) -> Iterator[Breakdown]:

@@ -108,8 +108,8 @@ QUICK = Pace(
     loads=(1, 2),
     each=(0, 0),
     loaded=0.25,
-    turns=0.8,
-    operators=0.94,
+    turns=0.77,
+    operators=0.98,
     sizes=Sizes((64,), (256,), (4,), tokens=16, texts=2, everybody=False, patience=1.0),
 )
 THOROUGH = Pace(

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 
@@ -24,6 +26,12 @@ class Spoken(NamedTuple):
 
     own: NDArray[np.float64]
     weights: NDArray[np.float64]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Spoken]) -> Spoken:
+        """Of stretches of a text, one after the other."""
+        own, weights = zip(*parts, strict=True)
+        return cls(np.concatenate(own, axis=1), np.concatenate(weights, axis=1))
 
     def of_all(self, voices: NDArray[np.int64], count: int) -> Spoken:
         """The same for so many members, of which `voices` were listened to; the others' log-probabilities are NaN."""

@@ -47,6 +47,7 @@ class Request:
         eos: Ids that finish it with "stop".
         follower: Where it must have a given form.
         log_probabilities: Of its tokens so far, under the mixture, nats.
+        attribution: Remember what voices said, for `spoken`.
         said: What voices gave each of them, and weighed.
     """
 
@@ -57,13 +58,13 @@ class Request:
     budget: int
     eos: frozenset[int]
     follower: Follower | None = None
+    attribution: bool = False
     log_probabilities: list[float] = field(default_factory=list)
     said: list[Spoken] = field(default_factory=list)
 
     def spoken(self, first: int = 0) -> Spoken:
         """What voices gave its tokens so far, from one of them on."""
-        own, weights = zip(*self.said[first:], strict=True)
-        return Spoken(np.concatenate(own, axis=1), np.concatenate(weights, axis=1))
+        return Spoken.joined(self.said[first:])
 
 
 class _Row:
@@ -232,7 +233,8 @@ class ContinuousBatch:
             request.follower.take([token])
         request.log_probabilities.append(float(mixed[token]))
         own = parts[:, token].astype(np.float64)
-        request.said.append(Spoken(np.where(row.weights > 0, own, np.nan)[:, None], row.weights[:, None]))
+        if request.attribution:
+            request.said.append(Spoken(np.where(row.weights > 0, own, np.nan)[:, None], row.weights[:, None]))
         row.learn(own)
         row.last = token
         row.seen = np.union1d(row.seen, [token]) if request.sampling.repetition_penalty != 1 else row.seen

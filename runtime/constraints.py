@@ -102,6 +102,11 @@ class Grammar:
         except EdgemixError as error:
             raise InputError(f"there is no text of this form: {error.message}", _form(constraint)) from None
 
+    @classmethod
+    def of(cls, constraint: Constraint, tokenizer: Tokenizer) -> Grammar | None:
+        """A constraint's; None where a text may be anything."""
+        return None if constraint.free else cls(constraint, tokenizer)
+
     def follow(self) -> Follower:
         """Follow a text from its beginning."""
         return Follower(self._matcher.deep_copy(), self._tokenizer)

@@ -173,6 +173,7 @@ class Decoding:
         context: Most tokens that are read of a sequence; what would follow ends with finish reason "length".
         eos: Ids that finish a sequence with "stop"; the id itself is the last token.
         followers: One a prompt, where texts must have a given form.
+        attribution: Remember what voices said, for `spoken`.
     """
 
     def __init__(
@@ -186,12 +187,14 @@ class Decoding:
         context: int,
         eos: Iterable[int],
         followers: Sequence[Follower] = (),
+        attribution: bool = False,
     ) -> None:
         self._sampling = sampling
         self._eos = frozenset(eos)
         self._prompts: list[NDArray[np.int64]] | None = [np.asarray(prompt, np.int64) for prompt in prompts]
         self._state = State(blend, len(prompts))
         self._log_probabilities: list[list[float]] = [[] for _ in prompts]
+        self._attribution = attribution
         self._spoken: list[list[Spoken]] = [[] for _ in prompts]
         self._active = [
             _Sequence(
@@ -220,8 +223,9 @@ class Decoding:
             chosen = self._choose(log_probabilities)
         else:
             chosen = self._choose(self._state.mix_altered([self._penalise(each) for each in logits]))
-        for row, (sequence, token) in enumerate(zip(self._active, chosen, strict=True)):
-            self._spoken[sequence.index].append(self._state.spoken(row, token))
+        if self._attribution:
+            for row, (sequence, token) in enumerate(zip(self._active, chosen, strict=True)):
+                self._spoken[sequence.index].append(self._state.spoken(row, token))
         return [
             self._advance(sequence, token, float(row[token]))
             for sequence, token, row in zip(self._active, chosen, log_probabilities, strict=True)
@@ -233,8 +237,7 @@ class Decoding:
 
     def spoken(self, sequence: int, first: int = 0) -> Spoken:
         """What voices that weigh something gave a sequence's tokens so far, from one of them on."""
-        own, weights = zip(*self._spoken[sequence][first:], strict=True)
-        return Spoken(np.concatenate(own, axis=1), np.concatenate(weights, axis=1))
+        return Spoken.joined(self._spoken[sequence][first:])
 
     def finish(self, sequence: int) -> None:
         """Take a sequence out, whatever it may still have had to say."""

@@ -7,20 +7,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from edgemix.errors import EdgemixError
 from edgemix.runtime.constraints import Grammar
 from edgemix.runtime.engine import Decoding
 from edgemix.runtime.speculative import SpeculativeDecoding
 from edgemix.runtime.writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Iterable
 
     from edgemix.runtime.attribution import Spoken
     from edgemix.runtime.blend import Blend
     from edgemix.runtime.mixture import Mixture
     from edgemix.runtime.options import Settings
     from edgemix.runtime.prefixes import PrefixCache
-    from edgemix.runtime.results import Chunk
+    from edgemix.runtime.results import Chunk, Completion
 
 
 def decode(
@@ -43,7 +44,7 @@ def decode(
     for index, prompt in enumerate(prompts):
         mixture.check_length(prompt, "the prompt" if len(prompts) == 1 else f"prompt {index + 1}")
     blend = mixture.blend(settings.weights, settings.combine)
-    grammar = None if settings.constraint.free else Grammar(settings.constraint, mixture.tokenizer)
+    grammar = Grammar.of(settings.constraint, mixture.tokenizer)
     call = _Call(mixture, blend, prompts, settings, settings.seeds(len(prompts)), grammar, kept)
     return call.generate(started)
 
@@ -53,6 +54,18 @@ def chunks(decoded: Generator[tuple[int, Chunk]]) -> Generator[Chunk]:
     with closing(decoded):
         for _, chunk in decoded:
             yield chunk
+
+
+def completed(answer: Iterable[Chunk]) -> Completion:
+    """The completion that the last chunk carries.
+
+    Raises:
+        EdgemixError: It carries none.
+    """
+    *_, last = answer
+    if last.completion is None:
+        raise EdgemixError("generation ended without a completion")
+    return last.completion
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +102,11 @@ class _Call:
 
     def _writers(self, decoding: Decoding | SpeculativeDecoding, started: float) -> list[Writer]:
         mixture, settings = self.mixture, self.settings
-        whole = mixture.whole_blend(settings.weights, settings.combine)
+        voices = mixture.whole_blend(settings.weights, settings.combine).heavy if settings.attribution else None
 
         def spoken(sequence: int, first: int) -> Spoken:
-            return decoding.spoken(sequence, first).of_all(whole.heavy, len(mixture.members))
+            said = decoding.spoken(sequence, first)
+            return said if voices is None else said.of_all(voices, len(mixture.members))
 
         return [
             Writer(
@@ -140,4 +154,5 @@ class _Call:
             context=mixture.context,
             eos=mixture.manifest.tokenizer.eos,
             followers=[self.grammar.follow() for _ in self.prompts] if self.grammar else (),
+            attribution=settings.attribution,
         )

@@ -11,12 +11,12 @@ import msgspec
 import numpy as np
 
 from edgemix.bundle import read_manifest, verify_bundle
-from edgemix.errors import EdgemixError, InputError
+from edgemix.errors import InputError
 from edgemix.progress import SILENT
 from edgemix.runtime import prefix_file
 from edgemix.runtime.cancellation import in_thread, iterate
 from edgemix.runtime.engine import State
-from edgemix.runtime.generation import chunks, decode
+from edgemix.runtime.generation import chunks, completed, decode
 from edgemix.runtime.opened import OpenedBundle
 from edgemix.runtime.opening import open_graphs
 from edgemix.runtime.options import GenerateOptions, Settings, WeightChoice
@@ -247,10 +247,7 @@ class Mixture(OpenedBundle):
         Raises:
             InputError: The bundle has no chat template, or it refuses the messages; as `generate`.
         """
-        *_, last = self.stream_chat(messages, **options)
-        if last.completion is None:
-            raise EdgemixError("generation ended without a completion")
-        return last.completion
+        return completed(self.stream_chat(messages, **options))
 
     def stream_chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerateOptions]) -> Iterator[Chunk]:
         """As `chat`, chunk by chunk as `stream`."""

@@ -174,7 +174,7 @@ class Server:
         ids = mixture.tokenizer.encode(prompt)
         mixture.check_length(ids, "the prompt")
         (seed,) = settings.seeds(1)
-        grammar = None if settings.constraint.free else Grammar(settings.constraint, mixture.tokenizer)
+        grammar = Grammar.of(settings.constraint, mixture.tokenizer)
         request = Request(
             blend=mixture.whole_blend(settings.weights, settings.combine),
             prompt=np.asarray(ids, np.int64),
@@ -183,6 +183,7 @@ class Server:
             budget=min(settings.max_new_tokens, mixture.context - len(ids) + 1),
             eos=frozenset(mixture.manifest.tokenizer.eos),
             follower=grammar.follow() if grammar else None,
+            attribution=settings.attribution,
         )
 
         def log_probabilities() -> NDArray[np.float64]:

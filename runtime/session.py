@@ -8,10 +8,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from edgemix.errors import EdgemixError, InputError
+from edgemix.errors import InputError
 from edgemix.runtime import prefix_file
 from edgemix.runtime.cancellation import in_thread, iterate
-from edgemix.runtime.generation import chunks, decode
+from edgemix.runtime.generation import chunks, completed, decode
 from edgemix.runtime.options import GenerateOptions, Settings
 from edgemix.runtime.prefixes import PrefixCache
 
@@ -64,10 +64,7 @@ class Session:
         Raises:
             InputError: As `Mixture.chat`.
         """
-        *_, last = self.stream(content, **options)
-        if last.completion is None:
-            raise EdgemixError("generation ended without a completion")
-        return last.completion
+        return completed(self.stream(content, **options))
 
     def astream(self, content: str, **options: Unpack[GenerateOptions]) -> AsyncGenerator[Chunk]:
         """As `stream`, for asyncio: see `Mixture.astream`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ import click
 
 from edgemix.cli.bundle import show_weights
 from edgemix.cli.command import command
+from edgemix.cli.loading import mixture_and_student
 from edgemix.cli.options import bundle_argument, max_tokens_option, runtime_options, template_option, window_option
 from edgemix.cli.texts import read_files
 
@@ -59,14 +59,9 @@ def evaluate(
     """
     documents = read_files(files, template)
 
-    from edgemix.runtime import Mixture
     from edgemix.runtime.evaluation import evaluate as measure
 
-    with ExitStack() as stack:
-        mixture = stack.enter_context(Mixture.load(bundle, provider, threads, verify))
-        student = None
-        if mixture.manifest.student is not None:  # verified with the rest of the bundle
-            student = stack.enter_context(Mixture.load(bundle, provider, threads, verify=False, student=True))
+    with mixture_and_student(bundle, provider, threads, verify) as (mixture, student):
         evaluation = measure(
             mixture,
             documents,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from edgemix.cli.command import command
+from edgemix.cli.loading import mixture_and_student
 from edgemix.cli.options import bundle_argument, max_tokens_option, runtime_options, template_option, window_option
 from edgemix.cli.outputs import check_output
 from edgemix.cli.texts import read_files
@@ -92,15 +92,10 @@ def report(
     evaluation: Evaluation | None = None
     passages: tuple[Passage, ...] = ()
     if documents:
-        from edgemix.runtime import Mixture
         from edgemix.runtime.evaluation import evaluate
         from edgemix.runtime.passages import follow_texts
 
-        with ExitStack() as stack:
-            mixture = stack.enter_context(Mixture.load(bundle, provider, threads, verify))
-            student = None
-            if manifest.student is not None:  # verified with the rest of the bundle
-                student = stack.enter_context(Mixture.load(bundle, provider, threads, verify=False, student=True))
+        with mixture_and_student(bundle, provider, threads, verify) as (mixture, student):
             evaluation = evaluate(
                 mixture,
                 documents,

@@ -14,11 +14,14 @@ import altair as alt
 import vl_convert
 from markupsafe import Markup, escape
 
+from edgemix.report.blocks import Figure, legend
 from edgemix.report.palette import light
 from edgemix.report.wording import clean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    from edgemix.report.blocks import Table
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 _NAMESPACE = re.compile(r' xmlns(?::\w+)?="[^"]*"')
@@ -42,6 +45,18 @@ WIDE, NARROW = Canvas("wide", 740, narrow=False), Canvas("narrow", 350, narrow=T
 def draw(id_: str, title: str, chart: Callable[[Canvas], alt.TopLevelMixin]) -> Markup:
     """A chart as two SVG elements with a title; `chart` makes it for a canvas."""
     return Markup("\n").join(_svg(id_, title, canvas, chart(canvas)) for canvas in (WIDE, NARROW))
+
+
+def figure(
+    id_: str,
+    table: Table,
+    chart: Callable[[Canvas], alt.TopLevelMixin],
+    caption: str,
+    tones: Mapping[str, str] | None = None,
+) -> Figure:
+    """A chart under the title of the table with its figures; with the tones' legend, if they are given."""
+    drawing = draw(id_, table.title, chart)
+    return Figure(id_, table.title, drawing, caption, legend(tones or {}), table=table)
 
 
 def data(rows: Sequence[Mapping[str, Any]]) -> alt.InlineData:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from edgemix.report import charts, wording
 from edgemix.report.blocks import Block, Cell, Figure, Note, Section, Table, legend, row
-from edgemix.report.drawing import draw
+from edgemix.report.drawing import draw, figure
 from edgemix.report.scatter import Point, roofline
 from edgemix.report.speed_section import MISSING
 
@@ -134,17 +134,12 @@ def _operators(material: Material, profile: Profile, phase: Phase) -> Figure | N
         for graph in profile.breakdowns
         for operator in sorted(graph.operators, key=lambda each: -float(getattr(each, phase)))
     )
-    return Figure(
+    return figure(
         f"operators-{phase}",
-        title,
-        draw(
-            f"operators-{phase}",
-            title,
-            partial(charts.bars, rows=rows, tones=_tones(material, profile), title=unit),
-        ),
+        Table(title, ("Graph", "Operator", "Nodes", "Time", "Of the call"), table, left=2, folded=True),
+        partial(charts.bars, rows=rows, tones=_tones(material, profile), title=unit),
         "By ONNX Runtime's profiler, which itself takes some time.",
-        legend(_tones(material, profile)),
-        table=Table(title, ("Graph", "Operator", "Nodes", "Time", "Of the call"), table, left=2, folded=True),
+        _tones(material, profile),
     )
 
 
@@ -178,13 +173,12 @@ def _layers(material: Material, profile: Profile) -> Figure | None:
         measured=False,
         height=160,
     )
-    return Figure(
+    return figure(
         "layers",
-        title,
-        draw("layers", title, drawing),
+        Table(title, ("Graph", "Part", "A token", "A prompt"), table, left=2, folded=True),
+        drawing,
         "Embedding, head and the rest are among the figures.",
-        legend(_tones(material, profile)),
-        table=Table(title, ("Graph", "Part", "A token", "A prompt"), table, left=2, folded=True),
+        _tones(material, profile),
     )
 
 

@@ -6,8 +6,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from edgemix.report import charts, wording
-from edgemix.report.blocks import Block, Cell, Figure, Note, Section, Table, legend, row
-from edgemix.report.drawing import draw
+from edgemix.report.blocks import Block, Cell, Figure, Note, Section, Table, row
+from edgemix.report.drawing import figure
 
 if TYPE_CHECKING:
     from edgemix.profile import Profile, Quantiles, Subject
@@ -84,7 +84,7 @@ def _ranged(
     """Quantiles as a figure, under the title of the table with them."""
     caption = _RANGES + ("" if all(each["steady"] for each in rows) else _UNSTEADY)
     chart = partial(charts.ranges, rows=rows, tones=tones, title=unit)
-    return Figure(id_, table.title, draw(id_, table.title, chart), caption, table=table)
+    return figure(id_, table, chart, caption)
 
 
 def _decode(material: Material, subjects: list[Subject]) -> Figure:
@@ -119,13 +119,12 @@ def _contexts(material: Material, subjects: list[Subject]) -> Figure:
         x="tokens of context",
         y="milliseconds a token",
     )
-    return Figure(
+    return figure(
         "context",
-        title,
-        draw("context", title, drawing),
+        Table(title, ("", "Context", *_COLUMNS), table, folded=True),
+        drawing,
         "Medians; the whisker reaches to the 99th percentile. The horizontal axis is logarithmic.",
-        legend(_tones(material, subjects)),
-        table=Table(title, ("", "Context", *_COLUMNS), table, folded=True),
+        _tones(material, subjects),
     )
 
 
@@ -153,13 +152,12 @@ def _prefill(material: Material, subjects: list[Subject]) -> Figure:
         y="seconds",
         log_y=True,
     )
-    return Figure(
+    return figure(
         "ttft",
-        title,
-        draw("ttft", title, drawing),
+        Table(title, ("", "Prompt", *_COLUMNS), table, folded=True),
+        drawing,
         "Medians; the whisker reaches to the 99th percentile. Both axes are logarithmic.",
-        legend(_tones(material, subjects)),
-        table=Table(title, ("", "Prompt", *_COLUMNS), table, folded=True),
+        _tones(material, subjects),
     )
 
 
@@ -195,13 +193,12 @@ def _batches(material: Material, subjects: list[Subject]) -> Figure:
         x="texts at once",
         y="tokens a second, of all of them",
     )
-    return Figure(
+    return figure(
         "batches",
-        title,
-        draw("batches", title, drawing),
+        Table(title, ("", "Texts", "Tokens/s", "Of each"), table, folded=True),
+        drawing,
         "The horizontal axis is logarithmic.",
-        legend(_tones(material, subjects)),
-        table=Table(title, ("", "Texts", "Tokens/s", "Of each"), table, folded=True),
+        _tones(material, subjects),
     )
 
 

@@ -48,7 +48,7 @@ class PrefixCache:
 
     Args:
         room: Most bytes of key-value state that are kept; None sets no limit.
-        texts: Most texts of a graph that are kept; None sets no limit.
+        texts: Most texts of a graph that are kept, at least one; None sets no limit.
     """
 
     def __init__(self, room: int | None, texts: int | None = None) -> None:
@@ -117,12 +117,12 @@ class PrefixCache:
             kept.cache.free()
             return
         with self._lock:
-            others = [each for each in self._kept if each.graph != kept.graph]
             # What a longer text has is not kept twice.
-            same = [each for each in self._kept if each.graph == kept.graph and not _begins(kept.text, each.text)]
+            self._kept = [each for each in self._kept if each.graph != kept.graph or not _begins(kept.text, each.text)]
+            self._kept.append(kept)
             if self._texts is not None:
-                same = same[len(same) + 1 - self._texts :]
-            self._kept = [*(each for each in self._kept if each in others or each in same), kept]
+                for old in [each for each in self._kept if each.graph == kept.graph][: -self._texts]:
+                    self._kept.remove(old)
             while self._room is not None and self.bytes > self._room:
                 self._kept.pop(0).cache.free()
 

@@ -80,11 +80,11 @@ class PromptLookup:
                 return self._copy(text, end, ("lookup", length), most)
         return NOTHING
 
-    def guess(self, text: NDArray[np.int64]) -> Draft:
-        """What followed the last token when it came before, for a call that has room for a token at no cost."""
+    def guess(self, text: NDArray[np.int64], most: int) -> Draft:
+        """What followed the last token alone when it came before, for where nobody has a better draft."""
         self._learn(text)
         end = self._ends.get(tuple(text[-1:].tolist()))
-        return NOTHING if end is None else Draft([int(text[end])], [("guess", 1)])
+        return NOTHING if end is None else self._copy(text, end, ("lookup", 1), most)
 
     def close(self) -> None:
         """Nothing to free."""

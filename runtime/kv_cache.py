@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 FIRST_CAPACITY = 128
 """Slots of a fresh shared cache; it doubles from there."""
+_LEAST = 2
+"""Slots that a call writes at least: attention reads a single token doubled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +163,7 @@ class SharedCache(KVCache):
         return (np.arange(after.max()) < after[:, None]).astype(np.int64)
 
     def bind(self, binding: Any, new: int) -> None:
-        self._reserve(int(self.lengths.max()) + new)
+        self._reserve(int(self.lengths.max()) + max(new, _LEAST))
         if binding in self._bound:
             return
         device, dtype = self.layout.provider.device, self.layout.dtype
@@ -184,7 +186,7 @@ class SharedCache(KVCache):
         self._move(list(rows), self.capacity, len(rows))
 
     def split(self, counts: Sequence[int]) -> list[Self]:
-        self._reserve(int((self.lengths + counts).max()))
+        self._reserve(int((self.lengths + np.maximum(counts, _LEAST)).max()))
         return [self._row(row) for row in range(self.batch)]
 
     def join(self, rows: Sequence[Self]) -> None:
@@ -252,7 +254,7 @@ class SharedCache(KVCache):
         capacity = max(self.capacity, FIRST_CAPACITY)
         while capacity < tokens:
             capacity *= 2
-        return min(capacity, self.layout.context)
+        return min(capacity, self.layout.context + 1)
 
     def _move(self, rows: list[int], capacity: int, room: int) -> None:
         """Copy `rows` into new buffers of `capacity` for `room` rows, through the host: it happens seldom."""

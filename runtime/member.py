@@ -36,8 +36,10 @@ FEW = 32
 """Rows of one call that decoding may take, a batch of drafts at most; calls of more are for prompts."""
 LOGITS_BYTES = 64 << 20
 """About how many bytes of logits one call may return."""
-CODED_CACHE = (1, 26)
-"""The version of ONNX Runtime whose GroupQueryAttention takes keys and values in 8 bits on CPUs."""
+ATTENTION = (1, 32)
+"""The version of ONNX Runtime whose GroupQueryAttention takes all that graphs ask of it: keys and values in 8 bits, and
+several tokens of several texts.
+"""
 MAX_STATE = 1 << 20
 """Most numbers a layer may keep of a token: far beyond every model there is, and nothing that exhausts memory."""
 
@@ -80,14 +82,9 @@ class Member:
         context: Most tokens that a sequence can have.
         layout: What its caches must know of it.
         chunk: Most tokens that one call should read, so that its logits stay within `LOGITS_BYTES`.
-        pairs: Whether a call with a single token of a sequence says something else than one with several: attention has
-            a path of its own for one token, and where products round activations to 8 bits, its last bits grow to
-            tenths of a logit. Rows of a batch with a token each read as a single row does.
     """
 
-    def __init__(
-        self, session: Any, facts: GraphFacts, provider: Provider, name: str, *, quantized: bool = False
-    ) -> None:
+    def __init__(self, session: Any, facts: GraphFacts, provider: Provider, name: str) -> None:
         self.facts, self.provider, self.name = facts, provider, name
         self._session = session
         self._watch: Watch = _unwatched
@@ -100,7 +97,6 @@ class Member:
         self.vocabulary: int = logits.shape[-1]
         self.context = facts.context
         self.voices = facts.voices
-        self.pairs = quantized and facts.cache == "shared"
         self.chunk = int(np.clip(LOGITS_BYTES // (4 * self.vocabulary * self.voices), 16, MAX_CHUNK))
         slots = tuple(
             Slot(tensor.name, graph_io.present_of(tensor.name), tensor.shape[1], tensor.shape[3])
@@ -119,7 +115,6 @@ class Member:
         threads: int | None = None,
         *,
         name: str = "",
-        quantized: bool = False,
         packed: tuple[PackedWeights, str] | None = None,
     ) -> Member:
         """Open a graph.
@@ -130,18 +125,17 @@ class Member:
             provider: Where it runs; the CPU by default.
             threads: Threads within an operator; physical cores by default.
             name: For messages; the graph's folder by default.
-            quantized: Whether it has quantised products.
             packed: See `open_session`.
 
         Raises:
             BundleError: The graph does not load, or is not the decoder that `facts` describe.
-            EdgemixError: It keeps keys and values in 8 bits, and ONNX Runtime is too old for that.
+            EdgemixError: ONNX Runtime is too old for its attention.
         """
         provider = provider or PROVIDERS["cpu"]
-        if facts.cache_dtype is not None:
-            check_version(CODED_CACHE, "a cache of keys and values in 8 bits")
+        if facts.cache == "shared":
+            check_version(ATTENTION, "this graph's attention")
         session = open_session(graph, provider, threads=threads, packed=packed)
-        return cls(session, facts, provider, name or graph.parent.name, quantized=quantized)
+        return cls(session, facts, provider, name or graph.parent.name)
 
     def watched(self, watch: Watch) -> Member:
         """The same graph, whose every call of ONNX Runtime is made within `watch(name, tokens)`."""
@@ -153,15 +147,12 @@ class Member:
         """An empty cache for `batch` sequences; it takes memory only as tokens are read."""
         return KINDS[self.facts.cache](self.layout, batch)
 
-    def extend(self, cache: KVCache, tokens: Tokens, *, keep: int = 1, steady: bool = False) -> NDArray[np.float32]:
+    def extend(self, cache: KVCache, tokens: Tokens) -> NDArray[np.float32]:
         """Read new tokens, and say what may follow each row's last one.
 
         Args:
             cache: The state to continue; it is updated.
             tokens: For each row at least one token id; rows may differ in number.
-            keep: After how many of a row's last tokens logits are computed, though only the last ones are returned.
-            steady: Read a token that is all there is twice, and take it back once, where that says what a call with
-                more tokens of the sequence would say (`pairs`).
 
         Returns:
             Logits float32 [batch, vocabulary]. They lie in the cache's buffer: the next call overwrites them.
@@ -172,21 +163,15 @@ class Member:
         """
         rows = self._rows(tokens, cache)
         counts = [len(row) for row in rows]
-        if steady and self.pairs and counts == [1] and cache.lengths[0] + 2 <= self.context:
-            first = self._run(cache, np.repeat(rows, 2, axis=1), keep=2)[:, 0]
-            cache.rollback(cache.lengths - 1)
-            return first.astype(np.float32, copy=False)
         if not cache.reads_together(counts):
             parts = cache.split(counts)
-            logits = [self.extend(part, [row], keep=keep) for part, row in zip(parts, rows, strict=True)]
+            logits = [self.extend(part, [row]) for part, row in zip(parts, rows, strict=True)]
             cache.join(parts)
             return np.concatenate(logits)
         together = np.stack(rows)
         step = max(1, self.chunk // cache.batch)
-        if self.pairs and step > 2 and together.shape[1] > 1 and together.shape[1] % step == 1:
-            step -= 1  # no token is left to be read alone
         for start in range(0, together.shape[1], step):
-            last = self._run(cache, together[:, start : start + step], keep=keep)[:, -1]
+            last = self._run(cache, together[:, start : start + step], keep=1)[:, -1]
         return last.astype(np.float32, copy=False)
 
     def extend_all(self, cache: KVCache, tokens: Tokens) -> list[NDArray[np.float32]]:

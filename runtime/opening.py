@@ -40,9 +40,8 @@ def open_graphs(
     kept = PackedWeights.of_this_machine(packed) if packed else None
 
     def open_one(entry: MemberEntry) -> Member:
-        path, quantized = resolve(bundle, entry.graph), entry.format in ("int8", "int8-dynamic", "int4")
         place = (kept, graph_digest(manifest, entry.graph)) if kept else None
-        return Member.load(path, entry.facts, provider, threads, name=entry.name, quantized=quantized, packed=place)
+        return Member.load(resolve(bundle, entry.graph), entry.facts, provider, threads, name=entry.name, packed=place)
 
     with ThreadPoolExecutor(default_threads()) as workers:
         opened = list(workers.map(open_one, [*entries, *([drafter] if drafter else [])]))

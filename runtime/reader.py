@@ -35,8 +35,6 @@ class Reader:
         listened: The graph, and who of it is listened to.
         vocabulary: The tokenizer's; logits beyond it are cut off.
         cache: What it has read; an empty one of its own by default.
-        steady: What it hears does not depend on how many tokens a call has, at the price that a token that is alone is
-            read in a pair, where that matters.
 
     Attributes:
         listened: As it was given.
@@ -44,12 +42,10 @@ class Reader:
         cache: What it has read.
     """
 
-    def __init__(
-        self, listened: Listened, vocabulary: int, cache: KVCache | None = None, *, steady: bool = True
-    ) -> None:
+    def __init__(self, listened: Listened, vocabulary: int, cache: KVCache | None = None) -> None:
         self.listened = listened
         self._member, self._own, self.voices = listened
-        self._vocabulary, self._steady = vocabulary, steady
+        self._vocabulary = vocabulary
         self.cache = cache or self._member.new_cache()
 
     @property
@@ -75,13 +71,13 @@ class Reader:
         """
         at, end = self.read, len(ids)
         if first == end and end - at > 1:
-            keep = 2 if self._member.pairs else 1
-            yield self._heard(end, self._member.extend(self.cache, [ids[at:]], keep=keep))
+            yield self._heard(end, self._member.extend(self.cache, [ids[at:]]))
             return
         if first - 1 > at:
-            self._skip(ids[at : first - 1])
+            self._member.extend(self.cache, [ids[at : first - 1]])
         for start in range(first - 1, end, self._member.chunk):
-            yield self._heard(start + 1, self._call(ids[start : start + self._member.chunk]))
+            (logits,) = self._member.extend_all(self.cache, [ids[start : start + self._member.chunk]])
+            yield self._heard(start + 1, logits)
 
     def note(self, heard: Heard, text: NDArray[np.int64], own: NDArray[np.float64]) -> None:
         """Write down what was given to the tokens that a text has at the places heard of.
@@ -104,19 +100,6 @@ class Reader:
     def close(self) -> None:
         """Free the cache."""
         self.cache.free()
-
-    def _skip(self, tokens: NDArray[np.int64]) -> None:
-        """Read tokens; nobody asks for what follows them."""
-        if len(tokens) > 1:
-            self._member.extend(self.cache, [tokens])
-        else:
-            self._call(tokens)
-
-    def _call(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Read tokens in one call: logits [tokens, ...]."""
-        if len(tokens) > 1:
-            return self._member.extend_all(self.cache, [tokens])[0]
-        return self._member.extend(self.cache, [tokens], steady=self._steady)
 
     def _heard(self, start: int, logits: NDArray[np.float32]) -> Heard:
         parts = self._member.parts(logits)

@@ -96,11 +96,9 @@ class SpeculativeDecoding:
         self._drafters: list[Drafter] = [self._lookup] if self._lookup else []
         if follower is not None and (lookup or student is not None):
             self._drafters.insert(0, FormDrafts(follower, self._pace))
-        # Such a member reads two tokens in any case.
-        self._pairs = any(member.pairs for member in blend.members)
         if student is not None:
             (listened,) = student.listened()
-            reader = Reader(listened, blend.vocabulary, steady=False)  # what is said does not depend on drafts
+            reader = Reader(listened, blend.vocabulary)
             behind = follower.allowed if follower else None
             self._drafters.append(
                 StudentDrafts(reader, sampling, self._generator, self._pace, eos=self._eos, allow=behind)
@@ -166,8 +164,8 @@ class SpeculativeDecoding:
             for drafter in self._drafters:
                 if (draft := self._held(drafter.draft(state.text, most))).tokens:
                     return draft
-            if self._lookup and self._pairs:
-                return self._held(self._lookup.guess(state.text))
+            if self._lookup:
+                return self._held(self._lookup.guess(state.text, most))
         return NOTHING
 
     def _held(self, draft: Draft) -> Draft:

@@ -15,6 +15,7 @@ from edgemix.export.quantization.float16 import compute_in_float16, store_in_flo
 from edgemix.export.quantization.hqq import hqq
 from edgemix.export.quantization.key_value import quantize_cache
 from edgemix.export.quantization.rtn import rtn
+from edgemix.export.quantization.steady import steady_attention
 from edgemix.export.quantization.tables import quantize_tables
 from edgemix.export.quantization.weights import linears
 from edgemix.progress import SILENT
@@ -113,7 +114,9 @@ def quantize(
     elif format == "fp16":
         store_in_float16(graph)
     if cache is not None:
-        quantize_cache(graph, cache)
+        quantize_cache(graph, cache)  # the operator reads one row of queries there as it does several
+    elif target == "cpu":
+        steady_attention(graph)
     _save(model, output)
 
 

@@ -16,8 +16,7 @@ from edgemix.errors import InputError
 from edgemix.export.quantization.emission import add_initializer
 from edgemix.graph_io import present_of
 from edgemix.progress import SILENT
-from edgemix.runtime.member import CODED_CACHE, Member
-from edgemix.runtime.providers import check_version
+from edgemix.runtime.member import Member
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -56,7 +55,6 @@ def cache_scales(
             f"the cache of this model's graph ({facts.exporter}) cannot be int8: only GroupQueryAttention has one",
             "Leave cache: int8 out of the recipe.",
         )
-    check_version(CODED_CACHE, "cache: int8")
     member = Member.load(graph, facts)
     largest = [np.zeros((slot.heads, slot.head_size), np.float32) for slot in member.layout.slots]
     with progress.stage("key-value scales", len(windows)) as task:

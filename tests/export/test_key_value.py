@@ -150,7 +150,7 @@ def test_what_it_does_to_a_graph_is_the_same_every_time(tmp_path):
 def test_a_runtime_that_is_too_old_says_so(graphs, tmp_path, monkeypatch):
     _, member = graphs
     monkeypatch.setattr("onnxruntime.__version__", "1.25.1")
-    with pytest.raises(EdgemixError, match=r"needs ONNX Runtime 1\.26 or later, and this is 1\.25\.1"):
+    with pytest.raises(EdgemixError, match=r"needs ONNX Runtime 1\.32 or later, and this is 1\.25\.1"):
         Member.load(tmp_path / "model.onnx", member.facts)
 
 

@@ -10,7 +10,8 @@ import msgspec
 import edgemix
 from edgemix.errors import InputError, storage_errors
 from edgemix.export.graph import MODEL_FILE, export_graph
-from edgemix.export.members import end_ids, versions
+from edgemix.export.members import end_ids, load_tokenizer, locate, versions
+from edgemix.export.parity import own_texts
 from edgemix.export.pruning.report import sparsity
 from edgemix.export.shared_tokenizer import tokenizer_size
 from edgemix.graph_io import GraphFacts
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from edgemix.export.member_models import MemberModels
     from edgemix.recipe import MemberRecipe, Recipe
 
+CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 32, 256
+"""What int8-dynamic looks at."""
+GATE_TOKENS = 2_048
+"""Tokens of text that the gate after quantisation reads, over all domains."""
 SPARSE = 0.2
 """Share of zeros from which weights are stored without them; a model that nobody pruned has less."""
 
@@ -88,6 +93,16 @@ class MemberGraphs:
             record = self._make(spec)
             stages.mark_done(f"graph/{spec.name}", key, record, files=[self.path(spec).parent])
         return record
+
+    def calibration(self, spec: MemberRecipe) -> list[list[int]]:
+        """Windows of token ids to look at activations on: calibration text, or else what the member's graph writes.
+
+        Raises:
+            As `make`.
+        """
+        tokenizer = load_tokenizer(locate(spec.model, self._recipe.folder))
+        found = self._models.calibration(tokenizer, spec.name, CALIBRATION_LENGTH, CALIBRATION_WINDOWS)
+        return found or own_texts(self.path(spec), self.make(spec).facts, GATE_TOKENS, seed=self._recipe.seed)
 
     def discard(self, spec: MemberRecipe) -> None:
         """Remove a member's graph, which nobody needs any more."""

@@ -10,12 +10,13 @@ import onnx_ir as ir
 
 from edgemix.errors import InputError, storage_errors
 from edgemix.export.graph import MODEL_FILE
+from edgemix.export.member_graphs import CALIBRATION_WINDOWS
 from edgemix.export.parity import check_quantized, within
 from edgemix.export.quantization import quantize
 from edgemix.export.quantization.block_table import BlockTable
 from edgemix.export.quantization.rtn import rtn
 from edgemix.export.stacking.deltas import find_deltas
-from edgemix.export.stacking.stack import addition_matrices, stack
+from edgemix.export.stacking.stack import addition, addition_matrices, stack
 from edgemix.graph_io import GraphFacts
 from edgemix.manifest import QuantizationParity
 from edgemix.progress import Prefixed
@@ -42,7 +43,7 @@ of three it is three times that.
 
 _ADDITION_BITS, _ADDITION_BLOCK = 8, 16
 """How additions are stored in quantised formats: they are small, and blocks of 16 waste nothing of the usual ranks."""
-_STACKED = ("fp32", "fp16", "int8", "int4")
+_STACKED = ("fp32", "fp16", "int8", "int8-dynamic", "int4")
 
 
 class Stacked(msgspec.Struct, frozen=True):
@@ -182,7 +183,17 @@ class MemberStacks:
         block = self._models.quantization(group[0]).group
         with progress.stage(form), storage_errors(f"writing {output}"):
             shutil.rmtree(output.parent, ignore_errors=True)
-            quantize(self._master(base), output, form, target=target, group=block, table=table, progress=progress)
+            quantize(
+                self._master(base),
+                output,
+                form,
+                target=target,
+                group=block,
+                table=table,
+                calibration=self._calibration(group) if form == "int8-dynamic" else None,
+                thin=[addition(name) for name in deltas],
+                progress=progress,
+            )
         facts = msgspec.structs.replace(
             self._graphs.make(base).facts,
             dtype="float16" if target == "cuda" and form != "fp32" else "float32",
@@ -202,6 +213,11 @@ class MemberStacks:
             for voice, spec in enumerate(group)
         }
         return Stacked(facts, parity)
+
+    def _calibration(self, group: Sequence[MemberRecipe]) -> list[list[int]]:
+        """Text for all of them, as much as one member alone would have."""
+        each = -(-CALIBRATION_WINDOWS // len(group))
+        return [window for spec in group for window in self._graphs.calibration(spec)[:each]]
 
 
 def _joined(graph: ir.Graph) -> int:

@@ -22,7 +22,7 @@ from edgemix.export.distillation.distil import default_device, make_student
 from edgemix.export.distillation.teacher import teacher_in_export
 from edgemix.export.graph import MODEL_FILE
 from edgemix.export.member_blocks import MemberBlocks
-from edgemix.export.member_graphs import GraphRecord, MemberGraphs
+from edgemix.export.member_graphs import GATE_TOKENS, GraphRecord, MemberGraphs
 from edgemix.export.member_models import MemberModels
 from edgemix.export.member_stacks import MemberStacks, groups
 from edgemix.export.members import load_tokenizer, locate, versions
@@ -61,12 +61,6 @@ if TYPE_CHECKING:
     from edgemix.compression import Student
     from edgemix.export.budget.plan import Budget
     from edgemix.recipe import Recipe
-
-CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 32, 256
-"""What int8-dynamic looks at."""
-
-GATE_TOKENS = 2_048
-"""Tokens of text that the gate after quantisation reads, over all domains."""
 
 
 class _MemberRecord(msgspec.Struct, frozen=True):
@@ -307,9 +301,7 @@ class _Export:
         codes = self._recipe.cache == "int8"
         calibration: Sequence[Sequence[int]] | None = None
         if form == "int8-dynamic" or codes:
-            tokenizer, seed = load_tokenizer(locate(spec.model, self._recipe.folder)), self._recipe.seed
-            calibration = self._models.calibration(tokenizer, spec.name, CALIBRATION_LENGTH, CALIBRATION_WINDOWS)
-            calibration = calibration or own_texts(source, graph.facts, GATE_TOKENS, seed=seed)
+            calibration = self._graphs.calibration(spec)
         scales = cache_scales(source, graph.facts, calibration, progress=progress) if codes and calibration else None
         table = self._blocks.find(spec, self._eight_bits.get(spec.name))
         with progress.stage(form), storage_errors(f"writing {output}"):

@@ -28,7 +28,7 @@ from edgemix.export.quantization.smoothing import Smoothing, divide, folds, mult
 from edgemix.export.quantization.weights import linears
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
     from pathlib import Path
 
     from edgemix.export.quantization.blocks import Matrix
@@ -53,7 +53,13 @@ class _Activation(NamedTuple):
 
 
 def quantize_dynamic(
-    model: ir.Model, folder: Path, windows: Sequence[Sequence[int]], *, outliers: Emitter, progress: Progress
+    model: ir.Model,
+    folder: Path,
+    windows: Sequence[Sequence[int]],
+    *,
+    outliers: Emitter,
+    thin: Collection[str] = (),
+    progress: Progress,
 ) -> None:
     """Put 8-bit products in the place of a decoder graph's linears.
 
@@ -66,10 +72,13 @@ def quantize_dynamic(
         folder: Where its external data lies.
         windows: Token ids of calibration text.
         outliers: What takes the linears that resist.
+        thin: Names of weights whose inputs are so few that rounding them would take longer than it saves; these go to
+            `outliers`, too.
         progress: Told of every window and every activation.
     """
     graph = model.graph
-    activations = _activations([*linears(graph)])
+    few = [linear for linear in linears(graph) if linear.weight.name in thin]
+    activations = _activations([linear for linear in linears(graph) if linear.weight.name not in thin])
     found = _smoothings(model, folder, activations, windows, progress)
     for activation, smoothing in zip(activations, found, strict=True):
         if smoothing.scale is not None:
@@ -79,26 +88,19 @@ def quantize_dynamic(
         for linear in activation.readers:
             if smoothing.scale is not None:
                 multiply(linear, smoothing.scale)
-            if smoothing.spike <= RESISTS:
-                rows.emit(linear, smoothing.apart)
-            else:
-                outliers(graph, linear)
-
-
-class _Quantized(NamedTuple):
-    """An activation's codes, each token's largest value, and the channels that are set apart."""
-
-    codes: ir.Value
-    largest: ir.Value
-    apart: ir.Value | None
+        if smoothing.spike <= RESISTS:
+            rows.emit(activation, smoothing.apart)
+        else:
+            few += activation.readers
+    for linear in few:
+        outliers(graph, linear)
 
 
 class _Rows:
-    """Emits linears over activations that are quantised once, however many linears read them."""
+    """Emits linears: all that read an activation are one product."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
-        self._quantized: dict[ir.Value, _Quantized] = {}
         constants: dict[str, np.ndarray] = {
             "last": np.array([-1], np.int64),
             "step": np.array(1 / 127, np.float32),
@@ -106,47 +108,56 @@ class _Rows:
         }
         self._constants = {name: add_initializer(graph, f"rows.{name}", array) for name, array in constants.items()}
 
-    def emit(self, linear: Linear, apart: tuple[int, ...] = ()) -> None:
-        """Replace a linear; the channels `apart`, the same for all that read an activation, stay in floating point."""
-        matrix = linear.matrix()
+    def emit(self, activation: _Activation, apart: tuple[int, ...] = ()) -> None:
+        """Replace the linears of an activation; the channels `apart` stay in floating point."""
+        matrices = [linear.matrix() for linear in activation.readers]
+        matrix, name = np.concatenate(matrices), activation.readers[0].weight.name
         blocks = rtn(without(matrix, apart), bits=8, block=matrix.shape[1], symmetric=True)
         # Signed weights: uint8 activations times int8 weights is the fast product on ARM and on x86 with VNNI. On x86
         # without VNNI it adds neighbours up in 16 bits and may saturate, which costs some precision there.
         signed = (blocks.codes[:, 0].T ^ np.uint8(128)).view(np.int8)
-        name = linear.weight.name
         codes = add_initializer(self._graph, f"{name}.codes", signed)
         scales = add_half(self._graph, f"{name}.scales", blocks.scales[:, 0])
-        nodes, rows = self._quantize(linear.node.inputs[0], matrix.shape[1], apart)
-        inputs = [rows.codes, codes, self._constants["step"], scales, self._constants["middle"]]
-        product = ir.node("MatMulIntegerToFloat", inputs, domain=CONTRIB)
-        scaled = ir.node("Mul", [product.outputs[0], rows.largest])
-        nodes = [*nodes, product, scaled]
-        if rows.apart is not None:
+        value, nodes = activation.value, list[ir.Node]()
+        if apart:
+            indices = add_initializer(self._graph, f"{value.name}.apart", np.array(apart, np.int64))
+            rest = np.ones(matrix.shape[1], np.float32)
+            rest[list(apart)] = 0
+            taken = ir.node("Gather", [value, indices], {"axis": -1})
+            others = ir.node("Mul", [value, add_initializer(self._graph, f"{value.name}.rest", rest)])
             # In fp32: what these few inputs are multiplied with must not be rounded.
             kept = add_initializer(self._graph, f"{name}.apart", matrix[:, apart].T)
-            beside = ir.node("MatMul", [rows.apart, kept])
-            nodes += [beside, ir.node("Add", [scaled.outputs[0], beside.outputs[0]])]
-        replace_linear(self._graph, linear, nodes)
+            beside = ir.node("MatMul", [taken.outputs[0], kept])
+            total = ir.node("Add", [*self._product(others.outputs[0], codes, scales, nodes), beside.outputs[0]])
+            nodes = [taken, others, *nodes, beside, total]
+        else:
+            self._product(value, codes, scales, nodes)
+        self._part(activation.readers, [len(each) for each in matrices], nodes)
 
-    def _quantize(self, value: ir.Value, channels: int, apart: tuple[int, ...]) -> tuple[list[ir.Node], _Quantized]:
-        """The nodes that quantise an activation, none if they are there already, and what they make."""
-        if value in self._quantized:
-            return [], self._quantized[value]
-        constants, whole, nodes, kept = self._constants, value, list[ir.Node](), None
-        if apart:
-            indices = add_initializer(self._graph, f"{whole.name}.apart", np.array(apart, np.int64))
-            rest = np.ones(channels, np.float32)
-            rest[list(apart)] = 0
-            taken = ir.node("Gather", [whole, indices], {"axis": -1})
-            others = ir.node("Mul", [whole, add_initializer(self._graph, f"{whole.name}.rest", rest)])
-            nodes, kept, value = [taken, others], taken.outputs[0], others.outputs[0]
+    def _product(self, value: ir.Value, codes: ir.Value, scales: ir.Value, nodes: list[ir.Node]) -> Sequence[ir.Value]:
+        """Append the nodes that round an activation and multiply it."""
+        step, middle = self._constants["step"], self._constants["middle"]
         size = ir.node("Abs", [value])
-        largest = ir.node("ReduceMax", [size.outputs[0], constants["last"]], {"keepdims": 1})
+        largest = ir.node("ReduceMax", [size.outputs[0], self._constants["last"]], {"keepdims": 1})
         # A token of zeros has no shares, but whatever they are rounded to is multiplied by its largest value, zero.
         share = ir.node("Div", [value, largest.outputs[0]])
-        rounded = ir.node("QuantizeLinear", [share.outputs[0], constants["step"], constants["middle"]])
-        self._quantized[whole] = _Quantized(rounded.outputs[0], largest.outputs[0], kept)
-        return [*nodes, size, largest, share, rounded], self._quantized[whole]
+        rounded = ir.node("QuantizeLinear", [share.outputs[0], step, middle])
+        product = ir.node("MatMulIntegerToFloat", [rounded.outputs[0], codes, step, scales, middle], domain=CONTRIB)
+        scaled = ir.node("Mul", [product.outputs[0], largest.outputs[0]])
+        nodes += [size, largest, share, rounded, product, scaled]
+        return scaled.outputs
+
+    def _part(self, readers: Sequence[Linear], sizes: Sequence[int], nodes: list[ir.Node]) -> None:
+        """Put nodes, the last of which makes what all readers would, in the place of the readers."""
+        first, *others = readers
+        if not others:
+            replace_linear(self._graph, first, nodes)
+            return
+        widths = add_initializer(self._graph, f"{first.weight.name}.widths", np.array(sizes, np.int64))
+        split = ir.node("Split", [nodes[-1].outputs[0], widths], {"axis": -1}, num_outputs=len(readers))
+        self._graph.insert_before(first.node, [*nodes, split])
+        for linear, part in zip(readers, split.outputs, strict=True):
+            replace_linear(self._graph, linear, [ir.node("Identity", [part])])
 
 
 def _activations(found: Sequence[Linear]) -> list[_Activation]:

@@ -21,7 +21,7 @@ from edgemix.export.quantization.weights import linears
 from edgemix.progress import SILENT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
 
     from edgemix.export.quantization.block_table import BlockTable
@@ -64,6 +64,7 @@ def quantize(
     group: int = _BLOCK,
     table: BlockTable | None = None,
     calibration: Sequence[Sequence[int]] | None = None,
+    thin: Collection[str] = (),
     cache: Scales | None = None,
     progress: Progress = SILENT,
 ) -> None:
@@ -81,6 +82,7 @@ def quantize(
         group: Inputs that share a scale in int4.
         table: Blocks that were found for the model beforehand: a linear that it knows gets these.
         calibration: Windows of token ids; `int8-dynamic` needs some.
+        thin: See `quantize_dynamic`.
         cache: Keys and values are kept in 8 bits, with these scales.
         progress: Hears of what takes time.
 
@@ -108,7 +110,7 @@ def quantize(
             emit(graph, linear)
     elif format == "int8-dynamic":
         quantize_tables(graph)
-        quantize_dynamic(model, source.parent, calibration or (), outliers=_INT8, progress=progress)
+        quantize_dynamic(model, source.parent, calibration or (), outliers=_INT8, thin=thin, progress=progress)
     if target == "cuda" and format != "fp32":
         compute_in_float16(graph, model.opset_imports[""])
     elif format == "fp16":
@@ -134,7 +136,8 @@ def _known_first(table: BlockTable, otherwise: Emitter, sums: BlockSums) -> Emit
 
 
 def _save(model: ir.Model, output: Path) -> None:
-    """Write the graph without what nothing reads, and without the exporter's notes (source lines, paths)."""
+    """Write the graph without what does nothing, and without the exporter's notes (source lines, paths)."""
+    common.IdentityEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
     for part in (model, model.graph):

@@ -209,7 +209,7 @@ def _linear_weights(value: ir.Value) -> list[tuple[ir.Value, int]] | None:
     if node is None:
         return None
     if node.op_type == "Add":
-        return _with_bias(node, _linear_weights)
+        return _with_bias(node, _linear_weights) or _both(node)
     if node.op_type not in ("MatMul", "Gemm"):
         return None
     weight = node.inputs[1]
@@ -220,6 +220,12 @@ def _linear_weights(value: ir.Value) -> list[tuple[ir.Value, int]] | None:
         return None
     biases = _constants(list(node.inputs[2:3])) if len(node.inputs) > 2 and node.inputs[2] is not None else []
     return None if biases is None else [(weight, axis), *biases]
+
+
+def _both(node: ir.Node) -> list[tuple[ir.Value, int]] | None:
+    """What a sum of two linears is made by."""
+    made = [_linear_weights(factor) if len(factor.uses()) == 1 else None for factor in node.inputs]
+    return None if None in made else [place for places in made for place in places or ()]
 
 
 def _is_constant(value: ir.Value | None) -> bool:

@@ -1,4 +1,4 @@
-"""What attention says of a token, bit for bit the same whatever else is in the call, in graphs with GroupQueryAttention.
+"""What attention says of a token, bit for bit the same whatever else is in a call, in graphs with GroupQueryAttention.
 
 ONNX Runtime multiplies one row of queries by another kernel than several, and the two differ in their last bits; where
 products round activations to 8 bits, those bits grow to tenths of a logit. So no row is alone: a single token's

@@ -51,6 +51,11 @@ def addition_matrices(deltas: Sequence[Delta]) -> tuple[Matrix, Matrix]:
     return down, np.ascontiguousarray(np.concatenate([delta.up for delta in deltas], axis=1))
 
 
+def addition(name: str) -> str:
+    """The name of what is multiplied last of the additions to a weight of that name, [sum of ranks, N]."""
+    return f"{name}.up"
+
+
 class _Stack:
     """One rewriting under way."""
 
@@ -91,8 +96,8 @@ class _Stack:
         ranks = tuple(delta.rank for delta in deltas)
         parts = addition_matrices(deltas)
         down, up = (
-            add_initializer(self._graph, f"{name}.{kind}", matrix.T)
-            for kind, matrix in zip(("down", "up"), parts, strict=True)
+            add_initializer(self._graph, own, matrix.T)
+            for own, matrix in zip((f"{name}.down", addition(name)), parts, strict=True)
         )
         thin = ir.node("MatMul", [linear.node.inputs[0], down])
         own = ir.node("Mul", [thin.outputs[0], self._own(ranks)])

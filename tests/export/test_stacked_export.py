@@ -87,7 +87,7 @@ def test_the_mixture_is_the_same(bundles: dict[bool, tuple[Path, Manifest]]) -> 
             assert ids[0] == ids[1] == ids[2]
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("form", ["int8", "int8-dynamic", "int4"])
 def test_formats_of_a_stack_pass_the_gates_of_each_member(folder: Path, tmp_path: Path, form: Any) -> None:
     apart = export_bundle(recipe(folder, format=form, stack=False), tmp_path / "apart", force=True)
     found = export_bundle(recipe(folder, format=form), tmp_path / "bundle", force=True)

@@ -8,6 +8,7 @@
     logits                       float [batch, kept, vocabulary]; of several voices [batch, kept, voices, vocabulary]
     present.{i}.key              float or int8 [batch, kv_heads, past + sequence, head_size], and .value
 
+Of several voices, a text's keys and values are [batch * voices, ...], one voice's after the other's.
 `past`, `sequence`, `kept` and `batch` are dynamic; kv_heads, head_size and vocabulary are fixed in the graph, and the
 runtime reads them there. How the cache moves from one call to the next is the graph's `CacheKind`.
 """

@@ -48,12 +48,14 @@ class CacheLayout:
         dtype: Their element type.
         provider: Where they live.
         context: Most tokens that a sequence can have.
+        voices: For how many members the graph speaks: to it, each sequence is so many, with a part of its heads each.
     """
 
     slots: tuple[Slot, ...]
     dtype: np.dtype[Any]
     provider: Provider
     context: int
+    voices: int = 1
 
 
 class KVCache(ABC):
@@ -168,7 +170,8 @@ class SharedCache(KVCache):
             return
         device, dtype = self.layout.provider.device, self.layout.dtype
         for slot, buffer in zip(self.layout.slots, self._buffers, strict=True):
-            shape = [self.batch, slot.heads, self.capacity, slot.head_size]
+            voices = self.layout.voices
+            shape = [self.batch * voices, slot.heads // voices, self.capacity, slot.head_size]
             row_bytes = slot.heads * self.capacity * slot.head_size * dtype.itemsize
             address = buffer.data_ptr() + self._first_row * row_bytes
             binding.bind_input(slot.past, device, 0, dtype, shape, address)

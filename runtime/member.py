@@ -99,12 +99,12 @@ class Member:
         self.voices = facts.voices
         self.chunk = int(np.clip(LOGITS_BYTES // (4 * self.vocabulary * self.voices), 16, MAX_CHUNK))
         slots = tuple(
-            Slot(tensor.name, graph_io.present_of(tensor.name), tensor.shape[1], tensor.shape[3])
+            Slot(tensor.name, graph_io.present_of(tensor.name), self.voices * tensor.shape[1], tensor.shape[3])
             for tensor in self._inputs.values()
             if tensor.name.startswith(graph_io.PAST_PREFIX)
         )
         dtype = _CACHE_TYPES[self._inputs[graph_io.past_key(0)].type]
-        self.layout = CacheLayout(slots, dtype, provider, facts.context)
+        self.layout = CacheLayout(slots, dtype, provider, facts.context, self.voices)
 
     @classmethod
     def load(

@@ -111,6 +111,8 @@ def test_the_benchmark_compares_like_with_like(tool, monkeypatch, tmp_path, caps
         "1",
         "--batch",
         "3",
+        "--one-graph",
+        str(bundle),
     ]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments, "-o", str(tmp_path / "figures.json")])
     tool("benchmark").main()
@@ -119,9 +121,10 @@ def test_the_benchmark_compares_like_with_like(tool, monkeypatch, tmp_path, caps
     assert figures == json.loads((tmp_path / "figures.json").read_text())
     sides = figures["sides"]
     assert list(sides) == [
-        "naive loop", "reference", "lazy", "lookup", "student", "all together", "one member", "bare ONNX Runtime"
+        "naive loop", "lazy", "lookup", "student", "all together",
+        "one graph", "one graph, lookup", "one graph, all together", "one member", "bare ONNX Runtime",
     ]  # fmt: skip
-    assert [row.get("differ") for row in sides.values()] == [None, 0, 0, 0, 0, 0, None, None]
+    assert [row.get("differ") for row in sides.values()] == [None, 0, 0, 0, 0, None, 0, 0, None, None]
     assert sides["naive loop"]["times_naive"] == 1
     assert figures["throughput"]["continuous"] > 0
     assert all(row["decode"] > 0 and set(row["by_domain"]) == {"x", "y"} for row in sides.values())

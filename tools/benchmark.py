@@ -1,7 +1,7 @@
 r"""The mixture against the naive loop, against one member alone, and against other runtimes, on the same prompts.
 
     python tools/benchmark.py BUNDLE PROMPTS.jsonl [-o FIGURES.json] [--plot PICTURE.png] [--weights adaptive]
-                              [--peer llama-cpp=MODEL.gguf] [--peer transformers=FOLDER] ...
+                              [--one-graph BUNDLE] [--peer llama-cpp=MODEL.gguf] [--peer transformers=FOLDER] ...
 
 Sides: the naive loop (every member for every token, one after the other); each technique of edgemix switched on alone
 (members asked only where it matters; drafts from the text; drafts from the student), and all together; one member
@@ -10,9 +10,8 @@ model: transformers (on torch), llama-cpp, onnxruntime-genai, openvino-genai. Wh
 tells two models of one runtime apart. They take turns prompt by prompt, greedy, batch 1; the first round is a warm-up.
 Figures are medians over prompts and rounds, ratios medians of the ratios within a turn.
 
-Every technique must say what the members say together; how many texts differ is in the table. They are held against a
-loop in which every member reads every token, as the techniques read: in calls of two tokens at least where products are
-quantised, since ONNX Runtime's kernel for one row rounds otherwise, and a near tie may then fall the other way.
+Every technique must say what the naive loop says; how many texts differ is in the table. With --one-graph the same
+members, exported as one graph, are compared, too, and must say what their own plain loop says.
 PROMPTS has a JSON object a line, with "prompt" and perhaps "domain".
 """
 
@@ -25,6 +24,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from contextlib import closing
@@ -49,9 +49,8 @@ if TYPE_CHECKING:
     from edgemix.runtime import Mixture
     from edgemix.runtime.blend import Blend
 
-NAIVE, REFERENCE, ALONE, ALL = "naive loop", "reference", "one member", "all together"
+NAIVE, ALONE, ALL, STACKED = "naive loop", "one member", "all together", "one graph"
 TECHNIQUES: dict[str, dict[str, bool]] = {
-    REFERENCE: {},
     "lazy": {"lazy": True},
     "lookup": {"lookup": True},
     "student": {"student": True},
@@ -65,11 +64,11 @@ class Side:
 
     Attributes:
         run: Prompt ids, tokens to generate -> the tokens, step by step.
-        exact: Whether it must say what the reference says.
+        like: The side whose texts it must say.
     """
 
     run: Callable[[list[int], int], Iterable[list[int]]]
-    exact: bool = False
+    like: str | None = None
 
 
 @dataclass
@@ -81,7 +80,9 @@ class Turns:
     text: dict[int, list[int]] = field(default_factory=dict)
 
 
-def sides(bundle: Path, mixture: Mixture, blend: Blend, peers: Mapping[str, str], threads: int) -> dict[str, Side]:
+def sides(
+    bundle: Path, mixture: Mixture, blend: Blend, peers: Mapping[str, str], *, stacked: Blend | None, threads: int
+) -> dict[str, Side]:
     """All that is compared, by name."""
     from edgemix.runtime.blend import Blend
     from edgemix.runtime.engine import Decoding
@@ -96,14 +97,14 @@ def sides(bundle: Path, mixture: Mixture, blend: Blend, peers: Mapping[str, str]
 
         return Side(run)
 
-    def fast(techniques: dict[str, bool]) -> Side:
+    def fast(techniques: dict[str, bool], blend: Blend = blend, like: str = NAIVE) -> Side:
         drafting = mixture.drafting if techniques.get("student") else None
         options: dict[str, Any] = {"lazy": False, "lookup": False, **techniques, "student": drafting}
 
         def run(ids: list[int], count: int) -> Iterable[list[int]]:
             return _ids(SpeculativeDecoding(blend, ids, Sampling(), seed=0, max_new_tokens=count, **common, **options))
 
-        return Side(run, exact=True)
+        return Side(run, like)
 
     best = int(blend.weights.argmax())
     voices = np.eye(len(blend.weights))[best]
@@ -112,6 +113,10 @@ def sides(bundle: Path, mixture: Mixture, blend: Blend, peers: Mapping[str, str]
     for name, techniques in TECHNIQUES.items():
         if "student" not in techniques or mixture.drafting is not None or name == ALL:
             found[name] = fast(techniques)
+    if stacked is not None:
+        found[STACKED] = plainly(stacked)
+        for name in ("lookup", ALL):
+            found[f"{STACKED}, {name}"] = fast(TECHNIQUES[name], stacked, STACKED)
     found[ALONE] = plainly(alone)
     graph = resolve(bundle, mixture.manifest.members[best].graph)
     found["bare ONNX Runtime"] = Side(bare_loop(graph, mixture.vocabulary, threads))
@@ -201,25 +206,36 @@ _LOAD = """
 import json, sys, time
 import onnxruntime, psutil
 from edgemix.runtime import Mixture
-bundle, threads = sys.argv[1], int(sys.argv[2])
+bundle, threads, packed = sys.argv[1], int(sys.argv[2]), sys.argv[3] or None
 held, begun = psutil.Process().memory_info().rss, time.perf_counter()
-with Mixture.load(bundle, "cpu", threads, verify=False, drafts=False):
+with Mixture.load(bundle, "cpu", threads, verify=False, drafts=False, packed=packed):
     seconds = time.perf_counter() - begun
     print(json.dumps({"seconds": seconds, "resident": psutil.Process().memory_info().rss - held}))
 """
 
 
 def loading(bundle: Path, threads: int, *, times: int = 3) -> dict[str, Any]:
-    """Medians of loading all members, warm, each time in a process of its own: seconds, bytes of memory that stay, and
-    the bytes of their files.
+    """Medians of loading all members, warm, each time in a process of its own, as they are and from packed weights:
+    seconds, bytes of memory that stay, and the bytes of their files.
     """
     manifest = read_manifest(bundle)
     folders = {Path(entry.graph).parent for entry in manifest.members}
     files = sum(entry.size for name, entry in manifest.files.items() if Path(name).parent in folders)
     command = [sys.executable, "-c", _LOAD, str(bundle), str(threads)]
-    found = [json.loads(subprocess.run(command, check=True, capture_output=True).stdout) for _ in range(times)]
+    with tempfile.TemporaryDirectory() as packed:
+        subprocess.run([*command, packed], check=True, capture_output=True)
+        ways = {"": "", "packed_": packed}
+        runs = {
+            name: [
+                json.loads(subprocess.run([*command, where], check=True, capture_output=True).stdout)
+                for _ in range(times)
+            ]
+            for name, where in ways.items()
+        }
     return {"files": files} | {
-        name: statistics.median(each[name] for each in found) for name in ("seconds", "resident")
+        f"{way}{name}": statistics.median(each[name] for each in found)
+        for way, found in runs.items()
+        for name in ("seconds", "resident")
     }
 
 
@@ -242,8 +258,8 @@ def summary(found: Mapping[str, Turns], compared: Mapping[str, Side], domains: l
                 for domain in dict.fromkeys(domains)
             },
         }
-        if compared[name].exact:
-            row["differ"] = sum(text != found[REFERENCE].text[number] for number, text in turns.text.items())
+        if like := compared[name].like:
+            row["differ"] = sum(text != found[like].text[number] for number, text in turns.text.items())
         rows[name] = row
     return rows
 
@@ -275,8 +291,10 @@ def show(figures: dict[str, Any], console: Console) -> None:
         ],
     )
     load = figures["loading"]
-    told = f"{load['seconds']:.2f} s to load all members, warm; {load['resident'] / 1e6:,.0f} MB resident"
-    console.note(f"{told}, {load['resident'] / load['files']:.2f} times their files")
+    for way, name in (("", "all members, warm"), ("packed_", "the same from packed weights")):
+        seconds, resident = load[f"{way}seconds"], load[f"{way}resident"]
+        size = f"{resident / 1e6:,.0f} MB resident, {resident / load['files']:.2f} times their files"
+        console.note(f"{seconds:.2f} s to load {name}; {size}")
     if figures["throughput"]:
         many = figures["throughput"]
         console.table(
@@ -339,6 +357,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="a picture, .png or .svg")
     parser.add_argument("--weights", type=lambda text: WeightsType().convert(text, None, None), default="adaptive")
     parser.add_argument("--peer", action="append", default=[], help=f"NAME=MODEL; names: {', '.join(PEERS)}")
+    parser.add_argument("--one-graph", type=Path, metavar="BUNDLE", help="the same members with stack: true")
     parser.add_argument("--most", type=int, default=30, help="prompts at most")
     parser.add_argument("--new", type=int, default=64, help="tokens to generate")
     parser.add_argument("--batch", type=int, help="measure throughput, too, in batches of so many texts")
@@ -359,7 +378,9 @@ def main() -> None:
         prompts = read_prompts(arguments.prompts, arguments.most)
         with Mixture.load(arguments.bundle, provider="cpu", threads=arguments.threads, plan=False) as mixture:
             blend = mixture.blend(arguments.weights)
-            compared = sides(arguments.bundle, mixture, blend, peers, arguments.threads)
+            stacked = Mixture.load(arguments.one_graph, "cpu", arguments.threads) if arguments.one_graph else None
+            other = stacked and stacked.blend(arguments.weights)
+            compared = sides(arguments.bundle, mixture, blend, peers, stacked=other, threads=arguments.threads)
             encoded = [mixture.tokenizer.encode(prompt) for prompt, _ in prompts]
             found = take_turns(compared, encoded, new=arguments.new, rounds=arguments.rounds, console=console)
             figures = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,7 +59,8 @@ def observe(
 
 
 def _feed(session: ort.InferenceSession, ids: np.ndarray) -> dict[str, np.ndarray]:
-    feed = {}
+    voices = next(tensor.shape[2:-1] for tensor in session.get_outputs() if tensor.name == graph_io.LOGITS)
+    rows, feed = math.prod(voices), {}
     for tensor in session.get_inputs():
         if tensor.name == graph_io.INPUT_IDS:
             feed[tensor.name] = ids
@@ -67,5 +69,5 @@ def _feed(session: ort.InferenceSession, ids: np.ndarray) -> dict[str, np.ndarra
         elif tensor.name == graph_io.POSITION_IDS:
             feed[tensor.name] = np.arange(ids.shape[1])[None]
         else:  # an empty cache
-            feed[tensor.name] = np.zeros((1, tensor.shape[1], 0, tensor.shape[3]), np.float32)
+            feed[tensor.name] = np.zeros((rows, tensor.shape[1], 0, tensor.shape[3]), np.float32)
     return feed

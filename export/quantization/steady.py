@@ -23,20 +23,19 @@ from edgemix.export.quantization.emission import add_initializer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_LAST, _TOTAL, _ANGLES, _QUERIES = 5, 6, slice(7, 9), 16
+LENGTHS, _TOTAL, _ANGLES, _QUERIES = 5, 6, slice(7, 9), 16
 """Of GroupQueryAttention's inputs: the rows' lengths less one, the longest, the angles' cosines and sines, and how many
 tokens of the call are a row's.
 """
-_STATE = slice(3, 5)
 
 
 def steady_attention(graph: ir.Graph) -> None:
     """Let attention read two rows of queries at least.
 
     Args:
-        graph: With its final weights; changed in place. Nothing happens where it has no GroupQueryAttention.
+        graph: Changed in place. Nothing happens where it has no GroupQueryAttention, or has been changed already.
     """
-    nodes = [node for node in graph if node.op_type == "GroupQueryAttention"]
+    nodes = [node for node in graph if node.op_type == "GroupQueryAttention" and len(node.inputs) <= _QUERIES]
     if not nodes:
         return
     pairs = _Pairs(graph, nodes[0])
@@ -72,7 +71,7 @@ class _Pairs:
                 graph.insert_before(node, rows)
                 node.replace_input_with(index, rows.outputs[0])
         node.resize_inputs(_QUERIES + 1)
-        for index, value in zip((_LAST, _TOTAL, _QUERIES), self._longer(node), strict=True):
+        for index, value in zip((LENGTHS, _TOTAL, _QUERIES), self._longer(node), strict=True):
             node.replace_input_with(index, value)
         made = node.outputs[0]
         kept = ir.node("Gather", [made, self._kept], {"axis": 1}, name=f"{name}.kept")
@@ -85,7 +84,7 @@ class _Pairs:
 
     def _longer(self, node: ir.Node) -> Sequence[ir.Value]:
         """The rows' lengths less one, the longest, and how many tokens of the call are each row's."""
-        last, total = node.inputs[_LAST], node.inputs[_TOTAL]
+        last, total = node.inputs[LENGTHS], node.inputs[_TOTAL]
         if (last, total) not in self._lengths:
             flat = self._put("Reshape", last, self._constant(-1, np.int64, 1))
             longer = self._put("Add", flat, self._more)

@@ -44,11 +44,13 @@ def graph_of(model: PreTrainedModel, folder: Path) -> Path:
 def run(path: Path, steps: list[np.ndarray], keep: int | None = None) -> list[np.ndarray]:
     """Logits of every step, each after the ones before, in a shared cache of 64 slots."""
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    cache = {
-        tensor.name: ort.OrtValue.ortvalue_from_numpy(np.zeros((1, tensor.shape[1], 64, tensor.shape[3]), np.float32))
+    rows = np.prod(session.get_outputs()[0].shape[2:-1], dtype=int)
+    shapes = {
+        tensor.name: (rows, tensor.shape[1], 64, tensor.shape[3])
         for tensor in session.get_inputs()
         if tensor.name.startswith("past")
     }
+    cache = {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for name, shape in shapes.items()}
     read, found = 0, []
     for ids in steps:
         binding = session.io_binding()

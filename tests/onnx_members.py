@@ -192,25 +192,53 @@ def write_stack(path: Path, members: Sequence[ClosedForm]) -> GraphFacts:
     for node in [*last, first, *(node for node in graph.node if list(node.output) in (["pulled"], ["all"]))]:
         graph.node.remove(node)
     pull = next(each for each in graph.initializer if each.name == "pull")
-    size = pull.dims[0]
+    size, count = pull.dims[0], len(members)
+    constants = {"nought": np.int64(0), "voices": np.int64(count), "voice_axis": np.array([2])}
+    constants |= {"text_axis": np.array([0]), "every": np.array([count]), "last_row": np.array([2**62])}
+    constants["one_more"] = np.array([1], np.int32)
+    rows = [  # to the attention, each text is as many as there are members
+        helper.make_node("Shape", ["input_ids"], ["texts_shape"], end=1),
+        helper.make_node("Squeeze", ["texts_shape"], ["texts"]),
+        helper.make_node("Mul", ["texts", "voices"], ["row_count"]),
+        helper.make_node("Range", ["nought", "row_count", "one"], ["rows"]),
+        helper.make_node("Div", ["rows", "voices"], ["text_of_row"]),
+        helper.make_node("Gather", ["value_of_text", "text_of_row"], ["value"], axis=0),
+        helper.make_node("Gather", ["length_of_text", "text_of_row"], ["seqlens_k"], axis=0),
+        helper.make_node("Shape", ["input_ids"], ["new_tokens"], start=1, end=2),
+        helper.make_node("Cast", ["new_tokens"], ["tokens_of_call"], to=TensorProto.INT32),
+        helper.make_node("Add", ["seqlens_k", "one_more"], ["length_of_row"]),
+        helper.make_node("Min", ["length_of_row", "tokens_of_call"], ["queries"]),
+    ]
+    attention = next(node for node in graph.node if node.op_type == "GroupQueryAttention")
+    attention.input.extend([*[""] * (16 - len(attention.input)), "queries"])
+    made = {"value": "value_of_text", "seqlens_k": "length_of_text"}
+    for node in graph.node:
+        node.output[:] = [made.get(name, name) for name in node.output]
+    before = [node for node in graph.node if set(node.output) & {*made.values(), "lengths", "last"}]
+    after = [node for node in graph.node if not any(node is each for each in before)]
+    del graph.node[:]
+    graph.node.extend([*before, *rows, *after])
     for voice, member in enumerate(members):
         arrays = {"table": member.table, "pull": np.eye(size, width, dtype=np.float32) * np.float32(member.pull)}
-        graph.initializer.extend(numpy_helper.from_array(array, f"{name}.{voice}") for name, array in arrays.items())
+        constants |= {f"{name}.{voice}": array for name, array in arrays.items()} | {f"row.{voice}": np.array([voice])}
         graph.node.extend(
             [
                 helper.make_node("Gather", [f"table.{voice}", "input_ids"], [f"bigram.{voice}"]),
-                helper.make_node("MatMul", ["shares", f"pull.{voice}"], [f"pulled.{voice}"]),
+                helper.make_node(
+                    "Slice", ["shares", f"row.{voice}", "last_row", "text_axis", "every"], [f"shares.{voice}"]
+                ),
+                helper.make_node("MatMul", [f"shares.{voice}", f"pull.{voice}"], [f"pulled.{voice}"]),
                 helper.make_node("Add", [f"bigram.{voice}", f"pulled.{voice}"], [f"all.{voice}"]),
                 helper.make_node("Unsqueeze", [f"all.{voice}", "voice_axis"], [f"voice.{voice}"]),
             ]
         )
-    graph.initializer.append(numpy_helper.from_array(np.array([2]), "voice_axis"))
-    graph.node.append(helper.make_node("Concat", [f"voice.{v}" for v in range(len(members))], ["all"], axis=2))
+    graph.initializer.extend(_initializer(name, np.asarray(value), "float32") for name, value in constants.items())
+    graph.node.append(helper.make_node("Concat", [f"voice.{v}" for v in range(count)], ["all"], axis=2))
     graph.node.extend(last)
     logits = next(output for output in graph.output if output.name == "logits")
-    logits.CopyFrom(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "kept", len(members), width]))
+    logits.CopyFrom(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "kept", count, width]))
     onnx.save(model, path)
-    return msgspec.structs.replace(facts, voices=len(members))
+    return msgspec.structs.replace(facts, voices=count)
 
 
 def _initializer(name: str, value: np.ndarray, dtype: str) -> onnx.TensorProto:

@@ -176,11 +176,10 @@ def draft_tokens(bundle: Path, manifest: Manifest, draft: DraftGraph) -> list[in
         tokens = msgspec.json.decode(data, type=list[int])
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is damaged: {error}", _EXPORT_AGAIN) from None
-    ascending = all(one < next_one for one, next_one in pairwise(tokens))
-    if not ascending or len(tokens) != draft.vocabulary or tokens[0] < 0 or tokens[-1] >= manifest.tokenizer.vocabulary:
+    ascending, end = all(one < other for one, other in pairwise(tokens)), manifest.tokenizer.vocabulary
+    if not ascending or len(tokens) != draft.vocabulary or tokens[0] < 0 or tokens[-1] >= end:
         raise BundleError(
-            f"{path} should hold {draft.vocabulary:,} different ids of the tokenizer's {manifest.tokenizer.vocabulary:,} "
-            "tokens, ascending, and does not",
+            f"{path} should hold {draft.vocabulary:,} different ids below {end:,}, ascending, and does not",
             _EXPORT_AGAIN,
         )
     return tokens
@@ -238,7 +237,7 @@ def check_writable(bundle: Path) -> None:
 
 
 def graph_digest(manifest: Manifest, graph: str) -> str:
-    """Of a graph of the bundle and the files beside it, which may be those of another graph too, from their checksums."""
+    """Of a graph of the bundle and the files beside it, from their checksums; another graph may lie beside it."""
     folder = PurePosixPath(graph).parent
     files = [file for file in manifest.files if PurePosixPath(file).is_relative_to(folder)]
     if not files:

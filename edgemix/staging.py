@@ -148,8 +148,8 @@ class BundleWriter:
     def _drop_leftovers(self, manifest: Manifest) -> None:
         needed = set()
         for entry in manifest.graphs:
-            for path in entry.paths:
-                graph = resolve(self.folder, path)
+            for stored in entry.paths:
+                graph = resolve(self.folder, stored)
                 if not graph.is_file():
                     raise EdgemixError(f"{self.output}: the graph of {entry.name!r} was never written")
                 needed |= {graph, *(graph.parent / location for location in external_files(graph))}

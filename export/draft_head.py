@@ -238,7 +238,8 @@ def _dimensions(value: ir.Value) -> tuple[int, ...] | None:
 
 
 def _order(transpose: ir.Node, shape: Sequence[int]) -> Sequence[int]:
-    return transpose.attributes.get_ints("perm", range(len(shape))[::-1])
+    order: Sequence[int] = transpose.attributes.get_ints("perm", range(len(shape))[::-1])
+    return order
 
 
 def _taken(graph: ir.Graph, reader: ir.Node, value: ir.Value, axis: int, tokens: NDArray[np.int64]) -> ir.Value:

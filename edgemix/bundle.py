@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from edgemix.manifest import (
     TOKENIZER,
     BudgetFigures,
     BudgetPoint,
+    DraftGraph,
     FileEntry,
     GraphParity,
     Manifest,
@@ -52,6 +54,7 @@ __all__ = [
     "TOKENIZER",
     "BudgetFigures",
     "BudgetPoint",
+    "DraftGraph",
     "FileEntry",
     "GraphParity",
     "Manifest",
@@ -64,6 +67,7 @@ __all__ = [
     "TokenizerEntry",
     "Weights",
     "check_writable",
+    "draft_tokens",
     "files_in",
     "hash_file",
     "read_manifest",
@@ -75,6 +79,8 @@ __all__ = [
 ]
 
 MAX_MANIFEST_BYTES = 16 << 20
+_LONGEST_TOKEN = 16
+"""Most characters of a token's id in JSON, and what stands around it."""
 _CHUNK = 1 << 20
 _MOST_LINES, _LONGEST_LINE = 20, 300  # of what is said about a manifest that may be hostile
 # Files that ONNX Runtime or a tokenizer would open if something led there; others (a README, .DS_Store) harm nobody.
@@ -151,16 +157,41 @@ def verify_bundle(
                     raise BundleError(f"{bundle}: {name} has changed: its sha256 is not the manifest's", _EXPORT_AGAIN)
         _check_tokenizer(bundle, manifest)
     for member in entries:
-        _check_weights(bundle, manifest, member)
+        for graph in member.paths:
+            _check_weights(bundle, manifest, member, graph)
+        if member.draft is not None:
+            draft_tokens(bundle, manifest, member.draft)
 
 
-def _check_weights(bundle: Path, manifest: Manifest, member: MemberEntry) -> None:
-    """Check that a member's weights are listed, and stored without their zeros if the manifest says so."""
-    folder = PurePosixPath(member.graph).parent
-    locations = sorted(external_files(resolve(bundle, member.graph)))
+def draft_tokens(bundle: Path, manifest: Manifest, draft: DraftGraph) -> list[int]:
+    """The ids of the tokens that a draft graph's logits are of, in their order.
+
+    Raises:
+        BundleError: They are not as many different ids, ascending, as the manifest says, or not the tokenizer's.
+    """
+    path = resolve(bundle, draft.tokens)
+    with storage_errors(f"reading {path}"), path.open("rb") as file:
+        data = file.read(draft.vocabulary * _LONGEST_TOKEN + 1)
+    try:
+        tokens = msgspec.json.decode(data, type=list[int])
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is damaged: {error}", _EXPORT_AGAIN) from None
+    ascending, end = all(one < other for one, other in pairwise(tokens)), manifest.tokenizer.vocabulary
+    if not ascending or len(tokens) != draft.vocabulary or tokens[0] < 0 or tokens[-1] >= end:
+        raise BundleError(
+            f"{path} should hold {draft.vocabulary:,} different ids below {end:,}, ascending, and does not",
+            _EXPORT_AGAIN,
+        )
+    return tokens
+
+
+def _check_weights(bundle: Path, manifest: Manifest, member: MemberEntry, graph: str) -> None:
+    """Check that the weights of a member's graph are listed, and stored without their zeros if the manifest says so."""
+    folder = PurePosixPath(graph).parent
+    locations = sorted(external_files(resolve(bundle, graph)))
     for location in locations:
         if str(folder / location) not in manifest.files:
-            raise BundleError(f"{bundle}: {member.graph} takes weights from {location!r}, which is not listed")
+            raise BundleError(f"{bundle}: {graph} takes weights from {location!r}, which is not listed")
     sparse = [resolve(bundle, str(folder / location)) for location in locations if location.endswith(SUFFIX)]
     found = sum(read_header(path).size for path in sparse)
     if found != (member.sparse.size if member.sparse else 0):
@@ -206,12 +237,12 @@ def check_writable(bundle: Path) -> None:
 
 
 def graph_digest(manifest: Manifest, graph: str) -> str:
-    """Of a graph of the bundle and the files beside it, from their checksums."""
+    """Of a graph of the bundle and the files beside it, from their checksums; another graph may lie beside it."""
     folder = PurePosixPath(graph).parent
     files = [file for file in manifest.files if PurePosixPath(file).is_relative_to(folder)]
     if not files:
         raise ValueError(f"the manifest lists no file in {folder}: it is not finished")
-    lines = [f"{file} {manifest.files[file].sha256}\n" for file in sorted(files)]
+    lines = [f"{graph}\n", *(f"{file} {manifest.files[file].sha256}\n" for file in sorted(files))]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

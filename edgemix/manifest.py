@@ -5,6 +5,7 @@ BUNDLE/
   tokenizer/tokenizer.json               and chat_template.jinja where the tokenizer has one
   members/NAME/model.onnx, model.onnx.data
   student/model.onnx, model.onnx.data    where the bundle has a student
+  student/draft.onnx, draft_tokens.json  where it drafts with fewer rows of its head
 """
 
 from __future__ import annotations
@@ -180,6 +181,20 @@ class SparseWeights(_Record, frozen=True):
     size: int
 
 
+class DraftGraph(_Record, frozen=True):
+    """The student's graph with fewer rows of its head, to draft with. Its other weights are those of the whole graph.
+
+    Attributes:
+        graph: A path inside the bundle, in the student's folder.
+        tokens: Another one: JSON, the ids of the tokens that the rows are of, ascending.
+        vocabulary: Number of rows, the width of its logits.
+    """
+
+    graph: str
+    tokens: str
+    vocabulary: int
+
+
 class MemberEntry(_Record, frozen=True):
     """One member, or the student: its graph (a path inside the bundle), where it came from, and how close it stayed.
 
@@ -192,6 +207,7 @@ class MemberEntry(_Record, frozen=True):
         pruning: None for a model that was not pruned.
         sparse: Set where the weights are stored without their zeros.
         eight_bits: Share of the layers' weights that int4 has in 8 bits.
+        draft: Of the student: what it drafts with, where that is not its whole graph.
     """
 
     name: str
@@ -207,6 +223,12 @@ class MemberEntry(_Record, frozen=True):
     pruning: PruningFigures | None = None
     sparse: SparseWeights | None = None
     eight_bits: float = 0.0
+    draft: DraftGraph | None = None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of its graph, and of the one that it drafts with."""
+        return (self.graph,) if self.draft is None else (self.graph, self.draft.graph)
 
 
 class TokenizerEntry(_Record, frozen=True):
@@ -307,6 +329,7 @@ def faults(manifest: Manifest) -> list[str]:
         *([] if 1 <= manifest.schema <= SCHEMA else [f"schema is {manifest.schema}, and edgemix knows 1 to {SCHEMA}"]),
         *_member_faults(manifest),
         *_graph_faults(manifest),
+        *_draft_faults(manifest),
         *_voice_faults(manifest),
         *_weight_faults(manifest),
         *_tokenizer_faults(manifest),
@@ -350,6 +373,19 @@ def _graph_faults(manifest: Manifest) -> Iterator[str]:
             yield f"{where}: a share of {entry.eight_bits} in 8 bits"
         if entry.sparse is not None and entry.sparse.size < 1:
             yield f"{where}: its sparse weights would expand to {entry.sparse.size} bytes"
+
+
+def _draft_faults(manifest: Manifest) -> Iterator[str]:
+    yield from (f"members: {each.name!r} drafts, as only the student may" for each in manifest.members if each.draft)
+    if manifest.student is None or (draft := manifest.student.draft) is None:
+        return
+    for path, suffix in ((draft.graph, ".onnx"), (draft.tokens, ".json")):
+        if not path.startswith(f"{STUDENT}/") or not path.endswith(suffix):
+            yield f"student: drafts with {path!r}, which is no {suffix} file in the folder {STUDENT}"
+    if draft.graph == manifest.student.graph:
+        yield f"student: drafts with {draft.graph!r}, its whole graph"
+    if not 1 <= draft.vocabulary <= manifest.tokenizer.vocabulary:
+        yield f"student: drafts {draft.vocabulary} tokens of the tokenizer's {manifest.tokenizer.vocabulary}"
 
 
 def _voice_faults(manifest: Manifest) -> Iterator[str]:
@@ -396,7 +432,8 @@ def _file_faults(manifest: Manifest) -> Iterator[str]:
             yield f"files: {name!r} has a sha256 that is none"
     if MANIFEST in manifest.files:
         yield f"files: {MANIFEST} cannot list itself"
-    needed = [TOKENIZER, *(entry.graph for entry in manifest.graphs)]
+    needed = [TOKENIZER, *(path for entry in manifest.graphs for path in entry.paths)]
+    needed += [entry.draft.tokens for entry in manifest.graphs if entry.draft is not None]
     yield from (f"files: {name!r} is not listed" for name in needed if name not in manifest.files)
 
 

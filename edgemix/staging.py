@@ -148,10 +148,13 @@ class BundleWriter:
     def _drop_leftovers(self, manifest: Manifest) -> None:
         needed = set()
         for entry in manifest.graphs:
-            graph = resolve(self.folder, entry.graph)
-            if not graph.is_file():
-                raise EdgemixError(f"{self.output}: the graph of {entry.name!r} was never written")
-            needed |= {graph, *(graph.parent / location for location in external_files(graph))}
+            for stored in entry.paths:
+                graph = resolve(self.folder, stored)
+                if not graph.is_file():
+                    raise EdgemixError(f"{self.output}: the graph of {entry.name!r} was never written")
+                needed |= {graph, *(graph.parent / location for location in external_files(graph))}
+            if entry.draft is not None:
+                needed.add(resolve(self.folder, entry.draft.tokens))
         tokenizer = self.folder / PurePosixPath(TOKENIZER).parent
         for path in list(files_in(self.folder)):
             if path not in needed and not path.is_relative_to(tokenizer):

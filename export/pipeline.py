@@ -20,6 +20,7 @@ from edgemix.export.budget.trials import Trials
 from edgemix.export.budget.verdict import verdict
 from edgemix.export.distillation.distil import default_device, make_student
 from edgemix.export.distillation.teacher import teacher_in_export
+from edgemix.export.draft_head import make_draft
 from edgemix.export.graph import MODEL_FILE
 from edgemix.export.member_blocks import MemberBlocks
 from edgemix.export.member_graphs import GATE_TOKENS, GraphRecord, MemberGraphs
@@ -146,7 +147,8 @@ class _Export:
             manifest = msgspec.structs.replace(manifest, weights=self._fit(manifest))
         manifest = msgspec.structs.replace(manifest, quantization=self._mixture_parity(manifest, mixed))
         if recipe.student is not None:
-            manifest = msgspec.structs.replace(manifest, student=self._student(recipe.student, manifest, text))
+            made = self._student(recipe.student, manifest, text, tokenizer)
+            manifest = msgspec.structs.replace(manifest, student=made)
         if judge is not None:
             manifest = msgspec.structs.replace(manifest, budget=judge(manifest))
         return self._writer.finish(manifest, self._progress)
@@ -378,8 +380,14 @@ class _Export:
             self._writer.stages.mark_done("mixture", key, figures)
         return figures
 
-    def _student(self, student: Student, manifest: Manifest, text: list[list[int]] | None) -> MemberEntry:
-        """Distil the mixture with its weights; then a graph is made as for any member."""
+    def _student(
+        self,
+        student: Student,
+        manifest: Manifest,
+        text: list[list[int]] | None,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> MemberEntry:
+        """Distil the mixture with its weights; then a graph is made as for any member, and one to draft with."""
         folder, weights = self._writer.scratch / "distillation", manifest.weights.default
         specs = {spec.name: spec for spec in self._recipe.members}
         with Mixture.assemble(self._writer.folder, manifest) as mixture:
@@ -390,7 +398,9 @@ class _Export:
         licences = {member.source.licence for member in manifest.members}
         licence = None if None in licences else ", ".join(sorted(filter(None, licences)))
         source = msgspec.structs.replace(entry.source, model="distilled from the mixture", licence=licence)
-        return msgspec.structs.replace(entry, source=source)
+        place, known = self._writer.folder / _place(spec), manifest.tokenizer
+        draft = make_draft(self._recipe, entry, place, tokenizer=tokenizer, known=known, progress=self._progress)
+        return msgspec.structs.replace(entry, source=source, draft=draft)
 
 
 def _place(spec: MemberRecipe) -> str:

@@ -79,13 +79,22 @@ class Member:
         facts: What the manifest says of the graph.
         voices: For how many members it speaks.
         vocabulary: Width of the logits, padding included.
+        tokens: int64 [vocabulary], the ids that its logits are of, ascending; None where those are 0, 1, 2, ...
         context: Most tokens that a sequence can have.
         layout: What its caches must know of it.
         chunk: Most tokens that one call should read, so that its logits stay within `LOGITS_BYTES`.
     """
 
-    def __init__(self, session: Any, facts: GraphFacts, provider: Provider, name: str) -> None:
-        self.facts, self.provider, self.name = facts, provider, name
+    def __init__(
+        self,
+        session: Any,
+        facts: GraphFacts,
+        provider: Provider,
+        name: str,
+        *,
+        tokens: NDArray[np.int64] | None = None,
+    ) -> None:
+        self.facts, self.provider, self.name, self.tokens = facts, provider, name, tokens
         self._session = session
         self._watch: Watch = _unwatched
         self._inputs = {tensor.name: tensor for tensor in session.get_inputs()}
@@ -116,6 +125,7 @@ class Member:
         *,
         name: str = "",
         packed: tuple[PackedWeights, str] | None = None,
+        tokens: NDArray[np.int64] | None = None,
     ) -> Member:
         """Open a graph.
 
@@ -126,6 +136,7 @@ class Member:
             threads: Threads within an operator; physical cores by default.
             name: For messages; the graph's folder by default.
             packed: See `open_session`.
+            tokens: The ids that its logits are of; all by default.
 
         Raises:
             BundleError: The graph does not load, or is not the decoder that `facts` describe.
@@ -135,7 +146,7 @@ class Member:
         if facts.cache == "shared":
             check_version(ATTENTION, "this graph's attention")
         session = open_session(graph, provider, threads=threads, packed=packed)
-        return cls(session, facts, provider, name or graph.parent.name)
+        return cls(session, facts, provider, name or graph.parent.name, tokens=tokens)
 
     def watched(self, watch: Watch) -> Member:
         """The same graph, whose every call of ONNX Runtime is made within `watch(name, tokens)`."""

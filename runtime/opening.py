@@ -6,7 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from edgemix.bundle import graph_digest, resolve
+import msgspec
+import numpy as np
+
+from edgemix.bundle import draft_tokens, graph_digest, resolve
 from edgemix.runtime.member import Member
 from edgemix.runtime.packed_weights import PackedWeights
 from edgemix.runtime.providers import default_threads
@@ -21,14 +24,14 @@ if TYPE_CHECKING:
 def open_graphs(
     bundle: Path, manifest: Manifest, provider: Provider, threads: int | None, *, student: bool, packed: Path | None
 ) -> tuple[list[Member], Member | None]:
-    """Every graph of the members, in their order, and the student's.
+    """Every graph of the members, in their order, and what the student drafts with.
 
     Args:
         bundle: The folder.
         manifest: Its own, or what there is of it while it is being made.
         provider: Where they run.
         threads: Threads within an operator; physical cores by default.
-        student: Open the student, too, if there is one.
+        student: Open the student, too, if there is one: the graph that has some tokens only, where it has that.
         packed: Where weights are kept as the provider's kernels want them.
 
     Raises:
@@ -40,8 +43,13 @@ def open_graphs(
     kept = PackedWeights.of_this_machine(packed) if packed else None
 
     def open_one(entry: MemberEntry) -> Member:
-        place = (kept, graph_digest(manifest, entry.graph)) if kept else None
-        return Member.load(resolve(bundle, entry.graph), entry.facts, provider, threads, name=entry.name, packed=place)
+        path, facts, tokens = entry.graph, entry.facts, None
+        if entry is drafter and entry.draft is not None:
+            path, facts = entry.draft.graph, msgspec.structs.replace(facts, vocabulary=entry.draft.vocabulary)
+            tokens = np.array(draft_tokens(bundle, manifest, entry.draft), np.int64)
+        place = (kept, graph_digest(manifest, path)) if kept else None
+        graph = resolve(bundle, path)
+        return Member.load(graph, facts, provider, threads, name=entry.name, packed=place, tokens=tokens)
 
     with ThreadPoolExecutor(default_threads()) as workers:
         opened = list(workers.map(open_one, [*entries, *([drafter] if drafter else [])]))

@@ -39,19 +39,25 @@ class Reader:
     Attributes:
         listened: As it was given.
         voices: The numbers, among a blend's, of those of its voices that are listened to.
+        vocabulary: As it was given.
         cache: What it has read.
     """
 
     def __init__(self, listened: Listened, vocabulary: int, cache: KVCache | None = None) -> None:
         self.listened = listened
         self._member, self._own, self.voices = listened
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         self.cache = cache or self._member.new_cache()
 
     @property
     def context(self) -> int:
         """Most tokens that it can read."""
         return self._member.context
+
+    @property
+    def tokens(self) -> NDArray[np.int64] | None:
+        """The ids that its logits are of; None for all."""
+        return self._member.tokens
 
     @property
     def read(self) -> int:
@@ -103,4 +109,4 @@ class Reader:
 
     def _heard(self, start: int, logits: NDArray[np.float32]) -> Heard:
         parts = self._member.parts(logits)
-        return Heard(start, [parts[voice][:, : self._vocabulary] for voice in self._own])
+        return Heard(start, [parts[voice][:, : self.vocabulary] for voice in self._own])

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from onnx_members import saying, write_bundle
+from cut_students import cut_student
+from onnx_members import EOS, saying, write_bundle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,14 +32,17 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def student_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of the same members with a student, who knows half of what "math" says; not to be changed."""
-    return write_bundle(
+    """A bundle of the same members with a student, who knows half of what "math" says and drafts some tokens only; not
+    to be changed.
+    """
+    folder = write_bundle(
         tmp_path_factory.mktemp("bundle") / "mixture",
         {"math": saying(MATH), "code": saying(CODE)},
         weights={"math": 0.75, "code": 0.25},
         student=saying(MATH[:3]),
         chat_template="{% for message in messages %}{{ message.content }}{% endfor %}",
     )
+    return cut_student(folder, sorted({*f"{MATH}{CODE}".encode(), EOS}))
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import onnx
 import pytest
+from cut_students import GRAPH as DRAFT_GRAPH
+from cut_students import TOKENS, cut_student
 from onnx_members import saying, write_bundle
 
 from edgemix import bundle as bundle_module
@@ -23,6 +25,7 @@ from edgemix.bundle import (
     TOKENIZER,
     FileEntry,
     check_writable,
+    draft_tokens,
     hash_file,
     read_manifest,
     resolve,
@@ -207,6 +210,97 @@ def test_hostile_students_are_refused(
     change(with_student, edit)
     with pytest.raises(BundleError, match=reason):
         read_manifest(with_student)
+
+
+@pytest.fixture
+def drafting(with_student: Path) -> Path:
+    return cut_student(with_student, [*b"+123", 257])
+
+
+def test_what_the_student_drafts_with_is_checked_like_the_rest(drafting: Path) -> None:
+    manifest = read_manifest(drafting)
+    assert manifest.student is not None
+    assert manifest.student.paths == ("student/model.onnx", DRAFT_GRAPH)
+    for only in (None, manifest.student):
+        verify_bundle(drafting, manifest, only=only)
+    assert draft_tokens(drafting, manifest, manifest.student.draft) == [*b"+123", 257]
+    for name in (DRAFT_GRAPH, TOKENS):
+        content = (drafting / name).read_bytes()
+        (drafting / name).write_bytes(content[:-1] + b" ")
+        with pytest.raises(BundleError, match=f"{name} has changed"):
+            verify(drafting)
+        (drafting / name).unlink()
+        with pytest.raises(BundleError, match=f"{name} is missing"):
+            read_manifest(drafting)
+        (drafting / name).write_bytes(content)
+
+
+def test_two_graphs_of_a_folder_are_told_apart(drafting: Path) -> None:
+    """Weights packed for the student's graph were opened as those of the graph that it drafts with."""
+    manifest = read_manifest(drafting)
+    assert bundle_module.graph_digest(manifest, "student/model.onnx") != bundle_module.graph_digest(
+        manifest, DRAFT_GRAPH
+    )
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        ({"graph": "student/model.onnx"}, "'student/model.onnx', its whole graph"),
+        ({"graph": "members/math/model.onnx"}, "no .onnx file in the folder student"),
+        ({"graph": TOKENS}, "no .onnx file in the folder student"),
+        ({"graph": "student/../members/math/model.onnx"}, "not listed"),
+        ({"tokens": "tokenizer/tokenizer.json"}, "no .json file in the folder student"),
+        ({"tokens": DRAFT_GRAPH}, "no .json file in the folder student"),
+        ({"tokens": "student/others.json"}, "not listed"),
+        ({"vocabulary": 0}, "drafts 0 tokens"),
+        ({"vocabulary": 259}, "drafts 259 tokens of the tokenizer's 258"),
+        ({"vocabulary": 10**15}, "tokens of the tokenizer's 258"),
+        ({"vocabulary": "5"}, "damaged"),
+    ],
+)
+def test_hostile_drafts_are_refused(drafting: Path, edit: dict[str, Any], reason: str) -> None:
+    change(drafting, lambda it: it["student"]["draft"].update(edit))
+    with pytest.raises(BundleError, match=reason):
+        read_manifest(drafting)
+
+
+def test_a_member_does_not_draft(drafting: Path) -> None:
+    change(drafting, lambda it: it["members"][0].update(draft=it["student"]["draft"]))
+    with pytest.raises(BundleError, match="'math' drafts, as only the student may"):
+        read_manifest(drafting)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        "[1, 2, 3, 4]",
+        "[1, 2, 3, 4, 5, 6]",
+        "[1, 2, 3, 5, 4]",
+        "[1, 2, 3, 4, 4]",
+        "[-1, 2, 3, 4, 5]",
+        "[1, 2, 3, 4, 258]",
+        "[1, 2, 3, 4, 5.5]",
+        "[1, 2, 3, 4, true]",
+        '{"tokens": [1]}',
+        "[1, 2, 3, 4, 5" + " " * 200 + "]",
+        "[" * 5_000,
+        "",
+    ],
+)
+def test_tokens_to_draft_that_are_none_are_refused(drafting: Path, tokens: str) -> None:
+    (drafting / TOKENS).write_text(tokens)
+    change(drafting, lambda it: it["files"].update({TOKENS: entry(drafting / TOKENS)}))
+    with pytest.raises(BundleError, match=r"draft_tokens\.json (is damaged|should hold 5 different ids)"):
+        verify(drafting)
+
+
+def test_a_draft_graph_takes_weights_from_listed_files_only(drafting: Path) -> None:
+    model = onnx.load(drafting / DRAFT_GRAPH)
+    onnx.save(model, drafting / DRAFT_GRAPH, save_as_external_data=True, location="more.bin", size_threshold=0)
+    change(drafting, lambda it: it["files"].update({DRAFT_GRAPH: entry(drafting / DRAFT_GRAPH)}))
+    with pytest.raises(BundleError, match=r"draft\.onnx takes weights from 'more\.bin', which is not listed"):
+        verify(drafting)
 
 
 def weigh(it: dict[str, Any], weights: dict[str, float]) -> None:

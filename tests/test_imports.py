@@ -25,6 +25,7 @@ MAY_USE_RUNTIME = {
     "demo",
     "distillation.distil",
     "distillation.teacher",
+    "draft_head",
     "mixture_parity",
     "mixture_weights",
     "parity",

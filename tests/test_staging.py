@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
+from cut_students import GRAPH, TOKENS, cut_student
 from onnx_members import saying, write_bundle
 
 from edgemix import bundle as bundle_module
@@ -90,6 +91,17 @@ def test_a_student_is_part_of_the_bundle_only_where_the_manifest_has_one(tmp_pat
     (source / "student/model.onnx").unlink()
     with pytest.raises(EdgemixError, match="'student' was never written"):
         export(output, source, manifest)
+
+
+def test_what_a_student_drafts_with_is_part_of_the_bundle(tmp_path: Path, output: Path) -> None:
+    source = write_bundle(tmp_path / "source", {"math": saying("1+2=3")}, student=saying("1+3"))
+    manifest = read_manifest(cut_student(source, [*b"13"]))
+    written = export(output, source, msgspec.structs.replace(manifest, files={}))
+    assert written.files == manifest.files
+    assert {GRAPH, TOKENS} < written.files.keys()
+    whole = msgspec.structs.replace(manifest.student, draft=None)
+    written = export(output, source, msgspec.structs.replace(manifest, files={}, student=whole))
+    assert not {GRAPH, TOKENS} & written.files.keys()
 
 
 def test_an_old_bundle_is_replaced(

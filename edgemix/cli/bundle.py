@@ -97,6 +97,8 @@ def show_manifest(console: Console, bundle: Path, manifest: Manifest) -> None:
         shares = ", ".join(f"{name} {mixed.weights[name]:.3f}" for name in names)
         console.line(f"The mixture's parity was measured with other weights: {shares}")
     for entry in manifest.graphs:
+        if entry.draft is not None:
+            console.line(f"{entry.name}: drafts {entry.draft.vocabulary:,} of {entry.facts.vocabulary:,} tokens")
         for fallback in entry.fallbacks:
             console.line(f"{entry.name}: {fallback}")
 

@@ -15,7 +15,7 @@ from edgemix.export import shared_tokenizer
 from edgemix.export.budget.costs import member_costs
 from edgemix.export.budget.plan import Budget, Cost, Plan, plan
 from edgemix.export.budget.speed import StoredGraph, Times, decoding_times
-from edgemix.export.budget.student_size import student_bytes
+from edgemix.export.budget.student_size import draft_bytes, student_bytes
 from edgemix.export.budget.trials import CHOICES, Measured, Trials
 from edgemix.export.distillation.student import Shape, expected_shape, start_member
 from edgemix.export.members import versions
@@ -208,7 +208,7 @@ class Planner:
     def _student(
         self, start: MemberRecipe, weights: Mapping[str, float], form: Format, measured: Mapping[str, Measured]
     ) -> int:
-        """About the bytes of the student's graph, if its start has the format `form`."""
+        """About the bytes of the student's graphs, if its start has the format `form`."""
         student = self._recipe.student
         if student is None:
             return 0
@@ -217,7 +217,8 @@ class Planner:
         own = self._models.format(start)
         size = measured[start.name].bytes[own] if start.name in measured else self._size([self._kept[start.name]])
         group = self._models.quantization(start).group
-        return student_bytes(shape, student.format, member, size, own, group=group)
+        whole = student_bytes(shape, student.format, member, size, own, group=group)
+        return whole + draft_bytes(shape, student.format, shared_tokenizer.tokenizer_size(self._tokenizer))
 
     def _weights(self, measured: Mapping[str, Measured]) -> dict[str, float]:
         """The mixture's, as far as they are known: fitted ones are those of graphs in int8."""

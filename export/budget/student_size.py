@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgemix.export.budget.costs import block_bytes
+from edgemix.export.draft_head import draft_size
 
 if TYPE_CHECKING:
     from edgemix.export.distillation.student import Shape
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
 _FLOAT: dict[Format, float] = {"fp32": 4.0, "fp16": 2.0}
 _OTHER: dict[Format, float] = {"int8-dynamic": 1.02, "nf4": 0.5625}
 """Bytes a weight: a scale a row, and four bytes for 64 codes."""
+_ID = 6
+"""Bytes of a token's id in a list."""
+_LAYER = 12_500
+"""Bytes of a layer's nodes."""
 
 
 def student_bytes(student: Shape, form: Format, member: Shape, size: int, stored: Format, *, group: int) -> int:
@@ -29,6 +34,18 @@ def student_bytes(student: Shape, form: Format, member: Shape, size: int, stored
     rest = size - _weights(member) * _rate(stored, group)
     rest *= student.head / member.head * _table_rate(form) / _table_rate(stored)
     return round(rest + _weights(student) * _rate(form, group))
+
+
+def draft_bytes(student: Shape, form: Format, vocabulary: int) -> int:
+    """Bytes of what it drafts with beside that: a head of some tokens, and their ids.
+
+    Args:
+        student: Its shape.
+        form: The format of its graph.
+        vocabulary: Number of token ids.
+    """
+    size = draft_size(vocabulary)
+    return round(size * (student.head / vocabulary * _table_rate(form) + _ID) + student.layers * _LAYER) if size else 0
 
 
 def _weights(shape: Shape) -> float:

@@ -123,14 +123,21 @@ def _counts(decoding: Decoding | SpeculativeDecoding) -> tuple[int, int, int]:
     return decoding.calls, decoding.drafted, decoding.accepted
 
 
-def contenders(mixture: Mixture, weights: WeightChoice = None) -> list[Contender]:
-    """All that a loaded bundle has; of a single member there is no mixture to be mixed plainly."""
+def contenders(mixture: Mixture, weights: WeightChoice = None, *, student: Mixture | None = None) -> list[Contender]:
+    """All that a loaded bundle has; of a single member there is no mixture to be mixed plainly.
+
+    Args:
+        mixture: The bundle's.
+        weights: Of the members.
+        student: The student alone, where the mixture drafts with another graph of it.
+    """
     manifest = mixture.manifest
     found = [
         _alone(mixture, entry, "member", mixture.blend(dict.fromkeys([entry.name], 1.0))) for entry in manifest.members
     ]
     if mixture.drafting is not None and manifest.student is not None:
-        found.append(_alone(mixture, manifest.student, "student", mixture.drafting))
+        alone = mixture.drafting if student is None else student.blend()
+        found.append(_alone(mixture, manifest.student, "student", alone))
     blend = mixture.blend(weights)
     if len(manifest.members) > 1:
         found.append(_mixture(mixture, PLAIN, blend, "off"))

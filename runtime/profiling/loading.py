@@ -116,12 +116,13 @@ def _seconds(loads: Sequence[Loaded]) -> Quantiles:
 
 
 def files_of(manifest: Manifest, name: str = "") -> tuple[str, ...]:
-    """The bundle's files that a member's or the student's graph needs, by name; all files of the bundle for none."""
+    """The bundle's files that a member's or the student's whole graph needs, by name; all of the bundle for none."""
     if not name:
         return tuple(manifest.files)
-    graph = next(entry.graph for entry in manifest.graphs if entry.name == name)
-    folder = f"{graph.rpartition('/')[0]}/"
-    return tuple(file for file in manifest.files if file.startswith(folder))
+    entry = next(entry for entry in manifest.graphs if entry.name == name)
+    folder, draft = f"{entry.graph.rpartition('/')[0]}/", entry.draft
+    others = () if draft is None else (draft.graph, draft.tokens)
+    return tuple(file for file in manifest.files if file.startswith(folder) and file not in others)
 
 
 def drop_from_cache(paths: Iterable[Path]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,7 @@ from edgemix.runtime.system import describe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from edgemix.manifest import Manifest, MemberEntry
@@ -179,9 +180,12 @@ def profile(request: Request, progress: Progress = SILENT) -> Measured:
     work = _Work(request, manifest, provider, threads, pace, begun, progress)
     work.loads = _loads(work)
     work.machine = _machine(work)
-    with closing(Mixture.assemble(request.bundle, manifest, provider.name, threads, drafts=True)) as mixture:
+    with (
+        closing(Mixture.assemble(request.bundle, manifest, provider.name, threads, drafts=True)) as mixture,
+        _whole_student(work) as student,
+    ):
         bench = Bench(
-            contenders(mixture, request.weights),
+            contenders(mixture, request.weights, student=student),
             Prompts(mixture.tokenizer, request.text),
             pace.sizes,
             Meter(counters()),
@@ -211,6 +215,15 @@ def profile(request: Request, progress: Progress = SILENT) -> Measured:
         weights=request.weights_name,
     )
     return Measured(found, work.trace, plans)
+
+
+def _whole_student(work: _Work) -> AbstractContextManager[Mixture | None]:
+    """The student alone, opened where the mixture drafts with another graph of it; None elsewhere."""
+    entry = work.manifest.student
+    if entry is None or entry.draft is None:
+        return nullcontext()
+    alone = work.manifest.alone(entry)
+    return closing(Mixture.assemble(work.request.bundle, alone, work.provider.name, work.threads))
 
 
 def _loads(work: _Work) -> dict[str, Loading]:

@@ -32,7 +32,9 @@ def test_inspect_shows_members_sources_and_weights(bundle):
 
 
 def test_inspect_shows_the_student_and_the_mixtures_parity(own_bundle, student_bundle):
-    assert run("inspect", student_bundle).output.count("\nstudent ") == 3  # facts, source, parity
+    shown = run("inspect", student_bundle).output
+    assert shown.count("\nstudent ") == 3  # facts, source, parity
+    assert "student: drafts 11 of 258 tokens" in shown
 
     def shown(weights):
         parity = MixtureParity(weights, tokens=1024, kl=0.0066, flips=0.02, perplexity_ratio=1.003)

@@ -12,10 +12,10 @@ from test_member_blocks import recipe as gguf_recipe
 from edgemix.bundle import read_manifest, verify_bundle
 from edgemix.compression import Pruning, Quantization, Student
 from edgemix.errors import EdgemixError, InputError
-from edgemix.export import member_blocks, pipeline
+from edgemix.export import draft_head, member_blocks, pipeline
 from edgemix.export.budget import planner, trials, verdict
 from edgemix.export.budget.plan import Budget
-from edgemix.export.budget.student_size import student_bytes
+from edgemix.export.budget.student_size import draft_bytes, student_bytes
 from edgemix.export.distillation.student import Shape
 from edgemix.export.pipeline import export_bundle
 from edgemix.recipe import Data, MemberRecipe, Recipe
@@ -157,11 +157,13 @@ def test_a_gguf_file_that_fits_keeps_its_own_quantisation(tmp_path: Path, monkey
     assert size(tmp_path / "b") == pytest.approx(manifest.budget.chosen.bytes, rel=0.02)  # a short curve
 
 
-def test_a_student_counts(folder: Path, ends, tmp_path: Path) -> None:
-    limit = int(1.7 * ends["int4"][0])
+def test_a_student_counts_with_what_it_drafts_with(folder: Path, ends, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(draft_head, "SMALLEST", 100)
+    limit = int(1.9 * ends["int4"][0])
     student = Student(steps=2, prune=Pruning(ffn=0.34))
     manifest = export_bundle(recipe(folder, student=student), tmp_path / "b", force=True, budget=Budget(limit))
     assert manifest.student is not None
+    assert manifest.student.draft is not None
     assert size(tmp_path / "b") <= limit
     assert size(tmp_path / "b") == pytest.approx(manifest.budget.chosen.bytes, rel=0.01)
 
@@ -178,6 +180,14 @@ def test_the_size_of_a_student_of_fewer_layers() -> None:
         2 * 10 * (whole.attention + whole.ffn) + 2 / 1.0625 * tables, rel=0.05
     )
     assert student_bytes(whole, "int8", whole, 93_974_012, "int4", group=32) == pytest.approx(145_352_534, rel=0.01)
+
+
+def test_the_size_of_a_smaller_head() -> None:
+    """8,192 of 49,152 tokens in 8-bit blocks, 10 layers of nodes."""
+    shape = Shape(10, 0, 0, 49_152 * 576)
+    assert draft_bytes(shape, "int4", 49_152) == pytest.approx(8_192 * 576 * 1.0625, rel=0.05)
+    assert draft_bytes(shape, "fp16", 49_152) == pytest.approx(8_192 * 576 * 2, rel=0.05)
+    assert draft_bytes(shape, "int4", 16_000) == 0
 
 
 def test_pruned_members_are_smaller(folder: Path, ends, tmp_path: Path) -> None:

@@ -8,12 +8,14 @@ import pytest
 from test_members import tiny_tokenizer
 from tiny_models import tiny_model
 
-from edgemix.bundle import read_manifest, verify_bundle
+from edgemix.bundle import DraftGraph, draft_tokens, read_manifest, verify_bundle
 from edgemix.compression import Student
 from edgemix.errors import EdgemixError, InputError, ParityError, RecipeError
-from edgemix.export import member_blocks, member_graphs, member_models, pipeline
+from edgemix.export import draft_head, member_blocks, member_graphs, member_models, pipeline
 from edgemix.export.distillation import distil
+from edgemix.export.draft_head import cut_head
 from edgemix.export.pipeline import export_bundle
+from edgemix.progress import SILENT
 from edgemix.recipe import Data, MemberRecipe, Quantization, Recipe
 from edgemix.runtime import Mixture
 from edgemix.runtime.evaluation import evaluate
@@ -344,6 +346,47 @@ def test_a_student_is_distilled_from_the_mixture_as_it_ships(folder, tmp_path, m
         assert student.generate("the quick", max_new_tokens=4).token_ids
         found = evaluate(both, {"prose": [TEXT[:300]]}, student=student)
     assert found.row("student").overall.acceptance > 0.1
+
+
+def test_a_student_of_a_large_vocabulary_drafts_its_frequent_tokens(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(draft_head, "SMALLEST", 100)
+    manifest = export_bundle(student_recipe(folder), tmp_path / "bundle")
+    assert manifest.student.draft == DraftGraph("student/draft.onnx", "student/draft_tokens.json", 64)
+    verify_bundle(tmp_path / "bundle", manifest)
+    assert manifest == read_manifest(tmp_path / "bundle")
+    tokens = draft_tokens(tmp_path / "bundle", manifest, manifest.student.draft)
+    with Mixture.load(tmp_path / "bundle", provider="cpu", threads=1) as mixture:
+        assert {*mixture.tokenizer.encode(TEXT[::-1]), *manifest.tokenizer.eos} <= {*tokens}
+        (drafter,) = mixture.drafting.members
+        assert (drafter.vocabulary, drafter.tokens.tolist()) == (64, tokens)
+        said = [
+            mixture.generate("the quick", speculation=way, max_new_tokens=24).token_ids for way in ("off", "student")
+        ]
+    assert said[0] == said[1]
+    own = [entry.size for name, entry in manifest.files.items() if name.startswith("student/")]
+    assert len(own) == 4, "no weights of its own"
+
+
+@pytest.mark.parametrize(
+    ("cut", "reason"),
+    [
+        (lambda *_: False, "that is of a form that cannot be cut"),
+        (lambda _, output, __: output.write_bytes(b"no graph"), "with a cut one it does not run"),
+        (
+            lambda source, output, tokens: cut_head(source, output, tokens[::-1]),
+            "with a cut one it says something else",
+        ),
+    ],
+)
+def test_a_student_that_cannot_be_cut_drafts_with_its_whole_head(folder, tmp_path, monkeypatch, cut, reason):
+    monkeypatch.setattr(draft_head, "SMALLEST", 100)
+    monkeypatch.setattr(draft_head, "cut_head", cut)
+    lines = []
+    monkeypatch.setattr(type(SILENT), "say", lambda _, line: lines.append(line))
+    manifest = export_bundle(student_recipe(folder), tmp_path / "bundle")
+    assert manifest.student.draft is None
+    assert [line for line in lines if line.startswith("student: drafts with its whole head") and reason in line]
+    assert not [name for name in manifest.files if "draft" in name]
 
 
 def test_a_distilled_student_is_kept_over_an_interruption_and_a_refusal(folder, tmp_path, monkeypatch):

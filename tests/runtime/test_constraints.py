@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import tokenizers
+from cut_students import cut_student
 from onnx_members import EOS, VOCABULARY, ClosedForm, random_member, saying, write_bundle
 
 from edgemix.bundle import TokenizerEntry
@@ -14,6 +15,7 @@ from edgemix.errors import EdgemixError, InputError
 from edgemix.runtime import Mixture
 from edgemix.runtime.constraints import Constraint, Grammar
 from edgemix.runtime.pace import Pace
+from edgemix.runtime.sampling import Sampling
 from edgemix.runtime.speculative import SpeculativeDecoding
 from edgemix.runtime.tokenizer import Tokenizer
 
@@ -26,14 +28,27 @@ SCHEMA = {
 }
 FORMS = [{"json_schema": SCHEMA}, {"json_schema": json.dumps(SCHEMA)}, {"regex": "(ab|[c-f]{2,5})+x"}]
 PROMPT = "Who is it? "
+TEXTS = ["g", "ge", "eg", "ege", "j"]
 
 
 @pytest.fixture(scope="module")
 def drafted(tmp_path_factory, pair_forms):
     """The mixture of `pair_forms` with a student that resembles it."""
-    student = ClosedForm(random_member(1, tokens=VOCABULARY).table * 0.7, pull=2.0)
-    folder = write_bundle(tmp_path_factory.mktemp("drafted") / "bundle", pair_forms, weights=WEIGHTS, student=student)
+    return Mixture.load(_bundle(tmp_path_factory, pair_forms), provider="cpu", threads=1)
+
+
+@pytest.fixture(scope="module", params=["all tokens", "some tokens"])
+def drafting(request, drafted, tmp_path_factory, pair_forms):
+    """The same, and where the student drafts some tokens only."""
+    if request.param == "all tokens":
+        return drafted
+    folder = cut_student(_bundle(tmp_path_factory, pair_forms), sorted({*b'{"nam":0123 abdge', EOS}))
     return Mixture.load(folder, provider="cpu", threads=1)
+
+
+def _bundle(tmp_path_factory, pair_forms):
+    student = ClosedForm(random_member(1, tokens=VOCABULARY).table * 0.7, pull=2.0)
+    return write_bundle(tmp_path_factory.mktemp("drafted") / "bundle", pair_forms, weights=WEIGHTS, student=student)
 
 
 @pytest.fixture
@@ -68,10 +83,10 @@ def test_the_text_has_the_form_and_ends(drafted, form):
     "options", [{}, {"weights": "adaptive"}, {"combine": "log-linear"}, {"repetition_penalty": 1.4}]
 )
 @pytest.mark.parametrize("form", FORMS[::2])
-def test_the_fast_loop_says_what_the_plain_loop_says(drafted, form, options):
-    plain = drafted.generate(PROMPT, max_new_tokens=60, speculation="off", **form, **options)
+def test_the_fast_loop_says_what_the_plain_loop_says(drafting, form, options):
+    plain = drafting.generate(PROMPT, max_new_tokens=60, speculation="off", **form, **options)
     for speculation in ("auto", "lookup", "student"):
-        fast = drafted.generate(PROMPT, max_new_tokens=60, speculation=speculation, **form, **options)
+        fast = drafting.generate(PROMPT, max_new_tokens=60, speculation=speculation, **form, **options)
         assert fast.token_ids == plain.token_ids
         np.testing.assert_allclose(fast.log_probabilities, plain.log_probabilities, atol=1e-4)
 
@@ -91,24 +106,48 @@ def test_the_most_probable_token_is_taken_after_averaging(drafted, pair_forms):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_drawn_texts_have_the_constrained_distribution(drafted, pair_forms, speculation, temperature):
     """Chi-square over all texts of the form, the end of text included: "g" may end or go on to "ge"."""
-    texts = ["g", "ge", "eg", "ege", "j"]
+    draws = 600
+    options = {"choices": TEXTS, "temperature": temperature, "speculation": speculation}
+    seen = Counter(drafted.generate(PROMPT, seed=seed, **options).text for seed in range(draws))
+    check_counts(seen, pair_forms, temperature, draws)
+
+
+@pytest.mark.usefixtures("eager")
+def test_drawn_texts_of_drafts_have_the_constrained_distribution(drafting, pair_forms):
+    """As above; what is drawn with a seed by `generate` is not drafted. One student cannot draft "j"."""
+    draws, eos = 600, drafting.manifest.tokenizer.eos
+    grammar = Grammar(Constraint(choices=TEXTS), drafting.tokenizer)
+    seen, drafts = Counter(), Counter()
+    for seed in range(draws):
+        decoding = SpeculativeDecoding(
+            drafting.blend(), [*PROMPT.encode()], Sampling(temperature=0.7), seed=seed, max_new_tokens=9, context=99,
+            eos=eos, student=drafting.drafting, lookup=False, follower=grammar.follow(),
+        )  # fmt: skip
+        text = []
+        while new := decoding.step():
+            text += [token.id for token in new if token.id not in eos]
+        seen[bytes(text).decode()] += 1
+        drafts += Counter(drafted=decoding.drafted, accepted=decoding.accepted)
+        decoding.close()
+    check_counts(seen, pair_forms, 0.7, draws)
+    assert 0 < drafts["accepted"] < drafts["drafted"]
+
+
+def check_counts(seen, pair_forms, temperature, draws):
     chance = {}
-    for text in texts:
+    for text in TEXTS:
         ids, likely = [*PROMPT.encode()], 1.0
         for place, token in enumerate([*text.encode(), EOS]):
-            begun = [each for each in texts if each.startswith(text[:place])]
+            begun = [each for each in TEXTS if each.startswith(text[:place])]
             allowed = {each.encode()[place] if len(each) > place else EOS for each in begun}
             shares = following(pair_forms, ids, [*allowed]) ** (1 / temperature)
             likely *= shares[token] / shares.sum()
             ids.append(token)
         chance[text] = likely
     assert sum(chance.values()) == pytest.approx(1)
-    draws = 600
-    options = {"choices": texts, "temperature": temperature, "speculation": speculation}
-    seen = Counter(drafted.generate(PROMPT, seed=seed, **options).text for seed in range(draws))
-    expected = np.array([chance[text] * draws for text in texts])
+    expected = np.array([chance[text] * draws for text in TEXTS])
     assert expected.min() > 50, "chi-square's distribution is for counts that are not small"
-    square = ((np.array([seen[text] for text in texts]) - expected) ** 2 / expected).sum()
+    square = ((np.array([seen[text] for text in TEXTS]) - expected) ** 2 / expected).sum()
     assert square < 23.5, (seen, chance)  # the 99.99% quantile with 4 degrees of freedom
 
 

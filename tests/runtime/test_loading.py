@@ -1,12 +1,15 @@
 """What a bundle opens as: a mixture, or its student alone."""
 
+import json
+
 import msgspec
 import pytest
-from onnx_members import VOCABULARY, random_member, saying, write_bundle
+from cut_students import TOKENS, cut_student
+from onnx_members import EOS, VOCABULARY, random_member, saying, write_bundle
 
-from edgemix.bundle import read_manifest, write_manifest
+from edgemix.bundle import hash_file, read_manifest, write_manifest
 from edgemix.errors import BundleError, EdgemixError, InputError
-from edgemix.runtime import Mixture
+from edgemix.runtime import Mixture, providers
 
 
 def test_a_mixture_tells_what_it_is(pair):
@@ -74,6 +77,9 @@ def test_a_closed_mixture_says_so(mixture_of):
 
 # The student
 
+SOME = sorted([*b"One ld", EOS])
+"""Tokens that it drafts in some tests."""
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -110,6 +116,51 @@ def test_to_open_the_student_the_members_are_not_read(folder):
         assert student.generate("O").text == "ld"
     with pytest.raises(BundleError, match="sha256"):
         Mixture.load(folder)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The graphs that sessions are opened from, within the bundle."""
+    graphs, real = [], providers._create
+    monkeypatch.setattr(
+        providers, "_create", lambda graph, *rest: graphs.append(graph.partition("/b/")[2]) or real(graph, *rest)
+    )
+    return graphs
+
+
+def test_to_draft_the_graph_of_some_tokens_is_opened_and_no_other(folder, opened):
+    cut_student(folder, SOME)
+    with Mixture.load(folder, provider="cpu", threads=1) as both:
+        assert sorted(opened) == ["members/a/model.onnx", "members/b/model.onnx", "student/draft.onnx"]
+        (drafter,) = both.drafting.members
+        assert drafter.vocabulary == len(drafter.tokens) == 7
+        assert both.drafting.vocabulary == VOCABULARY
+        assert both.generate("O").text == "ne two!"
+    opened.clear()
+    with Mixture.load(folder, provider="cpu", threads=1, student=True) as student:
+        assert opened == ["student/model.onnx"]
+        assert student.generate("O").text == "ld"
+
+
+def test_packed_weights_of_the_students_two_graphs_are_not_mixed_up(folder, tmp_path):
+    cut_student(folder, SOME)
+    for _ in range(2):
+        with Mixture.load(folder, "cpu", threads=1, packed=tmp_path / "packed", student=True) as student:
+            assert student.generate("O").text == "ld"
+        with Mixture.load(folder, "cpu", threads=1, packed=tmp_path / "packed") as both:
+            assert both.generate("O").text == "ne two!"
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_draft_graph_that_is_not_as_wide_as_its_tokens_is_refused(folder, verify):
+    manifest = read_manifest(cut_student(folder, SOME))
+    (folder / TOKENS).write_text(json.dumps(SOME[1:]))
+    files = manifest.files | {TOKENS: hash_file(folder / TOKENS)}
+    draft = msgspec.structs.replace(manifest.student.draft, vocabulary=6)
+    student = msgspec.structs.replace(manifest.student, draft=draft)
+    write_manifest(folder, msgspec.structs.replace(manifest, student=student, files=files))
+    with pytest.raises(BundleError, match=r"logits are \['batch', 'kept', 7\], the manifest says vocabulary 6"):
+        Mixture.load(folder, "cpu", threads=1, verify=verify)
 
 
 def test_a_changed_student_is_found_by_its_checksum(folder):

@@ -7,6 +7,7 @@ import json
 import pytest
 from onnx_members import random_member, saying, write_bundle
 
+from edgemix.bundle import read_manifest
 from edgemix.errors import InputError
 from edgemix.runtime import Mixture
 from edgemix.runtime.profiling import contenders as module
@@ -39,6 +40,20 @@ def test_members_student_and_both_mixtures(mixture):
     assert [contender.plain for contender in found.values()] == [True, True, True, True, False]
     assert found[PLAIN].files == found["math"].files + found["code"].files
     assert [entry.name for entry in found[PLAIN].entries] == ["math", "code"]
+
+
+def test_the_student_alone_is_its_whole_graph(student_bundle):
+    manifest = read_manifest(student_bundle)
+    with (
+        Mixture.load(student_bundle, "cpu", 1, plan=False) as mixture,
+        Mixture.load(student_bundle, "cpu", 1, student=True) as student,
+    ):
+        found = {contender.name: contender for contender in contenders(mixture, student=student)}
+        run = found["student"].run([[1, 2, 3]], 5, meter=Meter([]), patience=9)
+    assert [member.vocabulary for member in found["student"].blend.members] == [258]
+    assert [member.vocabulary for member in found[FAST].student.members] == [manifest.student.draft.vocabulary]
+    assert found["student"].files == manifest.files["student/model.onnx"].size
+    assert run.tokens == 5
 
 
 def test_a_member_that_weighs_nothing_is_measured_but_not_mixed(mixture):

@@ -2,21 +2,27 @@
 
 import itertools
 
+import msgspec
 import numpy as np
 import pytest
-from onnx_members import ClosedForm, random_member
+from cut_students import write_cut_graph
+from onnx_members import ClosedForm, random_member, write_graph
 
 from edgemix.runtime.adaptive import Experts
 from edgemix.runtime.blend import Blend
-from edgemix.runtime.drafts import PromptLookup
+from edgemix.runtime.drafts import PromptLookup, StudentDrafts
 from edgemix.runtime.engine import Decoding
+from edgemix.runtime.member import Member
+from edgemix.runtime.mixing import log_softmax
 from edgemix.runtime.pace import Pace
+from edgemix.runtime.reader import Reader
 from edgemix.runtime.sampling import Sampling, distribution
 from edgemix.runtime.speculative import SpeculativeDecoding
 
 TOKENS = 16
 PROMPT = [3, 7, 1, 1, 9]
 WEIGHTS = {"even": [0.4, 0.35, 0.25], "uneven": [0.02, 0.95, 0.03]}
+SOME = [0, 2, 3, 7, 8, 9, 14]
 FORMS = [random_member(1, pull=6.0), random_member(2, cache="growing", padding=3), random_member(3)]
 
 
@@ -25,10 +31,24 @@ def members(load):
     return [load(form) for form in FORMS]
 
 
+def pupil():
+    tables = [random_member(seed).table for seed in (1, 2)]
+    return ClosedForm(tables[0] / 2 + tables[1])
+
+
 @pytest.fixture
 def student(load):
-    tables = [random_member(seed).table for seed in (1, 2)]
-    return Blend((load(ClosedForm(tables[0] / 2 + tables[1])),), np.ones(1), "linear", TOKENS)
+    return Blend((load(pupil()),), np.ones(1), "linear", TOKENS)
+
+
+@pytest.fixture
+def cut(tmp_path):
+    """The same student, which drafts the tokens `SOME` only."""
+    whole, graph = tmp_path / "whole.onnx", tmp_path / "cut.onnx"
+    facts = msgspec.structs.replace(write_graph(whole, pupil()), vocabulary=len(SOME))
+    write_cut_graph(whole, graph, SOME)
+    member = Member.load(graph, facts, threads=1, tokens=np.array(SOME))
+    return Blend((member,), np.ones(1), "linear", TOKENS)
 
 
 @pytest.fixture
@@ -71,6 +91,60 @@ def test_greedy_text_is_the_plain_loops(members, student, weights, drafts, lazy)
     np.testing.assert_allclose(found, log_probabilities, atol=1e-4)
     if drafts != "none":
         assert 0 < decoding.accepted < decoding.drafted, "drafts must be taken and refused for this to tell much"
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("lookup", [True, False])
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_student_of_some_tokens_drafts_the_plain_loops_text(members, cut, weights, lookup):
+    mixture = blend(members, WEIGHTS[weights])
+    expected, log_probabilities = plain(mixture)
+    tokens, found, decoding = fast(mixture, student=cut, lookup=lookup)
+    assert tokens == expected
+    np.testing.assert_allclose(found, log_probabilities, atol=1e-4)
+    assert 0 < decoding.accepted < decoding.drafted
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, top_k=3)])
+def test_what_a_student_of_some_tokens_drafts(cut, sampling):
+    """Ids of all tokens, drawn by the whole student's distribution over its own."""
+    reader = Reader(cut.listened()[0], TOKENS)
+    drafts = StudentDrafts(reader, sampling, np.random.default_rng(0), Pace(), eos=frozenset([3]))
+    text = np.array(PROMPT)
+    tokens, sources, proposals = drafts.draft(text, 6)
+    assert len(tokens) == len(sources) == 6 or tokens[-1] == 3
+    for place, token in enumerate(tokens):
+        logits = pupil().logits([*PROMPT, *tokens[:place]])[-1].astype(np.float32)
+        kept = np.isin(np.arange(TOKENS), SOME)
+        logits[~kept] = -np.inf
+        if not sampling.temperature:
+            assert token == logits.argmax()
+        else:
+            assert proposals[place][token] > 0
+            np.testing.assert_allclose(proposals[place], distribution(log_softmax(logits), sampling), atol=1e-5)
+            assert np.count_nonzero(proposals[place]) == 3
+
+
+@pytest.mark.usefixtures("eager")
+def test_nothing_is_drafted_where_none_of_the_students_tokens_may_come(cut):
+    """It is not even asked."""
+    (drafter,), allowed = cut.members, np.zeros((2, TOKENS), bool)
+    allowed[0, [1, 7, 11]] = allowed[1, [1, 11]] = True
+    calls, real = [], type(drafter)._run
+    drafter._run = lambda *a, **o: calls.append(1) or real(drafter, *a, **o)
+    reader = Reader(cut.listened()[0], TOKENS)
+    for temperature in (0.0, 1.0):
+        sampling, generator = Sampling(temperature=temperature), np.random.default_rng(0)
+        drafts = StudentDrafts(reader, sampling, generator, Pace(), allow=lambda ahead: allowed[min(len(ahead), 1)])
+        found = drafts.draft(np.array(PROMPT), 6)
+        assert found.tokens == [7]
+        assert found.proposals is None or found.proposals[0][7] == 1
+        reader.forget(0)
+    assert len(calls) == 2
+    drafts = StudentDrafts(reader, Sampling(), generator, Pace(), allow=lambda _: allowed[1])
+    assert drafts.draft(np.array(PROMPT), 6).tokens == []
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -132,16 +206,17 @@ def joint(weights, sampling, prompt):
     return first[:, None] * np.stack([following([*prompt, token]) for token in range(TOKENS)])
 
 
-@pytest.mark.parametrize("drafts", ["none", "lookup", "student"])
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("drafts", ["none", "lookup", "student", "cut"])
 @pytest.mark.parametrize(
     "sampling", [Sampling(temperature=1.0), Sampling(temperature=0.8, top_k=9), Sampling(temperature=1.3, top_p=0.9)]
 )
-def test_drawn_text_has_the_mixtures_distribution(members, student, eager, sampling, drafts):
+def test_drawn_text_has_the_mixtures_distribution(members, student, cut, sampling, drafts):
     """By a chi-square test on the next two tokens: the second is where the first draft is tried."""
     weights, prompt, count = WEIGHTS["even"], [4, 6, 4, 6, 4], 1_500
     mixture = blend(members, weights)
     counts = np.zeros((TOKENS, TOKENS))
-    options = {"student": student if drafts == "student" else None, "lookup": drafts == "lookup"}
+    options = {"student": {"student": student, "cut": cut}.get(drafts), "lookup": drafts == "lookup"}
     for seed in range(count):
         tokens, _, _ = fast(mixture, sampling, prompt=prompt, seed=seed, most=3, **options)
         counts[tokens[0][0], tokens[1][0]] += 1

@@ -118,7 +118,7 @@ class _Rows:
         signed = (blocks.codes[:, 0].T ^ np.uint8(128)).view(np.int8)
         codes = add_initializer(self._graph, f"{name}.codes", signed)
         scales = add_half(self._graph, f"{name}.scales", blocks.scales[:, 0])
-        value, nodes = activation.value, list[ir.Node]()
+        value = activation.value
         if apart:
             indices = add_initializer(self._graph, f"{value.name}.apart", np.array(apart, np.int64))
             rest = np.ones(matrix.shape[1], np.float32)
@@ -127,11 +127,11 @@ class _Rows:
             others = ir.node("Mul", [value, add_initializer(self._graph, f"{value.name}.rest", rest)])
             # In fp32: what these few inputs are multiplied with must not be rounded.
             kept = add_initializer(self._graph, f"{name}.apart", matrix[:, apart].T)
+            nodes = [taken, others, *self._product(others.outputs[0], codes, scales)]
             beside = ir.node("MatMul", [taken.outputs[0], kept])
-            total = ir.node("Add", [*self._product(others.outputs[0], codes, scales, nodes), beside.outputs[0]])
-            nodes = [taken, others, *nodes, beside, total]
+            nodes += [beside, ir.node("Add", [nodes[-1].outputs[0], beside.outputs[0]])]
         else:
-            self._product(value, codes, scales, nodes)
+            nodes = self._product(value, codes, scales)
         self._part(activation.readers, [len(each) for each in matrices], nodes)
 
     def _product(self, value: ir.Value, codes: ir.Value, scales: ir.Value, nodes: list[ir.Node]) -> Sequence[ir.Value]:
@@ -144,8 +144,7 @@ class _Rows:
         rounded = ir.node("QuantizeLinear", [share.outputs[0], step, middle])
         product = ir.node("MatMulIntegerToFloat", [rounded.outputs[0], codes, step, scales, middle], domain=CONTRIB)
         scaled = ir.node("Mul", [product.outputs[0], largest.outputs[0]])
-        nodes += [size, largest, share, rounded, product, scaled]
-        return scaled.outputs
+        return [size, largest, share, rounded, product, scaled]
 
     def _part(self, readers: Sequence[Linear], sizes: Sequence[int], nodes: list[ir.Node]) -> None:
         """Put nodes, the last of which makes what all readers would, in the place of the readers."""

@@ -134,8 +134,8 @@ class _Rows:
             nodes = self._product(value, codes, scales)
         self._part(activation.readers, [len(each) for each in matrices], nodes)
 
-    def _product(self, value: ir.Value, codes: ir.Value, scales: ir.Value, nodes: list[ir.Node]) -> Sequence[ir.Value]:
-        """Append the nodes that round an activation and multiply it."""
+    def _product(self, value: ir.Value, codes: ir.Value, scales: ir.Value) -> list[ir.Node]:
+        """The nodes that round an activation and multiply it."""
         step, middle = self._constants["step"], self._constants["middle"]
         size = ir.node("Abs", [value])
         largest = ir.node("ReduceMax", [size.outputs[0], self._constants["last"]], {"keepdims": 1})

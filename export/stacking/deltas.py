@@ -29,6 +29,8 @@ NEGLIGIBLE = 1e-6
 _SPARE = 8
 """Singular vectors beyond the wanted rank: a randomised decomposition is then exact (Halko et al., arXiv 0909.4061)."""
 _POWERS = 4
+_FIRST = 24
+"""Rank that is tried first: most adapters have less, and a decomposition takes as long as its rank is large."""
 
 
 class Delta(NamedTuple):
@@ -81,13 +83,17 @@ def low_rank(difference: Matrix, most: int, negligible: float = 0.0) -> Delta:
         negligible: Entries of about this size, all over the matrix, are rounding and need no rank.
     """
     matrix = torch.from_numpy(difference)
-    count = min(most + _SPARE, *matrix.shape)
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        left, values, right = torch.svd_lowrank(matrix, q=count, niter=_POWERS)
     # A matrix of independent entries of that size has singular values up to about this.
     floor = negligible * (matrix.shape[0] ** 0.5 + matrix.shape[1] ** 0.5)
-    rank = min(most, int((values > floor).sum()))
+    wanted = min(_FIRST if floor else most, most)
+    while True:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            left, values, right = torch.svd_lowrank(matrix, q=min(wanted + _SPARE, *matrix.shape), niter=_POWERS)
+        rank = min(most, int((values > floor).sum()))
+        if rank < wanted or wanted == most:
+            break
+        wanted = min(2 * wanted, most)
     root = values[:rank].sqrt()
     return Delta((root[:, None] * right[:, :rank].T).numpy(), (left[:, :rank] * root).numpy())
 

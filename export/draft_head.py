@@ -51,7 +51,12 @@ _CLOSE = 0.01
 
 _POINTWISE = frozenset({"Add", "Cast", "Div", "Identity", "Mul", "Sub", "Tanh"})
 """Operators behind a head that treat every logit by itself: biases, scales, caps."""
-_OUTPUTS = {("", "MatMul"): 1, ("", "Gemm"): 1, (CONTRIB, "MatMulNBits"): 0}
+_OUTPUTS = {
+    ("", "MatMul"): 1,
+    ("", "Gemm"): 1,
+    (CONTRIB, "MatMulNBits"): 0,
+    (CONTRIB, "MatMulIntegerToFloat"): 1,
+}
 """Products that a head may be, and the axis of their weights' outputs."""
 
 
@@ -180,24 +185,42 @@ def _cut(graph: ir.Graph, tokens: NDArray[np.int64]) -> None:
     value = next((each for each in graph.outputs if each.name == LOGITS), None)
     if value is None or value.shape is None or not isinstance(vocabulary := value.shape[-1], int):
         raise _UnknownHeadError
-    readers = 0
-    while (node := value.producer()) is not None and len(value.uses()) == readers:
-        if value.shape is not None:
-            value.shape = ir.Shape([*value.shape[:-1], len(tokens)])
-        if (node.domain, node.op_type) in _OUTPUTS:
-            _cut_product(graph, node, vocabulary, tokens)
-            return
-        activations = [each for each in node.inputs if each is not None and _dimensions(each) is None]
-        if node.domain or node.op_type not in _POINTWISE or len(activations) != 1:
-            break
-        _cut_pointwise(graph, node, range(len(node.inputs)), vocabulary, tokens)
-        value, readers = activations[0], 1
-    raise _UnknownHeadError
+    _cut_value(graph, value, vocabulary, tokens, readers=0)
+
+
+def _cut_value(graph: ir.Graph, value: ir.Value, vocabulary: int, tokens: NDArray[np.int64], readers: int = 1) -> None:
+    """Cut what makes a value, of a number for each token, that so many nodes read."""
+    node = value.producer()
+    if node is None or len(value.uses()) != readers:
+        raise _UnknownHeadError
+    if value.shape is not None:
+        value.shape = ir.Shape([*value.shape[:-1], len(tokens)])
+    if (node.domain, node.op_type) in _OUTPUTS:
+        _cut_product(graph, node, vocabulary, tokens)
+        return
+    if node.domain or node.op_type not in _POINTWISE:
+        raise _UnknownHeadError
+    activations = [each for each in node.inputs if each is not None and _dimensions(each) is None]
+    made = [each for each in activations if not _is_a_number(each)]
+    if len(made) != 1 and node.op_type != "Add":
+        raise _UnknownHeadError
+    _cut_pointwise(graph, node, range(len(node.inputs)), vocabulary, tokens)
+    for each in made:
+        _cut_value(graph, each, vocabulary, tokens)
+
+
+def _is_a_number(value: ir.Value) -> bool:
+    """Whether a value has one number for all tokens: the scale of an activation that was rounded."""
+    node = value.producer()
+    return node is not None and node.op_type == "ReduceMax"
 
 
 def _cut_product(graph: ir.Graph, node: ir.Node, vocabulary: int, tokens: NDArray[np.int64]) -> None:
     """Take the outputs of some tokens from a product's weights, and from its bias where it has one."""
     axis, weights = _OUTPUTS[node.domain, node.op_type], range(1, len(node.inputs))
+    if node.op_type == "MatMulIntegerToFloat":  # activation, weights, their scales, their zero points
+        weights = range(1, 2)
+        _cut_pointwise(graph, node, range(3, 4), vocabulary, tokens)
     if node.op_type == "Gemm":
         axis = 0 if node.attributes.get_int("transB", 0) else 1
         weights = range(1, 2)

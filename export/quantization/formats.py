@@ -17,7 +17,7 @@ from edgemix.export.quantization.key_value import quantize_cache
 from edgemix.export.quantization.rtn import rtn
 from edgemix.export.quantization.steady import steady_attention
 from edgemix.export.quantization.tables import quantize_tables
-from edgemix.export.quantization.weights import linears
+from edgemix.export.quantization.weights import head, linears
 from edgemix.progress import SILENT
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def quantize(
     """Write a float32 decoder graph in another weight format; equal sources give equal bytes.
 
     The names and axes of inputs and outputs stay. On `cuda`, every format but fp32 computes in float16, and the cache
-    and the logits are float16. Quantised formats keep embedding and head in 8 bits (see `tables`).
+    and the logits are float16. Quantised formats keep embedding and head in 8 bits (see `tables`, and `dynamic`).
 
     Args:
         source: The float32 graph, with its external data beside it.
@@ -109,7 +109,8 @@ def quantize(
         for linear in list(linears(graph)):
             emit(graph, linear)
     elif format == "int8-dynamic":
-        quantize_tables(graph)
+        last = head(graph)
+        quantize_tables(graph, but=last.weight if last else None)
         quantize_dynamic(model, source.parent, calibration or (), outliers=_INT8, thin=thin, progress=progress)
     if target == "cuda" and format != "fp32":
         compute_in_float16(graph, model.opset_imports[""])

@@ -30,12 +30,13 @@ _BITS = 8
 _BLOCK = 32
 
 
-def quantize_tables(graph: ir.Graph, known: BlockTable | None = None) -> None:
+def quantize_tables(graph: ir.Graph, known: BlockTable | None = None, *, but: ir.Value | None = None) -> None:
     """Store every embedding and the head in 8-bit blocks and read them from there.
 
     Args:
         graph: Changed in place.
         known: Has blocks for some of them; those that 8 bits around the middle code can say are kept.
+        but: A weight that is left as it is.
     """
     tables: dict[ir.Value, _Table] = {}
 
@@ -47,9 +48,10 @@ def quantize_tables(graph: ir.Graph, known: BlockTable | None = None) -> None:
 
     for node in list(lookups(graph)):
         weight = node.inputs[0]
-        _look_up(graph, node, table_of(weight, weight.const_value.numpy()))
+        if weight is not but:
+            _look_up(graph, node, table_of(weight, weight.const_value.numpy()))
     linear = head(graph)
-    if linear is not None:
+    if linear is not None and linear.weight is not but:
         table = table_of(linear.weight, linear.matrix())
         replace_linear(graph, linear, [matmul_nbits(linear.node.inputs[0], table.blocks, table.tensors)])
 

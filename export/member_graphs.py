@@ -100,9 +100,13 @@ class MemberGraphs:
         Raises:
             As `make`.
         """
-        tokenizer = load_tokenizer(locate(spec.model, self._recipe.folder))
-        found = self._models.calibration(tokenizer, spec.name, CALIBRATION_LENGTH, CALIBRATION_WINDOWS)
+        found = self.calibration_text(spec)
         return found or own_texts(self.path(spec), self.make(spec).facts, GATE_TOKENS, seed=self._recipe.seed)
+
+    def calibration_text(self, spec: MemberRecipe) -> list[list[int]]:
+        """Windows of token ids of the calibration text; none where there is no text."""
+        tokenizer = load_tokenizer(locate(spec.model, self._recipe.folder))
+        return self._models.calibration(tokenizer, spec.name, CALIBRATION_LENGTH, CALIBRATION_WINDOWS)
 
     def discard(self, spec: MemberRecipe) -> None:
         """Remove a member's graph, which nobody needs any more."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from edgemix.export.member_graphs import MemberGraphs
     from edgemix.export.member_models import MemberModels
     from edgemix.export.stacking.deltas import Delta
+    from edgemix.formats import Format
     from edgemix.progress import Progress
     from edgemix.recipe import Recipe
     from edgemix.staging import BundleWriter
@@ -190,7 +191,7 @@ class MemberStacks:
                 target=target,
                 group=block,
                 table=table,
-                calibration=self._calibration(group) if form == "int8-dynamic" else None,
+                calibration=self._calibration(group, form),
                 thin=[addition(name) for name in deltas],
                 progress=progress,
             )
@@ -214,10 +215,13 @@ class MemberStacks:
         }
         return Stacked(facts, parity)
 
-    def _calibration(self, group: Sequence[MemberRecipe]) -> list[list[int]]:
+    def _calibration(self, group: Sequence[MemberRecipe], form: Format) -> list[list[int]]:
         """Text for all of them, as much as one member alone would have."""
+        if form not in ("int8-dynamic", "int8", "int4"):
+            return []
         each = -(-CALIBRATION_WINDOWS // len(group))
-        return [window for spec in group for window in self._graphs.calibration(spec)[:each]]
+        find = self._graphs.calibration if form == "int8-dynamic" else self._graphs.calibration_text
+        return [window for spec in group for window in find(spec)[:each]]
 
 
 def _joined(graph: ir.Graph) -> int:

@@ -109,6 +109,21 @@ def quantize_dynamic(
         outliers(graph, linear)
 
 
+def quantize_head(model: ir.Model, folder: Path, windows: Sequence[Sequence[int]], *, progress: Progress) -> None:
+    """Put such a product in the place of the head alone, and let the embedding read its codes where they are tied.
+
+    Args:
+        model: The fp32 graph, with a head that `weights.head` finds; changed in place.
+        folder, windows, progress: As `quantize_dynamic`.
+    """
+    last = head(model.graph)
+    if last is None:
+        return
+    activation = _Activation(last.node.inputs[0], [last])
+    (found,) = _smoothings(model, folder, [activation], windows, last=last, progress=progress)
+    _Rows(model.graph).emit_head(activation, found.apart)
+
+
 class _Rows:
     """Emits linears: all that read an activation are one product."""
 

@@ -56,6 +56,11 @@ def quantize_tables(graph: ir.Graph, known: BlockTable | None = None, *, but: ir
         replace_linear(graph, linear, [matmul_nbits(linear.node.inputs[0], table.blocks, table.tensors)])
 
 
+def has_blocks(known: BlockTable | None, matrix: Matrix) -> bool:
+    """Whether a table has blocks for an embedding or a head."""
+    return _known_blocks(known, matrix) is not None
+
+
 def _known_blocks(known: BlockTable | None, matrix: Matrix) -> Blocks | None:
     blocks = known.find(matrix) if known is not None else None
     if blocks is None or blocks.sums or (wide := blocks.widened()).zero_points is not None:

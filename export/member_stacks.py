@@ -43,7 +43,7 @@ of three it is three times that.
 """
 
 _ADDITION_BITS, _ADDITION_BLOCK = 8, 16
-"""How additions are stored in quantised formats: they are small, and blocks of 16 waste nothing of the usual ranks."""
+"""How what additions read first is stored in int8 and int4: their second halves stay in floating point."""
 _STACKED = ("fp32", "fp16", "int8", "int8-dynamic", "int4")
 
 
@@ -233,9 +233,9 @@ def _joined(graph: ir.Graph) -> int:
 
 
 def _table(base: BlockTable | None, deltas: Mapping[str, Sequence[Delta]]) -> BlockTable:
-    """The base's blocks, and those of what the members add."""
+    """The base's blocks, and those of what the members' additions read first."""
     table = base or BlockTable()
     for both in deltas.values():
-        for matrix in addition_matrices(both):
-            table.add(matrix, rtn(matrix, bits=_ADDITION_BITS, block=_ADDITION_BLOCK, symmetric=True))
+        down, _ = addition_matrices(both)
+        table.add(down, rtn(down, bits=_ADDITION_BITS, block=_ADDITION_BLOCK, symmetric=True))
     return table

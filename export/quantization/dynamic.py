@@ -81,13 +81,12 @@ def quantize_dynamic(
         folder: Where its external data lies.
         windows: Token ids of calibration text.
         outliers: What takes the linears that resist.
-        thin: Names of weights whose inputs are so few that rounding them would take longer than it saves; these go to
-            `outliers`, too.
+        thin: Names of weights that stay as they are.
         progress: Told of every window and every activation.
     """
     graph = model.graph
     last, all_linears = head(graph), [*linears(graph)]
-    few = [linear for linear in all_linears if linear.weight.name in thin]
+    few: list[Linear] = []
     activations = _activations([linear for linear in all_linears if linear.weight.name not in thin])
     found = _smoothings(model, folder, activations, windows, last=last, progress=progress)
     for activation, smoothing in zip(activations, found, strict=True):

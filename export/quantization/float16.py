@@ -13,6 +13,8 @@ from edgemix.export.quantization.emission import add_half, add_initializer, repl
 from edgemix.export.quantization.weights import linears, lookups
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from numpy.typing import NDArray
 
 _FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
@@ -39,6 +41,13 @@ def store_in_float16(graph: ir.Graph) -> None:
         replace(graph, node, [rows, ir.node("Cast", rows.outputs, {"to": _FLOAT})])
     for linear in list(linears(graph)):
         linear.weight.replace_all_uses_with(widened(linear.weight))
+
+
+def store_halves(graph: ir.Graph, names: Collection[str]) -> None:
+    """The same for the linears whose weights have these names."""
+    for linear in [linear for linear in linears(graph) if linear.weight.name in names]:
+        half = to_half(linear.weight.const_value.numpy())
+        linear.weight.replace_all_uses_with(add_half(graph, f"{linear.weight.name}.float16", half))
 
 
 def compute_in_float16(graph: ir.Graph, opset: int) -> None:

@@ -11,7 +11,7 @@ from onnx_ir.passes import common
 from edgemix.errors import InputError
 from edgemix.export.quantization.dynamic import quantize_dynamic, quantize_head
 from edgemix.export.quantization.emission import CONTRIB, BlockSums, Emitter, block_emitter, emit_blocks, nf4_emitter
-from edgemix.export.quantization.float16 import compute_in_float16, store_in_float16
+from edgemix.export.quantization.float16 import compute_in_float16, store_halves, store_in_float16
 from edgemix.export.quantization.hqq import hqq
 from edgemix.export.quantization.key_value import quantize_cache
 from edgemix.export.quantization.rtn import rtn
@@ -83,7 +83,8 @@ def quantize(
         table: Blocks that were found for the model beforehand: a linear that it knows gets these.
         calibration: Windows of token ids; `int8-dynamic` needs some. Where there are some, the head of int4 and int8 is
             a product like its own, unless the table has blocks for it: of one token as fast as blocks, of more faster.
-        thin: See `quantize_dynamic`.
+        thin: Names of weights whose inputs are so few that rounding activations takes longer than it saves: stored in
+            float16, they multiply in float32 (24 rows of 48 by 1,536: 37 microseconds; 8-bit blocks 244).
         cache: Keys and values are kept in 8 bits, with these scales.
         progress: Hears of what takes time.
 
@@ -102,30 +103,50 @@ def quantize(
     # Constants as initializers and no Identity: then a weight is found at its reader.
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.IdentityEliminationPass()(model)
-    last = head(graph)
     emit = block_emitter(partial(INT4_ALGORITHMS[algorithm], block=group)) if format == "int4" else FORMATS[format]
     if emit is not None:
-        if table is not None:
-            emit = _known_first(table, emit, BlockSums(graph))
-        if calibration and target == "cpu" and last is not None and not has_blocks(table, last.matrix()):
-            quantize_tables(graph, table, but=last.weight)
-            quantize_head(model, source.parent, calibration, progress=progress)
-        else:
-            quantize_tables(graph, table)
-        for linear in list(linears(graph)):
-            emit(graph, linear)
+        text = calibration if target == "cpu" else None
+        _emit_blocks(model, source, emit, table=table, calibration=text, thin=thin, progress=progress)
     elif format == "int8-dynamic":
+        last = head(graph)
         quantize_tables(graph, but=last.weight if last else None)
         quantize_dynamic(model, source.parent, calibration or (), outliers=_INT8, thin=thin, progress=progress)
     if target == "cuda" and format != "fp32":
         compute_in_float16(graph, model.opset_imports[""])
     elif format == "fp16":
         store_in_float16(graph)
+    elif format != "fp32":
+        store_halves(graph, thin)
     if cache is not None:
         quantize_cache(graph, cache)  # the operator reads one row of queries there as it does several
     elif target == "cpu":
         steady_attention(graph)
     _save(model, output)
+
+
+def _emit_blocks(
+    model: ir.Model,
+    source: Path,
+    emit: Emitter,
+    *,
+    table: BlockTable | None,
+    calibration: Sequence[Sequence[int]] | None,
+    thin: Collection[str],
+    progress: Progress,
+) -> None:
+    """Put blocks in the place of tables and linears; with calibration text, a product of its own for the head."""
+    graph = model.graph
+    if table is not None:
+        emit = _known_first(table, emit, BlockSums(graph))
+    last = head(graph) if calibration else None
+    if last is None or has_blocks(table, last.matrix()):
+        quantize_tables(graph, table)
+    else:
+        quantize_tables(graph, table, but=last.weight)
+        quantize_head(model, source.parent, calibration or (), progress=progress)
+    for linear in list(linears(graph)):
+        if linear.weight.name not in thin:
+            emit(graph, linear)
 
 
 def _known_first(table: BlockTable, otherwise: Emitter, sums: BlockSums) -> Emitter:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgemix.export.member_models import MemberModels
+    from edgemix.formats import Format
     from edgemix.recipe import MemberRecipe, Recipe
 
 CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 32, 256
@@ -94,19 +95,27 @@ class MemberGraphs:
             stages.mark_done(f"graph/{spec.name}", key, record, files=[self.path(spec).parent])
         return record
 
-    def calibration(self, spec: MemberRecipe) -> list[list[int]]:
-        """Windows of token ids to look at activations on: calibration text, or else what the member's graph writes.
+    def calibration(self, spec: MemberRecipe, form: Format, *, needed: bool = False) -> list[list[int]]:
+        """Windows of token ids that a format looks at activations on: calibration text, where there is some.
+
+        Args:
+            spec: The member.
+            form: Its format; int8-dynamic needs windows.
+            needed: Whether something else needs them. Where there is no text, they are what the member's graph writes.
 
         Raises:
             As `make`.
         """
-        found = self.calibration_text(spec)
-        return found or own_texts(self.path(spec), self.make(spec).facts, GATE_TOKENS, seed=self._recipe.seed)
-
-    def calibration_text(self, spec: MemberRecipe) -> list[list[int]]:
-        """Windows of token ids of the calibration text; none where there is no text."""
-        tokenizer = load_tokenizer(locate(spec.model, self._recipe.folder))
-        return self._models.calibration(tokenizer, spec.name, CALIBRATION_LENGTH, CALIBRATION_WINDOWS)
+        needed = needed or form == "int8-dynamic"
+        if not needed and form not in ("int8", "int4"):
+            return []
+        tokenizer, facts = load_tokenizer(locate(spec.model, self._recipe.folder)), self.make(spec).facts
+        found = self._models.calibration(
+            tokenizer, spec.name, min(CALIBRATION_LENGTH, facts.context), CALIBRATION_WINDOWS
+        )
+        if found or not needed:
+            return found
+        return own_texts(self.path(spec), facts, GATE_TOKENS, seed=self._recipe.seed)
 
     def discard(self, spec: MemberRecipe) -> None:
         """Remove a member's graph, which nobody needs any more."""

@@ -217,11 +217,8 @@ class MemberStacks:
 
     def _calibration(self, group: Sequence[MemberRecipe], form: Format) -> list[list[int]]:
         """Text for all of them, as much as one member alone would have."""
-        if form not in ("int8-dynamic", "int8", "int4"):
-            return []
         each = -(-CALIBRATION_WINDOWS // len(group))
-        find = self._graphs.calibration if form == "int8-dynamic" else self._graphs.calibration_text
-        return [window for spec in group for window in find(spec)[:each]]
+        return [window for spec in group for window in self._graphs.calibration(spec, form)[:each]]
 
 
 def _joined(graph: ir.Graph) -> int:

@@ -301,11 +301,7 @@ class _Export:
         shutil.rmtree(folder, ignore_errors=True)
         quantization = self._models.quantization(spec)
         codes = self._recipe.cache == "int8"
-        calibration: Sequence[Sequence[int]] | None = None
-        if form == "int8-dynamic" or codes:
-            calibration = self._graphs.calibration(spec)
-        elif form in ("int8", "int4"):
-            calibration = self._graphs.calibration_text(spec)
+        calibration = self._graphs.calibration(spec, form, needed=codes)
         scales = cache_scales(source, graph.facts, calibration, progress=progress) if codes and calibration else None
         table = self._blocks.find(spec, self._eight_bits.get(spec.name))
         with progress.stage(form), storage_errors(f"writing {output}"):

@@ -137,7 +137,8 @@ class Trials:
         output, progress = self.path(spec, name), Prefixed(self._progress, spec.name)
         source, group = self._graphs.path(spec), self._models.quantization(spec).group
         with progress.stage(f"trial of {name}"), storage_errors(f"writing {output}"):
-            quantize(source, output, form, target=self._recipe.target, group=group, table=table)
+            text = self._graphs.calibration(spec, form)
+            quantize(source, output, form, target=self._recipe.target, group=group, table=table, calibration=text)
             if sparse:
                 pack_weights(output)
             return sum(path.stat().st_size for path in output.parent.iterdir())

@@ -243,8 +243,11 @@ def test_int4_is_trained_where_there_is_text(folder, tmp_path):
     export_bundle(int4_recipe(folder, quantization=Quantization("distil", steps=3)), tmp_path / "distil", force=True)
     export_bundle(int4_recipe(folder, quantization=Quantization("rtn")), tmp_path / "rtn", force=True)
     export_bundle(int4_recipe(folder, data=Data()), tmp_path / "no-text", force=True)
-    found = {name: graphs(tmp_path / name) for name in ("auto", "distil", "rtn", "no-text")}
-    assert found["auto"] == found["distil"] != found["rtn"] == found["no-text"]
+    bare = int4_recipe(folder, data=Data(), quantization=Quantization("rtn"))
+    export_bundle(bare, tmp_path / "rtn-no-text", force=True)
+    found = {name: graphs(tmp_path / name) for name in ("auto", "distil", "rtn", "no-text", "rtn-no-text")}
+    assert found["auto"] == found["distil"] != found["rtn"]
+    assert found["no-text"] == found["rtn-no-text"]
 
 
 def test_trained_blocks_are_kept_over_an_interruption(folder, tmp_path, monkeypatch):

@@ -138,13 +138,14 @@ def _emit_blocks(
     graph = model.graph
     if table is not None:
         emit = _known_first(table, emit, BlockSums(graph))
-    last = head(graph) if calibration else None
-    if last is None or has_blocks(table, last.matrix()):
+    last = head(graph)
+    others = [linear for linear in linears(graph) if last is None or linear.node is not last.node]
+    if last is None or not calibration or has_blocks(table, last.matrix()):
         quantize_tables(graph, table)
     else:
         quantize_tables(graph, table, but=last.weight)
-        quantize_head(model, source.parent, calibration or (), progress=progress)
-    for linear in list(linears(graph)):
+        quantize_head(model, source.parent, calibration, progress=progress)
+    for linear in others:
         if linear.weight.name not in thin:
             emit(graph, linear)
 

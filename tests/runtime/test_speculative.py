@@ -213,7 +213,7 @@ def joint(weights, sampling, prompt):
 )
 def test_drawn_text_has_the_mixtures_distribution(members, student, cut, sampling, drafts):
     """By a chi-square test on the next two tokens: the second is where the first draft is tried."""
-    weights, prompt, count = WEIGHTS["even"], [4, 6, 4, 6, 4], 1_500
+    weights, prompt, count = WEIGHTS["even"], [4, 6, 4, 6, 4], 900
     mixture = blend(members, weights)
     counts = np.zeros((TOKENS, TOKENS))
     options = {"student": {"student": student, "cut": cut}.get(drafts), "lookup": drafts == "lookup"}

@@ -47,8 +47,8 @@ class Work:
         return cls(
             weights=graph.weight_bytes(),
             state=numbers * member.layout.dtype.itemsize,
-            products=graph.multiply_adds(),
-            attention=2 * graph.query_heads * size or numbers,
+            products=member.voices * graph.multiply_adds(),
+            attention=2 * member.voices * graph.query_heads * size or numbers,
             int8=format_ in _IN_INT8,
         )
 

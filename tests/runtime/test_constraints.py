@@ -106,7 +106,7 @@ def test_the_most_probable_token_is_taken_after_averaging(drafted, pair_forms):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_drawn_texts_have_the_constrained_distribution(drafted, pair_forms, speculation, temperature):
     """Chi-square over all texts of the form, the end of text included: "g" may end or go on to "ge"."""
-    draws = 600
+    draws = 320
     options = {"choices": TEXTS, "temperature": temperature, "speculation": speculation}
     seen = Counter(drafted.generate(PROMPT, seed=seed, **options).text for seed in range(draws))
     check_counts(seen, pair_forms, temperature, draws)

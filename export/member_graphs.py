@@ -67,6 +67,7 @@ class MemberGraphs:
     ) -> None:
         self._recipe, self._models, self._writer = recipe, models, writer
         self._force, self._progress = force, progress
+        self._windows: dict[str, list[list[int]]] = {}
 
     def key(self, spec: MemberRecipe) -> str:
         """Of all that a member's graph depends on."""
@@ -109,11 +110,12 @@ class MemberGraphs:
         needed = needed or form == "int8-dynamic"
         if not needed and form not in ("int8", "int4"):
             return []
-        tokenizer, facts = load_tokenizer(locate(spec.model, self._recipe.folder)), self.make(spec).facts
-        found = self._models.calibration(
-            tokenizer, spec.name, min(CALIBRATION_LENGTH, facts.context), CALIBRATION_WINDOWS
-        )
-        if found or not needed:
+        facts = self.make(spec).facts
+        if spec.name not in self._windows:  # every trial of a budget asks
+            tokenizer = load_tokenizer(locate(spec.model, self._recipe.folder))
+            length = min(CALIBRATION_LENGTH, facts.context)
+            self._windows[spec.name] = self._models.calibration(tokenizer, spec.name, length, CALIBRATION_WINDOWS)
+        if (found := self._windows[spec.name]) or not needed:
             return found
         return own_texts(self.path(spec), facts, GATE_TOKENS, seed=self._recipe.seed)
 

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -222,16 +222,14 @@ def loading(bundle: Path, threads: int, *, times: int = 3) -> dict[str, Any]:
     folders = {Path(entry.graph).parent for entry in manifest.members}
     files = sum(entry.size for name, entry in manifest.files.items() if Path(name).parent in folders)
     command = [sys.executable, "-c", _LOAD, str(bundle), str(threads)]
+
+    def load(packed: str) -> dict[str, float]:
+        found: dict[str, float] = json.loads(subprocess.run([*command, packed], check=True, capture_output=True).stdout)
+        return found
+
     with tempfile.TemporaryDirectory() as packed:
-        subprocess.run([*command, packed], check=True, capture_output=True)
-        ways = {"": "", "packed_": packed}
-        runs = {
-            name: [
-                json.loads(subprocess.run([*command, where], check=True, capture_output=True).stdout)
-                for _ in range(times)
-            ]
-            for name, where in ways.items()
-        }
+        load(packed)  # packs them
+        runs = {way: [load(where) for _ in range(times)] for way, where in (("", ""), ("packed_", packed))}
     return {"files": files} | {
         f"{way}{name}": statistics.median(each[name] for each in found)
         for way, found in runs.items()
@@ -376,9 +374,10 @@ def main() -> None:
         if arguments.plot and find_spec("matplotlib") is None:
             raise InputError("--plot needs matplotlib", "pip install 'edgemix[bench]'")
         prompts = read_prompts(arguments.prompts, arguments.most)
-        with Mixture.load(arguments.bundle, provider="cpu", threads=arguments.threads, plan=False) as mixture:
+        options: dict[str, Any] = {"provider": "cpu", "threads": arguments.threads, "plan": False}
+        one_graph = Mixture.load(arguments.one_graph, **options) if arguments.one_graph else nullcontext()
+        with Mixture.load(arguments.bundle, **options) as mixture, one_graph as stacked:
             blend = mixture.blend(arguments.weights)
-            stacked = Mixture.load(arguments.one_graph, "cpu", arguments.threads) if arguments.one_graph else None
             other = stacked and stacked.blend(arguments.weights)
             compared = sides(arguments.bundle, mixture, blend, peers, stacked=other, threads=arguments.threads)
             encoded = [mixture.tokenizer.encode(prompt) for prompt, _ in prompts]

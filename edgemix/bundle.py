@@ -37,8 +37,8 @@ from edgemix.manifest import (
     TokenizerEntry,
     Weights,
     checksum_of,
-    faults,
 )
+from edgemix.manifest_faults import faults
 from edgemix.progress import SILENT, Progress, Task
 from edgemix.safe_paths import resolve
 from edgemix.sparse_storage import SUFFIX, read_header

@@ -147,9 +147,11 @@ class Follower:
             return valid
         return valid + int(self.allowed(text)[tokens[valid]])
 
-    def expected(self) -> list[int]:
-        """Tokens that spell what the text can only go on with, as its tokenizer would; others may spell it, too."""
-        self._go(())
+    def expected(self, ahead: Sequence[int] = ()) -> list[int]:
+        """Tokens that spell what the text, and some tokens that may follow it, can only go on with, as its tokenizer
+        would; others may spell it, too.
+        """
+        self._go(self._before_end(ahead))
         forced: bytes = self._matcher.compute_ff_bytes()
         return [*self._words.tokenize_bytes(forced)] if forced else []
 

@@ -52,8 +52,10 @@ NOTHING = Draft([], [])
 class Drafter(Protocol):
     """Drafts for one sequence."""
 
-    def draft(self, text: NDArray[np.int64], most: int) -> Draft:
-        """What may follow a text, which is the one of the last call and more: at most so many tokens."""
+    def draft(self, text: NDArray[np.int64], most: int, ahead: int = 0) -> Draft:
+        """What may follow a text: at most so many tokens. Its last `ahead` are not certain yet; without them it is the
+        text of the last call, or that and more.
+        """
         ...
 
     def close(self) -> None:
@@ -71,18 +73,18 @@ class PromptLookup:
         self._ends: dict[tuple[int, ...], int] = {}
         self._known = 0
 
-    def draft(self, text: NDArray[np.int64], most: int) -> Draft:
+    def draft(self, text: NDArray[np.int64], most: int, ahead: int = 0) -> Draft:
         """See `Drafter`; its tokens are not drawn."""
-        self._learn(text)
+        self._learn(text[: len(text) - ahead])
         for length in range(min(_GRAM, len(text) - 1), 1, -1):
             end = self._ends.get(tuple(text[-length:].tolist()))
             if end is not None:
                 return self._copy(text, end, ("lookup", length), most)
         return NOTHING
 
-    def guess(self, text: NDArray[np.int64], most: int) -> Draft:
+    def guess(self, text: NDArray[np.int64], most: int, ahead: int = 0) -> Draft:
         """What followed the last token alone when it came before, for where nobody has a better draft."""
-        self._learn(text)
+        self._learn(text[: len(text) - ahead])
         end = self._ends.get(tuple(text[-1:].tolist()))
         return NOTHING if end is None else self._copy(text, end, ("lookup", 1), most)
 
@@ -114,10 +116,11 @@ class FormDrafts:
     def __init__(self, follower: Follower, pace: Pace) -> None:
         self._follower, self._pace = follower, pace
 
-    def draft(self, text: NDArray[np.int64], most: int) -> Draft:  # noqa: ARG002 - the follower knows it
+    def draft(self, text: NDArray[np.int64], most: int, ahead: int = 0) -> Draft:
         """See `Drafter`; its tokens are not drawn."""
         source: Source = ("form", 1)
-        chance, tokens = self._pace.chance(source), self._follower.expected()[:most]
+        expected = self._follower.expected(text[len(text) - ahead :].tolist())
+        chance, tokens = self._pace.chance(source), expected[:most]
         worth = [token for place, token in enumerate(tokens, 1) if self._pace.pays(chance**place)]
         return Draft(worth, [source] * len(worth))
 
@@ -154,9 +157,10 @@ class StudentDrafts:
         self._read = np.empty(0, np.int64)
         self._start: int | None = None
 
-    def draft(self, text: NDArray[np.int64], most: int) -> Draft:
+    def draft(self, text: NDArray[np.int64], most: int, ahead: int = 0) -> Draft:
         """See `Drafter`."""
         pace, reader = self._pace, self._reader
+        before = text[len(text) - ahead :].tolist()
         if self._start is None:
             self._start = max(0, len(text) - _MEMORY)
         text = text[self._start :]
@@ -169,7 +173,7 @@ class StudentDrafts:
         chance, next_seconds = 1.0, pace.drafting("student")
         while len(tokens) < most and pace.pays(chance * pace.chance("student"), next_seconds):
             started = time.perf_counter()
-            allowed = self._allowed(tokens)
+            allowed = self._allowed([*before, *tokens])
             if allowed is not None and not allowed.any():
                 break
             ((_, ((logits,),)),) = reader.listen(ids, len(ids))

@@ -85,7 +85,7 @@ class LazyState:
             self._readers.append(reader)
         self._geometric: list[float] = []
         self._drafted = 0
-        self._spoken: dict[int, NDArray[np.float32]] = {}
+        self._spoken: dict[int, list[NDArray[np.float32]]] = {}
         self._norms: dict[tuple[int, int], float] = {}
         self._mass = np.empty(vocabulary, np.float32)
         self._part = np.empty(vocabulary, np.float32)
@@ -200,18 +200,20 @@ class LazyState:
             for reader in self._readers:
                 reader.forget(self.length + drafted)
 
-    def lengthen(self, token: int) -> None:
-        """Add a token to the draft, of at most `room`; those asked so far say what follows it."""
-        self._reserve(self.length + self._drafted + 2)
-        self._ids[self.length + self._drafted] = token
-        self._drafted += 1
-        end = self.length + self._drafted
+    def lengthen(self, tokens: Sequence[int]) -> None:
+        """Add tokens to the draft, which stays within `room`; those asked so far say what follows each."""
+        begin = self.length + self._drafted
+        end = begin + len(tokens)
+        self._reserve(end + 1)
+        self._ids[begin:end] = tokens
+        self._drafted += len(tokens)
         for reader in self._readers:
             if reader.voices[0] in self._spoken:
-                known = {voice: self._spoken[voice].copy() for voice in reader.voices}  # the call overwrites them
-                ((_, logits),) = reader.listen(self._ids[:end], end)
-                for voice, each in zip(reader.voices, logits, strict=True):
-                    self._spoken[voice] = np.concatenate([known[voice], each])
+                for voice in reader.voices:
+                    self._spoken[voice] = [_owned(row) for row in self._spoken[voice]]
+                for heard in reader.listen(self._ids[:end], begin + 1):
+                    for voice, rows in zip(reader.voices, heard.logits, strict=True):
+                        self._spoken[voice] += [row.copy() for row in rows]
                 self.asked += 1
 
     def scores(self, place: int) -> NDArray[np.float32]:
@@ -243,9 +245,9 @@ class LazyState:
         for voice, logits in self._spoken.items():
             known = [self._norms.get((voice, place)) for place in range(count)]
             self._own[voice, begin : begin + count] = [
-                target_log_probabilities(logits[place, None], new[place, None])[0]
+                target_log_probabilities(logits[place][None], new[place, None])[0]
                 if norm is None
-                else logits[place, token] - norm
+                else logits[place][token] - norm
                 for place, (token, norm) in enumerate(zip(tokens, known, strict=True))
             ]
         if self._blend.combine != "linear":
@@ -288,15 +290,14 @@ class LazyState:
         """Let a graph read on to the window's end; note what it says of the text, keep what it says of the window."""
         end = self.length + self._drafted
         first = min(self.length, max(reader.read + 1, self._observed))
-        kept: list[list[NDArray[np.float32]]] = []
+        for voice in reader.voices:
+            self._spoken[voice] = []
         for heard in reader.listen(self._ids[:end], first):
             reader.note(heard, self.text, self._own)
-            ahead = [logits[max(0, self.length - heard.start) :] for logits in heard.logits]
             last = heard.start + len(heard.logits[0]) > end
-            kept.append(ahead if last else [logits.copy() for logits in ahead])  # the next call overwrites them
-        for index, voice in enumerate(reader.voices):
-            pieces = [piece[index] for piece in kept]
-            self._spoken[voice] = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+            for voice, logits in zip(reader.voices, heard.logits, strict=True):
+                ahead = logits[max(0, self.length - heard.start) :]
+                self._spoken[voice] += [*(ahead if last else ahead.copy())]  # the next call overwrites them
         self.asked += 1
 
     def _altered(self, voice: int, place: int) -> NDArray[np.float32]:
@@ -325,3 +326,8 @@ class LazyState:
         self._own, self._path = (
             np.pad(each, ((0, 0), (0, more)), constant_values=np.nan) for each in (self._own, self._path)
         )
+
+
+def _owned(row: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Of what may lie in a graph's buffer, which its next call overwrites, a copy."""
+    return row if row.base is None else row.copy()

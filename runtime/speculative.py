@@ -157,22 +157,25 @@ class SpeculativeDecoding:
         state = self._state
         return min(LONGEST, state.room, self._budget - 1, self._context - state.length)
 
-    def _find_draft(self) -> Draft:
-        """From the first drafter that has one; only what the text's form allows."""
-        state = self._state
-        if (most := self._most) > 0:
-            for drafter in self._drafters:
-                if (draft := self._held(drafter.draft(state.text, most))).tokens:
-                    return draft
-            if self._lookup:
-                return self._held(self._lookup.guess(state.text, most))
+    def _find_draft(self, ahead: Sequence[int] = ()) -> Draft:
+        """What may come behind the text, and behind tokens that may follow it: from the first drafter that has
+        something; only what the text's form allows.
+        """
+        if (most := self._most - len(ahead)) <= 0:
+            return NOTHING
+        text = np.append(self._state.text, np.asarray(ahead, np.int64))
+        for drafter in self._drafters:
+            if (draft := self._held(drafter.draft(text, most, len(ahead)), ahead)).tokens:
+                return draft
+        if self._lookup:
+            return self._held(self._lookup.guess(text, most, len(ahead)), ahead)
         return NOTHING
 
-    def _held(self, draft: Draft) -> Draft:
+    def _held(self, draft: Draft, ahead: Sequence[int]) -> Draft:
         """The beginning of a draft that the text's form allows. Of drawn tokens that is all: they were drawn so."""
         if self._follower is None or draft.proposals is not None:
             return draft
-        valid = self._follower.valid(draft.tokens)
+        valid = max(0, self._follower.valid([*ahead, *draft.tokens]) - len(ahead))
         return Draft(draft.tokens[:valid], draft.sources[:valid])
 
     def _decide(self) -> list[int]:
@@ -189,33 +192,51 @@ class SpeculativeDecoding:
 
     def _go_on_alone(self) -> None:
         """Where others must be asked, let the member of most weight write on first, as a draft: they then read all of
-        it at once (collaborative decoding via speculation, arXiv 2502.01662).
+        it at once (collaborative decoding via speculation, arXiv 2502.01662). It is itself drafted for.
         """
-        state, pace, draft = self._state, self._pace, self._draft
-        place, chance, doubtful = 0, 1.0, False
+        state, pace = self._state, self._pace
+        place, first, chance, doubtful = 0, None, 1.0, False
         most = self._most if pace.seconds else min(self._most, _UNTRIED)
         while True:
             token, certainty = state.favourite(place)
             if not state.rest:
-                return
-            doubtful |= certainty <= 1
+                break
             source: Source = ("alone", min(4, int(4 * certainty)) if certainty < 1 else 4)
-            if place == len(draft.tokens) or token != draft.tokens[place]:
-                if not doubtful:
-                    return
-                if certainty <= 1:
-                    chance *= pace.chance(source)
-                ends = token in self._eos or place >= most
-                if ends or not pace.pays(chance, pace.drafting("alone")):
-                    return
-                begun = time.perf_counter()
-                state.shorten(place)
-                state.lengthen(token)
-                draft = Draft([*draft.tokens[:place], token], [*draft.sources[:place], source])
-                seconds = time.perf_counter() - begun
-                pace.drafted("alone", seconds)
-                self._draft, self._alone = draft, self._alone + seconds
+            doubtful |= certainty <= 1
+            chance *= pace.chance(source) if certainty <= 1 else 1.0
+            drafted = self._draft.tokens[place : place + 1]
+            if drafted == [token]:
+                if certainty <= 1:  # from here on it is this member's word
+                    pace.tried(self._draft.sources[place], accepted=True)
+                    self._draft.sources[place] = source
+            elif not doubtful:
+                break
+            else:
+                if drafted:
+                    pace.tried(self._draft.sources[place], accepted=False)
+                    self._shorten(place)
+                if token in self._eos or place >= most or not pace.pays(chance, pace.drafting("alone")):
+                    break
+                first = place if first is None else first
+                self._lengthen(token, source)
             place += 1
+        if first is not None:
+            pace.drafted("alone", self._alone / (place - first))
+
+    def _shorten(self, place: int) -> None:
+        """Take the draft back from a place on."""
+        self._state.shorten(place)
+        self._draft = Draft(self._draft.tokens[:place], self._draft.sources[:place])
+
+    def _lengthen(self, token: int, source: Source) -> None:
+        """Add a token to the draft, and what may come behind it, for those who were asked to go on with."""
+        begun = time.perf_counter()
+        tokens, sources, _ = self._draft
+        ahead = [*tokens, token]
+        behind = self._find_draft(ahead)
+        self._state.lengthen([token, *behind.tokens])
+        self._draft = Draft([*ahead, *behind.tokens], [*sources, source, *behind.sources])
+        self._alone += time.perf_counter() - begun
 
     def _choose(self, place: int) -> tuple[int, bool]:
         """The token of a place of the window, and whether it is the draft's."""

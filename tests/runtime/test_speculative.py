@@ -1,5 +1,6 @@
 """Fewer calls, and the same text: the plain loop's token for token; where tokens are drawn, its distribution."""
 
+import dataclasses
 import itertools
 
 import msgspec
@@ -313,3 +314,33 @@ def test_a_member_that_writes_on_alone_saves_the_others_calls(members, monkeypat
     (alone, text), (together, other) = counts
     assert text == other
     assert alone < 0.8 * together
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_member_that_writes_on_alone_is_drafted_for(members, load, monkeypatch):
+    """By a student that knows most of what it will say."""
+    mixture, reads, (lead, *_) = blend(members, [0.5, 0.3, 0.2]), [], members
+    real = type(lead)._run
+    monkeypatch.setattr(lead, "_run", lambda *a, **o: reads.append(1) or real(lead, *a, **o))
+    table = FORMS[0].table.copy()
+    table[::3, 0] += 20
+    nearly = Blend((load(dataclasses.replace(FORMS[0], table=table)),), np.ones(1), "linear", TOKENS)
+    counts = []
+    for student in (None, nearly):
+        tokens, *_ = fast(mixture, lookup=False, student=student)
+        counts.append((len(reads), tokens))
+        reads.clear()
+    (unaided, text), (aided, other) = counts
+    assert text == other == plain(mixture)[0]
+    assert aided < 0.6 * unaided
+
+
+@pytest.mark.usefixtures("eager")
+def test_what_is_not_certain_yet_is_not_looked_up():
+    """The text may not come to be what a member that writes alone made of it."""
+    lookup = PromptLookup(Pace())
+    text = np.array([1, 2, 3, 1, 2])
+    assert lookup.draft(np.array([*text, 7, 8, 9]), 2, ahead=3).tokens == []
+    assert lookup.draft(np.array([*text, 3, 1]), 2, ahead=2).tokens == [2, 3]
+    assert lookup.draft(np.array([*text, 5, 7, 8]), 1).tokens == []
+    assert lookup.guess(np.array([*text, 5, 9]), 1).tokens == []

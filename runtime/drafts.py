@@ -26,7 +26,7 @@ Source = tuple[str, int]
 """Who drafted a token, and how sure of it they were."""
 LONGEST = 15
 """Most tokens of a draft."""
-_MEMORY = 128
+_MEMORY = 32
 """Tokens of a prompt that the student reads."""
 _GRAM = 4
 """Most tokens at the end of a text that are looked for before."""
@@ -50,7 +50,7 @@ NOTHING = Draft([], [])
 
 
 class Drafter(Protocol):
-    """Drafts for one sequence."""
+    """Drafts for one sequence, which cost no call of a model."""
 
     def draft(self, text: NDArray[np.int64], most: int, ahead: int = 0) -> Draft:
         """What may follow a text: at most so many tokens. Its last `ahead` are not certain yet; without them it is the
@@ -58,14 +58,10 @@ class Drafter(Protocol):
         """
         ...
 
-    def close(self) -> None:
-        """Free what it holds."""
-        ...
-
 
 class PromptLookup:
     """What followed the last tokens when they came before, in the prompt or in what was written (prompt lookup
-    decoding, Saxena 2023; LLMA, arXiv 2304.04487). Costs no call of a model.
+    decoding, Saxena 2023; LLMA, arXiv 2304.04487).
     """
 
     def __init__(self, pace: Pace) -> None:
@@ -76,29 +72,16 @@ class PromptLookup:
     def draft(self, text: NDArray[np.int64], most: int, ahead: int = 0) -> Draft:
         """See `Drafter`; its tokens are not drawn."""
         self._learn(text[: len(text) - ahead])
-        for length in range(min(_GRAM, len(text) - 1), 1, -1):
-            end = self._ends.get(tuple(text[-length:].tolist()))
-            if end is not None:
-                return self._copy(text, end, ("lookup", length), most)
+        for length in range(min(_GRAM, len(text)), 0, -1):
+            start = self._ends.get(tuple(text[-length:].tolist()))
+            if start is not None:
+                source: Source = ("lookup", length)
+                count, _ = self._pace.plan(self._pace.chance(source), most)
+                tokens = text[start : start + count].tolist()
+                while tokens and len(tokens) < count:  # what it repeats reaches up to the end: on it goes
+                    tokens = (tokens * 2)[:count]
+                return Draft(tokens, [source] * len(tokens))
         return NOTHING
-
-    def guess(self, text: NDArray[np.int64], most: int, ahead: int = 0) -> Draft:
-        """What followed the last token alone when it came before, for where nobody has a better draft."""
-        self._learn(text[: len(text) - ahead])
-        end = self._ends.get(tuple(text[-1:].tolist()))
-        return NOTHING if end is None else self._copy(text, end, ("lookup", 1), most)
-
-    def close(self) -> None:
-        """Nothing to free."""
-
-    def _copy(self, text: NDArray[np.int64], start: int, source: Source, most: int) -> Draft:
-        chance, count = self._pace.chance(source), 0
-        while count < most and self._pace.pays(chance ** (count + 1)):
-            count += 1
-        tokens = text[start : start + count].tolist()
-        while tokens and len(tokens) < count:  # what it repeats reaches up to the end: on it goes
-            tokens = (tokens * 2)[:count]
-        return Draft(tokens, [source] * len(tokens))
 
     def _learn(self, text: NDArray[np.int64]) -> None:
         """Note where what follows each group of tokens begins; the last group has nothing behind it yet."""
@@ -111,7 +94,7 @@ class PromptLookup:
 
 
 class FormDrafts:
-    """What a text of a given form can only go on with, as its tokenizer spells it. Costs no call of a model."""
+    """What a text of a given form can only go on with, as its tokenizer spells it."""
 
     def __init__(self, follower: Follower, pace: Pace) -> None:
         self._follower, self._pace = follower, pace
@@ -120,12 +103,8 @@ class FormDrafts:
         """See `Drafter`; its tokens are not drawn."""
         source: Source = ("form", 1)
         expected = self._follower.expected(text[len(text) - ahead :].tolist())
-        chance, tokens = self._pace.chance(source), expected[:most]
-        worth = [token for place, token in enumerate(tokens, 1) if self._pace.pays(chance**place)]
-        return Draft(worth, [source] * len(worth))
-
-    def close(self) -> None:
-        """Nothing to free."""
+        count, _ = self._pace.plan(self._pace.chance(source), min(most, len(expected)))
+        return Draft(expected[:count], [source] * count)
 
 
 class StudentDrafts:
@@ -156,6 +135,10 @@ class StudentDrafts:
         self._eos, self._allow = eos, allow
         self._read = np.empty(0, np.int64)
         self._start: int | None = None
+
+    def promise(self, most: int) -> float:
+        """Seconds that a draft of at most so many tokens is likely to save."""
+        return self._pace.plan(self._pace.chance("student"), most, self._pace.drafting("student"))[1]
 
     def draft(self, text: NDArray[np.int64], most: int, ahead: int = 0) -> Draft:
         """See `Drafter`."""

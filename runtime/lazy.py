@@ -13,6 +13,7 @@ read on later, several tokens in a call.
 from __future__ import annotations
 
 import math
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,12 +25,12 @@ from edgemix.runtime.mixing import check_numbers, linear, log_linear, log_softma
 from edgemix.runtime.prefixes import PrefixCache
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
     from edgemix.runtime.blend import Blend
-    from edgemix.runtime.reader import Reader
+    from edgemix.runtime.reader import Heard, Reader
 
     Alter = Callable[[NDArray[np.float32], int], NDArray[np.float32]]
     Allow = Callable[[int], NDArray[np.bool_]]
@@ -51,6 +52,7 @@ class LazyState:
         alter: Changes a voice's logits [vocabulary] for a place of the window (a penalty); None changes nothing.
         allow: Which tokens the mixture may take at a place of the window, bool [vocabulary]; None allows all.
         prefixes: Texts that were read before, and where this one will be kept.
+        called: Told of every call: tokens read, seconds.
 
     Attributes:
         length: Tokens of the text.
@@ -66,8 +68,9 @@ class LazyState:
         *,
         allow: Allow | None = None,
         prefixes: PrefixCache | None = None,
+        called: Callable[[int, float], None] = lambda *_: None,
     ) -> None:
-        self._blend, self._alter, self._allow = blend, alter, allow
+        self._blend, self._alter, self._allow, self._called = blend, alter, allow, called
         self._prefixes = PrefixCache(0) if prefixes is None else prefixes
         heavy, vocabulary = blend.heavy, blend.vocabulary
         self._posterior = Posterior(blend.experts.narrowed(heavy)) if blend.experts else None
@@ -211,10 +214,9 @@ class LazyState:
             if reader.voices[0] in self._spoken:
                 for voice in reader.voices:
                     self._spoken[voice] = [_owned(row) for row in self._spoken[voice]]
-                for heard in reader.listen(self._ids[:end], begin + 1):
+                for heard in self._listen(reader, end, begin + 1):
                     for voice, rows in zip(reader.voices, heard.logits, strict=True):
                         self._spoken[voice] += [row.copy() for row in rows]
-                self.asked += 1
 
     def scores(self, place: int) -> NDArray[np.float32]:
         """The whole mixture's log-probabilities [vocabulary] at a place, a new array, with -inf where a token is not
@@ -292,12 +294,17 @@ class LazyState:
         first = min(self.length, max(reader.read + 1, self._observed))
         for voice in reader.voices:
             self._spoken[voice] = []
-        for heard in reader.listen(self._ids[:end], first):
+        for heard in self._listen(reader, end, first):
             reader.note(heard, self.text, self._own)
             last = heard.start + len(heard.logits[0]) > end
             for voice, logits in zip(reader.voices, heard.logits, strict=True):
                 ahead = logits[max(0, self.length - heard.start) :]
                 self._spoken[voice] += [*(ahead if last else ahead.copy())]  # the next call overwrites them
+
+    def _listen(self, reader: Reader, end: int, first: int) -> Iterator[Heard]:
+        begun, read = time.perf_counter(), end - reader.read
+        yield from reader.listen(self._ids[:end], first)
+        self._called(read, time.perf_counter() - begun)
         self.asked += 1
 
     def _altered(self, voice: int, place: int) -> NDArray[np.float32]:

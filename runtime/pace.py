@@ -8,13 +8,16 @@ from __future__ import annotations
 
 _FADE = 0.9
 _HOPE = 0.7
-"""Acceptance of a source that nothing is known of."""
+"""Acceptance of a source that nothing is known of; `_HOPES` of some that are likely to be worse."""
+_HOPES: dict[object, float] = {("lookup", 1): 0.4, ("lookup", 2): 0.6, ("student", 0): 0.4}
 _RETURN = 0.02
 """How far what is believed of a source returns to hope at each step that does not try it."""
-_SLOPE = 0.15
+_SLOPE = 0.1
 """A further token in a call, in units of a call, before that is measured."""
 _DOUBT = 0.1
 """How much weight that guess has, against the variance of the numbers of tokens seen."""
+_FEW = 32
+"""Tokens of a call that tell what one of few costs; of many, they cost less."""
 
 
 class _Mean:
@@ -35,15 +38,15 @@ class _Mean:
 
 
 class Pace:
-    """What steps have taken so far, and how drafts have fared.
+    """What steps and calls have taken so far, and how drafts have fared.
 
     Attributes:
         seconds: Of a token, on average.
-        further: Seconds that a call takes longer for each token more than one.
+        further: Seconds that a step takes longer for each token that it verifies more.
     """
 
     def __init__(self) -> None:
-        self._spent = self._gained = 0.0
+        self._steps = self._asked = self._spent = self._gained = 0.0
         self._count = self._x = self._y = self._xx = self._xy = 0.0
         self._accepted: dict[object, _Mean] = {}
         self._drafting: dict[object, _Mean] = {}
@@ -59,12 +62,13 @@ class Pace:
         x, y = self._x / self._count, self._y / self._count
         variance, covariance = self._xx / self._count - x * x, self._xy / self._count - x * y
         # As if the slope that is expected had been seen, too, until the true one shows.
-        expected = _SLOPE * y / (1 + _SLOPE * x)
-        return max(0.0, (covariance + _DOUBT * expected) / (variance + _DOUBT))
+        expected = _SLOPE * y / (1 + _SLOPE * (x - 1))
+        slope = max(0.0, (covariance + _DOUBT * expected) / (variance + _DOUBT))
+        return slope * (self._asked / self._steps if self._steps else 1.0)
 
     def chance(self, source: object) -> float:
         """Of a token of that source to be accepted, where the ones before it are."""
-        return self._accepted[source].value if source in self._accepted else _HOPE
+        return self._accepted[source].value if source in self._accepted else _HOPES.get(source, _HOPE)
 
     def drafting(self, source: object) -> float:
         """Seconds that a token of that source takes."""
@@ -74,18 +78,30 @@ class Pace:
         """Whether a further token of a draft does, that takes so long to draft and will be accepted so likely."""
         return not self._gained or chance * self.seconds > seconds + self.further
 
-    def stepped(self, drafted: int, calls: float, seconds: float, tokens: int) -> None:
-        """Hear of a step: tokens drafted, seconds in calls that verified, seconds in all, tokens written."""
+    def plan(self, chance: float, most: int, seconds: float = 0.0) -> tuple[int, float]:
+        """How many tokens to draft, each accepted so likely where those before it are, and the seconds that saves."""
+        count, saved = 0, 0.0
+        while count < most and self.pays(likely := chance ** (count + 1), seconds):
+            count, saved = count + 1, saved + likely * (self.seconds or 1.0) - seconds - self.further
+        return count, saved
+
+    def called(self, tokens: int, seconds: float) -> None:
+        """Hear of a call that read so many tokens."""
+        if tokens <= _FEW:
+            self._count, self._x, self._y = _FADE * self._count + 1, _FADE * self._x + tokens, _FADE * self._y + seconds
+            self._xx, self._xy = _FADE * self._xx + tokens * tokens, _FADE * self._xy + tokens * seconds
+
+    def stepped(self, calls: int, seconds: float, tokens: int) -> None:
+        """Hear of a step: calls that verified, seconds in all, tokens written."""
+        self._steps, self._asked = _FADE * self._steps + 1, _FADE * self._asked + calls
         self._spent, self._gained = _FADE * self._spent + seconds, _FADE * self._gained + tokens
-        self._count, self._x, self._y = _FADE * self._count + 1, _FADE * self._x + drafted, _FADE * self._y + calls
-        self._xx, self._xy = _FADE * self._xx + drafted * drafted, _FADE * self._xy + drafted * calls
-        for mean in self._accepted.values():
-            mean.move(_RETURN, _HOPE)
+        for source, mean in self._accepted.items():
+            mean.move(_RETURN, _HOPES.get(source, _HOPE))
 
     def tried(self, source: tuple[str, int], accepted: bool) -> None:
         """Hear of a drafted token that came to a decision."""
         for name in (source, source[0]):
-            self._accepted.setdefault(name, _Mean(_HOPE, 2.0)).add(float(accepted))
+            self._accepted.setdefault(name, _Mean(self.chance(name), 2.0)).add(float(accepted))
 
     def drafted(self, source: object, seconds: float) -> None:
         """Hear how long a token took to draft."""

@@ -83,26 +83,33 @@ class SpeculativeDecoding:
         # The last token is never read, so it may lie one beyond the context.
         self._budget = min(max_new_tokens, context - len(ids) + 1)
         penalised = sampling.repetition_penalty != 1
-        self._draft, self._alone = NOTHING, 0.0
+        self._draft, self._alone = NOTHING, 0
         self._follower = follower
         # Of a mixture that is held to a form, a member's token, drawn by its weight, is not the mixture's.
         self._plain = sampling.plain and follower is None
         allow = (lambda place: follower.allowed(self._draft.tokens[:place])) if follower else None
-        self._state = LazyState(blend, ids, self._penalise if penalised else None, allow=allow, prefixes=prefixes)
+        self._pace = Pace()
+        self._state = LazyState(
+            blend,
+            ids,
+            self._penalise if penalised else None,
+            allow=allow,
+            prefixes=prefixes,
+            called=self._pace.called,
+        )
         self._seen = np.zeros(blend.vocabulary, bool)
         self._seen[ids] = True
-        self._pace = Pace()
-        self._lookup = PromptLookup(self._pace) if lookup else None
-        self._drafters: list[Drafter] = [self._lookup] if self._lookup else []
+        self._drafters: list[Drafter] = []
         if follower is not None and (lookup or student is not None):
-            self._drafters.insert(0, FormDrafts(follower, self._pace))
+            self._drafters.append(FormDrafts(follower, self._pace))
+        if lookup:
+            self._drafters.append(PromptLookup(self._pace))
+        self._student: StudentDrafts | None = None
         if student is not None:
             (listened,) = student.listened()
             reader = Reader(listened, blend.vocabulary)
             behind = follower.allowed if follower else None
-            self._drafters.append(
-                StudentDrafts(reader, sampling, self._generator, self._pace, eos=self._eos, allow=behind)
-            )
+            self._student = StudentDrafts(reader, sampling, self._generator, self._pace, eos=self._eos, allow=behind)
         self._begun = self._finished = False
         self.drafted = self.accepted = 0
 
@@ -115,8 +122,7 @@ class SpeculativeDecoding:
         if self._finished:
             return []
         state, begun, asked = self._state, time.perf_counter(), self._state.asked
-        self._draft, self._alone = self._find_draft() if self._begun else NOTHING, 0.0
-        drafted = time.perf_counter()
+        self._draft, self._alone = self._find_draft() if self._begun else NOTHING, 0
         state.open(self._draft.tokens)
         if not self._lazy:
             state.ask_all()
@@ -124,10 +130,8 @@ class SpeculativeDecoding:
         state.accept(tokens)
         if self._follower:
             self._follower.take(tokens)
-        ended = time.perf_counter()
         if self._begun and state.asked > asked:
-            calls = ended - drafted - self._alone
-            self._pace.stepped(len(self._draft.tokens), calls, ended - begun, len(tokens))
+            self._pace.stepped(state.asked - asked - self._alone, time.perf_counter() - begun, len(tokens))
         self._begun = True
         return self._advance(tokens)
 
@@ -147,8 +151,8 @@ class SpeculativeDecoding:
     def close(self) -> None:
         """Free the caches."""
         self._finished = True
-        for drafter in self._drafters:
-            drafter.close()
+        if self._student:
+            self._student.close()
         self._state.close()
 
     @property
@@ -158,18 +162,24 @@ class SpeculativeDecoding:
         return min(LONGEST, state.room, self._budget - 1, self._context - state.length)
 
     def _find_draft(self, ahead: Sequence[int] = ()) -> Draft:
-        """What may come behind the text, and behind tokens that may follow it: from the first drafter that has
-        something; only what the text's form allows.
+        """What may come behind the text, and behind tokens that may follow it; only what the text's form allows. From
+        the first drafter that costs nothing and has something, or from the student, where that is likely to save more.
         """
         if (most := self._most - len(ahead)) <= 0:
             return NOTHING
         text = np.append(self._state.text, np.asarray(ahead, np.int64))
+        found, pace = NOTHING, self._pace
         for drafter in self._drafters:
-            if (draft := self._held(drafter.draft(text, most, len(ahead)), ahead)).tokens:
-                return draft
-        if self._lookup:
-            return self._held(self._lookup.guess(text, most, len(ahead)), ahead)
-        return NOTHING
+            if (found := self._held(drafter.draft(text, most, len(ahead)), ahead)).tokens:
+                break
+        if self._student is None:
+            return found
+        if found.tokens:
+            _, saved = pace.plan(pace.chance(found.sources[0]), len(found.tokens))
+            if self._student.promise(most) <= saved:
+                return found
+        drawn = self._held(self._student.draft(text, most, len(ahead)), ahead)
+        return drawn if drawn.tokens else found
 
     def _held(self, draft: Draft, ahead: Sequence[int]) -> Draft:
         """The beginning of a draft that the text's form allows. Of drawn tokens that is all: they were drawn so."""
@@ -195,7 +205,7 @@ class SpeculativeDecoding:
         it at once (collaborative decoding via speculation, arXiv 2502.01662). It is itself drafted for.
         """
         state, pace = self._state, self._pace
-        place, first, chance, doubtful = 0, None, 1.0, False
+        place, first, chance, doubtful, begun = 0, 0, 1.0, False, 0.0
         most = self._most if pace.seconds else min(self._most, _UNTRIED)
         while True:
             token, certainty = state.favourite(place)
@@ -217,11 +227,12 @@ class SpeculativeDecoding:
                     self._shorten(place)
                 if token in self._eos or place >= most or not pace.pays(chance, pace.drafting("alone")):
                     break
-                first = place if first is None else first
+                if not self._alone:
+                    first, begun = place, time.perf_counter()
                 self._lengthen(token, source)
             place += 1
-        if first is not None:
-            pace.drafted("alone", self._alone / (place - first))
+        if self._alone:
+            pace.drafted("alone", (time.perf_counter() - begun) / (place - first))
 
     def _shorten(self, place: int) -> None:
         """Take the draft back from a place on."""
@@ -230,13 +241,12 @@ class SpeculativeDecoding:
 
     def _lengthen(self, token: int, source: Source) -> None:
         """Add a token to the draft, and what may come behind it, for those who were asked to go on with."""
-        begun = time.perf_counter()
         tokens, sources, _ = self._draft
         ahead = [*tokens, token]
         behind = self._find_draft(ahead)
         self._state.lengthen([token, *behind.tokens])
         self._draft = Draft([*ahead, *behind.tokens], [*sources, source, *behind.sources])
-        self._alone += time.perf_counter() - begun
+        self._alone += 1
 
     def _choose(self, place: int) -> tuple[int, bool]:
         """The token of a place of the window, and whether it is the draft's."""

@@ -36,8 +36,9 @@ types: install
 	$(PIP) install -c constraints.txt --no-deps --no-build-isolation --target $(VENV)/wheel .
 	cd $(VENV) && MYPYPATH=wheel bin/mypy --config-file ../pyproject.toml -p edgemix
 
+# A file's tests share what they prepare: they stay in one process, of as many as there are cores.
 unit: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -60,5 +61,12 @@ def _no_plans_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def pytest_configure() -> None:
-    """A background job of a shell starts with Ctrl-C ignored, and so would every test of it."""
+    """Of several test processes each has a core to itself: else the threads of all would wait for each other.
+
+    A background job of a shell starts with Ctrl-C ignored, and so would every test of it.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})

@@ -28,6 +28,8 @@ LONGEST = 15
 """Most tokens of a draft."""
 _MEMORY = 32
 """Tokens of a prompt that the student reads."""
+_LAG = 8
+"""Most tokens that the student reads at once where that tells what a draft takes: a text's beginning comes once."""
 _GRAM = 4
 """Most tokens at the end of a text that are looked for before."""
 
@@ -155,7 +157,7 @@ class StudentDrafts:
         proposals: list[NDArray[np.float32]] = []
         chance, next_seconds = 1.0, pace.drafting("student")
         while len(tokens) < most and pace.pays(chance * pace.chance("student"), next_seconds):
-            started = time.perf_counter()
+            started, behind = time.perf_counter(), len(ids) - reader.read
             allowed = self._allowed([*before, *tokens])
             if allowed is not None and not allowed.any():
                 break
@@ -171,7 +173,8 @@ class StudentDrafts:
             token = place if reader.tokens is None else int(reader.tokens[place])
             source: Source = ("student", min(3, int(4 * surest)))
             chance *= pace.chance(source)
-            pace.drafted("student", time.perf_counter() - started)
+            if behind <= _LAG:
+                pace.drafted("student", time.perf_counter() - started)
             # Decided by how sure the student is, not by what was drawn: else draws would no longer be fair.
             if not pace.pays(chance):
                 break

@@ -11,7 +11,7 @@ _HOPE = 0.7
 """Acceptance of a source that nothing is known of; `_HOPES` of some that are likely to be worse."""
 _HOPES: dict[object, float] = {("lookup", 1): 0.4, ("lookup", 2): 0.6, ("student", 0): 0.4}
 _RETURN = 0.02
-"""How far what is believed of a source returns to hope at each step that does not try it."""
+"""How far what is believed of a source returns to hope at each step: what is not tried is tried again some day."""
 _SLOPE = 0.1
 """A further token in a call, in units of a call, before that is measured."""
 _DOUBT = 0.1
@@ -30,8 +30,8 @@ class _Mean:
     def value(self) -> float:
         return self._sum / self._weight
 
-    def add(self, value: float) -> None:
-        self._sum, self._weight = _FADE * self._sum + value, _FADE * self._weight + 1
+    def add(self, value: float, weight: float = 1.0) -> None:
+        self._sum, self._weight = _FADE * self._sum + value * weight, _FADE * self._weight + weight
 
     def move(self, share: float, towards: float) -> None:
         self._sum += share * (towards * self._weight - self._sum)
@@ -97,12 +97,14 @@ class Pace:
         self._spent, self._gained = _FADE * self._spent + seconds, _FADE * self._gained + tokens
         for source, mean in self._accepted.items():
             mean.move(_RETURN, _HOPES.get(source, _HOPE))
+        for mean in self._drafting.values():
+            mean.move(_RETURN, 0.0)
 
     def tried(self, source: tuple[str, int], accepted: bool) -> None:
         """Hear of a drafted token that came to a decision."""
         for name in (source, source[0]):
             self._accepted.setdefault(name, _Mean(self.chance(name), 2.0)).add(float(accepted))
 
-    def drafted(self, source: object, seconds: float) -> None:
-        """Hear how long a token took to draft."""
-        self._drafting.setdefault(source, _Mean(seconds)).add(seconds)
+    def drafted(self, source: object, seconds: float, tokens: int = 1) -> None:
+        """Hear how long tokens took to draft."""
+        self._drafting.setdefault(source, _Mean(seconds / tokens)).add(seconds / tokens, tokens)

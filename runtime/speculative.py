@@ -232,7 +232,7 @@ class SpeculativeDecoding:
                 self._lengthen(token, source)
             place += 1
         if self._alone:
-            pace.drafted("alone", (time.perf_counter() - begun) / (place - first))
+            pace.drafted("alone", time.perf_counter() - begun, place - first)
 
     def _shorten(self, place: int) -> None:
         """Take the draft back from a place on."""

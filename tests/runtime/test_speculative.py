@@ -381,3 +381,31 @@ def test_what_is_not_certain_yet_is_not_looked_up():
     assert lookup.draft(np.array([*text, 7, 8, 9]), 2, ahead=3).tokens == []
     assert lookup.draft(np.array([*text, 3, 1]), 2, ahead=2).tokens == [2, 3]
     assert lookup.draft(np.array([*text, 5, 7, 8]), 1).tokens == []
+
+
+def test_what_took_long_once_is_tried_again():
+    pace = Pace()
+    pace.called(1, 0.01)
+    pace.drafted("alone", 0.05)
+    before = pace.drafting("alone")
+    for _ in range(100):
+        pace.stepped(1, 0.01, 1)
+    assert before == 0.05
+    assert pace.drafting("alone") < 0.01
+
+
+def test_drafting_is_told_by_the_token():
+    """A call that brought one token does not count as much as one that brought nine."""
+    pace = Pace()
+    pace.drafted("alone", 0.02, 1)
+    pace.drafted("alone", 0.027, 9)
+    assert pace.drafting("alone") < 0.007
+
+
+def test_reading_a_prompt_is_not_drafting(student):
+    pace = Pace()
+    drafts = StudentDrafts(Reader(student.listened()[0], TOKENS), Sampling(), np.random.default_rng(0), pace)
+    drafts.draft(np.tile(np.array(PROMPT), 4), 1)
+    assert pace.drafting("student") == 0
+    drafts.draft(np.array([*np.tile(np.array(PROMPT), 4), 3]), 1)
+    assert pace.drafting("student") > 0

@@ -9,7 +9,13 @@ from __future__ import annotations
 _FADE = 0.9
 _HOPE = 0.7
 """Acceptance of a source that nothing is known of; `_HOPES` of some that are likely to be worse."""
-_HOPES: dict[object, float] = {("lookup", 1): 0.4, ("lookup", 2): 0.6, ("student", 0): 0.4}
+_HOPES: dict[object, float] = {
+    **{("lookup", length): hope for length, hope in ((1, 0.35), (2, 0.5), (3, 0.6))},
+    **{("student", quarter): hope for quarter, hope in ((0, 0.3), (1, 0.5))},
+    "student": 0.5,
+}
+_WORTH = 0.3
+"""Least chance of a token that is drafted while nobody knows what anything takes."""
 _RETURN = 0.02
 """How far what is believed of a source returns to hope at each step: what is not tried is tried again some day."""
 _SLOPE = 0.1
@@ -76,7 +82,7 @@ class Pace:
 
     def pays(self, chance: float, seconds: float = 0.0) -> bool:
         """Whether a further token of a draft does, that takes so long to draft and will be accepted so likely."""
-        return not self._gained or chance * self.seconds > seconds + self.further
+        return chance * self.seconds > seconds + self.further if self._gained else chance > _WORTH
 
     def plan(self, chance: float, most: int, seconds: float = 0.0) -> tuple[int, float]:
         """How many tokens to draft, each accepted so likely where those before it are, and the seconds that saves."""

@@ -79,6 +79,8 @@ class PromptLookup:
             if start is not None:
                 source: Source = ("lookup", length)
                 count, _ = self._pace.plan(self._pace.chance(source), most)
+                if not count:
+                    continue
                 tokens = text[start : start + count].tolist()
                 while tokens and len(tokens) < count:  # what it repeats reaches up to the end: on it goes
                     tokens = (tokens * 2)[:count]
@@ -143,7 +145,7 @@ class StudentDrafts:
         return self._pace.plan(self._pace.chance("student"), most, self._pace.drafting("student"))[1]
 
     def draft(self, text: NDArray[np.int64], most: int, ahead: int = 0) -> Draft:
-        """See `Drafter`."""
+        """See `Drafter`, but for calls of the student."""
         pace, reader = self._pace, self._reader
         before = text[len(text) - ahead :].tolist()
         if self._start is None:
@@ -173,8 +175,8 @@ class StudentDrafts:
             token = place if reader.tokens is None else int(reader.tokens[place])
             source: Source = ("student", min(3, int(4 * surest)))
             chance *= pace.chance(source)
-            if behind <= _LAG:
-                pace.drafted("student", time.perf_counter() - started)
+            if behind <= _LAG or not pace.drafting("student"):
+                pace.drafted("student", (time.perf_counter() - started) / max(1, behind - _LAG))
             # Decided by how sure the student is, not by what was drawn: else draws would no longer be fair.
             if not pace.pays(chance):
                 break

@@ -52,7 +52,8 @@ class LazyState:
         alter: Changes a voice's logits [vocabulary] for a place of the window (a penalty); None changes nothing.
         allow: Which tokens the mixture may take at a place of the window, bool [vocabulary]; None allows all.
         prefixes: Texts that were read before, and where this one will be kept.
-        called: Told of every call: tokens read, seconds.
+        called: Told of every call of a window: the graph's first voice, tokens read, seconds with what is done with
+            their answers, and whether it verifies a draft (or lengthens it).
 
     Attributes:
         length: Tokens of the text.
@@ -68,7 +69,7 @@ class LazyState:
         *,
         allow: Allow | None = None,
         prefixes: PrefixCache | None = None,
-        called: Callable[[int, float], None] = lambda *_: None,
+        called: Callable[[int, int, float, bool], None] = lambda *_: None,
     ) -> None:
         self._blend, self._alter, self._allow, self._called = blend, alter, allow, called
         self._prefixes = PrefixCache(0) if prefixes is None else prefixes
@@ -111,6 +112,11 @@ class LazyState:
     def silent(self) -> bool:
         """Whether nobody has spoken in this window."""
         return not self._spoken
+
+    @property
+    def speaker(self) -> int:
+        """The first voice of the graph that spoke first in this window."""
+        return next(iter(self._spoken))
 
     @property
     def rest(self) -> float:
@@ -214,7 +220,7 @@ class LazyState:
             if reader.voices[0] in self._spoken:
                 for voice in reader.voices:
                     self._spoken[voice] = [_owned(row) for row in self._spoken[voice]]
-                for heard in self._listen(reader, end, begin + 1):
+                for heard in self._listen(reader, end, begin + 1, verifies=False):
                     for voice, rows in zip(reader.voices, heard.logits, strict=True):
                         self._spoken[voice] += [row.copy() for row in rows]
 
@@ -301,10 +307,10 @@ class LazyState:
                 ahead = logits[max(0, self.length - heard.start) :]
                 self._spoken[voice] += [*(ahead if last else ahead.copy())]  # the next call overwrites them
 
-    def _listen(self, reader: Reader, end: int, first: int) -> Iterator[Heard]:
+    def _listen(self, reader: Reader, end: int, first: int, *, verifies: bool = True) -> Iterator[Heard]:
         begun, read = time.perf_counter(), end - reader.read
         yield from reader.listen(self._ids[:end], first)
-        self._called(read, time.perf_counter() - begun)
+        self._called(reader.voices[0], read, time.perf_counter() - begun, verifies)
         self.asked += 1
 
     def _altered(self, voice: int, place: int) -> NDArray[np.float32]:

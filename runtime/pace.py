@@ -6,6 +6,12 @@ place in the verifying call. Both are measured while text is written, with memor
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 _FADE = 0.9
 _HOPE = 0.7
 """Acceptance of a source that nothing is known of; `_HOPES` of some that are likely to be worse."""
@@ -17,7 +23,7 @@ _HOPES: dict[object, float] = {
 _WORTH = 0.3
 """Least chance of a token that is drafted while nobody knows what anything takes."""
 _RETURN = 0.02
-"""How far what is believed of a source returns to hope at each step: what is not tried is tried again some day."""
+"""How far what is believed of a source returns to hope at each step that does not try it."""
 _SLOPE = 0.1
 """A further token in a call, in units of a call, before that is measured."""
 _DOUBT = 0.1
@@ -43,6 +49,32 @@ class _Mean:
         self._sum += share * (towards * self._weight - self._sum)
 
 
+class _Calls:
+    """What calls of one graph take, a line through those of few tokens; newer ones count more."""
+
+    def __init__(self) -> None:
+        self._count = self._x = self._y = self._xx = self._xy = 0.0
+        self.now = self.share = 0.0
+        """Calls in this step that verified, and their faded sum over steps."""
+
+    @property
+    def further(self) -> float:
+        """Seconds for each token more; as if the slope that is expected had been seen, too, until one shows."""
+        x, y = self._x / self._count, self._y / self._count
+        variance, covariance = self._xx / self._count - x * x, self._xy / self._count - x * y
+        expected = _SLOPE * y / (1 + _SLOPE * (x - 1))
+        return max(0.0, (covariance + _DOUBT * expected) / (variance + _DOUBT))
+
+    @property
+    def seconds(self) -> float:
+        """Of one token."""
+        return max(0.0, (self._y - self.further * (self._x - self._count)) / self._count)
+
+    def add(self, tokens: int, seconds: float) -> None:
+        self._count, self._x, self._y = _FADE * self._count + 1, _FADE * self._x + tokens, _FADE * self._y + seconds
+        self._xx, self._xy = _FADE * self._xx + tokens * tokens, _FADE * self._xy + tokens * seconds
+
+
 class Pace:
     """What steps and calls have taken so far, and how drafts have fared.
 
@@ -52,25 +84,33 @@ class Pace:
     """
 
     def __init__(self) -> None:
-        self._steps = self._asked = self._spent = self._gained = 0.0
-        self._count = self._x = self._y = self._xx = self._xy = 0.0
+        self._steps = self._spent = self._gained = 0.0
+        self._calls: dict[int, _Calls] = {}
+        self._writer: int | None = None
         self._accepted: dict[object, _Mean] = {}
         self._drafting: dict[object, _Mean] = {}
+        self._tried: set[object] = set()
 
     @property
     def seconds(self) -> float:
+        if self._writer is not None:
+            return self._calls[self._writer].seconds
         return self._spent / self._gained if self._gained else 0.0
 
     @property
     def further(self) -> float:
-        if not self._count:
-            return 0.0
-        x, y = self._x / self._count, self._y / self._count
-        variance, covariance = self._xx / self._count - x * x, self._xy / self._count - x * y
-        # As if the slope that is expected had been seen, too, until the true one shows.
-        expected = _SLOPE * y / (1 + _SLOPE * (x - 1))
-        slope = max(0.0, (covariance + _DOUBT * expected) / (variance + _DOUBT))
-        return slope * (self._asked / self._steps if self._steps else 1.0)
+        if self._writer is not None:
+            return self._calls[self._writer].further
+        return sum(calls.further * calls.share for calls in self._calls.values()) / self._steps if self._steps else 0.0
+
+    @contextmanager
+    def alone(self, graph: int) -> Iterator[None]:
+        """Within, a token is one graph's, and what drafts cost and save is counted in its calls."""
+        self._writer = graph if graph in self._calls else None
+        try:
+            yield
+        finally:
+            self._writer = None
 
     def chance(self, source: object) -> float:
         """Of a token of that source to be accepted, where the ones before it are."""
@@ -82,7 +122,7 @@ class Pace:
 
     def pays(self, chance: float, seconds: float = 0.0) -> bool:
         """Whether a further token of a draft does, that takes so long to draft and will be accepted so likely."""
-        return chance * self.seconds > seconds + self.further if self._gained else chance > _WORTH
+        return chance * self.seconds > seconds + self.further if self.seconds else chance > _WORTH
 
     def plan(self, chance: float, most: int, seconds: float = 0.0) -> tuple[int, float]:
         """How many tokens to draft, each accepted so likely where those before it are, and the seconds that saves."""
@@ -91,26 +131,34 @@ class Pace:
             count, saved = count + 1, saved + likely * (self.seconds or 1.0) - seconds - self.further
         return count, saved
 
-    def called(self, tokens: int, seconds: float) -> None:
-        """Hear of a call that read so many tokens."""
+    def called(self, graph: int, tokens: int, seconds: float, *, verifies: bool = True) -> None:
+        """Hear of a graph's call that read so many tokens, to verify them or as one who writes alone."""
         if tokens <= _FEW:
-            self._count, self._x, self._y = _FADE * self._count + 1, _FADE * self._x + tokens, _FADE * self._y + seconds
-            self._xx, self._xy = _FADE * self._xx + tokens * tokens, _FADE * self._xy + tokens * seconds
+            calls = self._calls.setdefault(graph, _Calls())
+            calls.now += verifies
+            calls.add(tokens, seconds)
 
-    def stepped(self, calls: int, seconds: float, tokens: int) -> None:
-        """Hear of a step: calls that verified, seconds in all, tokens written."""
-        self._steps, self._asked = _FADE * self._steps + 1, _FADE * self._asked + calls
+    def stepped(self, seconds: float, tokens: int) -> None:
+        """Hear of a step: seconds in all, tokens written."""
+        self._steps = _FADE * self._steps + 1
         self._spent, self._gained = _FADE * self._spent + seconds, _FADE * self._gained + tokens
+        for calls in self._calls.values():
+            calls.share, calls.now = _FADE * calls.share + calls.now, 0.0
         for source, mean in self._accepted.items():
-            mean.move(_RETURN, _HOPES.get(source, _HOPE))
-        for mean in self._drafting.values():
-            mean.move(_RETURN, 0.0)
+            if source not in self._tried:
+                mean.move(_RETURN, _HOPES.get(source, _HOPE))
+        for source, mean in self._drafting.items():
+            if source not in self._tried:
+                mean.move(_RETURN, 0.0)
+        self._tried.clear()
 
     def tried(self, source: tuple[str, int], accepted: bool) -> None:
         """Hear of a drafted token that came to a decision."""
         for name in (source, source[0]):
             self._accepted.setdefault(name, _Mean(self.chance(name), 2.0)).add(float(accepted))
+            self._tried.add(name)
 
     def drafted(self, source: object, seconds: float, tokens: int = 1) -> None:
         """Hear how long tokens took to draft."""
         self._drafting.setdefault(source, _Mean(seconds / tokens)).add(seconds / tokens, tokens)
+        self._tried.add(source)

@@ -56,7 +56,7 @@ class SpeculativeDecoding:
         prefixes: Texts that were read before, and where this one will be kept.
 
     Attributes:
-        drafted: Tokens that were drafted; `accepted` of them were taken.
+        drafted: Tokens that were drafted and came to a decision; `accepted` of them were taken.
         calls: Calls of the members' graphs.
     """
 
@@ -83,7 +83,7 @@ class SpeculativeDecoding:
         # The last token is never read, so it may lie one beyond the context.
         self._budget = min(max_new_tokens, context - len(ids) + 1)
         penalised = sampling.repetition_penalty != 1
-        self._draft, self._alone = NOTHING, 0
+        self._draft = NOTHING
         self._follower = follower
         # Of a mixture that is held to a form, a member's token, drawn by its weight, is not the mixture's.
         self._plain = sampling.plain and follower is None
@@ -95,7 +95,7 @@ class SpeculativeDecoding:
             self._penalise if penalised else None,
             allow=allow,
             prefixes=prefixes,
-            called=self._pace.called,
+            called=self._called,
         )
         self._seen = np.zeros(blend.vocabulary, bool)
         self._seen[ids] = True
@@ -122,7 +122,7 @@ class SpeculativeDecoding:
         if self._finished:
             return []
         state, begun, asked = self._state, time.perf_counter(), self._state.asked
-        self._draft, self._alone = self._find_draft() if self._begun else NOTHING, 0
+        self._draft = self._find_draft() if self._begun else NOTHING
         state.open(self._draft.tokens)
         if not self._lazy:
             state.ask_all()
@@ -131,7 +131,7 @@ class SpeculativeDecoding:
         if self._follower:
             self._follower.take(tokens)
         if self._begun and state.asked > asked:
-            self._pace.stepped(state.asked - asked - self._alone, time.perf_counter() - begun, len(tokens))
+            self._pace.stepped(time.perf_counter() - begun, len(tokens))
         self._begun = True
         return self._advance(tokens)
 
@@ -205,7 +205,8 @@ class SpeculativeDecoding:
         it at once (collaborative decoding via speculation, arXiv 2502.01662). It is itself drafted for.
         """
         state, pace = self._state, self._pace
-        place, first, chance, doubtful, begun = 0, 0, 1.0, False, 0.0
+        place, chance, doubtful = 0, 1.0, False
+        begun: tuple[int, float] | None = None
         most = self._most if pace.seconds else min(self._most, _UNTRIED)
         while True:
             token, certainty = state.favourite(place)
@@ -219,20 +220,21 @@ class SpeculativeDecoding:
                 if certainty <= 1:  # from here on it is this member's word
                     pace.tried(self._draft.sources[place], accepted=True)
                     self._draft.sources[place] = source
-            elif not doubtful:
-                break
+                if token in self._eos:
+                    break
             else:
+                ends = token in self._eos or place >= most
+                if not doubtful or ends or not pace.pays(chance, pace.drafting("alone")):
+                    break
                 if drafted:
                     pace.tried(self._draft.sources[place], accepted=False)
+                    self.drafted += 1
                     self._shorten(place)
-                if token in self._eos or place >= most or not pace.pays(chance, pace.drafting("alone")):
-                    break
-                if not self._alone:
-                    first, begun = place, time.perf_counter()
+                begun = begun or (place, time.perf_counter())
                 self._lengthen(token, source)
             place += 1
-        if self._alone:
-            pace.drafted("alone", time.perf_counter() - begun, place - first)
+        if begun:
+            pace.drafted("alone", time.perf_counter() - begun[1], place - begun[0])
 
     def _shorten(self, place: int) -> None:
         """Take the draft back from a place on."""
@@ -243,10 +245,14 @@ class SpeculativeDecoding:
         """Add a token to the draft, and what may come behind it, for those who were asked to go on with."""
         tokens, sources, _ = self._draft
         ahead = [*tokens, token]
-        behind = self._find_draft(ahead)
+        with self._pace.alone(self._state.speaker):
+            behind = self._find_draft(ahead)
         self._state.lengthen([token, *behind.tokens])
         self._draft = Draft([*ahead, *behind.tokens], [*sources, source, *behind.sources])
-        self._alone += 1
+
+    def _called(self, graph: int, tokens: int, seconds: float, verifies: bool) -> None:
+        if self._begun:  # before, it is the prompt that is read, and much is done for the first time
+            self._pace.called(graph, tokens, seconds, verifies=verifies)
 
     def _choose(self, place: int) -> tuple[int, bool]:
         """The token of a place of the window, and whether it is the draft's."""

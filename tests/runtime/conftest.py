@@ -9,6 +9,7 @@ from onnx_members import VOCABULARY, ClosedForm, random_member, write_bundle, wr
 
 from edgemix.runtime import Mixture
 from edgemix.runtime.member import Member
+from edgemix.runtime.pace import Pace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,3 +57,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory, pair_forms: dict[str, ClosedF
         domains={"first": {"shared": 1.0, "growing": 0.0}, "second": {"shared": 0.0, "growing": 1.0}},
     )
     return Mixture.load(folder, provider="cpu", threads=1)
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every draft pays."""
+    monkeypatch.setattr(Pace, "pays", lambda *_: True)

@@ -11,7 +11,7 @@ from onnx_members import ClosedForm, random_member, write_graph
 
 from edgemix.runtime.adaptive import Experts
 from edgemix.runtime.blend import Blend
-from edgemix.runtime.drafts import PromptLookup, StudentDrafts
+from edgemix.runtime.drafts import StudentDrafts
 from edgemix.runtime.engine import Decoding
 from edgemix.runtime.member import Member
 from edgemix.runtime.mixing import log_softmax
@@ -50,12 +50,6 @@ def cut(tmp_path):
     write_cut_graph(whole, graph, SOME)
     member = Member.load(graph, facts, threads=1, tokens=np.array(SOME))
     return Blend((member,), np.ones(1), "linear", TOKENS)
-
-
-@pytest.fixture
-def eager(monkeypatch):
-    """Every draft pays."""
-    monkeypatch.setattr(Pace, "pays", lambda *_: True)
 
 
 def blend(members, weights, combine="linear", *, adaptive=False):
@@ -234,90 +228,6 @@ def test_drawn_text_has_the_mixtures_distribution(members, student, cut, samplin
 
 
 @pytest.mark.usefixtures("eager")
-def test_lookup_copies_what_followed():
-    lookup = PromptLookup(Pace())
-    text = np.array([1, 2, 3, 4, 5, 6, 2, 3])
-    assert lookup.draft(text, 3).tokens == [4, 5, 6]
-    assert lookup.draft(np.array([*text, 9]), 3).tokens == []
-    assert lookup.draft(np.array([*text, 9, 4, 5]), 2).tokens == [6, 2]
-
-
-@pytest.mark.usefixtures("eager")
-def test_lookup_takes_the_latest_place_and_the_longest_match():
-    lookup = PromptLookup(Pace())
-    assert lookup.draft(np.array([7, 1, 2, 8, 9, 1, 2, 5, 0, 7, 1, 2]), 1).tokens == [8]
-    assert PromptLookup(Pace()).draft(np.array([1, 2, 8, 9, 1, 2, 5, 0, 1, 2]), 1).tokens == [5]
-
-
-@pytest.mark.usefixtures("eager")
-def test_lookup_goes_on_with_what_repeats():
-    assert PromptLookup(Pace()).draft(np.array([1, 2, 1, 2, 1, 2]), 6).tokens == [1, 2, 1, 2, 1, 2]
-
-
-@pytest.mark.usefixtures("eager")
-def test_one_token_will_do_for_a_lookup():
-    lookup = PromptLookup(Pace())
-    found = lookup.draft(np.array([1, 2, 3, 1]), 2)
-    assert found == ([2, 3], [("lookup", 1)] * 2, None)
-    assert lookup.draft(np.array([1, 2, 3, 1, 5]), 2).tokens == []
-
-
-def test_the_pace_finds_what_a_token_costs():
-    pace = Pace()
-    for drafted in [0, 3, 1, 5, 2, 0, 4] * 5:
-        seconds = 0.010 + 0.001 * drafted
-        pace.called(0, 1 + drafted, seconds)
-        pace.stepped(seconds, 1)
-    assert pace.further == pytest.approx(0.001, rel=0.15)
-    pace.called(0, 400, 0.2)  # a prompt's token takes less, and tells nothing of one of few
-    assert pace.further == pytest.approx(0.001, rel=0.15)
-    assert pace.pays(0.2)
-    assert not pace.pays(0.02)
-    assert not pace.pays(0.5, seconds=0.020)
-
-
-def test_the_pace_learns_who_is_right():
-    pace = Pace()
-    for _ in range(30):
-        pace.tried(("lookup", 2), accepted=False)
-        pace.tried(("student", 3), accepted=True)
-    assert pace.chance(("lookup", 2)) < 0.1
-    assert pace.chance(("student", 3)) > 0.95
-    for _ in range(200):  # and tries again some day
-        pace.stepped(0.01, 1)
-    assert pace.chance(("lookup", 2)) > 0.45
-    assert pace.chance(("student", 3)) < 0.75
-
-
-def test_what_two_members_read_costs_both():
-    """However different they are, and whoever of them reads more at once."""
-    pace = Pace()
-    for _ in range(10):
-        for tokens in (1, 2, 1, 3):
-            pace.called(0, tokens, 0.040 + 0.004 * tokens, verifies=tokens == 1)
-        for tokens in (5, 7):
-            pace.called(1, tokens, 0.008 + 0.001 * tokens)
-        pace.stepped(0.2, 5)
-    assert pace.further == pytest.approx(2 * 0.004 + 2 * 0.001, rel=0.1)
-    with pace.alone(0):
-        assert pace.further == pytest.approx(0.004, rel=0.1)
-        assert pace.seconds == pytest.approx(0.044, rel=0.1)
-    assert pace.seconds == pytest.approx(0.04)
-
-
-def test_a_draft_is_as_long_as_pays():
-    pace = Pace()
-    for tokens in [1, 4, 2, 6, 3] * 5:
-        pace.called(0, tokens, 0.009 + 0.001 * tokens)
-        pace.stepped(0.010, 1)
-    count, saved = pace.plan(0.5, 15)
-    assert count == 3
-    assert saved == pytest.approx(0.00875 - 3 * pace.further, rel=0.1)
-    assert pace.plan(0.5, 2)[0] == 2
-    assert pace.plan(0.5, 15, 0.006) == (0, 0.0)
-
-
-@pytest.mark.usefixtures("eager")
 def test_the_student_drafts_where_it_is_likely_to_save_more(members, student):
     """Than what followed the last token alone when it came before."""
     drafted, options = {}, {"seed": 0, "max_new_tokens": 9, "context": 100, "eos": (), "student": student}
@@ -386,34 +296,6 @@ def test_a_member_that_writes_on_alone_is_drafted_for(members, load, monkeypatch
     assert aided < 0.6 * unaided
 
 
-@pytest.mark.usefixtures("eager")
-def test_what_is_not_certain_yet_is_not_looked_up():
-    """The text may not come to be what a member that writes alone made of it."""
-    lookup = PromptLookup(Pace())
-    text = np.array([1, 2, 3, 1, 2])
-    assert lookup.draft(np.array([*text, 7, 8, 9]), 2, ahead=3).tokens == []
-    assert lookup.draft(np.array([*text, 3, 1]), 2, ahead=2).tokens == [2, 3]
-    assert lookup.draft(np.array([*text, 5, 7, 8]), 1).tokens == []
-
-
-def test_what_took_long_once_is_tried_again():
-    pace = Pace()
-    pace.drafted("alone", 0.05)
-    before = pace.drafting("alone")
-    for _ in range(100):
-        pace.stepped(0.01, 1)
-    assert before == 0.05
-    assert pace.drafting("alone") < 0.01
-
-
-def test_drafting_is_told_by_the_token():
-    """A call that brought one token does not count as much as one that brought nine."""
-    pace = Pace()
-    pace.drafted("alone", 0.02, 1)
-    pace.drafted("alone", 0.027, 9)
-    assert pace.drafting("alone") < 0.007
-
-
 def test_reading_a_prompt_is_not_drafting(student, monkeypatch):
     """The 20 tokens of it come once, one by one afterwards."""
     clock = itertools.count()
@@ -426,15 +308,6 @@ def test_reading_a_prompt_is_not_drafting(student, monkeypatch):
     for count in range(1, 40):
         drafts.draft(np.append(prompt, np.full(count, 3)), 1)
     assert pace.drafting("student") == pytest.approx(1, rel=0.02)
-
-
-def test_a_lookup_that_fails_leaves_the_place_to_a_shorter_one():
-    pace = Pace()
-    for _ in range(30):
-        pace.tried(("lookup", 3), accepted=False)
-        pace.tried(("lookup", 2), accepted=False)
-    text = np.array([1, 2, 3, 4, 5, 1, 2, 3])
-    assert PromptLookup(pace).draft(text, 2) == ([4], [("lookup", 1)], None)
 
 
 def coins(monkeypatch, seed):

@@ -1,0 +1,78 @@
+"""When another drafted token pays, from what calls took and how drafts fared."""
+
+import pytest
+
+from edgemix.runtime.pace import Pace
+
+
+def test_the_pace_finds_what_a_token_costs():
+    pace = Pace()
+    for drafted in [0, 3, 1, 5, 2, 0, 4] * 5:
+        seconds = 0.010 + 0.001 * drafted
+        pace.called(0, 1 + drafted, seconds)
+        pace.stepped(seconds, 1)
+    assert pace.further == pytest.approx(0.001, rel=0.15)
+    pace.called(0, 400, 0.2)  # a prompt's token takes less, and tells nothing of one of few
+    assert pace.further == pytest.approx(0.001, rel=0.15)
+    assert pace.pays(0.2)
+    assert not pace.pays(0.02)
+    assert not pace.pays(0.5, seconds=0.020)
+
+
+def test_the_pace_learns_who_is_right():
+    pace = Pace()
+    for _ in range(30):
+        pace.tried(("lookup", 2), accepted=False)
+        pace.tried(("student", 3), accepted=True)
+    assert pace.chance(("lookup", 2)) < 0.1
+    assert pace.chance(("student", 3)) > 0.95
+    for _ in range(200):  # and tries again some day
+        pace.stepped(0.01, 1)
+    assert pace.chance(("lookup", 2)) > 0.45
+    assert pace.chance(("student", 3)) < 0.75
+
+
+def test_what_two_members_read_costs_both():
+    """However different they are, and whoever of them reads more at once."""
+    pace = Pace()
+    for _ in range(10):
+        for tokens in (1, 2, 1, 3):
+            pace.called(0, tokens, 0.040 + 0.004 * tokens, verifies=tokens == 1)
+        for tokens in (5, 7):
+            pace.called(1, tokens, 0.008 + 0.001 * tokens)
+        pace.stepped(0.2, 5)
+    assert pace.further == pytest.approx(2 * 0.004 + 2 * 0.001, rel=0.1)
+    with pace.alone(0):
+        assert pace.further == pytest.approx(0.004, rel=0.1)
+        assert pace.seconds == pytest.approx(0.044, rel=0.1)
+    assert pace.seconds == pytest.approx(0.04)
+
+
+def test_a_draft_is_as_long_as_pays():
+    pace = Pace()
+    for tokens in [1, 4, 2, 6, 3] * 5:
+        pace.called(0, tokens, 0.009 + 0.001 * tokens)
+        pace.stepped(0.010, 1)
+    count, saved = pace.plan(0.5, 15)
+    assert count == 3
+    assert saved == pytest.approx(0.00875 - 3 * pace.further, rel=0.1)
+    assert pace.plan(0.5, 2)[0] == 2
+    assert pace.plan(0.5, 15, 0.006) == (0, 0.0)
+
+
+def test_what_took_long_once_is_tried_again():
+    pace = Pace()
+    pace.drafted("alone", 0.05)
+    before = pace.drafting("alone")
+    for _ in range(100):
+        pace.stepped(0.01, 1)
+    assert before == 0.05
+    assert pace.drafting("alone") < 0.01
+
+
+def test_drafting_is_told_by_the_token():
+    """A call that brought one token does not count as much as one that brought nine."""
+    pace = Pace()
+    pace.drafted("alone", 0.02, 1)
+    pace.drafted("alone", 0.027, 9)
+    assert pace.drafting("alone") < 0.007

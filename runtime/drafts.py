@@ -28,8 +28,6 @@ LONGEST = 15
 """Most tokens of a draft."""
 _MEMORY = 32
 """Tokens of a prompt that the student reads."""
-_LAG = 8
-"""Most tokens that the student reads at once where that tells what a draft takes: a text's beginning comes once."""
 _GRAM = 4
 """Most tokens at the end of a text that are looked for before."""
 
@@ -140,9 +138,12 @@ class StudentDrafts:
         self._read = np.empty(0, np.int64)
         self._start: int | None = None
 
-    def promise(self, most: int) -> float:
-        """Seconds that a draft of at most so many tokens is likely to save."""
-        return self._pace.plan(self._pace.chance("student"), most, self._pace.drafting("student"))[1]
+    def promise(self, text: NDArray[np.int64], most: int) -> float:
+        """Seconds that a draft of at most so many tokens behind a text is likely to save."""
+        pace, known = self._pace, text[self._start or 0 :]
+        _, saved = pace.plan(pace.chance("student"), most, pace.drafting("student"))
+        behind = len(known) - min(self._reader.read, common_length(self._read, known))
+        return saved - max(0, min(behind, _MEMORY) - 1) * pace.reading("student")
 
     def draft(self, text: NDArray[np.int64], most: int, ahead: int = 0) -> Draft:
         """See `Drafter`, but for calls of the student."""
@@ -157,8 +158,8 @@ class StudentDrafts:
         tokens: list[int] = []
         sources: list[Source] = []
         proposals: list[NDArray[np.float32]] = []
-        chance, next_seconds = 1.0, pace.drafting("student")
-        while len(tokens) < most and pace.pays(chance * pace.chance("student"), next_seconds):
+        chance = 1.0
+        while len(tokens) < most and pace.pays(chance * pace.chance("student"), pace.drafting("student")):
             started, behind = time.perf_counter(), len(ids) - reader.read
             allowed = self._allowed([*before, *tokens])
             if allowed is not None and not allowed.any():
@@ -175,8 +176,8 @@ class StudentDrafts:
             token = place if reader.tokens is None else int(reader.tokens[place])
             source: Source = ("student", min(3, int(4 * surest)))
             chance *= pace.chance(source)
-            if behind <= _LAG or not pace.drafting("student"):
-                pace.drafted("student", (time.perf_counter() - started) / max(1, behind - _LAG))
+            if behind < _MEMORY:  # a text's beginning comes once
+                pace.called("student", behind, time.perf_counter() - started, verifies=False)
             # Decided by how sure the student is, not by what was drawn: else draws would no longer be fair.
             if not pace.pays(chance):
                 break

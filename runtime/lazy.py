@@ -119,6 +119,11 @@ class LazyState:
         return next(iter(self._spoken))
 
     @property
+    def listeners(self) -> list[int]:
+        """The first voice of each graph that has not spoken in this window."""
+        return [reader.voices[0] for reader in self._readers if reader.voices[0] not in self._spoken]
+
+    @property
     def rest(self) -> float:
         """The weight of voices that have not been asked in this window."""
         return float(sum(self.weights[voice] for voice in self._left()))

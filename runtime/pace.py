@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 _FADE = 0.9
 _HOPE = 0.7
@@ -30,6 +30,8 @@ _DOUBT = 0.1
 """How much weight that guess has, against the variance of the numbers of tokens seen."""
 _FEW = 32
 """Tokens of a call that tell what one of few costs; of many, they cost less."""
+_DOUBTS = 0.2
+"""Share of places where a member that writes alone may be wrong, before any is seen."""
 
 
 class _Mean:
@@ -70,6 +72,10 @@ class _Calls:
         """Of one token."""
         return max(0.0, (self._y - self.further * (self._x - self._count)) / self._count)
 
+    def move(self, share: float) -> None:
+        """Return by a share to costing nothing."""
+        self._y, self._xy = (1 - share) * self._y, (1 - share) * self._xy
+
     def add(self, tokens: int, seconds: float) -> None:
         self._count, self._x, self._y = _FADE * self._count + 1, _FADE * self._x + tokens, _FADE * self._y + seconds
         self._xx, self._xy = _FADE * self._xx + tokens * tokens, _FADE * self._xy + tokens * seconds
@@ -85,8 +91,9 @@ class Pace:
 
     def __init__(self) -> None:
         self._steps = self._spent = self._gained = 0.0
-        self._calls: dict[int, _Calls] = {}
+        self._calls: dict[object, _Calls] = {}
         self._writer: int | None = None
+        self._doubts = _Mean(_DOUBTS, 2.0)
         self._accepted: dict[object, _Mean] = {}
         self._drafting: dict[object, _Mean] = {}
         self._tried: set[object] = set()
@@ -117,8 +124,14 @@ class Pace:
         return self._accepted[source].value if source in self._accepted else _HOPES.get(source, _HOPE)
 
     def drafting(self, source: object) -> float:
-        """Seconds that a token of that source takes."""
+        """Seconds that a token of that source takes; of a graph, in a call of its own. 0 while nothing is known."""
+        if source in self._calls:
+            return self._calls[source].seconds
         return self._drafting[source].value if source in self._drafting else 0.0
+
+    def reading(self, graph: object) -> float:
+        """Seconds that a call of a graph takes longer for each token that it reads more."""
+        return self._calls[graph].further if graph in self._calls else 0.0
 
     def pays(self, chance: float, seconds: float = 0.0) -> bool:
         """Whether a further token of a draft does, that takes so long to draft and will be accepted so likely."""
@@ -131,9 +144,23 @@ class Pace:
             count, saved = count + 1, saved + likely * (self.seconds or 1.0) - seconds - self.further
         return count, saved
 
-    def called(self, graph: int, tokens: int, seconds: float, *, verifies: bool = True) -> None:
-        """Hear of a graph's call that read so many tokens, to verify them or as one who writes alone."""
+    def waits(self, chance: float, writer: int, others: Iterable[int]) -> bool:
+        """Whether a member that writes alone, and is right so far with that chance, does well to write another token
+        before the others are asked. One call of theirs will do for both if the next token is doubtful, too; if it has
+        been wrong already, its own is for nothing.
+        """
+        one = self.drafting(writer)
+        theirs = sum(self.drafting(graph) or one for graph in others)
+        return chance * self._doubts.value * theirs > (1 - chance) * (self.drafting("alone") or one)
+
+    def doubted(self, doubtful: bool) -> None:
+        """Hear whether a token that one member wrote alone could be another one if others were asked."""
+        self._doubts.add(float(doubtful))
+
+    def called(self, graph: object, tokens: int, seconds: float, *, verifies: bool = True) -> None:
+        """Hear of a graph's call that read so many tokens, to verify them, to write alone or to draft."""
         if tokens <= _FEW:
+            self._tried.add(graph)
             calls = self._calls.setdefault(graph, _Calls())
             calls.now += verifies
             calls.add(tokens, seconds)
@@ -142,8 +169,10 @@ class Pace:
         """Hear of a step: seconds in all, tokens written."""
         self._steps = _FADE * self._steps + 1
         self._spent, self._gained = _FADE * self._spent + seconds, _FADE * self._gained + tokens
-        for calls in self._calls.values():
+        for graph, calls in self._calls.items():
             calls.share, calls.now = _FADE * calls.share + calls.now, 0.0
+            if not calls.share and graph not in self._tried:  # it drafts only
+                calls.move(_RETURN)
         for source, mean in self._accepted.items():
             if source not in self._tried:
                 mean.move(_RETURN, _HOPES.get(source, _HOPE))

@@ -34,10 +34,6 @@ if TYPE_CHECKING:
     from edgemix.runtime.sampling import Sampling
 
 
-_UNTRIED = 2
-"""Tokens that a member writes alone while nobody knows what a token takes."""
-
-
 class SpeculativeDecoding:
     """Generation of one sequence under way: every `step` gives it one token or more. Compare `engine.Decoding`.
 
@@ -176,7 +172,7 @@ class SpeculativeDecoding:
             return found
         if found.tokens:
             _, saved = pace.plan(pace.chance(found.sources[0]), len(found.tokens))
-            if self._student.promise(most) <= saved:
+            if self._student.promise(text, most) <= saved:
                 return found
         drawn = self._held(self._student.draft(text, most, len(ahead)), ahead)
         return drawn if drawn.tokens else found
@@ -207,11 +203,12 @@ class SpeculativeDecoding:
         state, pace = self._state, self._pace
         place, chance, doubtful = 0, 1.0, False
         begun: tuple[int, float] | None = None
-        most = self._most if pace.seconds else min(self._most, _UNTRIED)
+        most = self._most
         while True:
             token, certainty = state.favourite(place)
             if not state.rest:
                 break
+            pace.doubted(certainty <= 1)
             source: Source = ("alone", min(4, int(4 * certainty)) if certainty < 1 else 4)
             doubtful |= certainty <= 1
             chance *= pace.chance(source) if certainty <= 1 else 1.0
@@ -224,7 +221,7 @@ class SpeculativeDecoding:
                     break
             else:
                 ends = token in self._eos or place >= most
-                if not doubtful or ends or not pace.pays(chance, pace.drafting("alone")):
+                if not doubtful or ends or not pace.waits(chance, state.speaker, state.listeners):
                     break
                 if drafted:
                     pace.tried(self._draft.sources[place], accepted=False)

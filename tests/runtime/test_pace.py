@@ -76,3 +76,45 @@ def test_drafting_is_told_by_the_token():
     pace.drafted("alone", 0.02, 1)
     pace.drafted("alone", 0.027, 9)
     assert pace.drafting("alone") < 0.007
+
+
+def test_a_member_that_may_be_wrong_waits_for_the_others_where_doubts_come_often():
+    """One call of the others then does for several places; where they are rare, calls behind a wrong token are lost."""
+    pace = Pace()
+    for graph in (0, 1):
+        pace.called(graph, 1, 0.01)
+    for _ in range(40):
+        pace.doubted(False)
+    assert not pace.waits(0.6, 0, [1])
+    assert pace.waits(0.9999, 0, [1])
+    for _ in range(40):
+        pace.doubted(True)
+    assert pace.waits(0.6, 0, [1])
+    assert not pace.waits(0.4, 0, [1])
+    assert pace.waits(0.4, 0, [1, 2])  # whose calls nobody has measured: as long as the writer's
+
+
+def test_reading_up_costs_the_student_by_the_token():
+    pace = Pace()
+    for tokens in [1, 4, 1, 9, 2] * 6:
+        pace.called("student", tokens, 0.0015 + 0.0005 * tokens, verifies=False)
+        pace.called(0, 1, 0.01)
+        pace.stepped(0.01, 1)
+    assert pace.drafting("student") == pytest.approx(0.002, rel=0.1)
+    assert pace.reading("student") == pytest.approx(0.0005, rel=0.1)
+    assert pace.reading("nobody") == 0
+    assert pace.further == pytest.approx(0.001, rel=0.1)  # it verifies nothing
+    for _ in range(100):  # it is tried again some day
+        pace.stepped(0.01, 1)
+    assert pace.drafting("student") < 0.0005
+
+
+def test_what_a_member_costs_is_not_forgotten_while_others_write():
+    pace = Pace()
+    for graph in (0, 1):
+        pace.called(graph, 1, 0.01)
+    pace.stepped(0.02, 1)
+    for _ in range(100):
+        pace.called(0, 1, 0.01)
+        pace.stepped(0.01, 1)
+    assert pace.drafting(1) == pytest.approx(0.01)

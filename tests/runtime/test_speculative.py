@@ -258,8 +258,8 @@ def test_the_student_reads_the_end_of_a_long_prompt(members, student, monkeypatc
 def test_a_member_that_writes_on_alone_saves_the_others_calls(members, monkeypatch):
     """It is asked for a token at a time; the others for several."""
     mixture, counts = blend(members, [0.5, 0.3, 0.2]), []
-    for pays in (True, False):
-        monkeypatch.setattr(Pace, "pays", lambda *_, pays=pays: pays)
+    for waits in (True, False):
+        monkeypatch.setattr(Pace, "waits", lambda *_, waits=waits: waits)
         reads = []
         for member in members[1:]:
             real = type(member)._run
@@ -300,20 +300,36 @@ def test_reading_a_prompt_is_not_drafting(student, monkeypatch):
     """The 20 tokens of it come once, one by one afterwards."""
     clock = itertools.count()
     monkeypatch.setattr("edgemix.runtime.drafts.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("edgemix.runtime.drafts._MEMORY", 16)
     pace = Pace()
     drafts = StudentDrafts(Reader(student.listened()[0], TOKENS), Sampling(), np.random.default_rng(0), pace)
     prompt = np.tile(np.array(PROMPT), 4)
     drafts.draft(prompt, 1)
-    assert 0 < pace.drafting("student") < 0.1
+    assert pace.drafting("student") == 0
     for count in range(1, 40):
         drafts.draft(np.append(prompt, np.full(count, 3)), 1)
     assert pace.drafting("student") == pytest.approx(1, rel=0.02)
 
 
+@pytest.mark.usefixtures("eager")
+def test_what_the_student_has_not_read_is_part_of_its_price(student):
+    pace = Pace()
+    for tokens in (1, 5, 2, 9) * 6:
+        pace.called("student", tokens, 0.001 * tokens, verifies=False)
+    pace.called(0, 1, 0.01)
+    pace.stepped(0.01, 1)
+    drafts = StudentDrafts(Reader(student.listened()[0], TOKENS), Sampling(), np.random.default_rng(0), pace)
+    text = np.tile(np.array(PROMPT), 2)
+    drafts.draft(text, 1)
+    up_to_date, behind = drafts.promise(np.append(text, 3), 4), drafts.promise(np.append(text, [3] * 6), 4)
+    assert up_to_date - behind == pytest.approx(5 * pace.reading("student"))
+
+
 def coins(monkeypatch, seed):
-    """Whether a draft pays is chance."""
+    """Whether a draft pays, and whether to wait for the others, is chance."""
     generator = np.random.default_rng(seed)
-    monkeypatch.setattr(Pace, "pays", lambda *_: bool(generator.random() < 0.6))
+    for question in ("pays", "waits"):
+        monkeypatch.setattr(Pace, question, lambda *_: bool(generator.random() < 0.6))
 
 
 @pytest.mark.parametrize("seed", range(4))

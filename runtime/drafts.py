@@ -140,17 +140,17 @@ class StudentDrafts:
 
     def promise(self, text: NDArray[np.int64], most: int) -> float:
         """Seconds that a draft of at most so many tokens behind a text is likely to save."""
-        pace, known = self._pace, text[self._start or 0 :]
+        pace = self._pace
         _, saved = pace.plan(pace.chance("student"), most, pace.drafting("student"))
+        known = text[self._begin(text) :]
         behind = len(known) - min(self._reader.read, common_length(self._read, known))
-        return saved - max(0, min(behind, _MEMORY) - 1) * pace.reading("student")
+        return saved - max(0, behind - 1) * pace.reading("student")
 
     def draft(self, text: NDArray[np.int64], most: int, ahead: int = 0) -> Draft:
         """See `Drafter`, but for calls of the student."""
         pace, reader = self._pace, self._reader
         before = text[len(text) - ahead :].tolist()
-        if self._start is None:
-            self._start = max(0, len(text) - _MEMORY)
+        self._start = self._begin(text)
         text = text[self._start :]
         most = min(most, reader.context - len(text) + 1)
         reader.forget(min(len(text) - 1, common_length(self._read, text)))
@@ -176,7 +176,7 @@ class StudentDrafts:
             token = place if reader.tokens is None else int(reader.tokens[place])
             source: Source = ("student", min(3, int(4 * surest)))
             chance *= pace.chance(source)
-            if behind < _MEMORY:  # a text's beginning comes once
+            if len(self._read):  # a text's beginning comes once
                 pace.called("student", behind, time.perf_counter() - started, verifies=False)
             # Decided by how sure the student is, not by what was drawn: else draws would no longer be fair.
             if not pace.pays(chance):
@@ -192,6 +192,10 @@ class StudentDrafts:
     def close(self) -> None:
         """Free the cache."""
         self._reader.close()
+
+    def _begin(self, text: NDArray[np.int64]) -> int:
+        """Where in a text it begins to read."""
+        return max(0, len(text) - _MEMORY) if self._start is None else self._start
 
     def _allowed(self, ahead: Sequence[int]) -> NDArray[np.bool_] | None:
         """Which of the student's own tokens may come behind some that are drafted; None for all."""

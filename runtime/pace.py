@@ -18,6 +18,7 @@ _HOPE = 0.7
 _HOPES: dict[object, float] = {
     **{("lookup", length): hope for length, hope in ((1, 0.35), (2, 0.5), (3, 0.6))},
     **{("student", quarter): hope for quarter, hope in ((0, 0.3), (1, 0.5))},
+    **{("alone", quarter): hope for quarter, hope in enumerate((0.6, 0.75, 0.8, 0.85, 0.95))},
     "student": 0.5,
 }
 _WORTH = 0.3
@@ -30,8 +31,8 @@ _DOUBT = 0.1
 """How much weight that guess has, against the variance of the numbers of tokens seen."""
 _FEW = 32
 """Tokens of a call that tell what one of few costs; of many, they cost less."""
-_DOUBTS = 0.2
-"""Share of places where a member that writes alone may be wrong, before any is seen."""
+_DOUBTS = {False: 0.1, True: 0.3}
+"""Share of places where a member that writes alone may be wrong, before any is seen: behind certain ones and others."""
 
 
 class _Mean:
@@ -93,7 +94,8 @@ class Pace:
         self._steps = self._spent = self._gained = 0.0
         self._calls: dict[object, _Calls] = {}
         self._writer: int | None = None
-        self._doubts = _Mean(_DOUBTS, 2.0)
+        self._doubts = {behind: _Mean(share, 2.0) for behind, share in _DOUBTS.items()}
+        self._doubtful = False
         self._accepted: dict[object, _Mean] = {}
         self._drafting: dict[object, _Mean] = {}
         self._tried: set[object] = set()
@@ -151,11 +153,14 @@ class Pace:
         """
         one = self.drafting(writer)
         theirs = sum(self.drafting(graph) or one for graph in others)
-        return chance * self._doubts.value * theirs > (1 - chance) * (self.drafting("alone") or one)
+        return chance * self._doubts[self._doubtful].value * theirs > (1 - chance) * (self.drafting("alone") or one)
 
     def doubted(self, doubtful: bool) -> None:
-        """Hear whether a token that one member wrote alone could be another one if others were asked."""
-        self._doubts.add(float(doubtful))
+        """Hear of the next place whether the token that one member writes alone could be another one if others were
+        asked. Doubts come in groups: the place before tells how likely they are.
+        """
+        self._doubts[self._doubtful].add(float(doubtful))
+        self._doubtful = doubtful
 
     def called(self, graph: object, tokens: int, seconds: float, *, verifies: bool = True) -> None:
         """Hear of a graph's call that read so many tokens, to verify them, to write alone or to draft."""

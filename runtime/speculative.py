@@ -9,6 +9,7 @@ is the student's.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -106,6 +107,7 @@ class SpeculativeDecoding:
             reader = Reader(listened, blend.vocabulary)
             behind = follower.allowed if follower else None
             self._student = StudentDrafts(reader, sampling, self._generator, self._pace, eos=self._eos, allow=behind)
+        self._word: tuple[int, int, Source] | None = None
         self._begun = self._finished = False
         self.drafted = self.accepted = 0
 
@@ -201,14 +203,15 @@ class SpeculativeDecoding:
         it at once (collaborative decoding via speculation, arXiv 2502.01662). It is itself drafted for.
         """
         state, pace = self._state, self._pace
-        place, chance, doubtful = 0, 1.0, False
+        place, chance, doubtful, self._word = 0, 1.0, False, None
         begun: tuple[int, float] | None = None
         most = self._most
         while True:
             token, certainty = state.favourite(place)
             if not state.rest:
                 break
-            pace.doubted(certainty <= 1)
+            if certainty < math.inf:
+                pace.doubted(certainty <= 1)
             source: Source = ("alone", min(4, int(4 * certainty)) if certainty < 1 else 4)
             doubtful |= certainty <= 1
             chance *= pace.chance(source) if certainty <= 1 else 1.0
@@ -222,6 +225,7 @@ class SpeculativeDecoding:
             else:
                 ends = token in self._eos or place >= most
                 if not doubtful or ends or not pace.waits(chance, state.speaker, state.listeners):
+                    self._word = (place, token, source) if certainty <= 1 else None
                     break
                 if drafted:
                     pace.tried(self._draft.sources[place], accepted=False)
@@ -258,6 +262,8 @@ class SpeculativeDecoding:
             return forced, drafted and forced == self._draft.tokens[place]
         if not self._sampling.temperature:
             token = self._state.leader(place)
+            if self._word and self._word[0] == place:  # what a member would have gone on with, had it not asked
+                self._pace.tried(self._word[2], token == self._word[1])
             accepted = drafted and token == self._draft.tokens[place]
         elif not drafted:
             return self._draw(place), False

@@ -61,5 +61,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory, pair_forms: dict[str, ClosedF
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every draft pays."""
-    monkeypatch.setattr(Pace, "pays", lambda *_: True)
+    """Every draft pays, and a member that writes alone goes on."""
+    for question in ("pays", "waits"):
+        monkeypatch.setattr(Pace, question, lambda *_: True)

@@ -53,8 +53,9 @@ def _bundle(tmp_path_factory, pair_forms):
 
 @pytest.fixture
 def eager(monkeypatch):
-    """Every draft pays."""
-    monkeypatch.setattr(Pace, "pays", lambda *_: True)
+    """Every draft pays, and a member that writes alone goes on."""
+    for question in ("pays", "waits"):
+        monkeypatch.setattr(Pace, question, lambda *_: True)
 
 
 def following(forms, text, allowed):

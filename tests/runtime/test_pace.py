@@ -84,14 +84,18 @@ def test_a_member_that_may_be_wrong_waits_for_the_others_where_doubts_come_often
     for graph in (0, 1):
         pace.called(graph, 1, 0.01)
     for _ in range(40):
-        pace.doubted(False)
+        for doubtful in (True, False, False):
+            pace.doubted(doubtful)
+    pace.doubted(True)
     assert not pace.waits(0.6, 0, [1])
     assert pace.waits(0.9999, 0, [1])
     for _ in range(40):
-        pace.doubted(True)
-    assert pace.waits(0.6, 0, [1])
-    assert not pace.waits(0.4, 0, [1])
-    assert pace.waits(0.4, 0, [1, 2])  # whose calls nobody has measured: as long as the writer's
+        for doubtful in (True, True, True, False):
+            pace.doubted(doubtful)
+    pace.doubted(True)
+    assert pace.waits(0.7, 0, [1])
+    assert not pace.waits(0.5, 0, [1])
+    assert pace.waits(0.5, 0, [1, 2])  # whose calls nobody has measured: as long as the writer's
 
 
 def test_reading_up_costs_the_student_by_the_token():

@@ -300,7 +300,6 @@ def test_reading_a_prompt_is_not_drafting(student, monkeypatch):
     """The 20 tokens of it come once, one by one afterwards."""
     clock = itertools.count()
     monkeypatch.setattr("edgemix.runtime.drafts.time.perf_counter", lambda: float(next(clock)))
-    monkeypatch.setattr("edgemix.runtime.drafts._MEMORY", 16)
     pace = Pace()
     drafts = StudentDrafts(Reader(student.listened()[0], TOKENS), Sampling(), np.random.default_rng(0), pace)
     prompt = np.tile(np.array(PROMPT), 4)
@@ -309,6 +308,17 @@ def test_reading_a_prompt_is_not_drafting(student, monkeypatch):
     for count in range(1, 40):
         drafts.draft(np.append(prompt, np.full(count, 3)), 1)
     assert pace.drafting("student") == pytest.approx(1, rel=0.02)
+
+
+def test_a_member_is_told_whether_it_was_right_to_ask(members, monkeypatch):
+    """Else what is believed of its word would never change while it asks each time."""
+    monkeypatch.setattr(Pace, "waits", lambda *_: False)
+    mixture, heard, tried = blend(members, [0.5, 0.3, 0.2]), [], Pace.tried
+    monkeypatch.setattr(Pace, "tried", lambda self, *a, **o: heard.append(a) or tried(self, *a, **o))
+    decoded, *_ = fast(mixture, lookup=False)
+    assert decoded == plain(mixture)[0]
+    assert {name for (name, _), _ in heard} == {"alone"}
+    assert {right for _, right in heard} == {False, True}
 
 
 @pytest.mark.usefixtures("eager")
@@ -321,6 +331,7 @@ def test_what_the_student_has_not_read_is_part_of_its_price(student):
     drafts = StudentDrafts(Reader(student.listened()[0], TOKENS), Sampling(), np.random.default_rng(0), pace)
     text = np.tile(np.array(PROMPT), 2)
     drafts.draft(text, 1)
+    assert pace.reading("student") > 0
     up_to_date, behind = drafts.promise(np.append(text, 3), 4), drafts.promise(np.append(text, [3] * 6), 4)
     assert up_to_date - behind == pytest.approx(5 * pace.reading("student"))
 

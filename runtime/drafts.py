@@ -26,7 +26,7 @@ Source = tuple[str, int]
 """Who drafted a token, and how sure of it they were."""
 LONGEST = 15
 """Most tokens of a draft."""
-_MEMORY = 32
+_MEMORY = 12
 """Tokens of a prompt that the student reads."""
 _GRAM = 4
 """Most tokens at the end of a text that are looked for before."""

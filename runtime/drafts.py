@@ -142,9 +142,8 @@ class StudentDrafts:
         """Seconds that a draft of at most so many tokens behind a text is likely to save."""
         pace = self._pace
         _, saved = pace.plan(pace.chance("student"), most, pace.drafting("student"))
-        known = text[self._begin(text) :]
-        behind = len(known) - min(self._reader.read, common_length(self._read, known))
-        return saved - max(0, behind - 1) * pace.reading("student")
+        own = text[self._begin(text) :]
+        return saved - (len(own) - 1 - self._known(own)) * pace.reading("student")
 
     def draft(self, text: NDArray[np.int64], most: int, ahead: int = 0) -> Draft:
         """See `Drafter`, but for calls of the student."""
@@ -153,7 +152,7 @@ class StudentDrafts:
         self._start = self._begin(text)
         text = text[self._start :]
         most = min(most, reader.context - len(text) + 1)
-        reader.forget(min(len(text) - 1, common_length(self._read, text)))
+        reader.forget(self._known(text))
         ids = text
         tokens: list[int] = []
         sources: list[Source] = []
@@ -196,6 +195,10 @@ class StudentDrafts:
     def _begin(self, text: NDArray[np.int64]) -> int:
         """Where in a text it begins to read."""
         return max(0, len(text) - _MEMORY) if self._start is None else self._start
+
+    def _known(self, text: NDArray[np.int64]) -> int:
+        """How many tokens of its part of a text it has read, the last one left out: what follows is asked again."""
+        return min(len(text) - 1, self._reader.read, common_length(self._read, text))
 
     def _allowed(self, ahead: Sequence[int]) -> NDArray[np.bool_] | None:
         """Which of the student's own tokens may come behind some that are drafted; None for all."""

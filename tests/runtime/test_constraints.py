@@ -14,7 +14,6 @@ from edgemix.bundle import TokenizerEntry
 from edgemix.errors import EdgemixError, InputError
 from edgemix.runtime import Mixture
 from edgemix.runtime.constraints import Constraint, Grammar
-from edgemix.runtime.pace import Pace
 from edgemix.runtime.sampling import Sampling
 from edgemix.runtime.speculative import SpeculativeDecoding
 from edgemix.runtime.tokenizer import Tokenizer
@@ -49,13 +48,6 @@ def drafting(request, drafted, tmp_path_factory, pair_forms):
 def _bundle(tmp_path_factory, pair_forms):
     student = ClosedForm(random_member(1, tokens=VOCABULARY).table * 0.7, pull=2.0)
     return write_bundle(tmp_path_factory.mktemp("drafted") / "bundle", pair_forms, weights=WEIGHTS, student=student)
-
-
-@pytest.fixture
-def eager(monkeypatch):
-    """Every draft pays, and a member that writes alone goes on."""
-    for question in ("pays", "waits"):
-        monkeypatch.setattr(Pace, question, lambda *_: True)
 
 
 def following(forms, text, allowed):

@@ -20,6 +20,7 @@ from edgemix.external_data import external_files
 from edgemix.manifest import (
     CHAT_TEMPLATE,
     MANIFEST,
+    NGRAMS,
     SCHEMA,
     TOKENIZER,
     BudgetFigures,
@@ -47,6 +48,8 @@ from edgemix.tokenizer_identity import TokenizerIdentity
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from edgemix.ngram_table import NgramTable
+
 __all__ = [
     "CHAT_TEMPLATE",
     "MANIFEST",
@@ -70,6 +73,7 @@ __all__ = [
     "draft_tokens",
     "files_in",
     "hash_file",
+    "ngram_table",
     "read_manifest",
     "resolve",
     "sync_folder",
@@ -161,6 +165,7 @@ def verify_bundle(
             _check_weights(bundle, manifest, member, graph)
         if member.draft is not None:
             draft_tokens(bundle, manifest, member.draft)
+    ngram_table(bundle, manifest)
 
 
 def draft_tokens(bundle: Path, manifest: Manifest, draft: DraftGraph) -> list[int]:
@@ -183,6 +188,19 @@ def draft_tokens(bundle: Path, manifest: Manifest, draft: DraftGraph) -> list[in
             _EXPORT_AGAIN,
         )
     return tokens
+
+
+def ngram_table(bundle: Path, manifest: Manifest) -> NgramTable | None:
+    """What usually follows what, mapped; None where the bundle has no n-grams.
+
+    Raises:
+        BundleError: Their file is not of as many as the manifest says, or names tokens that there are not.
+    """
+    if not manifest.ngrams:
+        return None
+    from edgemix.ngram_table import NgramTable
+
+    return NgramTable.open(resolve(bundle, NGRAMS), manifest.ngrams, manifest.tokenizer.vocabulary)
 
 
 def _check_weights(bundle: Path, manifest: Manifest, member: MemberEntry, graph: str) -> None:

@@ -6,6 +6,7 @@ BUNDLE/
   members/NAME/model.onnx, model.onnx.data
   student/model.onnx, model.onnx.data    where the bundle has a student
   student/draft.onnx, draft_tokens.json  where it drafts with fewer rows of its head
+  ngrams.bin                             what often follows what, where the recipe had training text
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 SCHEMA = 2
 """2 added students, pruned and sparse members, and the mixture's parity. Bundles of schema 1 are read as they are."""
 MANIFEST = "edgemix.json"
+NGRAMS = "ngrams.bin"
 TOKENIZER = "tokenizer/tokenizer.json"
 CHAT_TEMPLATE = "tokenizer/chat_template.jinja"
 MEMBER_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,62}[A-Za-z0-9_-])?")
@@ -269,6 +271,7 @@ class Manifest(_Record, frozen=True):
         student: The small model that was distilled from the mixture; it is no member, and has no weight.
         quantization: What quantisation costs the mixture; None where it has one member, or all are fp32.
         budget: What decided on the members' formats; None where the recipe did.
+        ngrams: How many n-grams of the training text it has to draft from; 0 where there is no such file.
     """
 
     schema: int
@@ -284,6 +287,7 @@ class Manifest(_Record, frozen=True):
     student: MemberEntry | None = None
     quantization: MixtureParity | None = None
     budget: BudgetFigures | None = None
+    ngrams: int = 0
 
     @property
     def graphs(self) -> tuple[MemberEntry, ...]:

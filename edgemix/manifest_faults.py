@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from edgemix import safe_paths
-from edgemix.manifest import MANIFEST, MEMBER_NAME, SCHEMA, STUDENT, TOKENIZER
+from edgemix.manifest import MANIFEST, MEMBER_NAME, NGRAMS, SCHEMA, STUDENT, TOKENIZER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +34,7 @@ def faults(manifest: Manifest) -> list[str]:
         *_member_faults(manifest),
         *_graph_faults(manifest),
         *_draft_faults(manifest),
+        *([] if manifest.ngrams >= 0 else [f"ngrams: there are {manifest.ngrams}"]),
         *_voice_faults(manifest),
         *_weight_faults(manifest),
         *_tokenizer_faults(manifest),
@@ -138,6 +139,7 @@ def _file_faults(manifest: Manifest) -> Iterator[str]:
         yield f"files: {MANIFEST} cannot list itself"
     needed = [TOKENIZER, *(path for entry in manifest.graphs for path in entry.paths)]
     needed += [entry.draft.tokens for entry in manifest.graphs if entry.draft is not None]
+    needed += [NGRAMS] if manifest.ngrams else []
     yield from (f"files: {name!r} is not listed" for name in needed if name not in manifest.files)
 
 

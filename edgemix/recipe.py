@@ -60,7 +60,11 @@ class Data(_Part, frozen=True):
 
 
 class Recipe(_Part, frozen=True):
-    """Everything `edgemix export` needs. Paths are relative to `folder`, the recipe file's own."""
+    """Everything `edgemix export` needs. Paths are relative to `folder`, the recipe file's own.
+
+    Attributes:
+        ngrams: Most n-grams of the training text that the bundle keeps to draft from.
+    """
 
     members: tuple[MemberRecipe, ...]
     weights: Literal["uniform", "fit"] | dict[str, float] = "uniform"
@@ -70,6 +74,7 @@ class Recipe(_Part, frozen=True):
     stack: bool | str = False
     cache: CacheType = "float"
     student: Student | None = None
+    ngrams: int = 1 << 18
     data: Data = Data()
     seed: int = 0
     folder: Path = Path()
@@ -217,6 +222,10 @@ target: cpu
 # student:
 #   format: int4
 #   minutes: 30
+
+# How many n-grams of the text under data: training the bundle keeps, to draft from while it writes: what follows pieces
+# of up to four tokens that come three times at least, 13 bytes each. 0 if nobody should see pieces of that text.
+# ngrams: {1 << 18}
 
 # Texts, one file for each domain: .txt, or .jsonl with a template for its lines. Weights are fitted on validation,
 # which no member was trained on. Quantisation looks at calibration, which may be training text; the check after it

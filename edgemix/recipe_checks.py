@@ -35,6 +35,7 @@ def problems_of(recipe: Recipe) -> Iterator[Problem]:
     yield from _compression_problems(recipe)
     bounds = {
         ("seed",): (recipe.seed, 0, 2**32 - 1),
+        ("ngrams",): (recipe.ngrams, 0, 1 << 24),
         ("data", "window"): (recipe.data.window, 2, 1 << 20),
         ("data", "max_tokens"): (recipe.data.max_tokens, 2, 1 << 40),
     }

@@ -21,6 +21,7 @@ import msgspec
 
 from edgemix.bundle import (
     MANIFEST,
+    NGRAMS,
     TOKENIZER,
     files_in,
     hash_file,
@@ -155,6 +156,8 @@ class BundleWriter:
                 needed |= {graph, *(graph.parent / location for location in external_files(graph))}
             if entry.draft is not None:
                 needed.add(resolve(self.folder, entry.draft.tokens))
+        if manifest.ngrams:
+            needed.add(resolve(self.folder, NGRAMS))
         tokenizer = self.folder / PurePosixPath(TOKENIZER).parent
         for path in list(files_in(self.folder)):
             if path not in needed and not path.is_relative_to(tokenizer):

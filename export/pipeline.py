@@ -29,6 +29,7 @@ from edgemix.export.member_stacks import MemberStacks, groups
 from edgemix.export.members import load_tokenizer, locate, versions
 from edgemix.export.mixture_parity import MIXTURE_TOKENS, compare_mixtures, keep_distributions
 from edgemix.export.mixture_weights import fit_weights, given_weights
+from edgemix.export.ngrams import write_ngrams
 from edgemix.export.parity import check_quantized, enforce, own_texts, within
 from edgemix.export.pruning.packing import pack_weights
 from edgemix.export.quantization import quantize
@@ -122,6 +123,7 @@ class _Export:
         if budget is not None:
             self._take(undecided(self._recipe))
         tokenizer = self._share_tokenizer()
+        ngrams = write_ngrams(self._recipe, self._writer.folder, tokenizer=tokenizer, progress=self._progress)
         text = self._gate_text(tokenizer)
         mixed = self._mixture_text(text, tokenizer_size(tokenizer))
         judge = None
@@ -142,6 +144,7 @@ class _Export:
             tokenizer=shared_tokenizer.describe(tokenizer, eos),
             files={},
             versions=versions(),
+            ngrams=ngrams,
         )
         if recipe.weights == "fit":
             manifest = msgspec.structs.replace(manifest, weights=self._fit(manifest))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgemix.ngram_table import NgramTable
     from edgemix.runtime.constraints import Follower
     from edgemix.runtime.pace import Pace
     from edgemix.runtime.reader import Reader
@@ -95,6 +96,31 @@ class PromptLookup:
         self._known = len(text)
 
 
+class NgramDrafts:
+    """What most often followed the last tokens in the bundle's training text: for where the text itself has nothing to
+    offer yet.
+    """
+
+    def __init__(self, table: NgramTable, pace: Pace) -> None:
+        self._table, self._pace = table, pace
+
+    def draft(self, text: NDArray[np.int64], most: int, ahead: int = 0) -> Draft:  # noqa: ARG002 - it learns nothing
+        """See `Drafter`; its tokens are not drawn."""
+        ids = text[-_GRAM:].tolist()
+        tokens: list[int] = []
+        sources: list[Source] = []
+        chance = 1.0
+        while len(tokens) < most and (found := self._table.guess(ids)) is not None:
+            source: Source = ("n-gram", min(3, int(4 * found.share)))
+            chance *= self._pace.chance(source)
+            if not self._pace.pays(chance):
+                break
+            tokens.append(found.token)
+            sources.append(source)
+            ids.append(found.token)
+        return Draft(tokens, sources)
+
+
 class FormDrafts:
     """What a text of a given form can only go on with, as its tokenizer spells it."""
 
@@ -140,10 +166,9 @@ class StudentDrafts:
 
     def promise(self, text: NDArray[np.int64], most: int) -> float:
         """Seconds that a draft of at most so many tokens behind a text is likely to save."""
-        pace = self._pace
-        _, saved = pace.plan(pace.chance("student"), most, pace.drafting("student"))
         own = text[self._begin(text) :]
-        return saved - (len(own) - 1 - self._known(own)) * pace.reading("student")
+        behind = len(own) - 1 - self._known(own)
+        return self._pace.promise("student", most) - behind * self._pace.reading("student")
 
     def draft(self, text: NDArray[np.int64], most: int, ahead: int = 0) -> Draft:
         """See `Drafter`, but for calls of the student."""
@@ -157,13 +182,14 @@ class StudentDrafts:
         tokens: list[int] = []
         sources: list[Source] = []
         proposals: list[NDArray[np.float32]] = []
-        chance = 1.0
+        chance, calls = 1.0, 0
         while len(tokens) < most and pace.pays(chance * pace.chance("student"), pace.drafting("student")):
             started, behind = time.perf_counter(), len(ids) - reader.read
             allowed = self._allowed([*before, *tokens])
             if allowed is not None and not allowed.any():
                 break
             ((_, ((logits,),)),) = reader.listen(ids, len(ids))
+            calls += 1
             if allowed is not None:
                 logits = rule_out(logits, allowed)
             if self._sampling.temperature:
@@ -186,6 +212,8 @@ class StudentDrafts:
             if token in self._eos:
                 break
         self._read = ids
+        if calls:
+            pace.asked("student", calls, len(tokens))
         return Draft(tokens, sources, proposals[: len(tokens)] if self._sampling.temperature else None)
 
     def close(self) -> None:

@@ -141,6 +141,7 @@ class _Call:
                 eos=mixture.manifest.tokenizer.eos,
                 student=mixture.drafting if drafts in ("auto", "student") else None,
                 lookup=drafts in ("auto", "lookup"),
+                ngrams=mixture.ngrams if drafts in ("auto", "lookup") else None,
                 lazy=drafts != "off" and not settings.attribution,
                 follower=self.grammar.follow() if self.grammar else None,
                 prefixes=mixture.prefixes if self.kept is None else self.kept,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 import msgspec
 import numpy as np
 
-from edgemix.bundle import read_manifest, verify_bundle
+from edgemix.bundle import ngram_table, read_manifest, verify_bundle
 from edgemix.errors import InputError
 from edgemix.progress import SILENT
 from edgemix.runtime import prefix_file
@@ -60,6 +60,7 @@ class Mixture(OpenedBundle):
         vocabulary: Number of token ids.
         context: Most tokens of a sequence: the smallest of the members' contexts.
         provider: Where the graphs run, "cpu" or "cuda".
+        ngrams: What usually follows what in the training text, to draft from; None where the bundle has none.
         plan: How this bundle was measured to run fastest on this machine, where that is used.
         prefixes: Texts that were read, so that one that begins alike is not read again.
     """
@@ -151,7 +152,17 @@ class Mixture(OpenedBundle):
         chosen = choose(provider)
         tokenizer = Tokenizer.load(bundle, manifest.tokenizer)
         opened, drafter = open_graphs(bundle, manifest, chosen, threads, student=drafts, packed=packed)
-        return cls(manifest, opened, tokenizer, chosen, drafter=drafter, prefix_bytes=prefix_bytes, plan=plan)
+        ngrams = ngram_table(bundle, manifest)
+        return cls(
+            manifest,
+            opened,
+            tokenizer,
+            chosen,
+            drafter=drafter,
+            ngrams=ngrams,
+            prefix_bytes=prefix_bytes,
+            plan=plan,
+        )
 
     @overload
     def generate(  # type: ignore[overload-overlap]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from edgemix.bundle import Manifest
+    from edgemix.ngram_table import NgramTable
     from edgemix.runtime.member import Member
     from edgemix.runtime.mixing import Combine
     from edgemix.runtime.options import WeightChoice
@@ -40,6 +41,7 @@ class OpenedBundle:
         provider: Provider,
         *,
         drafter: Member | None = None,
+        ngrams: NgramTable | None = None,
         prefix_bytes: int = 0,
         plan: Plan | None = None,
     ) -> None:
@@ -54,7 +56,7 @@ class OpenedBundle:
         self._process = os.getpid()
         self.plan = plan
         self._loaded = tuple(members)
-        self._drafter = drafter
+        self._drafter, self.ngrams = drafter, ngrams
         self.prefixes = PrefixCache(prefix_bytes)
 
     def close(self) -> None:

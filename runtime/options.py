@@ -40,10 +40,10 @@ class GenerateOptions(TypedDict, total=False):
             not depend on the others in its batch, so equal prompts with equal seeds yield equal texts.
         weights: None: the bundle's own. See `WeightChoice`.
         combine: "linear" (weighted mean of probabilities) or "log-linear" (normalised weighted geometric mean).
-        speculation: "auto": a text alone is generated in fewer calls, with drafts from the text itself ("lookup") and
-            from the bundle's student ("student"), as long as that is faster; members are asked only where the answer
-            depends on them. What is generated does not change; with a seed tokens are drawn one by one, so that they
-            are the same on every machine. Where this machine has a plan, it says what "auto" means. "off": one token
+        speculation: "auto": a text alone is generated in fewer calls, with drafts from the text itself and from
+            the bundle's n-grams ("lookup") and from its student ("student"), as long as that is faster; members are
+            asked only where the answer depends on them. What is generated does not change; with a seed tokens are drawn
+            one by one, so that they are the same on every machine. Where this machine has a plan, it says what "auto" means. "off": one token
             after the other, by all members.
         json_schema: None. A JSON schema (or its text) that the text follows, see `constraints`; needs
             edgemix[constrained]. A text that `max_new_tokens` or the context cuts short is only the beginning of one.

@@ -17,6 +17,7 @@ _HOPE = 0.7
 """Acceptance of a source that nothing is known of; `_HOPES` of some that are likely to be worse."""
 _HOPES: dict[object, float] = {
     **{("lookup", length): hope for length, hope in ((1, 0.35), (2, 0.5), (3, 0.6))},
+    **{("n-gram", quarter): hope for quarter, hope in enumerate((0.15, 0.3, 0.5))},
     **{("student", quarter): hope for quarter, hope in ((0, 0.3), (1, 0.5))},
     **{("alone", quarter): hope for quarter, hope in enumerate((0.6, 0.75, 0.8, 0.85, 0.95))},
     "student": 0.5,
@@ -25,6 +26,8 @@ _WORTH = 0.3
 """Least chance of a token that is drafted while nobody knows what anything takes."""
 _RETURN = 0.02
 """How far what is believed of a source returns to hope at each step that does not try it."""
+_TRIALS = 2.0
+"""Times that a drafter is asked until what came of it counts as much as what was hoped for."""
 _SLOPE = 0.1
 """A further token in a call, in units of a call, before that is measured."""
 _DOUBT = 0.1
@@ -82,6 +85,18 @@ class _Calls:
         self._xx, self._xy = _FADE * self._xx + tokens * tokens, _FADE * self._xy + tokens * seconds
 
 
+class _Asks:
+    """What came of asking a drafter; newer times count more."""
+
+    def __init__(self) -> None:
+        self.times = self.calls = self.drafted = self.accepted = 0.0
+
+    def fade(self, share: float) -> None:
+        """Forget a share of it."""
+        self.times, self.calls = (1 - share) * self.times, (1 - share) * self.calls
+        self.drafted, self.accepted = (1 - share) * self.drafted, (1 - share) * self.accepted
+
+
 class Pace:
     """What steps and calls have taken so far, and how drafts have fared.
 
@@ -98,6 +113,7 @@ class Pace:
         self._doubtful = False
         self._accepted: dict[object, _Mean] = {}
         self._drafting: dict[object, _Mean] = {}
+        self._asks: dict[object, _Asks] = {}
         self._tried: set[object] = set()
 
     @property
@@ -146,6 +162,23 @@ class Pace:
             count, saved = count + 1, saved + likely * (self.seconds or 1.0) - seconds - self.further
         return count, saved
 
+    def promise(self, drafter: object, most: int) -> float:
+        """Seconds that asking a drafter for at most so many tokens is likely to save: by what came of it before, and
+        as long as that was seldom, by hope.
+        """
+        cost = self.drafting(drafter)
+        _, saved = self.plan(_HOPES.get(drafter, _HOPE), most, cost)
+        if (asks := self._asks.get(drafter)) is None:
+            return saved
+        gained = asks.accepted * (self.seconds or 1.0) - asks.calls * cost - asks.drafted * self.further
+        return (_TRIALS * saved + gained) / (_TRIALS + asks.times)
+
+    def asked(self, drafter: object, calls: int, drafted: int) -> None:
+        """Hear that a drafter was asked, how many calls it took, and how many tokens came of it."""
+        asks = self._asks.setdefault(drafter, _Asks())
+        asks.fade(1 - _FADE)
+        asks.times, asks.calls, asks.drafted = asks.times + 1, asks.calls + calls, asks.drafted + drafted
+
     def waits(self, chance: float, writer: int, others: Iterable[int]) -> bool:
         """Whether a member that writes alone, and is right so far with that chance, does well to write another token
         before the others are asked. One call of theirs will do for both if the next token is doubtful, too; if it has
@@ -184,6 +217,9 @@ class Pace:
         for source, mean in self._drafting.items():
             if source not in self._tried:
                 mean.move(_RETURN, 0.0)
+        for drafter, asks in self._asks.items():
+            if drafter not in self._tried:
+                asks.fade(_RETURN)
         self._tried.clear()
 
     def tried(self, source: tuple[str, int], accepted: bool) -> None:
@@ -191,6 +227,8 @@ class Pace:
         for name in (source, source[0]):
             self._accepted.setdefault(name, _Mean(self.chance(name), 2.0)).add(float(accepted))
             self._tried.add(name)
+        if accepted and (asks := self._asks.get(source[0])) is not None:
+            asks.accepted += 1
 
     def drafted(self, source: object, seconds: float, tokens: int = 1) -> None:
         """Hear how long tokens took to draft."""

@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemix.runtime.attribution import Spoken
-from edgemix.runtime.drafts import LONGEST, NOTHING, Draft, FormDrafts, PromptLookup, Source, StudentDrafts
+from edgemix.runtime.drafts import (
+    LONGEST,
+    NOTHING,
+    Draft,
+    FormDrafts,
+    NgramDrafts,
+    PromptLookup,
+    Source,
+    StudentDrafts,
+)
 from edgemix.runtime.engine import Token, finish_reason
 from edgemix.runtime.lazy import ROUNDING, LazyState
 from edgemix.runtime.pace import Pace
@@ -28,6 +37,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgemix.ngram_table import NgramTable
     from edgemix.runtime.blend import Blend
     from edgemix.runtime.constraints import Follower
     from edgemix.runtime.drafts import Drafter
@@ -48,6 +58,7 @@ class SpeculativeDecoding:
         eos: Ids that finish the sequence with "stop".
         student: A blend of one model that drafts.
         lookup: Draft from the text itself, too.
+        ngrams: What usually follows what: drafts where the text itself has none.
         lazy: Ask members only where the answer depends on them.
         follower: Where the text must have a given form.
         prefixes: Texts that were read before, and where this one will be kept.
@@ -69,6 +80,7 @@ class SpeculativeDecoding:
         eos: Iterable[int],
         student: Blend | None = None,
         lookup: bool = True,
+        ngrams: NgramTable | None = None,
         lazy: bool = True,
         follower: Follower | None = None,
         prefixes: PrefixCache | None = None,
@@ -101,6 +113,8 @@ class SpeculativeDecoding:
             self._drafters.append(FormDrafts(follower, self._pace))
         if lookup:
             self._drafters.append(PromptLookup(self._pace))
+        if ngrams is not None:
+            self._drafters.append(NgramDrafts(ngrams, self._pace))
         self._student: StudentDrafts | None = None
         if student is not None:
             (listened,) = student.listened()
@@ -172,10 +186,9 @@ class SpeculativeDecoding:
                 break
         if self._student is None:
             return found
-        if found.tokens:
-            _, saved = pace.plan(pace.chance(found.sources[0]), len(found.tokens))
-            if self._student.promise(text, most) <= saved:
-                return found
+        _, saved = pace.plan(pace.chance(found.sources[0]), len(found.tokens)) if found.tokens else (0, 0.0)
+        if self._student.promise(text, most) <= saved:
+            return found
         drawn = self._held(self._student.draft(text, most, len(ahead)), ahead)
         return drawn if drawn.tokens else found
 

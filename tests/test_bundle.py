@@ -27,6 +27,7 @@ from edgemix.bundle import (
     check_writable,
     draft_tokens,
     hash_file,
+    ngram_table,
     read_manifest,
     resolve,
     verify_bundle,
@@ -34,7 +35,8 @@ from edgemix.bundle import (
     write_manifest,
 )
 from edgemix.errors import BundleError, EdgemixError, InputError
-from edgemix.manifest import STUDENT, checksum_of
+from edgemix.export.ngrams import count_ngrams
+from edgemix.manifest import NGRAMS, STUDENT, checksum_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -241,6 +243,54 @@ def test_two_graphs_of_a_folder_are_told_apart(drafting: Path) -> None:
     assert bundle_module.graph_digest(manifest, "student/model.onnx") != bundle_module.graph_digest(
         manifest, DRAFT_GRAPH
     )
+
+
+@pytest.fixture
+def counted(own_bundle: Path) -> Path:
+    """A bundle with n-grams: of "+1" and "1+"."""
+    table = count_ngrams([[43, 49, 43, 49, 43, 49, 43, 49]], 100)
+    (own_bundle / NGRAMS).write_bytes(table.to_bytes())
+    change(
+        own_bundle, lambda it: (it.update(ngrams=len(table)), it["files"].update({NGRAMS: entry(own_bundle / NGRAMS)}))
+    )
+    return own_bundle
+
+
+def test_ngrams_are_checked_like_the_rest(counted: Path) -> None:
+    verify(counted)
+    table = ngram_table(counted, read_manifest(counted))
+    assert table is not None
+    assert table.guess([1, 43]) == (49, pytest.approx(4 / 5, abs=1 / 255))
+    content = (counted / NGRAMS).read_bytes()
+    (counted / NGRAMS).write_bytes(content[:-1] + b" ")
+    with pytest.raises(BundleError, match=f"{NGRAMS} has changed"):
+        verify(counted)
+    (counted / NGRAMS).unlink()
+    with pytest.raises(BundleError, match=f"{NGRAMS} is missing"):
+        read_manifest(counted)
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (lambda it: it.update(ngrams=-1), "ngrams: there are -1"),
+        (lambda it: it.update(ngrams=10**15), "bytes, and should have 1,000,000,000,000,000 n-grams"),
+        (lambda it: it.update(ngrams=1), "bytes, and should have 1 n-grams"),
+        (lambda it: it["files"].pop(NGRAMS), "not listed"),
+        (lambda it: it["tokenizer"].update(vocabulary=49), "a token beyond the 49 of the tokenizer|outside its"),
+    ],
+)
+def test_hostile_ngrams_are_refused(counted: Path, edit: Callable[[dict[str, Any]], object], reason: str) -> None:
+    change(counted, edit)
+    with pytest.raises(BundleError, match=reason):
+        verify(counted)
+
+
+def test_an_empty_file_of_ngrams_is_refused(counted: Path) -> None:
+    (counted / NGRAMS).write_bytes(b"")
+    change(counted, lambda it: it["files"].update({NGRAMS: entry(counted / NGRAMS)}))
+    with pytest.raises(BundleError, match="has 0 bytes"):
+        verify(counted, checksums=False)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ r"""The mixture against the naive loop, against one member alone, and against ot
                               [--one-graph BUNDLE] [--peer llama-cpp=MODEL.gguf] [--peer transformers=FOLDER] ...
 
 Sides: the naive loop (every member for every token, one after the other); each technique of edgemix switched on alone
-(members asked only where it matters; drafts from the text; drafts from the student), and all together; one member
+(members asked only where it matters; drafts from the text, from n-grams, from the student), and all together; one member
 alone, token by token; the bare ONNX Runtime loop on that member's graph; and the peers that are named, which run one
 model: transformers (on torch), llama-cpp, onnxruntime-genai, openvino-genai. What follows a space in a peer's name only
 tells two models of one runtime apart. They take turns prompt by prompt, greedy, batch 1; the first round is a warm-up.
@@ -53,8 +53,9 @@ NAIVE, ALONE, ALL, STACKED = "naive loop", "one member", "all together", "one gr
 TECHNIQUES: dict[str, dict[str, bool]] = {
     "lazy": {"lazy": True},
     "lookup": {"lookup": True},
+    "n-grams": {"ngrams": True},
     "student": {"student": True},
-    ALL: {"lazy": True, "lookup": True, "student": True},
+    ALL: {"lazy": True, "lookup": True, "ngrams": True, "student": True},
 }
 
 
@@ -100,6 +101,7 @@ def sides(
     def fast(techniques: dict[str, bool], blend: Blend = blend, like: str = NAIVE) -> Side:
         drafting = mixture.drafting if techniques.get("student") else None
         options: dict[str, Any] = {"lazy": False, "lookup": False, **techniques, "student": drafting}
+        options["ngrams"] = mixture.ngrams if techniques.get("ngrams") else None
 
         def run(ids: list[int], count: int) -> Iterable[list[int]]:
             return _ids(SpeculativeDecoding(blend, ids, Sampling(), seed=0, max_new_tokens=count, **common, **options))
@@ -109,9 +111,10 @@ def sides(
     best = int(blend.weights.argmax())
     voices = np.eye(len(blend.weights))[best]
     alone = Blend.of(blend.members, voices, "linear", mixture.vocabulary)
+    had = {"student": mixture.drafting is not None, "ngrams": mixture.ngrams is not None}
     found = {NAIVE: plainly(blend)}
     for name, techniques in TECHNIQUES.items():
-        if "student" not in techniques or mixture.drafting is not None or name == ALL:
+        if name == ALL or all(had.get(technique, True) for technique in techniques):
             found[name] = fast(techniques)
     if stacked is not None:
         found[STACKED] = plainly(stacked)

@@ -21,7 +21,7 @@ from edgemix.export.distillation.student import Shape, expected_shape, start_mem
 from edgemix.export.members import versions
 from edgemix.export.mixture_weights import fit_weights, given_weights
 from edgemix.formats import Format
-from edgemix.manifest import SCHEMA, TOKENIZER, GraphParity, Manifest, MemberEntry, Source
+from edgemix.manifest import NGRAMS, SCHEMA, TOKENIZER, GraphParity, Manifest, MemberEntry, Source
 from edgemix.progress import Prefixed, Progress
 from edgemix.runtime import Mixture
 from edgemix.staging import BundleWriter, stage_key
@@ -191,7 +191,7 @@ class Planner:
             )
         room = budget if budget.bytes is None else Budget(int(budget.bytes * (1 - _SLACK)), budget.seconds)
         shared = Cost(
-            self._tokenizer_bytes() + _MANIFEST * (1 + len(self._recipe.members)) + self._size(self._kept.values()),
+            self._common_bytes() + _MANIFEST * (1 + len(self._recipe.members)) + self._size(self._kept.values()),
             sum(time for name in self._kept for time in times.get(name, {}).values()),
         )
         if self._recipe.student is None:
@@ -321,6 +321,8 @@ class Planner:
         folders = [(self._writer.folder / entry.graph).parent for entry in entries]
         return sum(path.stat().st_size for folder in folders for path in folder.iterdir())
 
-    def _tokenizer_bytes(self) -> int:
-        folder = (self._writer.folder / TOKENIZER).parent
-        return sum(path.stat().st_size for path in folder.iterdir())
+    def _common_bytes(self) -> int:
+        """Of the tokenizer and the n-grams."""
+        folder, ngrams = self._writer.folder, self._writer.folder / NGRAMS
+        paths = [*(folder / TOKENIZER).parent.iterdir(), *([ngrams] if ngrams.exists() else [])]
+        return sum(path.stat().st_size for path in paths)

@@ -8,7 +8,7 @@ import msgspec
 
 from edgemix.errors import EdgemixError
 from edgemix.export.budget.speed import StoredGraph, decoding_times
-from edgemix.manifest import TOKENIZER, BudgetFigures, BudgetPoint, Manifest
+from edgemix.manifest import NGRAMS, TOKENIZER, BudgetFigures, BudgetPoint, Manifest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,7 +81,9 @@ def bundle_bytes(manifest: Manifest, folder: Path) -> int:
     """About the bytes of a bundle's folder once it is finished."""
     folders = [(folder / entry.graph).parent for entry in manifest.graphs]
     folders.append((folder / TOKENIZER).parent)
-    sizes = [path.stat().st_size for each in folders for path in each.iterdir()]
+    files = [path for each in folders for path in each.iterdir()]
+    files += [folder / NGRAMS] if manifest.ngrams else []
+    sizes = [path.stat().st_size for path in files]
     return sum(sizes) + len(msgspec.json.encode(manifest)) + _FILE * len(sizes)
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgemix.manifest import Manifest, MemberEntry
+    from edgemix.ngram_table import NgramTable
     from edgemix.profile import SubjectKind
     from edgemix.runtime.blend import Blend
     from edgemix.runtime.mixture import Mixture
@@ -58,8 +59,8 @@ class Contender:
         entries: Of the graphs that it asks.
         blend: What it mixes.
         speculation: How; "off" for the plain loop.
-        student: What drafts, where that is loaded.
         context: Most tokens of a sequence.
+        student: What drafts, where that is loaded; `ngrams`, where the bundle has them.
     """
 
     name: str
@@ -69,8 +70,9 @@ class Contender:
     entries: tuple[MemberEntry, ...]
     blend: Blend
     speculation: Speculation
-    student: Blend | None
     context: int
+    student: Blend | None = None
+    ngrams: NgramTable | None = None
 
     @property
     def plain(self) -> bool:
@@ -94,6 +96,7 @@ class Contender:
             eos=(),
             student=self.student if self.speculation in ("auto", "student") else None,
             lookup=self.speculation in ("auto", "lookup"),
+            ngrams=self.ngrams if self.speculation in ("auto", "lookup") else None,
         )
 
     def run(self, prompts: Sequence[Sequence[int]], new: int, *, meter: Meter, patience: float) -> Run:
@@ -160,7 +163,6 @@ def _alone(mixture: Mixture, entry: MemberEntry, kind: SubjectKind, blend: Blend
         (entry,),
         blend,
         "off",
-        None,
         mixture.context,
     )
 
@@ -180,8 +182,9 @@ def _mixture(mixture: Mixture, name: str, blend: Blend, speculation: Speculation
         entries,
         blend,
         speculation,
-        mixture.drafting,
         mixture.context,
+        mixture.drafting,
+        mixture.ngrams,
     )
 
 

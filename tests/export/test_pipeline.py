@@ -15,6 +15,7 @@ from edgemix.export import draft_head, member_blocks, member_graphs, member_mode
 from edgemix.export.distillation import distil
 from edgemix.export.draft_head import cut_head
 from edgemix.export.pipeline import export_bundle
+from edgemix.manifest import NGRAMS
 from edgemix.progress import SILENT
 from edgemix.recipe import Data, MemberRecipe, Quantization, Recipe
 from edgemix.runtime import Mixture
@@ -349,6 +350,29 @@ def test_a_student_is_distilled_from_the_mixture_as_it_ships(folder, tmp_path, m
         assert student.generate("the quick", max_new_tokens=4).token_ids
         found = evaluate(both, {"prose": [TEXT[:300]]}, student=student)
     assert found.row("student").overall.acceptance > 0.1
+
+
+def test_training_text_becomes_ngrams(folder, tmp_path):
+    """What follows what in it; the text that is written is the same, and nobody's text need be told."""
+    text = {"prose": TextSource("text.txt")}
+    manifest = export_bundle(recipe(folder, data=Data(training=text)), tmp_path / "bundle")
+    verify_bundle(tmp_path / "bundle", manifest)
+    assert manifest == read_manifest(tmp_path / "bundle")
+    assert manifest.ngrams > 10
+    with Mixture.load(tmp_path / "bundle", provider="cpu", threads=1) as mixture:
+        brown = mixture.tokenizer.encode("the quick brow")
+        (token,) = mixture.tokenizer.encode("n")
+        assert mixture.ngrams.guess(brown).token == token
+        said = [
+            mixture.generate("the quick", speculation=way, max_new_tokens=24).token_ids for way in ("off", "lookup")
+        ]
+    assert said[0] == said[1]
+    for changes in ({"data": Data(training=text), "ngrams": 0}, {"data": Data(calibration=text)}):
+        manifest = export_bundle(recipe(folder, **changes), tmp_path / "bundle")
+        assert manifest.ngrams == 0
+        assert not (tmp_path / "bundle" / NGRAMS).exists()
+        with Mixture.load(tmp_path / "bundle", provider="cpu", threads=1) as mixture:
+            assert mixture.ngrams is None
 
 
 def test_a_student_of_a_large_vocabulary_drafts_its_frequent_tokens(folder, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -61,6 +62,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory, pair_forms: dict[str, ClosedF
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every draft pays, and a member that writes alone goes on."""
+    """Every draft pays, the student's two times of three, and a member that writes alone goes on."""
     for question in ("pays", "waits"):
         monkeypatch.setattr(Pace, question, lambda *_: True)
+    promises = itertools.cycle((1.0, 1.0, -1.0))
+    monkeypatch.setattr(Pace, "promise", lambda *_: next(promises))

@@ -113,6 +113,35 @@ def test_reading_up_costs_the_student_by_the_token():
     assert pace.drafting("student") < 0.0005
 
 
+def test_what_came_of_asking_counts_for_more_than_hope():
+    """A drafter whose last call is always for nothing was taken for as good as its tokens' chance."""
+    pace = Pace()
+    for _ in range(20):
+        pace.called(0, 1, 0.010)
+        pace.called("student", 1, 0.003, verifies=False)
+        pace.stepped(0.010, 1)
+    hoped = pace.promise("student", 9)
+    assert hoped == pytest.approx(pace.plan(0.5, 9, pace.drafting("student"))[1])
+    for _ in range(20):
+        pace.asked("student", calls=3, drafted=1)
+        pace.tried(("student", 3), accepted=True)
+    assert pace.chance("student") > 0.9
+    before = pace.promise("student", 9)
+    assert before < 0.2 * hoped
+    for _ in range(20):
+        pace.asked("student", calls=1, drafted=1)
+        pace.tried(("student", 3), accepted=True)
+    assert pace.promise("student", 9) == pytest.approx(0.006, rel=0.3)
+    for _ in range(20):
+        pace.asked("student", calls=3, drafted=1)
+        pace.tried(("student", 0), accepted=False)
+    assert pace.promise("student", 9) < 0
+    for _ in range(400):  # it is asked again some day
+        pace.called(0, 1, 0.010)
+        pace.stepped(0.010, 1)
+    assert pace.promise("student", 9) > 0
+
+
 def test_what_a_member_costs_is_not_forgotten_while_others_write():
     pace = Pace()
     for graph in (0, 1):

@@ -9,9 +9,10 @@ import pytest
 from cut_students import write_cut_graph
 from onnx_members import ClosedForm, random_member, write_graph
 
+from edgemix.export.ngrams import count_ngrams
 from edgemix.runtime.adaptive import Experts
 from edgemix.runtime.blend import Blend
-from edgemix.runtime.drafts import StudentDrafts
+from edgemix.runtime.drafts import NgramDrafts, StudentDrafts
 from edgemix.runtime.engine import Decoding
 from edgemix.runtime.member import Member
 from edgemix.runtime.mixing import log_softmax
@@ -52,6 +53,27 @@ def cut(tmp_path):
     return Blend((member,), np.ones(1), "linear", TOKENS)
 
 
+@pytest.fixture
+def drafters(student, ngrams):
+    """All that may draft beside the text itself."""
+    return {"student": student, "ngrams": ngrams}
+
+
+@pytest.fixture
+def ngrams(members):
+    """Counted in what the first two members would write."""
+    generator = np.random.default_rng(0)
+    texts = []
+    for member in members[:2]:
+        alone = Blend((member,), np.ones(1), "linear", TOKENS)
+        for _ in range(8):
+            prompt = generator.integers(0, TOKENS, 3).tolist()
+            options = {"seeds": [0], "max_new_tokens": 40, "context": 100, "eos": ()}
+            decoding = Decoding(alone, [prompt], Sampling(temperature=0.5), **options)
+            texts.append([token.id for _ in range(40) for token in decoding.step()])
+    return count_ngrams(texts, 100)
+
+
 def blend(members, weights, combine="linear", *, adaptive=False):
     experts = Experts.of("abc"[: len(members)], dict(zip("abc", weights, strict=False)), {}) if adaptive else None
     return Blend.of(members, np.array(weights), combine, TOKENS, experts)
@@ -75,11 +97,12 @@ def fast(mixture, sampling=Sampling(), *, seed=0, most=60, context=100, eos=(), 
 
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("lazy", [True, False])
-@pytest.mark.parametrize("drafts", ["none", "lookup", "student", "both"])
+@pytest.mark.parametrize("drafts", ["none", "lookup", "ngrams", "student", "all"])
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_greedy_text_is_the_plain_loops(members, student, weights, drafts, lazy):
+def test_greedy_text_is_the_plain_loops(members, drafters, weights, drafts, lazy):
     mixture = blend(members, WEIGHTS[weights])
-    options = {"student": student if drafts in ("student", "both") else None, "lookup": drafts in ("lookup", "both")}
+    options = {name: drafter for name, drafter in drafters.items() if drafts in (name, "all")}
+    options["lookup"] = drafts in ("lookup", "all")
     expected, log_probabilities = plain(mixture)
     tokens, found, decoding = fast(mixture, lazy=lazy, **options)
     assert tokens == expected
@@ -227,13 +250,14 @@ def test_drawn_text_has_the_mixtures_distribution(members, student, cut, samplin
     assert statistic < freedom + 3.5 * np.sqrt(2 * freedom), (statistic, freedom)
 
 
-@pytest.mark.usefixtures("eager")
-def test_the_student_drafts_where_it_is_likely_to_save_more(members, student):
+def test_the_student_drafts_where_it_is_likely_to_save_more(members, student, monkeypatch):
     """Than what followed the last token alone when it came before."""
+    monkeypatch.setattr(Pace, "pays", lambda *_: True)
     drafted, options = {}, {"seed": 0, "max_new_tokens": 9, "context": 100, "eos": (), "student": student}
     for right in (False, True):
         decoding = SpeculativeDecoding(blend(members, WEIGHTS["even"]), [*PROMPT, 7], Sampling(), **options)
         for _ in range(20):
+            decoding._pace.asked("student", calls=1, drafted=1)
             decoding._pace.tried(("student", 1), accepted=right)
         drafted[right] = {source for source, _ in decoding._find_draft().sources}
     assert drafted == {False: {"lookup"}, True: {"student"}}
@@ -280,6 +304,7 @@ def test_a_member_that_writes_on_alone_saves_the_others_calls(members, monkeypat
 @pytest.mark.usefixtures("eager")
 def test_a_member_that_writes_on_alone_is_drafted_for(members, load, monkeypatch):
     """By a student that knows most of what it will say."""
+    monkeypatch.setattr(Pace, "promise", lambda *_: 1.0)
     mixture, reads, (lead, *_) = blend(members, [0.5, 0.3, 0.2]), [], members
     real = type(lead)._run
     monkeypatch.setattr(lead, "_run", lambda *a, **o: reads.append(1) or real(lead, *a, **o))
@@ -341,15 +366,43 @@ def coins(monkeypatch, seed):
     generator = np.random.default_rng(seed)
     for question in ("pays", "waits"):
         monkeypatch.setattr(Pace, question, lambda *_: bool(generator.random() < 0.6))
+    monkeypatch.setattr(Pace, "promise", lambda *_: generator.random() - 0.4)
+
+
+def test_ngrams_draft_where_the_text_has_nothing_yet(members, ngrams):
+    mixture, options = blend(members, WEIGHTS["even"]), {"seed": 0, "max_new_tokens": 9, "context": 100, "eos": ()}
+    drafted = set()
+    for one in range(TOKENS):
+        for prompt, source in (([one, (one + 1) % TOKENS], "n-gram"), ([one, 3, 8, 3, 8, 3, 8, one], "lookup")):
+            decoding = SpeculativeDecoding(mixture, prompt, Sampling(), ngrams=ngrams, **options)
+            sources = {name for name, _ in decoding._find_draft().sources}
+            assert sources <= {source}
+            drafted |= sources
+    assert drafted == {"n-gram", "lookup"}
+
+
+def test_chances_of_ngrams_decide_how_far_they_draft(ngrams):
+    pace = Pace()
+    drafts = NgramDrafts(ngrams, pace)
+    text = next(
+        text for text in itertools.product(range(TOKENS), repeat=2) if len(drafts.draft(np.array(text), 9).tokens) > 2
+    )
+    tokens, sources, proposals = drafts.draft(np.array(text), 9)
+    assert proposals is None
+    assert {name for name, _ in sources} == {"n-gram"}
+    assert drafts.draft(np.array(text), 2).tokens == tokens[:2]
+    for _ in range(30):
+        pace.tried(sources[0], accepted=False)
+    assert drafts.draft(np.array(text), 9).tokens == []
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_greedy_text_is_the_plain_loops_whatever_pays(members, student, monkeypatch, adaptive, seed):
+def test_greedy_text_is_the_plain_loops_whatever_pays(members, drafters, monkeypatch, adaptive, seed):
     coins(monkeypatch, seed)
     mixture = blend(members, WEIGHTS["even"], adaptive=adaptive)
     eos = [int(plain(mixture)[0][-1][0])] if seed % 2 else ()
     expected, log_probabilities = plain(mixture, eos=eos)
-    tokens, found, _ = fast(mixture, student=student, eos=eos)
+    tokens, found, _ = fast(mixture, **drafters, eos=eos)
     assert tokens == expected
     np.testing.assert_allclose(found, log_probabilities, atol=1e-4)

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CHAT_TEMPLATE",
     "MANIFEST",
+    "NGRAMS",
     "SCHEMA",
     "TOKENIZER",
     "BudgetFigures",

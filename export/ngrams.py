@@ -7,7 +7,7 @@ verifying call takes a sixteenth of a call.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -114,11 +114,11 @@ class _Entries(NamedTuple):
         places: int64, where each ends in the text for the first time.
     """
 
-    keys: NDArray[np.uint64]
-    tokens: NDArray[np.int64]
-    counts: NDArray[np.int64]
-    shares: NDArray[np.float64]
-    places: NDArray[np.int64]
+    keys: NDArray[Any]
+    tokens: NDArray[Any]
+    counts: NDArray[Any]
+    shares: NDArray[Any]
+    places: NDArray[Any]
 
     @classmethod
     def none(cls) -> Self:

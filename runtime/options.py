@@ -43,8 +43,8 @@ class GenerateOptions(TypedDict, total=False):
         speculation: "auto": a text alone is generated in fewer calls, with drafts from the text itself and from
             the bundle's n-grams ("lookup") and from its student ("student"), as long as that is faster; members are
             asked only where the answer depends on them. What is generated does not change; with a seed tokens are drawn
-            one by one, so that they are the same on every machine. Where this machine has a plan, it says what "auto" means. "off": one token
-            after the other, by all members.
+            one by one, so that they are the same on every machine. Where this machine has a plan, it says what "auto"
+            means. "off": one token after the other, by all members.
         json_schema: None. A JSON schema (or its text) that the text follows, see `constraints`; needs
             edgemix[constrained]. A text that `max_new_tokens` or the context cuts short is only the beginning of one.
         regex: None. A regular expression that the whole text matches.

@@ -137,7 +137,7 @@ def verify_bundle(
     only: MemberEntry | None = None,
     progress: Progress = SILENT,
 ) -> None:
-    """Check the bundle's files against its manifest.
+    """Check the bundle's files against its manifest, and that the lists of tokens among them make sense.
 
     Args:
         bundle: The folder that `manifest` was read from.
@@ -192,7 +192,7 @@ def draft_tokens(bundle: Path, manifest: Manifest, draft: DraftGraph) -> list[in
 
 
 def ngram_table(bundle: Path, manifest: Manifest) -> NgramTable | None:
-    """What usually follows what, mapped; None where the bundle has no n-grams.
+    """What usually follows what; None where the bundle has no n-grams.
 
     Raises:
         BundleError: Their file is not of as many as the manifest says, or names tokens that there are not.

@@ -1,13 +1,11 @@
 """What usually follows the last tokens of a text: the n-grams of a bundle's training text, for drafts without a model.
 
 A file of `ROW` bytes an n-gram, in three columns, one after the other, little-endian: the hash of its tokens (uint64,
-ascending), the token that follows it most often (uint32), and how often, as a share of 255 (uint8). It is mapped, and
-a draft touches a few pages of it.
+ascending), the token that follows it most often (uint32), and how often, as a share of 255 (uint8).
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -56,7 +54,7 @@ class NgramTable:
 
     @classmethod
     def open(cls, path: Path, count: int, vocabulary: int) -> Self:
-        """Map a file.
+        """Read a file.
 
         Args:
             path: The file.
@@ -69,7 +67,7 @@ class NgramTable:
         with storage_errors(f"reading {path}"), path.open("rb") as file:
             if (size := os.fstat(file.fileno()).st_size) != count * ROW or not count:
                 raise BundleError(f"{path} has {size:,} bytes, and should have {count:,} n-grams", _EXPORT_AGAIN)
-            content = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+            content = file.read(size)
         tokens = np.frombuffer(content, "<u4", count, 8 * count)
         if int(tokens.max()) >= vocabulary:
             raise BundleError(f"{path} has a token beyond the {vocabulary:,} of the tokenizer", _EXPORT_AGAIN)

@@ -45,7 +45,8 @@ class MemberRecipe(_Part, frozen=True):
 
 class Data(_Part, frozen=True):
     """The texts, by domain name. They must not overlap: weights are fitted on validation; quantisation and pruning look
-    at calibration (at training text where there is none), and gates measure on it; the student learns from training.
+    at calibration (at training text where there is none), and gates measure on it; the student learns from training, of
+    which n-grams are counted, too.
 
     Attributes:
         window: Longest stretch of text that is scored at once, in tokens.
@@ -229,7 +230,7 @@ target: cpu
 
 # Texts, one file for each domain: .txt, or .jsonl with a template for its lines. Weights are fitted on validation,
 # which no member was trained on. Quantisation looks at calibration, which may be training text; the check after it
-# reads that, or validation without it. The student learns from training.
+# reads that, or validation without it. The student learns from training, and its n-grams are counted.
 # data:
 #   validation:
 #     prose: data/prose.txt

@@ -1,8 +1,7 @@
 """The n-grams of a recipe's training text that tell what comes next, counted for drafts that cost no call of a model.
 
-They draft where the text itself has nothing to offer yet. Measured on mixtures of SmolLM2-135M's experts: of the places
-where prompt lookup finds at most one token again, they are right at a quarter to two fifths, and a further token in a
-verifying call takes a sixteenth of a call.
+Measured on mixtures of SmolLM2-135M's experts: where prompt lookup finds at most one token again, they are right at a
+quarter to two fifths of the places, and a further token in a verifying call takes a sixteenth of a call.
 """
 
 from __future__ import annotations
@@ -12,22 +11,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from edgemix.bundle import write_atomically
-from edgemix.errors import storage_errors
+from edgemix.export.shared_tokenizer import tokenizer_json
 from edgemix.export.text import windows
 from edgemix.manifest import NGRAMS
 from edgemix.ngram_table import LONGEST, NgramTable, longer
 from edgemix.progress import SILENT, Progress
+from edgemix.staging import stage_key
 from edgemix.text_files import read_documents
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-    from pathlib import Path
+    from collections.abc import Iterable, Mapping, Sequence
     from typing import Self
 
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
     from edgemix.recipe import Recipe
+    from edgemix.staging import BundleWriter
 
 COUNTED, _LENGTH = 4_000_000, 512
 """Tokens of all text that are counted, at most, in windows of so many."""
@@ -40,50 +40,58 @@ _CLOSE = 0.15
 
 
 def write_ngrams(
-    recipe: Recipe,
-    folder: Path,
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    progress: Progress = SILENT,
+    recipe: Recipe, writer: BundleWriter, *, tokenizer: PreTrainedTokenizerBase, progress: Progress = SILENT
 ) -> int:
-    """Count the n-grams of a recipe's training text, and write them to a bundle.
+    """Count the n-grams of a recipe's training text, and write them to its bundle.
 
     Args:
         recipe: With the text, and how many n-grams there may be.
-        folder: The bundle's.
+        writer: The bundle's.
         tokenizer: What the text is read with.
         progress: Hears of it.
 
     Returns:
-        How many there are; none without text, where nothing in it comes twice, or where none are wanted.
+        How many there are; none without text, where nothing in it comes often, or where none are wanted.
 
     Raises:
         InputError: A text cannot be read.
         EdgemixError: The disk refuses.
     """
-    sources = recipe.data.training
+    sources, path = recipe.data.training, writer.folder / NGRAMS
     if not sources or not recipe.ngrams:
+        path.unlink(missing_ok=True)  # of a run that was interrupted
         return 0
-    most = min(_DOMAIN, COUNTED // len(sources))
-    with progress.stage("n-grams", len(sources)) as task:
-        texts = []
-        for domain, source in sources.items():
-            documents = read_documents(source, recipe.folder)
-            texts += windows(documents, tokenizer, _LENGTH, max_tokens=most, seed=recipe.seed)
+    texts = {domain: read_documents(source, recipe.folder) for domain, source in sources.items()}
+    own = tokenizer_json(tokenizer)
+    key = stage_key(texts=texts, tokenizer=own, most=recipe.ngrams, seed=recipe.seed)
+    count = writer.stages.done("ngrams", key, int)
+    if count is None:
+        path.unlink(missing_ok=True)
+        table = _counted(recipe, texts, tokenizer, progress)
+        count = len(table)
+        if count:
+            write_atomically(path, table.to_bytes())
+        writer.stages.mark_done("ngrams", key, count, files=[path] if count else [])
+    return count
+
+
+def _counted(
+    recipe: Recipe, texts: Mapping[str, Sequence[str]], tokenizer: PreTrainedTokenizerBase, progress: Progress
+) -> NgramTable:
+    most = min(_DOMAIN, COUNTED // len(texts))
+    read: list[list[int]] = []
+    with progress.stage("n-grams", len(texts)) as task:
+        for domain, documents in texts.items():
+            read += windows(documents, tokenizer, _LENGTH, max_tokens=most, seed=recipe.seed)
             task.advance(note=domain)
-        table = count_ngrams(texts, recipe.ngrams)
-        path = folder / NGRAMS
-        with storage_errors(f"writing {path}"):
-            if len(table):
-                write_atomically(path, table.to_bytes())
-    return len(table)
+        return count_ngrams(read, recipe.ngrams)
 
 
 def count_ngrams(texts: Iterable[Sequence[int]], most: int) -> NgramTable:
     """The n-grams of up to `LONGEST` tokens that tell what comes next; the most frequent ones if there are too many.
 
     Args:
-        texts: Token ids; no n-gram reaches from one into the next.
+        texts: Token ids; nothing is counted from one into the next.
         most: n-grams, at most.
     """
     arrays = [np.asarray(text, np.int64) for text in texts]
@@ -91,7 +99,7 @@ def count_ngrams(texts: Iterable[Sequence[int]], most: int) -> NgramTable:
     before = np.concatenate([np.arange(len(text)) for text in arrays])  # tokens of the same text before each
     keys: list[NDArray[np.uint64]] = [np.zeros(len(ids) - 1, np.uint64)]  # of what ends at each place but the last
     found = _Entries.none()
-    for length in range(1, LONGEST + 1):
+    for length in range(1, min(LONGEST, len(ids) - 1) + 1):
         one = keys[-1].copy()
         one[length - 1 :] = longer(one[length - 1 :], ids[: len(ids) - length])
         places = np.flatnonzero((before[:-1] >= length - 1) & (before[1:] > 0))
@@ -111,7 +119,7 @@ class _Entries(NamedTuple):
         tokens: int64, what follows.
         counts: int64, how often.
         shares: float64, in what share of all cases; one case more is assumed that went on otherwise.
-        places: int64, where each ends in the text for the first time.
+        places: int64, where in the text each ends, once.
     """
 
     keys: NDArray[Any]

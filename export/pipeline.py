@@ -123,7 +123,7 @@ class _Export:
         if budget is not None:
             self._take(undecided(self._recipe))
         tokenizer = self._share_tokenizer()
-        ngrams = write_ngrams(self._recipe, self._writer.folder, tokenizer=tokenizer, progress=self._progress)
+        ngrams = write_ngrams(self._recipe, self._writer, tokenizer=tokenizer, progress=self._progress)
         text = self._gate_text(tokenizer)
         mixed = self._mixture_text(text, tokenizer_size(tokenizer))
         judge = None
@@ -144,7 +144,6 @@ class _Export:
             tokenizer=shared_tokenizer.describe(tokenizer, eos),
             files={},
             versions=versions(),
-            ngrams=ngrams,
         )
         if recipe.weights == "fit":
             manifest = msgspec.structs.replace(manifest, weights=self._fit(manifest))
@@ -152,6 +151,7 @@ class _Export:
         if recipe.student is not None:
             made = self._student(recipe.student, manifest, text, tokenizer)
             manifest = msgspec.structs.replace(manifest, student=made)
+        manifest = msgspec.structs.replace(manifest, ngrams=ngrams)
         if judge is not None:
             manifest = msgspec.structs.replace(manifest, budget=judge(manifest))
         return self._writer.finish(manifest, self._progress)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
+from edgemix.ngram_table import LONGEST as LONGEST_NGRAM
 from edgemix.runtime.constraints import rule_out
 from edgemix.runtime.mixing import log_softmax, most_probable
 from edgemix.runtime.prefixes import common_length
@@ -97,16 +98,20 @@ class PromptLookup:
 
 
 class NgramDrafts:
-    """What most often followed the last tokens in the bundle's training text: for where the text itself has nothing to
-    offer yet.
+    """What most often followed the last tokens in the bundle's training text, up to an end of text.
+
+    Args:
+        table: What follows what.
+        pace: Tells what pays.
+        eos: Ids that nothing is drafted behind.
     """
 
-    def __init__(self, table: NgramTable, pace: Pace) -> None:
-        self._table, self._pace = table, pace
+    def __init__(self, table: NgramTable, pace: Pace, *, eos: frozenset[int] = frozenset()) -> None:
+        self._table, self._pace, self._eos = table, pace, eos
 
     def draft(self, text: NDArray[np.int64], most: int, ahead: int = 0) -> Draft:  # noqa: ARG002 - it learns nothing
         """See `Drafter`; its tokens are not drawn."""
-        ids = text[-_GRAM:].tolist()
+        ids = text[-LONGEST_NGRAM:].tolist()
         tokens: list[int] = []
         sources: list[Source] = []
         chance = 1.0
@@ -118,6 +123,8 @@ class NgramDrafts:
             tokens.append(found.token)
             sources.append(source)
             ids.append(found.token)
+            if found.token in self._eos:
+                break
         return Draft(tokens, sources)
 
 

@@ -89,11 +89,11 @@ class _Asks:
     """What came of asking a drafter; newer times count more."""
 
     def __init__(self) -> None:
-        self.times = self.calls = self.drafted = self.accepted = 0.0
+        self.times = self.spent = self.drafted = self.accepted = 0.0
 
     def fade(self, share: float) -> None:
         """Forget a share of it."""
-        self.times, self.calls = (1 - share) * self.times, (1 - share) * self.calls
+        self.times, self.spent = (1 - share) * self.times, (1 - share) * self.spent
         self.drafted, self.accepted = (1 - share) * self.drafted, (1 - share) * self.accepted
 
 
@@ -162,22 +162,30 @@ class Pace:
             count, saved = count + 1, saved + likely * (self.seconds or 1.0) - seconds - self.further
         return count, saved
 
+    def saves(self, sources: Iterable[object]) -> float:
+        """Seconds that drafted tokens of those sources, one after the other, are likely to save in a verifying call."""
+        chance, saved = 1.0, 0.0
+        for source in sources:
+            chance *= self.chance(source)
+            saved += chance * (self.seconds or 1.0) - self.further
+        return saved
+
     def promise(self, drafter: object, most: int) -> float:
         """Seconds that asking a drafter for at most so many tokens is likely to save: by what came of it before, and
         as long as that was seldom, by hope.
         """
-        cost = self.drafting(drafter)
-        _, saved = self.plan(_HOPES.get(drafter, _HOPE), most, cost)
+        _, saved = self.plan(_HOPES.get(drafter, _HOPE), most, self.drafting(drafter))
         if (asks := self._asks.get(drafter)) is None:
             return saved
-        gained = asks.accepted * (self.seconds or 1.0) - asks.calls * cost - asks.drafted * self.further
+        gained = asks.accepted * (self.seconds or 1.0) - asks.spent - asks.drafted * self.further
         return (_TRIALS * saved + gained) / (_TRIALS + asks.times)
 
     def asked(self, drafter: object, calls: int, drafted: int) -> None:
         """Hear that a drafter was asked, how many calls it took, and how many tokens came of it."""
         asks = self._asks.setdefault(drafter, _Asks())
         asks.fade(1 - _FADE)
-        asks.times, asks.calls, asks.drafted = asks.times + 1, asks.calls + calls, asks.drafted + drafted
+        asks.times, asks.drafted = asks.times + 1, asks.drafted + drafted
+        asks.spent += calls * self.drafting(drafter)
 
     def waits(self, chance: float, writer: int, others: Iterable[int]) -> bool:
         """Whether a member that writes alone, and is right so far with that chance, does well to write another token

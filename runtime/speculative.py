@@ -114,7 +114,7 @@ class SpeculativeDecoding:
         if lookup:
             self._drafters.append(PromptLookup(self._pace))
         if ngrams is not None:
-            self._drafters.append(NgramDrafts(ngrams, self._pace))
+            self._drafters.append(NgramDrafts(ngrams, self._pace, eos=self._eos))
         self._student: StudentDrafts | None = None
         if student is not None:
             (listened,) = student.listened()
@@ -175,19 +175,17 @@ class SpeculativeDecoding:
 
     def _find_draft(self, ahead: Sequence[int] = ()) -> Draft:
         """What may come behind the text, and behind tokens that may follow it; only what the text's form allows. From
-        the first drafter that costs nothing and has something, or from the student, where that is likely to save more.
+        the drafter that is likely to save most.
         """
         if (most := self._most - len(ahead)) <= 0:
             return NOTHING
         text = np.append(self._state.text, np.asarray(ahead, np.int64))
-        found, pace = NOTHING, self._pace
+        found, saved = NOTHING, 0.0
         for drafter in self._drafters:
-            if (found := self._held(drafter.draft(text, most, len(ahead)), ahead)).tokens:
-                break
-        if self._student is None:
-            return found
-        _, saved = pace.plan(pace.chance(found.sources[0]), len(found.tokens)) if found.tokens else (0, 0.0)
-        if self._student.promise(text, most) <= saved:
+            draft = self._held(drafter.draft(text, most, len(ahead)), ahead)
+            if draft.tokens and (not found.tokens or self._pace.saves(draft.sources) > saved):
+                found, saved = draft, self._pace.saves(draft.sources)
+        if self._student is None or self._student.promise(text, most) <= saved:
             return found
         drawn = self._held(self._student.draft(text, most, len(ahead)), ahead)
         return drawn if drawn.tokens else found

@@ -247,8 +247,8 @@ def test_two_graphs_of_a_folder_are_told_apart(drafting: Path) -> None:
 
 @pytest.fixture
 def counted(own_bundle: Path) -> Path:
-    """A bundle with n-grams: of "+1" and "1+"."""
-    table = count_ngrams([[43, 49, 43, 49, 43, 49, 43, 49]], 100)
+    """A bundle with n-grams: of "+1" and "1+", and of the last of its tokens."""
+    table = count_ngrams([[43, 49, 43, 49, 43, 49, 43, 49], [257] * 9], 100)
     (own_bundle / NGRAMS).write_bytes(table.to_bytes())
     change(
         own_bundle, lambda it: (it.update(ngrams=len(table)), it["files"].update({NGRAMS: entry(own_bundle / NGRAMS)}))
@@ -277,7 +277,7 @@ def test_ngrams_are_checked_like_the_rest(counted: Path) -> None:
         (lambda it: it.update(ngrams=10**15), "bytes, and should have 1,000,000,000,000,000 n-grams"),
         (lambda it: it.update(ngrams=1), "bytes, and should have 1 n-grams"),
         (lambda it: it["files"].pop(NGRAMS), "not listed"),
-        (lambda it: it["tokenizer"].update(vocabulary=49), "a token beyond the 49 of the tokenizer|outside its"),
+        (lambda it: it["tokenizer"].update(vocabulary=257, eos=[2]), "a token beyond the 257 of the tokenizer"),
     ],
 )
 def test_hostile_ngrams_are_refused(counted: Path, edit: Callable[[dict[str, Any]], object], reason: str) -> None:

@@ -137,6 +137,7 @@ class Planner:
             quantization=recipe.quantization,
             weights=recipe.weights,
             student=recipe.student,
+            common=self._common_bytes(),
             text=(self._models.data_digest(), self._validation()),
             budget=budget,
         )

@@ -8,10 +8,10 @@ import pytest
 from test_members import tiny_tokenizer
 from tiny_models import tiny_model
 
-from edgemix.bundle import DraftGraph, draft_tokens, read_manifest, verify_bundle
+from edgemix.bundle import DraftGraph, draft_tokens, ngram_table, read_manifest, verify_bundle
 from edgemix.compression import Student
 from edgemix.errors import EdgemixError, InputError, ParityError, RecipeError
-from edgemix.export import draft_head, member_blocks, member_graphs, member_models, pipeline
+from edgemix.export import draft_head, member_blocks, member_graphs, member_models, ngrams, pipeline
 from edgemix.export.distillation import distil
 from edgemix.export.draft_head import cut_head
 from edgemix.export.pipeline import export_bundle
@@ -373,6 +373,24 @@ def test_training_text_becomes_ngrams(folder, tmp_path):
         assert not (tmp_path / "bundle" / NGRAMS).exists()
         with Mixture.load(tmp_path / "bundle", provider="cpu", threads=1) as mixture:
             assert mixture.ngrams is None
+
+
+def test_ngrams_are_kept_over_an_interruption(folder, tmp_path, monkeypatch):
+    counted, output = Spy(monkeypatch, "count_ngrams", ngrams), tmp_path / "bundle"
+    wanted = recipe(folder, data=Data(training={"prose": TextSource("text.txt")}))
+
+    def interrupted(wanted):
+        with monkeypatch.context() as broken:
+            broken.setattr(pipeline, "check_quantized", _cut)
+            with pytest.raises(KeyboardInterrupt):
+                export_bundle(wanted, output)
+        return [*tmp_path.glob(f".bundle.partial/**/{NGRAMS}")]
+
+    assert interrupted(wanted) == interrupted(wanted) != []
+    assert len(counted.calls) == 1
+    assert interrupted(msgspec.structs.replace(wanted, ngrams=0)) == [], "it would count where bytes are counted"
+    manifest = export_bundle(wanted, output)
+    assert manifest.ngrams == len(ngram_table(output, manifest)) > 10
 
 
 def test_a_student_of_a_large_vocabulary_drafts_its_frequent_tokens(folder, tmp_path, monkeypatch):

@@ -225,17 +225,18 @@ def joint(weights, sampling, prompt):
 
 
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize("drafts", ["none", "lookup", "student", "cut", "both"])
+@pytest.mark.parametrize("drafts", ["none", "lookup", "student", "cut", "ngrams", "all"])
 @pytest.mark.parametrize(
     "sampling", [Sampling(temperature=1.0), Sampling(temperature=0.8, top_k=9), Sampling(temperature=1.3, top_p=0.9)]
 )
-def test_drawn_text_has_the_mixtures_distribution(members, student, cut, sampling, drafts):
+def test_drawn_text_has_the_mixtures_distribution(members, drafters, cut, sampling, drafts):
     """By a chi-square test on the next two tokens: the second is where the first draft is tried."""
     weights, prompt, count = WEIGHTS["even"], [4, 6, 4, 6, 4], 900
     mixture = blend(members, weights)
     counts = np.zeros((TOKENS, TOKENS))
-    options = {"student": {"student": student, "cut": cut, "both": cut}.get(drafts)}
-    options["lookup"] = drafts in ("lookup", "both")
+    options = {"student": {"student": drafters["student"], "cut": cut, "all": cut}.get(drafts)}
+    options["lookup"] = drafts in ("lookup", "all")
+    options["ngrams"] = drafters["ngrams"] if drafts in ("ngrams", "all") else None
     for seed in range(count):
         tokens, _, _ = fast(mixture, sampling, prompt=prompt, seed=seed, most=3, **options)
         counts[tokens[0][0], tokens[1][0]] += 1
@@ -369,16 +370,43 @@ def coins(monkeypatch, seed):
     monkeypatch.setattr(Pace, "promise", lambda *_: generator.random() - 0.4)
 
 
+def test_a_student_that_saves_nothing_is_left_alone(members, student, monkeypatch):
+    monkeypatch.setattr(Pace, "pays", lambda *_: True)
+    for promise in (-1.0, 1.0):
+        monkeypatch.setattr(Pace, "promise", lambda *_, promise=promise: promise)
+        *_, decoding = fast(blend(members, WEIGHTS["even"]), student=student, lookup=False, lazy=False)
+        assert (decoding.drafted > 0) == (promise > 0)
+
+
+def test_drafts_are_of_whoever_is_likely_to_save_most(members, ngrams, monkeypatch):
+    mixture, options = blend(members, WEIGHTS["even"]), {"seed": 0, "max_new_tokens": 9, "context": 100, "eos": ()}
+    prompt = next([one, 3, one] for one in range(TOKENS) if (found := ngrams.guess([3, one])) and found.share > 0.3)
+    for wrong, right in (("lookup", "n-gram"), ("n-gram", "lookup")):
+        decoding = SpeculativeDecoding(mixture, prompt, Sampling(), ngrams=ngrams, **options)
+        for _ in range(20):
+            for degree in range(4):
+                decoding._pace.tried((wrong, degree), accepted=False)
+                decoding._pace.tried((right, degree), accepted=True)
+        assert {name for name, _ in decoding._find_draft().sources} == {right}
+
+
+def test_nothing_is_drafted_behind_an_end_of_text(ngrams):
+    pace = Pace()
+    texts = [np.array(text) for text in itertools.product(range(TOKENS), repeat=2)]
+    drafted = [NgramDrafts(ngrams, pace).draft(text, 9).tokens for text in texts]
+    (end, *_) = (tokens[0] for tokens in drafted if len(tokens) > 1)
+    for text, tokens in zip(texts, drafted, strict=True):
+        expected = tokens[: tokens.index(end) + 1] if end in tokens else tokens
+        assert NgramDrafts(ngrams, pace, eos=frozenset([end])).draft(text, 9).tokens == expected
+
+
 def test_ngrams_draft_where_the_text_has_nothing_yet(members, ngrams):
     mixture, options = blend(members, WEIGHTS["even"]), {"seed": 0, "max_new_tokens": 9, "context": 100, "eos": ()}
     drafted = set()
     for one in range(TOKENS):
-        for prompt, source in (([one, (one + 1) % TOKENS], "n-gram"), ([one, 3, 8, 3, 8, 3, 8, one], "lookup")):
-            decoding = SpeculativeDecoding(mixture, prompt, Sampling(), ngrams=ngrams, **options)
-            sources = {name for name, _ in decoding._find_draft().sources}
-            assert sources <= {source}
-            drafted |= sources
-    assert drafted == {"n-gram", "lookup"}
+        decoding = SpeculativeDecoding(mixture, [one, (one + 1) % TOKENS], Sampling(), ngrams=ngrams, **options)
+        drafted |= {name for name, _ in decoding._find_draft().sources}
+    assert drafted == {"n-gram"}
 
 
 def test_chances_of_ngrams_decide_how_far_they_draft(ngrams):

@@ -175,17 +175,17 @@ class SpeculativeDecoding:
 
     def _find_draft(self, ahead: Sequence[int] = ()) -> Draft:
         """What may come behind the text, and behind tokens that may follow it; only what the text's form allows. From
-        the drafter that is likely to save most.
+        the first drafter that costs nothing and has something (what the text says itself is right more often than
+        n-grams of other texts), or from the student, where that is likely to save more.
         """
         if (most := self._most - len(ahead)) <= 0:
             return NOTHING
         text = np.append(self._state.text, np.asarray(ahead, np.int64))
-        found, saved = NOTHING, 0.0
+        found = NOTHING
         for drafter in self._drafters:
-            draft = self._held(drafter.draft(text, most, len(ahead)), ahead)
-            if draft.tokens and (not found.tokens or self._pace.saves(draft.sources) > saved):
-                found, saved = draft, self._pace.saves(draft.sources)
-        if self._student is None or self._student.promise(text, most) <= saved:
+            if (found := self._held(drafter.draft(text, most, len(ahead)), ahead)).tokens:
+                break
+        if self._student is None or self._student.promise(text, most) <= self._pace.saves(found.sources):
             return found
         drawn = self._held(self._student.draft(text, most, len(ahead)), ahead)
         return drawn if drawn.tokens else found

@@ -378,18 +378,6 @@ def test_a_student_that_saves_nothing_is_left_alone(members, student, monkeypatc
         assert (decoding.drafted > 0) == (promise > 0)
 
 
-def test_drafts_are_of_whoever_is_likely_to_save_most(members, ngrams, monkeypatch):
-    mixture, options = blend(members, WEIGHTS["even"]), {"seed": 0, "max_new_tokens": 9, "context": 100, "eos": ()}
-    prompt = next([one, 3, one] for one in range(TOKENS) if (found := ngrams.guess([3, one])) and found.share > 0.3)
-    for wrong, right in (("lookup", "n-gram"), ("n-gram", "lookup")):
-        decoding = SpeculativeDecoding(mixture, prompt, Sampling(), ngrams=ngrams, **options)
-        for _ in range(20):
-            for degree in range(4):
-                decoding._pace.tried((wrong, degree), accepted=False)
-                decoding._pace.tried((right, degree), accepted=True)
-        assert {name for name, _ in decoding._find_draft().sources} == {right}
-
-
 def test_nothing_is_drafted_behind_an_end_of_text(ngrams):
     pace = Pace()
     texts = [np.array(text) for text in itertools.product(range(TOKENS), repeat=2)]
@@ -404,9 +392,12 @@ def test_ngrams_draft_where_the_text_has_nothing_yet(members, ngrams):
     mixture, options = blend(members, WEIGHTS["even"]), {"seed": 0, "max_new_tokens": 9, "context": 100, "eos": ()}
     drafted = set()
     for one in range(TOKENS):
-        decoding = SpeculativeDecoding(mixture, [one, (one + 1) % TOKENS], Sampling(), ngrams=ngrams, **options)
-        drafted |= {name for name, _ in decoding._find_draft().sources}
-    assert drafted == {"n-gram"}
+        for prompt, source in (([one, (one + 1) % TOKENS], "n-gram"), ([one, 3, 8, 3, 8, 3, 8, one], "lookup")):
+            decoding = SpeculativeDecoding(mixture, prompt, Sampling(), ngrams=ngrams, **options)
+            sources = {name for name, _ in decoding._find_draft().sources}
+            assert sources <= {source}
+            drafted |= sources
+    assert drafted == {"n-gram", "lookup"}
 
 
 def test_chances_of_ngrams_decide_how_far_they_draft(ngrams):

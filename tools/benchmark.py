@@ -158,7 +158,7 @@ def take_turns(
 
 def throughput(mixture: Mixture, blend: Blend, prompts: list[list[int]], *, size: int, new: int) -> dict[str, Any]:
     """Tokens a second of all texts together, prompts and all: one text alone by the plain loop, a batch, and three
-    times as many texts that join and leave a batch of that size, a quarter to seven quarters as long.
+    times as many texts that join and leave a batch of that size, a quarter to seven quarters as long. Medians of turns.
     """
     from edgemix.runtime.batching import ContinuousBatch, Request
     from edgemix.runtime.blend import Blend
@@ -192,16 +192,14 @@ def throughput(mixture: Mixture, blend: Blend, prompts: list[list[int]], *, size
         return told / (time.perf_counter() - begun)
 
     batch(some[:1])
-    alone, alone_decode = batch(some[:1])
-    together, together_decode = batch(some[:size])
-    coming = continuous()
+    turns = [(batch(some[:1]), batch(some[:size]), continuous()) for _ in range(3)]
     return {
         "batch": size,
-        "alone": alone,
-        "together": together,
-        "continuous": coming,
-        "decode_times_alone": together_decode / alone_decode,
-        "continuous_share": coming / together,
+        "alone": statistics.median(alone for (alone, _), *_ in turns),
+        "together": statistics.median(together for _, (together, _), _ in turns),
+        "continuous": statistics.median(coming for *_, coming in turns),
+        "decode_times_alone": statistics.median(together / alone for (_, alone), (_, together), _ in turns),
+        "continuous_share": statistics.median(coming / together for _, (together, _), coming in turns),
     }
 
 

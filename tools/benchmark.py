@@ -6,9 +6,9 @@ r"""The mixture against the naive loop, against one member alone, and against ot
 Sides: the naive loop (every member for every token, one after the other); each technique of edgemix switched on alone
 (members asked only where it matters; drafts from the text, from n-grams, from the student), and all together; one
 member alone, token by token; the bare ONNX Runtime loop on that member's graph; and the peers that are named, which run
-one model: transformers (on torch), llama-cpp, onnxruntime-genai, openvino-genai. What follows a space in a peer's name
-only tells two models of one runtime apart. They take turns prompt by prompt, greedy, batch 1; the first round is a
-warm-up. Figures are medians over prompts and rounds, ratios medians of the ratios within a turn.
+one model: transformers (on torch), llama-cpp, onnxruntime-genai, openvino-genai, ctranslate2. What follows a space in a
+peer's name only tells two models of one runtime apart. They take turns prompt by prompt, greedy, batch 1; the first
+round is a warm-up. Figures are medians over prompts and rounds, ratios medians of the ratios within a turn.
 
 Every technique must say what the naive loop says; how many texts differ is in the table. With --one-graph the same
 members, exported as one graph, are compared, too, and must say what their own plain loop says.

@@ -6,6 +6,7 @@ Greedy; each reads one model, with as many threads as it is told; end-of-text to
 from __future__ import annotations
 
 import importlib
+import json
 import queue
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -112,6 +113,19 @@ def _genai(where: str, threads: int) -> Run:
     return run
 
 
+def _ctranslate2(where: str, threads: int) -> Run:
+    ctranslate2: Any = _imported("ctranslate2", "ctranslate2")
+    model = ctranslate2.Generator(where, device="cpu", inter_threads=1, intra_threads=threads)
+    names = json.loads((Path(where) / "vocabulary.json").read_text(encoding="utf-8"))  # it takes tokens by name
+
+    def run(ids: list[int], count: int) -> Iterable[list[int]]:
+        prompt = [names[token] for token in ids]
+        for step in model.generate_tokens(prompt, max_length=count, min_length=count, sampling_topk=1):
+            yield [step.token_id]
+
+    return run
+
+
 def _openvino(where: str, threads: int) -> Run:
     genai: Any = _imported("openvino_genai", "openvino-genai")
     openvino: Any = _imported("openvino", "openvino")
@@ -162,4 +176,5 @@ PEERS: dict[str, Callable[[str, int], Run]] = {
     "llama-cpp": _llama_cpp,
     "onnxruntime-genai": _genai,
     "openvino-genai": _openvino,
+    "ctranslate2": _ctranslate2,
 }

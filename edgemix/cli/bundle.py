@@ -97,7 +97,7 @@ def show_manifest(console: Console, bundle: Path, manifest: Manifest) -> None:
         shares = ", ".join(f"{name} {mixed.weights[name]:.3f}" for name in names)
         console.line(f"The mixture's parity was measured with other weights: {shares}")
     if manifest.ngrams:
-        console.line(f"drafts from {manifest.ngrams:,} n-grams of its training text")
+        console.line(f"Drafts from {manifest.ngrams:,} n-grams of its training text")
     for entry in manifest.graphs:
         if entry.draft is not None:
             console.line(f"{entry.name}: drafts {entry.draft.vocabulary:,} of {entry.facts.vocabulary:,} tokens")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from edgemix.errors import BundleError, EdgemixError, InputError, storage_errors
+from edgemix.errors import EXPORT_AGAIN, BundleError, EdgemixError, InputError, storage_errors
 from edgemix.external_data import external_files
 from edgemix.manifest import (
     CHAT_TEMPLATE,
@@ -90,7 +90,6 @@ _CHUNK = 1 << 20
 _MOST_LINES, _LONGEST_LINE = 20, 300  # of what is said about a manifest that may be hostile
 # Files that ONNX Runtime or a tokenizer would open if something led there; others (a README, .DS_Store) harm nobody.
 _LOADABLE = frozenset({".onnx", ".data", SUFFIX, ".json", ".jinja"})
-_EXPORT_AGAIN = "Export or download the bundle again."
 
 
 class _Header(msgspec.Struct):
@@ -119,12 +118,12 @@ def read_manifest(bundle: Path) -> Manifest:
         manifest = msgspec.json.decode(data, type=Manifest)
         document = msgspec.json.decode(data)
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path} is damaged: {error}", _EXPORT_AGAIN) from None
+        raise BundleError(f"{path} is damaged: {error}", EXPORT_AGAIN) from None
     if problems := faults(manifest):
         lines = [problem[:_LONGEST_LINE] for problem in problems[:_MOST_LINES]]
-        raise BundleError("\n  ".join([f"{path} cannot be trusted:", *lines]), _EXPORT_AGAIN)
+        raise BundleError("\n  ".join([f"{path} cannot be trusted:", *lines]), EXPORT_AGAIN)
     if manifest.checksum != checksum_of(document):
-        raise BundleError(f"{path} has changed: its checksum is not its own", _EXPORT_AGAIN)
+        raise BundleError(f"{path} has changed: its checksum is not its own", EXPORT_AGAIN)
     _check_sizes(bundle, manifest)
     return manifest
 
@@ -159,7 +158,7 @@ def verify_bundle(
         with progress.stage("verify checksums", sum(entry.size for entry in files.values())) as task:
             for name, entry in files.items():
                 if hash_file(resolve(bundle, name), task) != entry:
-                    raise BundleError(f"{bundle}: {name} has changed: its sha256 is not the manifest's", _EXPORT_AGAIN)
+                    raise BundleError(f"{bundle}: {name} has changed: its sha256 is not the manifest's", EXPORT_AGAIN)
         _check_tokenizer(bundle, manifest)
     for member in entries:
         for graph in member.paths:
@@ -181,12 +180,12 @@ def draft_tokens(bundle: Path, manifest: Manifest, draft: DraftGraph) -> list[in
     try:
         tokens = msgspec.json.decode(data, type=list[int])
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path} is damaged: {error}", _EXPORT_AGAIN) from None
+        raise BundleError(f"{path} is damaged: {error}", EXPORT_AGAIN) from None
     ascending, end = all(one < other for one, other in pairwise(tokens)), manifest.tokenizer.vocabulary
     if not ascending or len(tokens) != draft.vocabulary or tokens[0] < 0 or tokens[-1] >= end:
         raise BundleError(
             f"{path} should hold {draft.vocabulary:,} different ids below {end:,}, ascending, and does not",
-            _EXPORT_AGAIN,
+            EXPORT_AGAIN,
         )
     return tokens
 
@@ -199,7 +198,7 @@ def ngram_table(bundle: Path, manifest: Manifest) -> NgramTable | None:
     """
     if not manifest.ngrams:
         return None
-    from edgemix.ngram_table import NgramTable
+    from edgemix.ngram_table import NgramTable  # with numpy, which nothing else here needs
 
     return NgramTable.open(resolve(bundle, NGRAMS), manifest.ngrams, manifest.tokenizer.vocabulary)
 
@@ -214,16 +213,16 @@ def _check_weights(bundle: Path, manifest: Manifest, member: MemberEntry, graph:
     sparse = [resolve(bundle, str(folder / location)) for location in locations if location.endswith(SUFFIX)]
     found = sum(read_header(path).size for path in sparse)
     if found != (member.sparse.size if member.sparse else 0):
-        raise BundleError(f"{bundle}: the weights of {member.name!r} are not stored as {MANIFEST} says", _EXPORT_AGAIN)
+        raise BundleError(f"{bundle}: the weights of {member.name!r} are not stored as {MANIFEST} says", EXPORT_AGAIN)
 
 
 def _check_tokenizer(bundle: Path, manifest: Manifest) -> None:
     try:
         fingerprint = TokenizerIdentity.parse(resolve(bundle, TOKENIZER).read_bytes()).sha256()
     except InputError as error:
-        raise BundleError(f"{bundle}: {TOKENIZER} is {error.message}", _EXPORT_AGAIN) from None
+        raise BundleError(f"{bundle}: {TOKENIZER} is {error.message}", EXPORT_AGAIN) from None
     if fingerprint != manifest.tokenizer.sha256:
-        raise BundleError(f"{bundle}: {TOKENIZER} is not the tokenizer that the members share", _EXPORT_AGAIN)
+        raise BundleError(f"{bundle}: {TOKENIZER} is not the tokenizer that the members share", EXPORT_AGAIN)
 
 
 def write_manifest(bundle: Path, manifest: Manifest) -> Manifest:
@@ -338,12 +337,12 @@ def _check_sizes(bundle: Path, manifest: Manifest) -> None:
             try:
                 status = path.stat()
             except (FileNotFoundError, NotADirectoryError):
-                raise BundleError(f"{bundle}: {name} is missing", _EXPORT_AGAIN) from None
+                raise BundleError(f"{bundle}: {name} is missing", EXPORT_AGAIN) from None
         if not stat.S_ISREG(status.st_mode):
             raise BundleError(f"{bundle}: {name} is not a regular file")
         if status.st_size != entry.size:
             raise BundleError(
-                f"{bundle}: {name} has {status.st_size:,} bytes, and should have {entry.size:,}", _EXPORT_AGAIN
+                f"{bundle}: {name} has {status.st_size:,} bytes, and should have {entry.size:,}", EXPORT_AGAIN
             )
 
 

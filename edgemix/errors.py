@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+EXPORT_AGAIN = "Export or download the bundle again."
+"""What to do about a bundle that is damaged."""
+
 
 class EdgemixError(Exception):
     """A run that failed; the command line prints it without a traceback and exits with `exit_code`.

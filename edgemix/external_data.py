@@ -10,7 +10,7 @@ import mmap
 import stat
 from typing import TYPE_CHECKING, NamedTuple
 
-from edgemix.errors import BundleError, storage_errors
+from edgemix.errors import EXPORT_AGAIN, BundleError, storage_errors
 from edgemix.protobuf import MalformedError, field, fields
 from edgemix.safe_paths import resolve
 from edgemix.sparse_storage import SUFFIX, read_header
@@ -103,7 +103,7 @@ def _placed(graph: Path, entries: dict[str, str], sizes: dict[str, int]) -> Exte
         raise BundleError(
             f"{graph}: a tensor at bytes {offset:,} to {offset + length:,} of {location!r}, which has "
             f"{sizes[location]:,}",
-            "Export or download the bundle again.",
+            EXPORT_AGAIN,
         )
     return ExternalTensor(location, offset, length)
 

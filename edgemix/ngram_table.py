@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from edgemix.errors import BundleError, storage_errors
+from edgemix.errors import EXPORT_AGAIN, BundleError, storage_errors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +25,6 @@ LONGEST = 4
 ROW = 13
 """Bytes of an n-gram."""
 
-_EXPORT_AGAIN = "Export or download the bundle again."
 _FACTOR = 0x9E3779B97F4A7C15
 _ALL = (1 << 64) - 1
 
@@ -66,11 +65,11 @@ class NgramTable:
         """
         with storage_errors(f"reading {path}"), path.open("rb") as file:
             if (size := os.fstat(file.fileno()).st_size) != count * ROW or not count:
-                raise BundleError(f"{path} has {size:,} bytes, and should have {count:,} n-grams", _EXPORT_AGAIN)
+                raise BundleError(f"{path} has {size:,} bytes, and should have {count:,} n-grams", EXPORT_AGAIN)
             content = file.read(size)
         tokens = np.frombuffer(content, "<u4", count, 8 * count)
         if int(tokens.max()) >= vocabulary:
-            raise BundleError(f"{path} has a token beyond the {vocabulary:,} of the tokenizer", _EXPORT_AGAIN)
+            raise BundleError(f"{path} has a token beyond the {vocabulary:,} of the tokenizer", EXPORT_AGAIN)
         return cls(np.frombuffer(content, "<u8", count), tokens, np.frombuffer(content, "u1", count, 12 * count))
 
     def to_bytes(self) -> bytes:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 MAX_BYTES = 1 << 20
 
 
+_NGRAMS = 1 << 18
+
 CacheType = Literal["float", "int8"]
 """How key-value state is kept."""
 
@@ -75,7 +77,7 @@ class Recipe(_Part, frozen=True):
     stack: bool | str = False
     cache: CacheType = "float"
     student: Student | None = None
-    ngrams: int = 1 << 18
+    ngrams: int = _NGRAMS
     data: Data = Data()
     seed: int = 0
     folder: Path = Path()
@@ -226,7 +228,7 @@ target: cpu
 
 # How many n-grams of the text under data: training the bundle keeps, to draft from while it writes: what follows pieces
 # of up to four tokens that come three times at least, 13 bytes each. 0 if nobody should see pieces of that text.
-# ngrams: {1 << 18}
+# ngrams: {_NGRAMS}
 
 # Texts, one file for each domain: .txt, or .jsonl with a template for its lines. Weights are fitted on validation,
 # which no member was trained on. Quantisation looks at calibration, which may be training text; the check after it

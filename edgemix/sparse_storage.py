@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from edgemix.errors import BundleError, storage_errors
+from edgemix.errors import EXPORT_AGAIN, BundleError, storage_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -40,8 +40,6 @@ WORTH_A_MASK = 1 / 8
 """Share of zeros from which they are left out; fewer cost less as frequent values than as bits of a mask."""
 PLANES = {4: 1, 8: 1, 16: 2, 32: 4}
 """Width of an element in bits -> number of streams for its values: a byte each, and two elements of 4 bits in one."""
-
-_AGAIN = "Export or download the bundle again."
 
 
 class ZeroPoints(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -117,7 +115,7 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as file:
             data = file.read(HEADER.size)
     if len(data) < HEADER.size or not data.startswith(MAGIC):
-        raise BundleError(f"{path}: is no file of sparse weights", _AGAIN)
+        raise BundleError(f"{path}: is no file of sparse weights", EXPORT_AGAIN)
     _, size, index = HEADER.unpack(data)
     if not 0 < size <= MAX_RATIO * status.st_size:
         raise BundleError(
@@ -125,7 +123,7 @@ def read_header(path: Path) -> Header:
             "Do not use this bundle.",
         )
     if index > min(MAX_INDEX_BYTES, status.st_size - HEADER.size):
-        raise BundleError(f"{path}: its index of {index:,} bytes is longer than it may be", _AGAIN)
+        raise BundleError(f"{path}: its index of {index:,} bytes is longer than it may be", EXPORT_AGAIN)
     return Header(size, index)
 
 
@@ -144,9 +142,9 @@ def read_index(path: Path) -> Index:
     try:
         segments = msgspec.json.decode(data, type=tuple[Segment, ...])
     except (msgspec.DecodeError, RecursionError) as error:
-        raise BundleError(f"{path}: its index is damaged: {error}", _AGAIN) from None
+        raise BundleError(f"{path}: its index is damaged: {error}", EXPORT_AGAIN) from None
     if fault := next(_faults(header.size, segments, available), None):
-        raise BundleError(f"{path}: its index contradicts itself: {fault}", _AGAIN)
+        raise BundleError(f"{path}: its index contradicts itself: {fault}", EXPORT_AGAIN)
     return Index(header.size, segments, start)
 
 

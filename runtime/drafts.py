@@ -116,7 +116,7 @@ class NgramDrafts:
         sources: list[Source] = []
         chance = 1.0
         while len(tokens) < most and (found := self._table.guess(ids)) is not None:
-            source: Source = ("n-gram", min(3, int(4 * found.share)))
+            source: Source = ("n-gram", _quarter(found.share))
             chance *= self._pace.chance(source)
             if not self._pace.pays(chance):
                 break
@@ -206,7 +206,7 @@ class StudentDrafts:
             else:
                 place, surest = most_probable(logits)
             token = place if reader.tokens is None else int(reader.tokens[place])
-            source: Source = ("student", min(3, int(4 * surest)))
+            source: Source = ("student", _quarter(surest))
             chance *= pace.chance(source)
             if len(self._read):  # a text's beginning comes once
                 pace.called("student", behind, time.perf_counter() - started, verifies=False)
@@ -249,3 +249,8 @@ class StudentDrafts:
         whole = np.zeros(self._reader.vocabulary, np.float32)
         whole[self._reader.tokens] = shares
         return whole
+
+
+def _quarter(probability: float) -> int:
+    """Which quarter of 0 to 1 a probability lies in."""
+    return min(3, int(4 * probability))

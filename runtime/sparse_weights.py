@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from edgemix.errors import BundleError, storage_errors
+from edgemix.errors import EXPORT_AGAIN, BundleError, storage_errors
 from edgemix.external_data import external_tensors
 from edgemix.sparse_storage import SUFFIX, Index, Segment, inflate, plane_bytes, read_index
 
@@ -42,7 +42,7 @@ def expanded_files(graph: Path) -> dict[str, Bytes]:
             if index.size != end:
                 raise BundleError(
                     f"{path}: would become {index.size:,} bytes, and the tensors of {graph.name} end at byte {end:,}",
-                    "Export or download the bundle again.",
+                    EXPORT_AGAIN,
                 )
             files[location] = expand(path, index)
     return files
@@ -71,9 +71,7 @@ def expand(path: Path, index: Index | None = None) -> Bytes:
             try:
                 differences = _differences(segment, data, starts[number])
             except ValueError as error:
-                raise BundleError(
-                    f"{path}: segment {number} is damaged: {error}", "Export or download the bundle again."
-                ) from None
+                raise BundleError(f"{path}: segment {number} is damaged: {error}", EXPORT_AGAIN) from None
             elements = differences + _background(segment, index, content)
             place = content[segment.offset : segment.offset + segment.length]
             place[:] = _to_nibbles(elements) if segment.width == 4 else elements.view(np.uint8)

@@ -72,6 +72,18 @@ def verify(bundle: Path, *, checksums: bool = True) -> None:
     verify_bundle(bundle, read_manifest(bundle), checksums=checksums)
 
 
+def expect_damage_is_found(bundle: Path, name: str) -> None:
+    """Of a file that changed, and of one that is missing; it is put back."""
+    content = (bundle / name).read_bytes()
+    (bundle / name).write_bytes(content[:-1] + b" ")
+    with pytest.raises(BundleError, match=f"{name} has changed"):
+        verify(bundle)
+    (bundle / name).unlink()
+    with pytest.raises(BundleError, match=f"{name} is missing"):
+        read_manifest(bundle)
+    (bundle / name).write_bytes(content)
+
+
 def test_what_is_written_is_read_back(with_data: Path) -> None:
     manifest = read_manifest(with_data)
     verify_bundle(with_data, manifest)
@@ -227,14 +239,7 @@ def test_what_the_student_drafts_with_is_checked_like_the_rest(drafting: Path) -
         verify_bundle(drafting, manifest, only=only)
     assert draft_tokens(drafting, manifest, manifest.student.draft) == [*b"+123", 257]
     for name in (DRAFT_GRAPH, TOKENS):
-        content = (drafting / name).read_bytes()
-        (drafting / name).write_bytes(content[:-1] + b" ")
-        with pytest.raises(BundleError, match=f"{name} has changed"):
-            verify(drafting)
-        (drafting / name).unlink()
-        with pytest.raises(BundleError, match=f"{name} is missing"):
-            read_manifest(drafting)
-        (drafting / name).write_bytes(content)
+        expect_damage_is_found(drafting, name)
 
 
 def test_two_graphs_of_a_folder_are_told_apart(drafting: Path) -> None:
@@ -261,13 +266,7 @@ def test_ngrams_are_checked_like_the_rest(counted: Path) -> None:
     table = ngram_table(counted, read_manifest(counted))
     assert table is not None
     assert table.guess([1, 43]) == (49, pytest.approx(4 / 5, abs=1 / 255))
-    content = (counted / NGRAMS).read_bytes()
-    (counted / NGRAMS).write_bytes(content[:-1] + b" ")
-    with pytest.raises(BundleError, match=f"{NGRAMS} has changed"):
-        verify(counted)
-    (counted / NGRAMS).unlink()
-    with pytest.raises(BundleError, match=f"{NGRAMS} is missing"):
-        read_manifest(counted)
+    expect_damage_is_found(counted, NGRAMS)
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,7 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from contextlib import closing, nullcontext
@@ -34,9 +32,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from load_times import loading
 from peers import PEERS, bare_loop
 
-from edgemix.bundle import read_manifest, resolve
+from edgemix.bundle import resolve
 from edgemix.cli.command import quiet_libraries
 from edgemix.cli.console import Console
 from edgemix.cli.options import WeightsType
@@ -91,6 +90,7 @@ def sides(
     from edgemix.runtime.speculative import SpeculativeDecoding
 
     common: dict[str, Any] = {"context": mixture.context, "eos": ()}
+    drafters = {"student": mixture.drafting, "ngrams": mixture.ngrams}
 
     def plainly(blend: Blend) -> Side:
         def run(ids: list[int], count: int) -> Iterable[list[int]]:
@@ -99,9 +99,8 @@ def sides(
         return Side(run)
 
     def fast(techniques: dict[str, bool], blend: Blend = blend, like: str = NAIVE) -> Side:
-        drafting = mixture.drafting if techniques.get("student") else None
-        options: dict[str, Any] = {"lazy": False, "lookup": False, **techniques, "student": drafting}
-        options["ngrams"] = mixture.ngrams if techniques.get("ngrams") else None
+        own = {name: drafter if techniques.get(name) else None for name, drafter in drafters.items()}
+        options: dict[str, Any] = {"lazy": False, "lookup": False, **techniques, **own}
 
         def run(ids: list[int], count: int) -> Iterable[list[int]]:
             return _ids(SpeculativeDecoding(blend, ids, Sampling(), seed=0, max_new_tokens=count, **common, **options))
@@ -111,10 +110,9 @@ def sides(
     best = int(blend.weights.argmax())
     voices = np.eye(len(blend.weights))[best]
     alone = Blend.of(blend.members, voices, "linear", mixture.vocabulary)
-    had = {"student": mixture.drafting is not None, "ngrams": mixture.ngrams is not None}
     found = {NAIVE: plainly(blend)}
     for name, techniques in TECHNIQUES.items():
-        if name == ALL or all(had.get(technique, True) for technique in techniques):
+        if name == ALL or all(drafters.get(technique, True) is not None for technique in techniques):
             found[name] = fast(techniques)
     if stacked is not None:
         found[STACKED] = plainly(stacked)
@@ -200,41 +198,6 @@ def throughput(mixture: Mixture, blend: Blend, prompts: list[list[int]], *, size
         "continuous": statistics.median(coming for *_, coming in turns),
         "decode_times_alone": statistics.median(together / alone for (_, alone), (_, together), _ in turns),
         "continuous_share": statistics.median(coming / together for _, (together, _), coming in turns),
-    }
-
-
-_LOAD = """
-import json, sys, time
-import onnxruntime, psutil
-from edgemix.runtime import Mixture
-bundle, threads, packed = sys.argv[1], int(sys.argv[2]), sys.argv[3] or None
-held, begun = psutil.Process().memory_info().rss, time.perf_counter()
-with Mixture.load(bundle, "cpu", threads, verify=False, drafts=False, packed=packed):
-    seconds = time.perf_counter() - begun
-    print(json.dumps({"seconds": seconds, "resident": psutil.Process().memory_info().rss - held}))
-"""
-
-
-def loading(bundle: Path, threads: int, *, times: int = 3) -> dict[str, Any]:
-    """Medians of loading all members, warm, each time in a process of its own, as they are and from packed weights:
-    seconds, bytes of memory that stay, and the bytes of their files.
-    """
-    manifest = read_manifest(bundle)
-    folders = {Path(entry.graph).parent for entry in manifest.members}
-    files = sum(entry.size for name, entry in manifest.files.items() if Path(name).parent in folders)
-    command = [sys.executable, "-c", _LOAD, str(bundle), str(threads)]
-
-    def load(packed: str) -> dict[str, float]:
-        found: dict[str, float] = json.loads(subprocess.run([*command, packed], check=True, capture_output=True).stdout)
-        return found
-
-    with tempfile.TemporaryDirectory() as packed:
-        load(packed)  # packs them
-        runs = {way: [load(where) for _ in range(times)] for way, where in (("", ""), ("packed_", packed))}
-    return {"files": files} | {
-        f"{way}{name}": statistics.median(each[name] for each in found)
-        for way, found in runs.items()
-        for name in ("seconds", "resident")
     }
 
 

@@ -34,7 +34,7 @@ def counted_slowly(texts: list[list[int]]) -> dict[tuple[int, ...], tuple[int, f
     return found
 
 
-def follower_slowly(known: dict[tuple[int, ...], tuple[int, float]], text: list[int]) -> tuple[int, float] | None:
+def guess_slowly(known: dict[tuple[int, ...], tuple[int, float]], text: list[int]) -> tuple[int, float] | None:
     ends = (tuple(text[-length:]) for length in range(min(LONGEST, len(text)), 0, -1))
     return next((known[end] for end in ends if end in known), None)
 
@@ -60,7 +60,7 @@ def test_ngrams_are_what_counting_finds(texts: list[list[int]]) -> None:
     told = 0
     for text in texts:
         for end in range(len(text) + 1):
-            expected, found = follower_slowly(known, text[:end]), table.guess(text[:end])
+            expected, found = guess_slowly(known, text[:end]), table.guess(text[:end])
             assert (found is None) == (expected is None)
             if found is not None and expected is not None:
                 assert found.token == expected[0]
@@ -84,7 +84,7 @@ def test_the_most_frequent_ones_are_kept() -> None:
     assert [table.guess([token]) is not None for token in (1, 3, 5)] == [True, False, True]
 
 
-def test_a_table_is_mapped_from_its_file(texts: list[list[int]], tmp_path: Path) -> None:
+def test_a_table_is_read_from_its_file(texts: list[list[int]], tmp_path: Path) -> None:
     table, path = count_ngrams(texts, 10**6), tmp_path / "ngrams.bin"
     path.write_bytes(table.to_bytes())
     assert path.stat().st_size == ROW * len(table)

@@ -210,8 +210,10 @@ def _cut_value(graph: ir.Graph, value: ir.Value, vocabulary: int, tokens: NDArra
 
 
 def _is_a_number(value: ir.Value) -> bool:
-    """Whether a value has one number for all tokens: the scale of an activation that was rounded."""
+    """Whether a value has one number for all tokens: the step of an activation that was rounded."""
     node = value.producer()
+    if node is not None and node.op_type == "Div":
+        node = node.inputs[0].producer()
     return node is not None and node.op_type == "ReduceMax"
 
 

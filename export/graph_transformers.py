@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # The tracer takes equal sizes for the same axis, and ones for constants.
 _BATCH, _PAST, _SEQUENCE = 2, 5, 3
+_OPSET = 21
+"""The first with a QuantizeLinear of blocks, which int8-dynamic rounds activations with."""
 
 
 def build(model: PreTrainedModel) -> ir.Model:
@@ -37,7 +39,7 @@ def build(model: PreTrainedModel) -> ir.Model:
     with _quiet():
         sample = _sample(model)
         axes = _dynamic_axes(len(sample["past_key_values"].layers))
-        exported = OnnxExporter().export(model, sample, OnnxConfig(dynamic_shapes=axes))
+        exported = OnnxExporter().export(model, sample, OnnxConfig(dynamic_shapes=axes, opset_version=_OPSET))
     graph: ir.Model = exported.program
     _rename(graph.graph)
     return graph

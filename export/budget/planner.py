@@ -39,6 +39,8 @@ _MANIFEST = 2_200
 """About the bytes of a manifest, and of each member in it."""
 _SLACK = 1e-3
 """Share of the bytes that is left alone: what tensors are aligned by."""
+_ODDS = 600
+"""Bytes a member that are left alone: 8-bit codes may need a node more, or a tensor in the file beside the graph."""
 _REHEARSALS = 3
 _PROMPT = 64
 
@@ -190,7 +192,8 @@ class Planner:
                     sparse=of.sparse,
                 )
             )
-        room = budget if budget.bytes is None else Budget(int(budget.bytes * (1 - _SLACK)), budget.seconds)
+        left = None if budget.bytes is None else int(budget.bytes * (1 - _SLACK)) - _ODDS * len(self._recipe.members)
+        room = Budget(left, budget.seconds)
         shared = Cost(
             self._common_bytes() + _MANIFEST * (1 + len(self._recipe.members)) + self._size(self._kept.values()),
             sum(time for name in self._kept for time in times.get(name, {}).values()),

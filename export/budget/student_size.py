@@ -16,7 +16,7 @@ _OTHER: dict[Format, float] = {"int8-dynamic": 1.02, "nf4": 0.5625}
 """Bytes a weight: a scale a row, and four bytes for 64 codes."""
 _ID = 6
 """Bytes of a token's id in a list."""
-_LAYER = 12_500
+_LAYER = 9_500
 """Bytes of a layer's nodes."""
 
 

@@ -6,6 +6,9 @@ whole activation, so the token's own scale is divided out before and multiplied 
 
     m = max_k |x_k|,   q = round(127 x / m) + 128 (uint8),   y = m (q - 128) W / 127
 
+QuantizeLinear rounds with the tokens' steps, as blocks as wide as the activation (opset 21), prompts 4% faster than
+a division before it.
+
 Where a few channels of a few tokens are so large that they would be the only ones to survive (those that attention
 rests on), these channels are multiplied in floating point beside:  y = m (q' - 128) W' / 127 + x_c W_c.
 
@@ -26,10 +29,17 @@ import numpy as np
 import onnx_ir as ir
 
 from edgemix.export.quantization.activations import observe
-from edgemix.export.quantization.emission import CONTRIB, add_half, add_initializer, replace, replace_linear
+from edgemix.export.quantization.emission import (
+    CONTRIB,
+    add_half,
+    add_initializer,
+    replace,
+    replace_linear,
+    replace_linears,
+)
 from edgemix.export.quantization.rtn import rtn
 from edgemix.export.quantization.smoothing import Smoothing, divide, folds, multiply, search, set_apart, without
-from edgemix.export.quantization.weights import head, linears, lookups
+from edgemix.export.quantization.weights import by_activation, head, linears, lookups
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -56,10 +66,14 @@ _SEARCHED_ROWS = 512
 
 
 class _Activation(NamedTuple):
-    """An activation [..., K] and the linears that read it."""
+    """An activation [..., K], by the linears that read it."""
 
-    value: ir.Value
     readers: list[Linear]
+
+    @property
+    def value(self) -> ir.Value:
+        """As it is now: another one, once the linear that makes it was replaced."""
+        return self.readers[0].node.inputs[0]
 
 
 def quantize_dynamic(
@@ -86,13 +100,13 @@ def quantize_dynamic(
     """
     graph = model.graph
     last, all_linears = head(graph), [*linears(graph)]
-    few: list[Linear] = []
-    activations = _activations([linear for linear in all_linears if linear.weight.name not in thin])
+    those = by_activation(linear for linear in all_linears if linear.weight.name not in thin)
+    activations = [_Activation(readers) for readers in those]
     found = _smoothings(model, folder, activations, windows, last=last, progress=progress)
     for activation, smoothing in zip(activations, found, strict=True):
         if smoothing.scale is not None:
             divide(folds(activation.value, len(activation.readers)) or (), smoothing.scale)
-    rows = _Rows(graph)
+    rows, few = _Rows(graph), []
     for activation, smoothing in zip(activations, found, strict=True):
         if last is not None and activation.readers[0].node is last.node:
             rows.emit_head(activation, smoothing.apart)
@@ -103,9 +117,9 @@ def quantize_dynamic(
         if smoothing.spike <= RESISTS:
             rows.emit(activation, smoothing.apart)
         else:
-            few += activation.readers
-    for linear in few:
-        outliers(graph, linear)
+            few.append(activation.readers)
+    for readers in few:
+        outliers(graph, readers)
 
 
 def quantize_head(model: ir.Model, folder: Path, windows: Sequence[Sequence[int]], *, progress: Progress) -> None:
@@ -118,7 +132,7 @@ def quantize_head(model: ir.Model, folder: Path, windows: Sequence[Sequence[int]
     last = head(model.graph)
     if last is None:
         return
-    activation = _Activation(last.node.inputs[0], [last])
+    activation = _Activation([last])
     (found,) = _smoothings(model, folder, [activation], windows, last=last, progress=progress)
     _Rows(model.graph).emit_head(activation, found.apart)
 
@@ -130,20 +144,22 @@ class _Rows:
         self._graph = graph
         constants: dict[str, np.ndarray] = {
             "last": np.array([-1], np.int64),
-            "step": np.array(1 / 127, np.float32),
+            "top": np.array(127, np.float32),
+            "one": np.array(1, np.float32),
             "middle": np.array(128, np.uint8),
         }
         self._constants = {name: add_initializer(graph, f"rows.{name}", array) for name, array in constants.items()}
+        self._middles: dict[tuple[object, ...], ir.Value] = {}
 
     def emit(self, activation: _Activation, apart: tuple[int, ...] = ()) -> None:
         """Replace the linears of an activation; the channels `apart` stay in floating point."""
-        matrices = [linear.matrix() for linear in activation.readers]
-        matrix, name = np.concatenate(matrices), activation.readers[0].weight.name
+        name = activation.readers[0].weight.name
+        matrix = np.concatenate([linear.matrix() for linear in activation.readers])
         signed, steps = _signed(without(matrix, apart))
         codes = add_initializer(self._graph, f"{name}.codes", signed)
         scales = add_half(self._graph, f"{name}.scales", steps)
         nodes = self._product_beside(activation.value, matrix, codes, scales, apart)
-        self._part(activation.readers, [len(each) for each in matrices], nodes)
+        replace_linears(self._graph, activation.readers, nodes)
 
     def emit_head(self, activation: _Activation, apart: tuple[int, ...]) -> None:
         """Replace the head, and the lookups in the same table."""
@@ -172,7 +188,7 @@ class _Rows:
     ) -> list[ir.Node]:
         """The nodes of a product with codes, and beside it that of the channels `apart` in floating point."""
         if not apart:
-            return self._product(value, codes, scales)
+            return self._product(value, value, codes, scales)
         indices = add_initializer(self._graph, f"{value.name}.apart", np.array(apart, np.int64))
         rest = np.ones(matrix.shape[1], np.float32)
         rest[list(apart)] = 0
@@ -180,33 +196,36 @@ class _Rows:
         others = ir.node("Mul", [value, add_initializer(self._graph, f"{value.name}.rest", rest)])
         # In fp32: what these few inputs are multiplied with must not be rounded.
         kept = add_initializer(self._graph, f"{codes.name}.apart", matrix[:, apart].T)
-        nodes = [taken, others, *self._product(others.outputs[0], codes, scales)]
+        nodes = [taken, others, *self._product(others.outputs[0], value, codes, scales)]
         beside = ir.node("MatMul", [taken.outputs[0], kept])
         return [*nodes, beside, ir.node("Add", [nodes[-1].outputs[0], beside.outputs[0]])]
 
-    def _product(self, value: ir.Value, codes: ir.Value, scales: ir.Value) -> list[ir.Node]:
-        """The nodes that round an activation and multiply it."""
-        step, middle = self._constants["step"], self._constants["middle"]
+    def _product(self, value: ir.Value, like: ir.Value, codes: ir.Value, scales: ir.Value) -> list[ir.Node]:
+        """The nodes that round an activation, of the shape of another one, and multiply it."""
+        one, middle = self._constants["one"], self._constants["middle"]
         size = ir.node("Abs", [value])
         largest = ir.node("ReduceMax", [size.outputs[0], self._constants["last"]], {"keepdims": 1})
-        # A token of zeros has no shares, but whatever they are rounded to is multiplied by its largest value, zero.
-        share = ir.node("Div", [value, largest.outputs[0]])
-        rounded = ir.node("QuantizeLinear", [share.outputs[0], step, middle])
-        product = ir.node("MatMulIntegerToFloat", [rounded.outputs[0], codes, step, scales, middle], domain=CONTRIB)
-        scaled = ir.node("Mul", [product.outputs[0], largest.outputs[0]])
-        return [size, largest, share, rounded, product, scaled]
+        # A token of zeros has no step, but whatever it is rounded to is multiplied by that, zero.
+        step = ir.node("Div", [largest.outputs[0], self._constants["top"]])
+        nodes, middles = self._middles_of(like, step.outputs[0])
+        whole = {"axis": -1, "block_size": int(codes.const_value.shape[0])}
+        rounded = ir.node("QuantizeLinear", [value, step.outputs[0], middles], whole)
+        product = ir.node("MatMulIntegerToFloat", [rounded.outputs[0], codes, one, scales, middle], domain=CONTRIB)
+        scaled = ir.node("Mul", [product.outputs[0], step.outputs[0]])
+        return [size, largest, step, *nodes, rounded, product, scaled]
 
-    def _part(self, readers: Sequence[Linear], sizes: Sequence[int], nodes: list[ir.Node]) -> None:
-        """Put nodes, the last of which makes what all readers would, in the place of the readers."""
-        first, *others = readers
-        if not others:
-            replace_linear(self._graph, first, nodes)
-            return
-        widths = add_initializer(self._graph, f"{first.weight.name}.widths", np.array(sizes, np.int64))
-        split = ir.node("Split", [nodes[-1].outputs[0], widths], {"axis": -1}, num_outputs=len(readers))
-        self._graph.insert_before(first.node, [*nodes, split])
-        for linear, part in zip(readers, split.outputs, strict=True):
-            replace_linear(self._graph, linear, [ir.node("Identity", [part])])
+    def _middles_of(self, value: ir.Value, steps: ir.Value) -> tuple[list[ir.Node], ir.Value]:
+        """The nodes that make a zero point for each of an activation's steps, and their output: none where they are
+        there for another activation of as many tokens.
+        """
+        tokens = None if value.shape is None else tuple(value.shape)[:-1]
+        if tokens in self._middles:
+            return [], self._middles[tokens]
+        shape = ir.node("Shape", [steps])
+        middles = ir.node("Expand", [self._constants["middle"], shape.outputs[0]])
+        if tokens is not None and all(isinstance(axis, int) or axis.value is not None for axis in tokens):
+            self._middles[tokens] = middles.outputs[0]
+        return [shape, middles], middles.outputs[0]
 
 
 def _signed(matrix: Matrix) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
@@ -217,15 +236,6 @@ def _signed(matrix: Matrix) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
     """
     blocks = rtn(matrix, bits=8, block=matrix.shape[1], symmetric=True)
     return (blocks.codes[:, 0].T ^ np.uint8(128)).view(np.int8), blocks.scales[:, 0]
-
-
-def _activations(found: Sequence[Linear]) -> list[_Activation]:
-    """The linears by what they read, in the graph's order."""
-    by_value: dict[ir.Value, _Activation] = {}
-    for linear in found:
-        value = linear.node.inputs[0]
-        by_value.setdefault(value, _Activation(value, [])).readers.append(linear)
-    return list(by_value.values())
 
 
 def _smoothings(

@@ -1,6 +1,7 @@
 """Rewriting the graph: float weights out, ONNX Runtime's quantised operators in.
 
-An emitter turns one `Linear` into nodes. Algorithms see matrices only, so a new one needs no new emitter.
+An emitter turns the linears that read one activation into nodes; a product of all of them takes less time than several.
+Algorithms see matrices only, so a new one needs no new emitter.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
+from edgemix.export.quantization.blocks import joined
 from edgemix.export.quantization.nf4 import nf4
 
 if TYPE_CHECKING:
@@ -21,24 +23,29 @@ if TYPE_CHECKING:
 
 CONTRIB = "com.microsoft"
 
-Emitter: TypeAlias = Callable[[ir.Graph, "Linear"], None]
-"""Replaces one linear of the graph by its quantised form."""
+Emitter: TypeAlias = Callable[[ir.Graph, Sequence["Linear"]], None]
+"""Replaces linears of the graph that read one activation by their quantised form."""
 
 
 def block_emitter(quantizer: Quantizer) -> Emitter:
     """Linears as MatMulNBits over the quantizer's blocks."""
 
-    def emit(graph: ir.Graph, linear: Linear) -> None:
-        emit_blocks(graph, linear, quantizer(linear.matrix()), BlockSums(graph))
+    def emit(graph: ir.Graph, readers: Sequence[Linear]) -> None:
+        emit_blocks(graph, readers, [quantizer(linear.matrix()) for linear in readers], BlockSums(graph))
 
     return emit
 
 
-def emit_blocks(graph: ir.Graph, linear: Linear, blocks: Blocks, sums: BlockSums) -> None:
-    """Put a product with blocks in the place of a linear."""
-    nodes, value = sums.behind(linear.node.inputs[0], blocks)
-    tensors = add_blocks(graph, linear.weight.name, blocks)
-    replace_linear(graph, linear, [*nodes, matmul_nbits(value, blocks, tensors)])
+def emit_blocks(graph: ir.Graph, readers: Sequence[Linear], blocks: Sequence[Blocks], sums: BlockSums) -> None:
+    """Put products with blocks in the place of linears that read one activation: one, if their blocks are alike."""
+    if len({(each.bits, each.block, each.sums) for each in blocks}) > 1:
+        for linear, each in zip(readers, blocks, strict=True):
+            emit_blocks(graph, [linear], [each], sums)
+        return
+    nodes, value = sums.behind(readers[0].node.inputs[0], blocks[0])
+    together = joined(blocks)
+    tensors = add_blocks(graph, readers[0].weight.name, together)
+    replace_linears(graph, readers, [*nodes, matmul_nbits(value, together, tensors)])
 
 
 class BlockSums:
@@ -77,8 +84,13 @@ class BlockSums:
         return self._constants[name]
 
 
-def nf4_emitter(graph: ir.Graph, linear: Linear) -> None:
-    """A linear as MatMulBnb4."""
+def nf4_emitter(graph: ir.Graph, readers: Sequence[Linear]) -> None:
+    """Linears as MatMulBnb4."""
+    for linear in readers:
+        _emit_nf4(graph, linear)
+
+
+def _emit_nf4(graph: ir.Graph, linear: Linear) -> None:
     matrix = linear.matrix()
     weight = nf4(matrix)
     codes = add_initializer(graph, f"{linear.weight.name}.nf4", weight.codes)
@@ -137,6 +149,20 @@ def replace_linear(graph: ir.Graph, linear: Linear, nodes: list[ir.Node]) -> Non
     if linear.bias is not None:
         nodes = [*nodes, ir.node("Add", [nodes[-1].outputs[0], linear.bias])]
     replace(graph, linear.node, nodes)
+
+
+def replace_linears(graph: ir.Graph, readers: Sequence[Linear], nodes: list[ir.Node]) -> None:
+    """Put `nodes` in the place of linears; the last one makes what all of them would, one behind the other."""
+    first, *others = readers
+    if not others:
+        replace_linear(graph, first, nodes)
+        return
+    widths = np.array([linear.outputs for linear in readers], np.int64)
+    at = add_initializer(graph, f"{first.weight.name}.widths", widths)
+    split = ir.node("Split", [nodes[-1].outputs[0], at], {"axis": -1}, num_outputs=len(readers))
+    graph.insert_before(first.node, [*nodes, split])
+    for linear, part in zip(readers, split.outputs, strict=True):
+        replace_linear(graph, linear, [ir.node("Identity", [part])])
 
 
 def replace(graph: ir.Graph, old: ir.Node, nodes: Sequence[ir.Node]) -> None:

@@ -17,7 +17,7 @@ from edgemix.export.quantization.key_value import quantize_cache
 from edgemix.export.quantization.rtn import rtn
 from edgemix.export.quantization.steady import steady_attention
 from edgemix.export.quantization.tables import has_blocks, quantize_tables
-from edgemix.export.quantization.weights import head, linears
+from edgemix.export.quantization.weights import by_activation, head, linears
 from edgemix.progress import SILENT
 
 if TYPE_CHECKING:
@@ -145,20 +145,19 @@ def _emit_blocks(
     else:
         quantize_tables(graph, table, but=last.weight)
         quantize_head(model, source.parent, calibration, progress=progress)
-    for linear in others:
-        if linear.weight.name not in thin:
-            emit(graph, linear)
+    for readers in by_activation(linear for linear in others if linear.weight.name not in thin):
+        emit(graph, readers)
 
 
 def _known_first(table: BlockTable, otherwise: Emitter, sums: BlockSums) -> Emitter:
-    """An emitter that takes a linear's blocks from the table where it has them."""
+    """An emitter that takes linears' blocks from the table where it has them."""
 
-    def emit(graph: ir.Graph, linear: Linear) -> None:
-        blocks = table.find(linear.matrix())
-        if blocks is None:
-            otherwise(graph, linear)
-        else:
-            emit_blocks(graph, linear, blocks, sums)
+    def emit(graph: ir.Graph, readers: Sequence[Linear]) -> None:
+        found = {linear: blocks for linear in readers if (blocks := table.find(linear.matrix())) is not None}
+        if found:
+            emit_blocks(graph, [*found], [*found.values()], sums)
+        if others := [linear for linear in readers if linear not in found]:
+            otherwise(graph, others)
 
     return emit
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from edgemix.graph_io import INPUT_IDS, LOGITS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from edgemix.export.quantization.blocks import Matrix
 
@@ -35,6 +35,11 @@ class Linear:
     transposed: bool
     bias: ir.Value | None = None
 
+    @property
+    def outputs(self) -> int:
+        """N."""
+        return int(self.weight.const_value.shape[0 if self.transposed else 1])
+
     def matrix(self) -> Matrix:
         """The weight as float32 [N, K] (outputs, inputs), contiguous."""
         stored = self.weight.const_value.numpy()
@@ -48,6 +53,14 @@ def linears(graph: ir.Graph) -> Iterator[Linear]:
             linear = _linear(node)
             if linear is not None:
                 yield linear
+
+
+def by_activation(found: Iterable[Linear]) -> list[list[Linear]]:
+    """The linears that read one activation together, in the graph's order."""
+    readers: dict[ir.Value, list[Linear]] = {}
+    for linear in found:
+        readers.setdefault(linear.node.inputs[0], []).append(linear)
+    return [*readers.values()]
 
 
 def lookups(graph: ir.Graph) -> Iterator[ir.Node]:

@@ -110,8 +110,8 @@ def test_room_for_everything(folder: Path, tmp_path: Path) -> None:
 
 
 def test_too_small_a_budget_is_refused(folder: Path, ends, tmp_path: Path) -> None:
-    smallest = r"0\.3[78] MB"
-    assert 365_000 < ends["int4"][0] < 384_000
+    smallest = r"0\.3[45] MB"
+    assert 336_000 < ends["int4"][0] < 354_000
     with pytest.raises(InputError, match=rf"a budget of 0\.10 MB is too small: .* has {smallest}\nPrune the members"):
         export_bundle(recipe(folder), tmp_path / "bundle", budget=Budget(100_000))
 
@@ -232,7 +232,10 @@ def test_a_limit_of_time_holds(folder: Path, ends, tmp_path: Path, monkeypatch) 
     manifest = export_bundle(recipe(folder), tmp_path / "b", force=True, budget=Budget(seconds=limit))
     assert 0.95 * limit < manifest.budget.measured <= limit
     assert manifest.budget.measured == pytest.approx(manifest.budget.chosen.seconds, rel=0.02)
-    assert clock.calls == 6  # int4, int8, two members in fp16, the choice, the bundle
+    assert clock.calls in (
+        6,
+        7,
+    )  # int4, int8, two members in fp16, the choice (twice, if the first is too slow), the bundle
     with pytest.raises(InputError, match=r"a budget of .* ms a token is too small: the fastest"):
         export_bundle(recipe(folder), tmp_path / "b", budget=Budget(seconds=0.9 * low))
 

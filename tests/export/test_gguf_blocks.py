@@ -201,7 +201,7 @@ def test_sums_are_made_once_for_all_linears_that_read_them(tmp_path: Path) -> No
     made = [node.op_type for node in ir.load(tmp_path / "model.onnx").graph]
     assert made.count("Concat") == 2 * 4  # layers; what goes into attention, its output, the gates and the last product
     assert made.count("ReduceSum") == ir_count(source, "ReduceSum") + 2
-    assert made.count("MatMulNBits") == 2 * 5 + 1
+    assert made.count("MatMulNBits") == 2 * 4 + 1
 
 
 def ir_count(path: Path, kind: str) -> int:

@@ -78,6 +78,11 @@ class KVCache(ABC):
     def batch(self) -> int:
         return len(self.lengths)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths.tolist(), default=0)
+
     @abstractmethod
     def reads_together(self, counts: Sequence[int]) -> bool:
         """Whether one call of the graph can read `counts[b]` new tokens of every row b."""
@@ -87,8 +92,10 @@ class KVCache(ABC):
         """The attention mask of a call that reads `new` tokens a row."""
 
     @abstractmethod
-    def bind(self, binding: Any, new: int) -> None:
-        """Make room for `new` tokens a row and bind the past inputs and present outputs."""
+    def bind(self, binding: Any, new: int) -> bool:
+        """Make room for `new` tokens a row and bind the past inputs and present outputs: whether they are others than
+        before.
+        """
 
     @abstractmethod
     def advance(self, binding: Any, new: int) -> None:
@@ -154,6 +161,7 @@ class SharedCache(KVCache):
         self._buffers: list[Any] = []
         self._arrays: list[NDArray[Any]] = []
         self._first_row = 0
+        self._ones = np.ones((1, 0), np.int64)
         self._bound: WeakSet[Any] = WeakSet()
 
     def reads_together(self, counts: Sequence[int]) -> bool:
@@ -161,13 +169,18 @@ class SharedCache(KVCache):
         return self.batch == 1 or max(counts) == min(counts) == 1
 
     def mask(self, new: int) -> NDArray[np.int64]:
+        if self.batch == 1:
+            total = self.longest + new
+            if total > self._ones.size:
+                self._ones = np.ones((1, 2 * total), np.int64)
+            return self._ones[:, :total]
         after = self.lengths + new
         return (np.arange(after.max()) < after[:, None]).astype(np.int64)
 
-    def bind(self, binding: Any, new: int) -> None:
-        self._reserve(int(self.lengths.max()) + max(new, _LEAST))
+    def bind(self, binding: Any, new: int) -> bool:
+        self._reserve(self.longest + max(new, _LEAST))
         if binding in self._bound:
-            return
+            return False
         device, dtype = self.layout.provider.device, self.layout.dtype
         for slot, buffer in zip(self.layout.slots, self._buffers, strict=True):
             voices = self.layout.voices
@@ -177,6 +190,7 @@ class SharedCache(KVCache):
             binding.bind_input(slot.past, device, 0, dtype, shape, address)
             binding.bind_output(slot.present, device, 0, dtype, shape, address)
         self._bound.add(binding)
+        return True
 
     def advance(self, binding: Any, new: int) -> None:  # noqa: ARG002 - it was written in place
         self.lengths += new
@@ -306,12 +320,13 @@ class GrowingCache(KVCache):
         past = np.arange(places) >= places - self.lengths[:, None]
         return np.pad(past, ((0, 0), (0, new)), constant_values=True).astype(np.int64)
 
-    def bind(self, binding: Any, new: int) -> None:  # noqa: ARG002 - ONNX Runtime makes room
+    def bind(self, binding: Any, new: int) -> bool:  # noqa: ARG002 - ONNX Runtime makes room
         if not self._tensors:
             self._replace([self._blank(slot, self.batch, 0) for slot in self.layout.slots])
         for slot, tensor in zip(self.layout.slots, self._tensors, strict=True):
             binding.bind_ortvalue_input(slot.past, tensor)
             binding.bind_output(slot.present, self.layout.provider.device, 0)
+        return True
 
     def advance(self, binding: Any, new: int) -> None:
         _, *self._tensors = binding.get_outputs()  # in the order of binding: the logits, then the slots

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,17 @@ import numpy as np
 from edgemix import graph_io
 from edgemix.errors import BundleError, EdgemixError, InputError
 from edgemix.runtime.cancellation import check as check_called_off
-from edgemix.runtime.kv_cache import KINDS, CacheLayout, KVCache, Slot
-from edgemix.runtime.providers import PROVIDERS, check_version, onnxruntime_errors, open_session, place, plain
+from edgemix.runtime.captured_calls import ONE_AT_A_TIME, CapturedCall
+from edgemix.runtime.kv_cache import KINDS, CacheLayout, KVCache, SharedCache, Slot
+from edgemix.runtime.providers import (
+    PROVIDERS,
+    check_version,
+    onnxruntime_errors,
+    open_session,
+    place,
+    plain,
+    run_options,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -57,16 +67,17 @@ def _unwatched(name: str, tokens: int) -> AbstractContextManager[object]:  # noq
     return _NOBODY
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Call:
     """A binding for ids [batch, new], with the buffer [batch, kept, vocabulary] or [batch, kept, voices, vocabulary]
-    that their logits are written to, and what it reads `kept` from.
+    that their logits are written to, what it reads `kept` from, and what a provider that captures needs besides.
     """
 
     binding: Any
     logits: NDArray[Any]
     new: int
     kept: Any
+    captured: CapturedCall | None = None
 
 
 class Member:
@@ -179,7 +190,7 @@ class Member:
             logits = [self.extend(part, [row]) for part, row in zip(parts, rows, strict=True)]
             cache.join(parts)
             return np.concatenate(logits)
-        together = np.stack(rows)
+        together = rows[0][None] if len(rows) == 1 else np.stack(rows)
         step = max(1, self.chunk // cache.batch)
         for start in range(0, together.shape[1], step):
             last = self._run(cache, together[:, start : start + step], keep=1)[:, -1]
@@ -198,7 +209,8 @@ class Member:
         """
         rows = self._rows(tokens, cache)
         if cache.reads_together(counts := [len(row) for row in rows]):
-            return list(self._run(cache, np.stack(rows)).astype(np.float32, copy=False))
+            together = rows[0][None] if len(rows) == 1 else np.stack(rows)
+            return list(self._run(cache, together).astype(np.float32, copy=False))
         parts = cache.split(counts)
         logits = [self.extend_all(part, [row])[0] for part, row in zip(parts, rows, strict=True)]
         cache.join(parts)
@@ -240,20 +252,46 @@ class Member:
         kept = min(keep, new) if keep and self._can_keep else new
         check_called_off()
         call = self._call(cache, batch, new, kept)
-        binding = call.binding
-        # Bound anew each time: a provider with memory of its own copies them when they are bound.
-        binding.bind_cpu_input(graph_io.INPUT_IDS, np.ascontiguousarray(ids))
-        binding.bind_cpu_input(graph_io.ATTENTION_MASK, cache.mask(new) if mask is None else mask)
+        moved = cache.bind(call.binding, new)
+        inputs = {
+            graph_io.INPUT_IDS: np.ascontiguousarray(ids),
+            graph_io.ATTENTION_MASK: cache.mask(new) if mask is None else mask,
+        }
         if graph_io.POSITION_IDS in self._inputs:
-            binding.bind_cpu_input(graph_io.POSITION_IDS, cache.lengths[:, None] + np.arange(new))
-        cache.bind(binding, new)
+            inputs[graph_io.POSITION_IDS] = cache.lengths[:, None] + np.arange(new)
         try:
-            with self._watch(self.name, ids.size):
-                self._session.run_with_iobinding(binding)
+            with ONE_AT_A_TIME if self.provider.captures else _NOBODY:
+                options = self._feed(cache, call, inputs, moved=moved)
+                with self._watch(self.name, ids.size):
+                    self._session.run_with_iobinding(call.binding, options)
+                if call.captured is not None:
+                    call.captured.read(call.logits)
         except onnxruntime_errors() as error:
             raise EdgemixError(f"member {self.name!r} failed on {self.provider.name}: {plain(error)}") from error
-        cache.advance(binding, new)
+        cache.advance(call.binding, new)
         return call.logits
+
+    def _feed(self, cache: KVCache, call: _Call, inputs: dict[str, NDArray[np.int64]], *, moved: bool) -> Any:
+        """Give a call its inputs; returns the options that it runs with.
+
+        Args:
+            cache: What it continues.
+            call: The call.
+            inputs: int64 [batch, ...], by name.
+            moved: Whether the cache lies elsewhere than at its last call.
+        """
+        if not (self.provider.captures and isinstance(cache, SharedCache) and inputs[graph_io.INPUT_IDS].size <= FEW):
+            # Bound anew each time: a provider with memory of its own copies them when they are bound.
+            for name, values in inputs.items():
+                call.binding.bind_cpu_input(name, values)
+            return run_options(-1) if self.provider.captures else None
+        if call.captured is None or moved:
+            shapes = {name: values.shape for name, values in inputs.items()}
+            shapes[graph_io.ATTENTION_MASK] = (cache.batch, cache.capacity)
+            call.captured = CapturedCall(call.binding, self.provider, shapes, call.logits)
+        for name, values in inputs.items():
+            call.captured.write(name, values)
+        return call.captured.options()
 
     def _call(self, cache: KVCache, batch: int, new: int, kept: int) -> _Call:
         """The binding for a call of this size: those of few rows are all kept, with one buffer, and of others the last
@@ -290,7 +328,7 @@ class Member:
         counts = [len(row) for row in rows]
         if len(rows) != cache.batch or not all(counts):
             raise ValueError(f"{cache.batch} rows of at least one token are needed, not {counts}")
-        longest = int((cache.lengths + counts).max())
+        longest = max(map(operator.add, cache.lengths.tolist(), counts))
         if longest > self.context:
             raise InputError(
                 f"{longest} tokens are more than the context of {self.name!r}, {self.context} tokens",

@@ -115,7 +115,10 @@ def target_log_probabilities(logits: NDArray[np.float32], targets: NDArray[np.in
 
 
 def check_numbers(values: NDArray[np.floating] | np.floating) -> None:
-    """Raise EdgemixError if a value is NaN, as after an overflow: no text should come from that."""
+    """Raise EdgemixError if a value is NaN, as after an overflow: no text should come from that.
+
+    One log-probability of each distribution will do: if any is NaN, all are.
+    """
     if np.isnan(values).any():
         raise EdgemixError(
             "a member's logits are not numbers: it has overflowed, or its weights are damaged",

@@ -59,7 +59,7 @@ class Mixture(OpenedBundle):
         tokenizer: Text to token ids and back.
         vocabulary: Number of token ids.
         context: Most tokens of a sequence: the smallest of the members' contexts.
-        provider: Where the graphs run, "cpu" or "cuda".
+        provider: Where the graphs run, by its name in `PROVIDERS`.
         ngrams: What usually follows what in the training text, to draft from; None where the bundle has none.
         plan: How this bundle was measured to run fastest on this machine, where that is used.
         prefixes: Texts that were read, so that one that begins alike is not read again.
@@ -83,7 +83,8 @@ class Mixture(OpenedBundle):
 
         Args:
             path: The bundle's folder.
-            provider: "cpu", "cuda", or "auto": CUDA where it works, else the CPU; `provider` then tells which.
+            provider: "cpu", "cuda", "cuda-graphs" (calls of one shape are recorded and replayed), or "auto": CUDA where
+                it works, else the CPU; `provider` then tells which.
             threads: Threads within an operator; as many as there are physical cores by default.
             verify: Compare the checksums of all files. Without it only structure, paths and sizes are checked.
             student: Open the student alone, a mixture of one: the members' files are not even read.

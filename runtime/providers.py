@@ -9,7 +9,7 @@ import io
 import logging
 import os
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 
-ProviderName = Literal["auto", "cpu", "cuda"]
+ProviderName = Literal["auto", "cpu", "cuda", "cuda-graphs"]
 
 # Y = X + X on float[2]: the smallest graph that tells whether a provider computes at all.
 _PROBE = bytes.fromhex(
@@ -49,6 +49,7 @@ class Provider:
         options: The provider's options, as ONNX Runtime takes them.
         remedy: What to do where it is asked for and does not work.
         packs: Whether its kernels have a layout of weights of their own, which can be saved.
+        captures: Whether calls of a shape that comes again are recorded and replayed; see `captured_calls`.
     """
 
     name: str
@@ -57,19 +58,24 @@ class Provider:
     options: tuple[tuple[str, str], ...] = ()
     remedy: str = ""
     packs: bool = False
+    captures: bool = False
 
 
+_CUDA = Provider(
+    "cuda",
+    "CUDAExecutionProvider",
+    "cuda",
+    # The arena grows by what is asked for, not by powers of two: weights come once and stay. TF32 would round fp32
+    # products to 10 bits, which no parity gate has seen.
+    options=(("device_id", "0"), ("arena_extend_strategy", "kSameAsRequested"), ("use_tf32", "0")),
+    remedy="Install edgemix[gpu] (and not edgemix[cpu] beside it) on a machine with an NVIDIA driver, or use the "
+    'provider "cpu".',
+)
 PROVIDERS: dict[str, Provider] = {
     "cpu": Provider("cpu", "CPUExecutionProvider", "cpu", packs=True),
-    "cuda": Provider(
-        "cuda",
-        "CUDAExecutionProvider",
-        "cuda",
-        # The arena grows by what is asked for, not by powers of two: weights come once and stay. TF32 would round
-        # fp32 products to 10 bits, which no parity gate has seen.
-        options=(("device_id", "0"), ("arena_extend_strategy", "kSameAsRequested"), ("use_tf32", "0")),
-        remedy="Install edgemix[gpu] (and not edgemix[cpu] beside it) on a machine with an NVIDIA driver, or use the "
-        'provider "cpu".',
+    "cuda": _CUDA,
+    "cuda-graphs": replace(
+        _CUDA, name="cuda-graphs", options=(*_CUDA.options, ("enable_cuda_graph", "1")), captures=True
     ),
 }
 
@@ -103,7 +109,7 @@ def why_not(provider: Provider) -> str:
         return f"this ONNX Runtime ({ort.__version__}) was built without {provider.execution_provider}"
     try:
         session = _create(_PROBE, provider, session_options(1))
-        answer = session.run(None, {"x": np.array([1.0, 2.0], np.float32)})[0]
+        answer = session.run(None, {"x": np.array([1.0, 2.0], np.float32)}, run_options(-1))[0]
     except onnxruntime_errors() as error:
         return plain(error)
     # ONNX Runtime falls back to the CPU, with no more than a warning, when a provider's libraries do not load.
@@ -210,6 +216,13 @@ def check_version(least: tuple[int, int], what: str) -> None:
             f"{what} needs ONNX Runtime {least[0]}.{least[1]} or later, and this is {version}",
             "Upgrade it: pip install --upgrade onnxruntime (or onnxruntime-gpu)",
         )
+
+
+def run_options(recording: int) -> Any:
+    """How a call runs on a provider that captures: the number that its recording has, -1 for none."""
+    options = _onnxruntime().RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(recording))
+    return options
 
 
 def place(array: NDArray[Any], provider: Provider) -> Any:

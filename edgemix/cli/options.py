@@ -98,7 +98,7 @@ def runtime_options(function: F) -> F:
         (
             click.option(
                 "--provider",
-                type=click.Choice(["auto", "cpu", "cuda"]),
+                type=click.Choice(["auto", "cpu", "cuda", "cuda-graphs"]),
                 default="auto",
                 show_default=True,
                 help="Where the members run; auto takes CUDA when it works.",

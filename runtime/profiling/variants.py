@@ -153,8 +153,9 @@ def plan_of(variant: Variant, manifest: Manifest) -> Plan:
 
 
 def working_providers(first: str) -> list[str]:
-    """Names of the providers that work here, that one first."""
-    return [first, *(name for name, row in PROVIDERS.items() if name != first and not why_not(row))]
+    """Names of the providers that work here, that one first; recording calls is for those who ask for it."""
+    others = [row for name, row in PROVIDERS.items() if name != first and not row.captures]
+    return [first, *(row.name for row in others if not why_not(row))]
 
 
 def now() -> str:

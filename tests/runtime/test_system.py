@@ -32,7 +32,7 @@ def test_this_machine():
     assert found.processor.name
     assert 1 <= found.processor.default_threads <= found.processor.usable_cores <= found.processor.logical_cores
     assert 0 < found.memory.available <= found.memory.total
-    assert [state.name for state in found.providers] == ["cpu", "cuda"]
+    assert [state.name for state in found.providers] == ["cpu", "cuda", "cuda-graphs"]
     assert found.providers[0].works
     assert found.can_run
     assert found.packages["numpy"] == metadata.version("numpy")

@@ -47,7 +47,7 @@ _CUDA_OPSET = 23
 
 _ALL = 2**40
 """Logits to keep: more than any sequence has, and still a number where a stack of members multiplies it."""
-_LAST = (("end", 2**63 - 1), ("axis", 1))
+_LAST = (("end", 2**63 - 1), ("axis", 1), ("zero", 0))
 
 Gate = Callable[[Path, GraphFacts], "GraphParity"]
 
@@ -220,11 +220,15 @@ def _keep_some_logits(graph: ir.Graph) -> None:
         return
     keep = add_initializer(graph, graph_io.LOGITS_TO_KEEP, np.array([_ALL], np.int64))
     graph.inputs.append(keep)
-    end, axis = (add_initializer(graph, f"logits.{name}", np.array([number], np.int64)) for name, number in _LAST)
-    start = ir.node("Neg", [keep])
+    end, axis, zero = (add_initializer(graph, f"logits.{name}", np.array([each], np.int64)) for name, each in _LAST)
+    # What begins with a shape stays on the host, on a GPU, too; CUDA graphs allow no copies between the two.
+    ids = next(value for value in graph.inputs if value.name == graph_io.INPUT_IDS)
+    count = ir.node("Shape", [ids], {"start": 1, "end": 2})
+    rest = ir.node("Sub", [count.outputs[0], keep])
+    start = ir.node("Max", [rest.outputs[0], zero])
     last = ir.node("Slice", [hidden, start.outputs[0], end, axis])
     last.outputs[0].dtype = hidden.dtype
-    graph.insert_before(linear.node, [start, last])
+    graph.insert_before(linear.node, [count, rest, start, last])
     linear.node.replace_input_with(0, last.outputs[0])
 
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
-from weakref import WeakSet
 
 import numpy as np
 
-from edgemix.runtime.providers import place
+from edgemix.runtime.providers import exclusive, place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,7 +62,7 @@ class KVCache(ABC):
 
     Attributes:
         lengths: int64 [batch], tokens read so far.
-        calls: Bindings that the member's calls left here to use again, by what they read.
+        calls: Bindings that the member's calls left here to use again, by what they read, until the state moves.
         keeps_bindings: Whether that can be done: a binding holds no state that was replaced.
     """
 
@@ -92,10 +91,12 @@ class KVCache(ABC):
         """The attention mask of a call that reads `new` tokens a row."""
 
     @abstractmethod
-    def bind(self, binding: Any, new: int) -> bool:
-        """Make room for `new` tokens a row and bind the past inputs and present outputs: whether they are others than
-        before.
-        """
+    def reserve(self, new: int) -> None:
+        """Make room for `new` tokens a row."""
+
+    @abstractmethod
+    def bind(self, binding: Any) -> None:
+        """Bind the past inputs and present outputs."""
 
     @abstractmethod
     def advance(self, binding: Any, new: int) -> None:
@@ -162,7 +163,6 @@ class SharedCache(KVCache):
         self._arrays: list[NDArray[Any]] = []
         self._first_row = 0
         self._ones = np.ones((1, 0), np.int64)
-        self._bound: WeakSet[Any] = WeakSet()
 
     def reads_together(self, counts: Sequence[int]) -> bool:
         # GroupQueryAttention takes several new tokens after a past for one sequence only.
@@ -177,10 +177,10 @@ class SharedCache(KVCache):
         after = self.lengths + new
         return (np.arange(after.max()) < after[:, None]).astype(np.int64)
 
-    def bind(self, binding: Any, new: int) -> bool:
+    def reserve(self, new: int) -> None:
         self._reserve(self.longest + max(new, _LEAST))
-        if binding in self._bound:
-            return False
+
+    def bind(self, binding: Any) -> None:
         device, dtype = self.layout.provider.device, self.layout.dtype
         for slot, buffer in zip(self.layout.slots, self._buffers, strict=True):
             voices = self.layout.voices
@@ -189,8 +189,10 @@ class SharedCache(KVCache):
             address = buffer.data_ptr() + self._first_row * row_bytes
             binding.bind_input(slot.past, device, 0, dtype, shape, address)
             binding.bind_output(slot.present, device, 0, dtype, shape, address)
-        self._bound.add(binding)
-        return True
+
+    def widest(self, new: int) -> int:
+        """How wide a mask may be for `new` tokens a row, as long as nothing moves."""
+        return min(self.capacity - max(0, _LEAST - new), self.layout.context)
 
     def advance(self, binding: Any, new: int) -> None:  # noqa: ARG002 - it was written in place
         self.lengths += new
@@ -253,7 +255,7 @@ class SharedCache(KVCache):
 
     def free(self) -> None:
         self._rows, self._arrays, self._buffers, self.capacity = 0, [], [], 0
-        self._bound, self.calls = WeakSet(), {}
+        self.calls = {}
 
     def _row(self, row: int) -> Self:
         view = type(self)(self.layout, 1)
@@ -288,7 +290,8 @@ class SharedCache(KVCache):
 
     def _hosts(self) -> list[NDArray[Any]]:
         """What the buffers hold: on the CPU they themselves, elsewhere copies, which `_place` puts back."""
-        return self._arrays or [buffer.numpy() for buffer in self._buffers]
+        with exclusive(self.layout.provider):
+            return self._arrays or [buffer.numpy() for buffer in self._buffers]
 
     def _place(self, arrays: list[NDArray[Any]]) -> None:
         """Let arrays be the buffers, or their content."""
@@ -296,7 +299,7 @@ class SharedCache(KVCache):
             return
         self._arrays = arrays if self.layout.provider.device == "cpu" else []
         self._buffers = [place(array, self.layout.provider) for array in arrays]
-        self._bound = WeakSet()
+        self.calls = {}
 
 
 class GrowingCache(KVCache):
@@ -320,13 +323,14 @@ class GrowingCache(KVCache):
         past = np.arange(places) >= places - self.lengths[:, None]
         return np.pad(past, ((0, 0), (0, new)), constant_values=True).astype(np.int64)
 
-    def bind(self, binding: Any, new: int) -> bool:  # noqa: ARG002 - ONNX Runtime makes room
+    def reserve(self, new: int) -> None:  # noqa: ARG002 - ONNX Runtime makes room
         if not self._tensors:
             self._replace([self._blank(slot, self.batch, 0) for slot in self.layout.slots])
+
+    def bind(self, binding: Any) -> None:
         for slot, tensor in zip(self.layout.slots, self._tensors, strict=True):
             binding.bind_ortvalue_input(slot.past, tensor)
             binding.bind_output(slot.present, self.layout.provider.device, 0)
-        return True
 
     def advance(self, binding: Any, new: int) -> None:
         _, *self._tensors = binding.get_outputs()  # in the order of binding: the logits, then the slots

@@ -14,11 +14,12 @@ import numpy as np
 from edgemix import graph_io
 from edgemix.errors import BundleError, EdgemixError, InputError
 from edgemix.runtime.cancellation import check as check_called_off
-from edgemix.runtime.captured_calls import ONE_AT_A_TIME, CapturedCall
+from edgemix.runtime.captured_calls import CapturedCall, numbers
 from edgemix.runtime.kv_cache import KINDS, CacheLayout, KVCache, SharedCache, Slot
 from edgemix.runtime.providers import (
     PROVIDERS,
     check_version,
+    exclusive,
     onnxruntime_errors,
     open_session,
     place,
@@ -27,7 +28,7 @@ from edgemix.runtime.providers import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -70,13 +71,15 @@ def _unwatched(name: str, tokens: int) -> AbstractContextManager[object]:  # noq
 @dataclass(slots=True)
 class _Call:
     """A binding for ids [batch, new], with the buffer [batch, kept, vocabulary] or [batch, kept, voices, vocabulary]
-    that their logits are written to, what it reads `kept` from, and what a provider that captures needs besides.
+    that their logits are written to, what it reads `kept` from, and for a provider that captures, whether it has run
+    before and what it is recorded with.
     """
 
     binding: Any
     logits: NDArray[Any]
     new: int
     kept: Any
+    again: bool = False
     captured: CapturedCall | None = None
 
 
@@ -108,6 +111,7 @@ class Member:
         self.facts, self.provider, self.name, self.tokens = facts, provider, name, tokens
         self._session = session
         self._watch: Watch = _unwatched
+        self._numbers = numbers()
         self._inputs = {tensor.name: tensor for tensor in session.get_inputs()}
         self._outputs = {tensor.name: tensor for tensor in session.get_outputs()}
         self._can_keep = any(t.name == graph_io.LOGITS_TO_KEEP for t in session.get_overridable_initializers())
@@ -251,17 +255,11 @@ class Member:
         batch, new = ids.shape
         kept = min(keep, new) if keep and self._can_keep else new
         check_called_off()
-        call = self._call(cache, batch, new, kept)
-        moved = cache.bind(call.binding, new)
-        inputs = {
-            graph_io.INPUT_IDS: np.ascontiguousarray(ids),
-            graph_io.ATTENTION_MASK: cache.mask(new) if mask is None else mask,
-        }
-        if graph_io.POSITION_IDS in self._inputs:
-            inputs[graph_io.POSITION_IDS] = cache.lengths[:, None] + np.arange(new)
         try:
-            with ONE_AT_A_TIME if self.provider.captures else _NOBODY:
-                options = self._feed(cache, call, inputs, moved=moved)
+            with exclusive(self.provider):
+                cache.reserve(new)
+                call = self._call(cache, batch, new, kept)
+                options = self._feed(cache, call, ids, mask)
                 with self._watch(self.name, ids.size):
                     self._session.run_with_iobinding(call.binding, options)
                 if call.captured is not None:
@@ -271,27 +269,34 @@ class Member:
         cache.advance(call.binding, new)
         return call.logits
 
-    def _feed(self, cache: KVCache, call: _Call, inputs: dict[str, NDArray[np.int64]], *, moved: bool) -> Any:
-        """Give a call its inputs; returns the options that it runs with.
-
-        Args:
-            cache: What it continues.
-            call: The call.
-            inputs: int64 [batch, ...], by name.
-            moved: Whether the cache lies elsewhere than at its last call.
-        """
-        if not (self.provider.captures and isinstance(cache, SharedCache) and inputs[graph_io.INPUT_IDS].size <= FEW):
+    def _feed(self, cache: KVCache, call: _Call, ids: NDArray[np.int64], mask: NDArray[np.int64] | None) -> Any:
+        """Give a call its inputs; returns the options that it runs with."""
+        new, captures = ids.shape[1], self.provider.captures
+        inputs = {
+            graph_io.INPUT_IDS: np.ascontiguousarray(ids),
+            graph_io.ATTENTION_MASK: cache.mask(new) if mask is None else mask,
+        }
+        if graph_io.POSITION_IDS in self._inputs:
+            inputs[graph_io.POSITION_IDS] = cache.lengths[:, None] + np.arange(new)
+        # A first call is not recorded: it may be the only one of its shape.
+        if captures and call.captured is None and call.again and mask is None and ids.size <= FEW:
+            self._capture(cache, call, inputs)
+        call.again = True
+        if call.captured is None:
             # Bound anew each time: a provider with memory of its own copies them when they are bound.
             for name, values in inputs.items():
                 call.binding.bind_cpu_input(name, values)
-            return run_options(-1) if self.provider.captures else None
-        if call.captured is None or moved:
-            shapes = {name: values.shape for name, values in inputs.items()}
-            shapes[graph_io.ATTENTION_MASK] = (cache.batch, cache.capacity)
-            call.captured = CapturedCall(call.binding, self.provider, shapes, call.logits)
+            return run_options(-1) if captures else None
         for name, values in inputs.items():
             call.captured.write(name, values)
-        return call.captured.options()
+        return call.captured.options
+
+    def _capture(self, cache: KVCache, call: _Call, inputs: Mapping[str, NDArray[np.int64]]) -> None:
+        """Let calls of this shape be recorded, where the cache stays where it is and there is room for one more."""
+        if isinstance(cache, SharedCache) and (number := next(self._numbers, None)) is not None:
+            shapes = {name: values.shape for name, values in inputs.items()}
+            shapes[graph_io.ATTENTION_MASK] = (cache.batch, cache.widest(call.new))
+            call.captured = CapturedCall(call.binding, self.provider, shapes, call.logits, number)
 
     def _call(self, cache: KVCache, batch: int, new: int, kept: int) -> _Call:
         """The binding for a call of this size: those of few rows are all kept, with one buffer, and of others the last
@@ -310,6 +315,7 @@ class Member:
                 for other in [each for each in cache.calls if each is not None and each[0] * each[1] > FEW]:
                     del cache.calls[other]
             call = self._new_call(logits, new, kept)
+            cache.bind(call.binding)
             if cache.keeps_bindings:
                 cache.calls[key] = call
         return call

@@ -8,9 +8,10 @@ from __future__ import annotations
 import io
 import logging
 import os
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache
+from threading import RLock
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ from edgemix.runtime.sparse_weights import expanded_files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from edgemix.runtime.packed_weights import PackedWeights
 
 LOG = logging.getLogger(__name__)
+
+_RECORDING, _NOTHING = RLock(), nullcontext()
 
 ProviderName = Literal["auto", "cpu", "cuda", "cuda-graphs"]
 
@@ -49,7 +53,8 @@ class Provider:
         options: The provider's options, as ONNX Runtime takes them.
         remedy: What to do where it is asked for and does not work.
         packs: Whether its kernels have a layout of weights of their own, which can be saved.
-        captures: Whether calls of a shape that comes again are recorded and replayed; see `captured_calls`.
+        captures: Whether calls of a shape that comes again are recorded and replayed; see `captured_calls`. For
+            programs that generate in few threads: ONNX Runtime records for each on its own.
     """
 
     name: str
@@ -178,7 +183,9 @@ def open_session(
             raise BundleError(
                 f"ONNX Runtime cannot load {path} on {provider.name}: "
                 + plain(error).removeprefix(f"Load model from {path} failed:"),
-                "The graph is damaged or made for another target; export the bundle again.",
+                f"Not every graph can be recorded: use the provider {eager(provider).name!r}."
+                if provider.captures
+                else "The graph is damaged or made for another target; export the bundle again.",
             ) from error
 
     if packed is None or not provider.packs:
@@ -218,6 +225,17 @@ def check_version(least: tuple[int, int], what: str) -> None:
         )
 
 
+def exclusive(provider: Provider) -> AbstractContextManager[object]:
+    """What to hold while a provider's memory is touched or it runs: while one call is recorded, no other may."""
+    return _RECORDING if provider.captures else _NOTHING
+
+
+def eager(provider: Provider) -> Provider:
+    """The row that runs on the same device and records nothing."""
+    rows = PROVIDERS.values()
+    return next(row for row in rows if row.execution_provider == provider.execution_provider and not row.captures)
+
+
 def run_options(recording: int) -> Any:
     """How a call runs on a provider that captures: the number that its recording has, -1 for none."""
     options = _onnxruntime().RunOptions()
@@ -227,7 +245,8 @@ def run_options(recording: int) -> Any:
 
 def place(array: NDArray[Any], provider: Provider) -> Any:
     """An `OrtValue` with the array's values in the provider's memory; on the CPU it is the array's own memory."""
-    return _onnxruntime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), provider.device, 0)
+    with exclusive(provider):
+        return _onnxruntime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), provider.device, 0)
 
 
 @cache
@@ -251,9 +270,10 @@ def plain(error: Exception) -> str:
 def _create(graph: str | bytes, provider: Provider, options: Any) -> Any:
     fallback = PROVIDERS["cpu"]
     rows = [provider] if provider.execution_provider == fallback.execution_provider else [provider, fallback]
-    return _onnxruntime().InferenceSession(
-        graph, options, providers=[(row.execution_provider, dict(row.options)) for row in rows]
-    )
+    with exclusive(provider):
+        return _onnxruntime().InferenceSession(
+            graph, options, providers=[(row.execution_provider, dict(row.options)) for row in rows]
+        )
 
 
 @cache

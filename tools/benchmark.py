@@ -8,7 +8,8 @@ Sides: the naive loop (every member for every token, one after the other); each 
 member alone, token by token; the bare ONNX Runtime loop on that member's graph; and the peers that are named, which run
 one model: transformers (on torch), llama-cpp, onnxruntime-genai, openvino-genai, ctranslate2. What follows a space in a
 peer's name only tells two models of one runtime apart. They take turns prompt by prompt, greedy, batch 1; the first
-round is a warm-up. Figures are medians over prompts and rounds, ratios medians of the ratios within a turn.
+round is a warm-up. Figures are medians over prompts and rounds, ratios medians of the ratios within a turn; "All is"
+says how many times as fast as a side all techniques together are.
 
 Every technique must say what the naive loop says; how many texts differ is in the table. With --one-graph the same
 members, exported as one graph, are compared, too, and must say what their own plain loop says.
@@ -213,6 +214,7 @@ def summary(found: Mapping[str, Turns], compared: Mapping[str, Side], domains: l
             "prefill": statistics.median(prefill),
             "times_naive": _ratio(turns, found[NAIVE]),
             "times_one_member": _ratio(turns, found[ALONE]),
+            "all_times_this": _ratio(found[ALL], turns),
             "by_domain": {
                 domain: statistics.median(
                     rate for number, rates in turns.decode.items() if domains[number] == domain for rate in rates
@@ -235,7 +237,8 @@ def show(figures: dict[str, Any], console: Console) -> None:
     """The table for people."""
     rows = figures["sides"]
     domains = next(iter(rows.values()))["by_domain"]
-    columns = ("", "Decode", *(domains if len(domains) > 1 else ()), "x naive", "x member", "Prefill", "Texts differ")
+    ratios = ("x naive", "x member", "All is")
+    columns = ("", "Decode", *(domains if len(domains) > 1 else ()), *ratios, "Prefill", "Texts differ")
     console.table(
         f"Tokens/s: {figures['prompts']} prompts, {figures['new_tokens']} new tokens, {figures['threads']} threads",
         columns,
@@ -246,6 +249,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
                 *(f"{rate:.1f}" for rate in row["by_domain"].values() if len(domains) > 1),
                 f"{row['times_naive']:.2f}",
                 f"{row['times_one_member']:.2f}",
+                f"{row['all_times_this']:.2f}x",
                 f"{row['prefill']:,.0f}",
                 str(row.get("differ", "")),
             )

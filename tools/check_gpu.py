@@ -97,9 +97,9 @@ def main() -> int:
             data=Data(validation={"code": TextSource("validation.txt")}),
             folder=folder,
         )
-        export_bundle(recipe, folder / f"bundle-{form}", force=True)
         for provider in (arguments.provider, "cuda-graphs") if arguments.provider == "cuda" else (arguments.provider,):
             try:
+                export_bundle(recipe, folder / f"bundle-{form}", force=True)
                 figures = check(folder / f"bundle-{form}", text, provider)
             except EdgemixError as error:
                 figures = {"passed": False, "error": str(error)}

@@ -37,15 +37,16 @@ def block_emitter(quantizer: Quantizer) -> Emitter:
 
 
 def emit_blocks(graph: ir.Graph, readers: Sequence[Linear], blocks: Sequence[Blocks], sums: BlockSums) -> None:
-    """Put products with blocks in the place of linears that read one activation: one, if their blocks are alike."""
-    if len({(each.bits, each.block, each.sums) for each in blocks}) > 1:
-        for linear, each in zip(readers, blocks, strict=True):
-            emit_blocks(graph, [linear], [each], sums)
-        return
-    nodes, value = sums.behind(readers[0].node.inputs[0], blocks[0])
-    together = joined(blocks)
-    tensors = add_blocks(graph, readers[0].weight.name, together)
-    replace_linears(graph, readers, [*nodes, matmul_nbits(value, together, tensors)])
+    """Put products with blocks in the place of linears that read one activation: one for all whose blocks are alike."""
+    alike: dict[tuple[int, int, int], list[tuple[Linear, Blocks]]] = {}
+    for linear, each in zip(readers, blocks, strict=True):
+        alike.setdefault((each.bits, each.block, each.sums), []).append((linear, each))
+    for pairs in alike.values():
+        group, parts = zip(*pairs, strict=True)
+        nodes, value = sums.behind(group[0].node.inputs[0], parts[0])
+        together = joined(parts)
+        tensors = add_blocks(graph, group[0].weight.name, together)
+        replace_linears(graph, group, [*nodes, matmul_nbits(value, together, tensors)])
 
 
 class BlockSums:

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 
 from edgemix import protobuf
-from edgemix.runtime.providers import onnxruntime_errors, open_bytes
+from edgemix.runtime.providers import onnxruntime_errors, open_bytes, run_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,7 +81,7 @@ def _peak(graph: bytes, dtype: Any, provider: Provider, threads: int, seconds: f
     try:
         session = open_bytes(graph, provider, threads=threads)
         inputs = {"a": np.ones((SIDE, SIDE), dtype)}
-        return SIDE**3 / _fastest(lambda: session.run(None, inputs), seconds)
+        return SIDE**3 / _fastest(lambda: session.run(None, inputs, run_options(-1)), seconds)
     except onnxruntime_errors():
         return None
 

@@ -15,7 +15,7 @@ from edgemix.errors import EdgemixError, storage_errors
 from edgemix.profile import Breakdown, Layer, Operator
 from edgemix.runtime.member import Member
 from edgemix.runtime.profiling.graphs import EMBEDDING, HEAD, OTHER, mark_of_name, spread
-from edgemix.runtime.providers import open_session
+from edgemix.runtime.providers import eager, open_session
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -65,6 +65,7 @@ def profiled_calls(
     Raises:
         EdgemixError: The profiler's file cannot be written or read.
     """
+    provider = eager(provider)  # of a recording the profiler tells nothing
     with storage_errors("writing ONNX Runtime's profile"), tempfile.TemporaryDirectory(prefix="edgemix-") as folder:
         session = open_session(path, provider, threads=threads, profile=Path(folder) / "calls")
         try:

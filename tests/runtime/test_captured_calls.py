@@ -14,7 +14,7 @@ from onnx_members import VOCABULARY, random_member, write_bundle, write_graph, w
 from edgemix.errors import EdgemixError
 from edgemix.runtime import Mixture, captured_calls, kv_cache, member
 from edgemix.runtime.member import FEW, Member
-from edgemix.runtime.providers import PROVIDERS, run_options
+from edgemix.runtime.providers import PROVIDERS, eager, run_options
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,9 +41,9 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, tuple[int, int]]]:
     """Of the inputs of each call that can be recorded, as they come."""
     found, real = [], member.CapturedCall
 
-    def noted(binding, provider, shapes, logits):
+    def noted(binding, provider, shapes, *rest):
         found.append(dict(shapes))
-        return real(binding, provider, shapes, logits)
+        return real(binding, provider, shapes, *rest)
 
     monkeypatch.setattr(member, "CapturedCall", noted)
     return found
@@ -84,7 +84,8 @@ def test_a_shape_has_one_number_until_its_cache_moves(form, recorded, shapes):
     ids, cache = tokens(14), recorded.new_cache()
     for end in range(1, 15):
         same(recorded.extend(cache, ids[None, end - 1 : end]), form.logits(ids[:end])[-1:])
-    assert [shape["attention_mask"] for shape in shapes] == [(1, 8), (1, 16)]
+    # One place less than the cache has: of a single token some graphs write a second one.
+    assert [shape["attention_mask"] for shape in shapes] == [(1, 7), (1, 15)]
     numbers = recorded._session.numbers
     first, second = numbers[1], numbers[-1]
     assert 0 < first < second
@@ -162,19 +163,31 @@ def test_a_mixture_says_the_same(tmp_path, monkeypatch):
         assert say("recording", **options) == say("cpu", **options)
 
 
-def test_a_call_that_fails_lets_others_run(form, recorded):
-    class Broken:
-        def run_with_iobinding(self, binding, options):
-            raise RuntimeError("no memory")
+def test_memory_for_recordings_is_bounded(form, recorded, monkeypatch):
+    recorded._numbers = iter([1, 2])
+    for _ in range(4):
+        cache, ids = recorded.new_cache(), tokens(4)
+        for end in range(1, 5):
+            same(recorded.extend(cache, ids[None, end - 1 : end]), form.logits(ids[:end])[-1:])
+    assert recorded._session.numbers == [-1, 1, 1, 1, -1, 2, 2, 2, *[-1] * 8]
 
-        def io_binding(self):
-            return working.io_binding()
 
-    working = recorded._session
-    recorded._session = Broken()
+def test_a_call_that_fails_can_be_made_again(form, recorded, monkeypatch):
+    """Growing out of its buffers, a cache kept what had been recorded for those that were gone."""
+    ids, cache = tokens(9), recorded.new_cache()
+    for token in ids[:7]:
+        recorded.extend(cache, [[token]])
+    real = recorded._session.run_with_iobinding
+
+    def fail(binding, options):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(recorded._session, "run_with_iobinding", fail)
     with pytest.raises(EdgemixError, match="failed on recording: no memory"):
-        recorded.extend(recorded.new_cache(), [tokens(2)])
-    recorded._session = working
+        recorded.extend(cache, ids[None, 7:8])
+    monkeypatch.setattr(recorded._session, "run_with_iobinding", real)
+    for end in (8, 9):
+        same(recorded.extend(cache, ids[None, end - 1 : end]), form.logits(ids[:end])[-1:])
     same(recorded.extend(recorded.new_cache(), [tokens(2)]), form.logits(tokens(2))[-1:])
 
 
@@ -183,3 +196,4 @@ def test_the_record_is_cudas_with_graphs():
     assert dict(graphs.options) == {**dict(cuda.options), "enable_cuda_graph": "1"}
     assert replace(graphs, name="cuda", options=cuda.options, captures=False) == cuda
     assert [row.name for row in PROVIDERS.values() if row.captures] == ["cuda-graphs"]
+    assert eager(graphs) == eager(cuda) == cuda

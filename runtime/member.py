@@ -15,7 +15,8 @@ from edgemix import graph_io
 from edgemix.errors import BundleError, EdgemixError, InputError
 from edgemix.runtime.cancellation import check as check_called_off
 from edgemix.runtime.captured_calls import CapturedCall, numbers
-from edgemix.runtime.kv_cache import KINDS, CacheLayout, KVCache, SharedCache, Slot
+from edgemix.runtime.growing_cache import GrowingCache
+from edgemix.runtime.kv_cache import CacheLayout, KVCache, Slot
 from edgemix.runtime.providers import (
     PROVIDERS,
     check_version,
@@ -26,6 +27,7 @@ from edgemix.runtime.providers import (
     plain,
     run_options,
 )
+from edgemix.runtime.shared_cache import SharedCache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -54,6 +56,7 @@ several tokens of several texts.
 MAX_STATE = 1 << 20
 """Most numbers a layer may keep of a token: far beyond every model there is, and nothing that exhausts memory."""
 
+_CACHES: dict[str, type[KVCache]] = {"shared": SharedCache, "growing": GrowingCache}
 _FLOATS: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
@@ -171,7 +174,7 @@ class Member:
 
     def new_cache(self, batch: int = 1) -> KVCache:
         """An empty cache for `batch` sequences; it takes memory only as tokens are read."""
-        return KINDS[self.facts.cache](self.layout, batch)
+        return _CACHES[self.facts.cache](self.layout, batch)
 
     def extend(self, cache: KVCache, tokens: Tokens) -> NDArray[np.float32]:
         """Read new tokens, and say what may follow each row's last one.

@@ -12,7 +12,7 @@ import pytest
 from onnx_members import VOCABULARY, random_member, write_bundle, write_graph, write_stack
 
 from edgemix.errors import EdgemixError
-from edgemix.runtime import Mixture, captured_calls, kv_cache, member
+from edgemix.runtime import Mixture, captured_calls, member, shared_cache
 from edgemix.runtime.member import FEW, Member
 from edgemix.runtime.providers import PROVIDERS, eager, run_options
 
@@ -57,7 +57,7 @@ def form():
 @pytest.fixture
 def recorded(form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Member:
     """A member whose calls are recorded; its caches grow from 8 places."""
-    monkeypatch.setattr(kv_cache, "FIRST_CAPACITY", 8)
+    monkeypatch.setattr(shared_cache, "FIRST_CAPACITY", 8)
     made, kept = {}, []
 
     def noted(number):
@@ -148,7 +148,7 @@ def test_other_graphs(kind, tmp_path, shapes):
 
 def test_a_mixture_says_the_same(tmp_path, monkeypatch):
     monkeypatch.setitem(PROVIDERS, "recording", RECORDING)
-    monkeypatch.setattr(kv_cache, "FIRST_CAPACITY", 16)
+    monkeypatch.setattr(shared_cache, "FIRST_CAPACITY", 16)
     forms = {name: random_member(seed, tokens=VOCABULARY) for name, seed in (("a", 1), ("b", 2))}
     folder = write_bundle(tmp_path / "b", forms, student=random_member(3, tokens=VOCABULARY))
     prompts = ["to be or not to be, to be or not", "a", "x" * 40]

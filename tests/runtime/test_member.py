@@ -8,7 +8,7 @@ import pytest
 from onnx_members import random_member, write_graph
 
 from edgemix.errors import BundleError, InputError
-from edgemix.runtime import kv_cache
+from edgemix.runtime import shared_cache
 from edgemix.runtime.member import Member
 
 KINDS = ("shared", "growing")
@@ -145,7 +145,7 @@ def test_forward_pads_on_the_right(form, member):
 
 def test_growing_over_the_first_capacity(form, member, monkeypatch):
     """The shared cache starts small and doubles; nothing read before may be lost."""
-    monkeypatch.setattr(kv_cache, "FIRST_CAPACITY", 4)
+    monkeypatch.setattr(shared_cache, "FIRST_CAPACITY", 4)
     rows = [tokens(3, 1), tokens(2, 2)]
     cache = member.new_cache(2)
     member.extend(cache, rows)
@@ -160,9 +160,9 @@ def test_a_shared_cache_takes_memory_only_as_it_is_used(load):
     cache = member.new_cache()
     assert cache.capacity == 0
     member.extend(cache, [tokens(10)])
-    assert cache.capacity == kv_cache.FIRST_CAPACITY
-    member.extend(cache, [tokens(kv_cache.FIRST_CAPACITY)])
-    assert cache.capacity == 2 * kv_cache.FIRST_CAPACITY
+    assert cache.capacity == shared_cache.FIRST_CAPACITY
+    member.extend(cache, [tokens(shared_cache.FIRST_CAPACITY)])
+    assert cache.capacity == 2 * shared_cache.FIRST_CAPACITY
     cache.free()
     assert cache.capacity == 0
 

@@ -9,8 +9,8 @@ from onnx_members import BOS, EOS, VOCABULARY, mixed, random_member, saying, wri
 
 from edgemix.errors import InputError
 from edgemix.runtime import Mixture
-from edgemix.runtime.kv_cache import SharedCache
 from edgemix.runtime.options import GenerateOptions
+from edgemix.runtime.shared_cache import SharedCache
 from edgemix.runtime.writer import Writer
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"

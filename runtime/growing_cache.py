@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from edgemix.runtime.kv_cache import CacheLayout, KVCache, Slot
-from edgemix.runtime.providers import place
+from edgemix.runtime.providers import exclusive, place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -101,7 +101,8 @@ class GrowingCache(KVCache):
     def _host(self) -> list[NDArray[Any]]:
         if not self._tensors:
             return [self._blank(slot, self.batch, 0) for slot in self.layout.slots]
-        return [tensor.numpy() for tensor in self._tensors]
+        with exclusive(self.layout.provider):
+            return [tensor.numpy() for tensor in self._tensors]
 
     def _stack(self, rows: Sequence[Sequence[NDArray[Any]]], lengths: NDArray[np.int64]) -> None:
         """Replace the state by `rows`: for each, its slots [1, heads, places, head_size] that end with its tokens."""

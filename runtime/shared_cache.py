@@ -76,7 +76,8 @@ class SharedCache(KVCache):
         self._move(list(rows), self.capacity, len(rows))
 
     def split(self, counts: Sequence[int]) -> list[Self]:
-        self._reserve(int((self.lengths + np.maximum(counts, _LEAST)).max()))
+        # A row may be read in several calls, the last of which has a single token.
+        self._reserve(int((self.lengths + counts).max()) + _LEAST - 1)
         return [self._row(row) for row in range(self.batch)]
 
     def join(self, rows: Sequence[Self]) -> None:

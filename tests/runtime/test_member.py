@@ -278,3 +278,17 @@ def test_a_growing_cache_leaves_no_state_in_bindings(load):
     for count in (5, 1, 1, 3):
         member.extend(cache, [tokens(count)])
     assert list(cache.calls) == [None]
+
+
+def test_rows_of_a_batch_end_with_a_chunk_of_one_token(load, monkeypatch):
+    """A single token is written doubled: a row's last chunk needed a place more than the batch had made room for, and
+    the row moved out of the batch's buffers, or wrote behind them.
+    """
+    monkeypatch.setattr(shared_cache, "FIRST_CAPACITY", 16)
+    form = random_member(3)
+    member = load(form)
+    member.chunk = 3
+    cache, prompts = member.new_cache(2), [tokens(16, seed=1), tokens(4, seed=2)]
+    same(member.extend(cache, prompts), np.stack([form.logits(prompt)[-1] for prompt in prompts]))
+    found = member.extend(cache, np.array([[5], [6]]))
+    same(found, np.stack([form.logits([*prompt, token])[-1] for prompt, token in zip(prompts, (5, 6), strict=True)]))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from edgemix.errors import EdgemixError
 from edgemix.runtime.constraints import Grammar
 from edgemix.runtime.engine import Decoding
+from edgemix.runtime.reading import told
 from edgemix.runtime.speculative import SpeculativeDecoding
 from edgemix.runtime.writer import Writer
 
@@ -89,7 +90,10 @@ class _Call:
         decoding = self._decoding()
         with closing(decoding):
             writers = self._writers(decoding, started)
-            while tokens := decoding.step():
+            total = sum(map(len, self.prompts)) * len(self.blend.members)
+            with self.settings.progress.stage("prompt", total) as task, told(task.advance):
+                tokens = decoding.step()
+            while tokens:
                 finished: set[int] = set()
                 for token in tokens:
                     # A step may bring tokens behind a stop string.
@@ -99,6 +103,7 @@ class _Call:
                         finished.add(token.sequence)
                         decoding.finish(token.sequence)
                     yield token.sequence, chunk
+                tokens = decoding.step()
 
     def _writers(self, decoding: Decoding | SpeculativeDecoding, started: float) -> list[Writer]:
         mixture, settings = self.mixture, self.settings

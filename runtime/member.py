@@ -27,6 +27,7 @@ from edgemix.runtime.providers import (
     plain,
     run_options,
 )
+from edgemix.runtime.reading import heard
 from edgemix.runtime.shared_cache import SharedCache
 
 if TYPE_CHECKING:
@@ -270,6 +271,7 @@ class Member:
         except onnxruntime_errors() as error:
             raise EdgemixError(f"member {self.name!r} failed on {self.provider.name}: {plain(error)}") from error
         cache.advance(call.binding, new)
+        heard(ids.size)
         return call.logits
 
     def _feed(self, cache: KVCache, call: _Call, ids: NDArray[np.int64], mask: NDArray[np.int64] | None) -> Any:

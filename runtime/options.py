@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from edgemix.errors import InputError
+from edgemix.progress import SILENT
 from edgemix.runtime.constraints import Constraint
 from edgemix.runtime.mixing import Combine, check_combine
 from edgemix.runtime.sampling import Sampling
 
 if TYPE_CHECKING:
     from typing import Self, SupportsIndex, Unpack
+
+    from edgemix.progress import Progress
 
 WeightChoice = Mapping[str, float] | str | None
 """The weights of one call: member name -> number (normalised; a missing name weighs nothing), the name of one of the
@@ -52,6 +55,7 @@ class GenerateOptions(TypedDict, total=False):
         attribution: False. True: chunks and completions tell who spoke, each member's share in every token
             (`responsibilities`) and its log-probability (`member_logprobs`); so every member that weighs something
             reads every token.
+        progress: None. Hears of a prompt's tokens as members read them, which takes seconds where it is long.
     """
 
     max_new_tokens: int
@@ -69,6 +73,7 @@ class GenerateOptions(TypedDict, total=False):
     regex: str | None
     choices: Sequence[str] | None
     attribution: bool
+    progress: Progress | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +89,7 @@ class Settings:
     speculation: Speculation
     constraint: Constraint
     attribution: bool
+    progress: Progress
 
     @classmethod
     def of(cls, **options: Unpack[GenerateOptions]) -> Self:
@@ -127,6 +133,7 @@ class Settings:
             speculation,
             Constraint(options.get("json_schema"), options.get("regex"), options.get("choices")),
             attribution,
+            options.get("progress") or SILENT,
         )
 
     def seeds(self, prompts: int) -> list[int | None]:

@@ -171,6 +171,8 @@ class Server:
             EdgemixError: Too many texts are waiting, or the server is closed.
         """
         begun, settings, mixture = time.perf_counter(), Settings.of(**options), self._mixture
+        if options.get("progress") is not None:
+            raise InputError("a server reads many prompts at once and tells no one's progress", "Leave progress out.")
         ids = mixture.tokenizer.encode(prompt)
         mixture.check_length(ids, "the prompt")
         (seed,) = settings.seeds(1)

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from edgemix.runtime import Completion
 
 
+_LONG = 8_000
+"""Characters of a prompt that takes a while to read, so that progress is shown."""
+
+
 @command(
     "generate",
     example='edgemix generate mixture "The prime numbers are" -n 64\n'
@@ -74,6 +78,8 @@ def generate(
     text = read_prompt(prompt, file)
     if json_schema is not None:
         options["json_schema"] = read_text(json_schema)
+    if len(text) > _LONG:
+        options["progress"] = console.progress
 
     from edgemix.runtime import Mixture
 

@@ -113,7 +113,7 @@ class _Row:
         """The mixture's log-probabilities [vocabulary] from each voice's [voices, vocabulary]."""
         heavy = np.flatnonzero(self.weights)
         mixed = combine_log_probabilities(parts[heavy], self.weights[heavy], self.request.blend.combine)
-        check_numbers(mixed.max())
+        check_numbers(mixed[0])
         return mixed
 
     def penalised(self, logits: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:

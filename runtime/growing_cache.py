@@ -32,7 +32,7 @@ class GrowingCache(KVCache):
         return max(counts) == min(counts)
 
     def mask(self, new: int) -> NDArray[np.int64]:
-        places = int(self.lengths.max())
+        places = self.longest
         past = np.arange(places) >= places - self.lengths[:, None]
         return np.pad(past, ((0, 0), (0, new)), constant_values=True).astype(np.int64)
 
@@ -53,7 +53,7 @@ class GrowingCache(KVCache):
         shorter = np.minimum(self.lengths, lengths)
         dropped = self.lengths - shorter
         if dropped.any():
-            end = int(self.lengths.max())
+            end = self.longest
             host = self._host()
             self._stack([[h[b : b + 1, :, : end - dropped[b]] for h in host] for b in range(self.batch)], shorter)
 
@@ -92,7 +92,7 @@ class GrowingCache(KVCache):
 
     @property
     def bytes(self) -> int:
-        each = self.batch * int(self.lengths.max(initial=0)) * self.layout.dtype.itemsize
+        each = self.batch * self.longest * self.layout.dtype.itemsize
         return each * sum(slot.heads * slot.head_size for slot in self.layout.slots)
 
     def free(self) -> None:

@@ -198,7 +198,7 @@ class Member:
             logits = [self.extend(part, [row]) for part, row in zip(parts, rows, strict=True)]
             cache.join(parts)
             return np.concatenate(logits)
-        together = rows[0][None] if len(rows) == 1 else np.stack(rows)
+        together = _stacked(rows)
         step = max(1, self.chunk // cache.batch)
         for start in range(0, together.shape[1], step):
             last = self._run(cache, together[:, start : start + step], keep=1)[:, -1]
@@ -217,8 +217,7 @@ class Member:
         """
         rows = self._rows(tokens, cache)
         if cache.reads_together(counts := [len(row) for row in rows]):
-            together = rows[0][None] if len(rows) == 1 else np.stack(rows)
-            return list(self._run(cache, together).astype(np.float32, copy=False))
+            return list(self._run(cache, _stacked(rows)).astype(np.float32, copy=False))
         parts = cache.split(counts)
         logits = [self.extend_all(part, [row])[0] for part, row in zip(parts, rows, strict=True)]
         cache.join(parts)
@@ -386,3 +385,8 @@ class Member:
             said_type = self.facts.cache_dtype or self.facts.dtype
             if tensor.type != f"tensor({said_type.removesuffix('32')})":
                 yield f"{tensor.name} is {tensor.type}, the manifest says {said_type}"
+
+
+def _stacked(rows: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Rows of equal length as one array [rows, tokens]; of one row, a view."""
+    return rows[0][None] if len(rows) == 1 else np.stack(rows)

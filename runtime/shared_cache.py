@@ -85,7 +85,7 @@ class SharedCache(KVCache):
 
     def append(self, row: Self) -> None:
         batch, length = self.batch, int(row.lengths[0])
-        most = max(length, int(self.lengths.max(initial=0)))
+        most = max(length, self.longest)
         if batch == self._rows or most > self.capacity:
             capacity = self.capacity if most <= self.capacity else self._capacity_for(most)
             self._move(list(range(batch)), capacity, max(1, 2 * batch) if batch == self._rows else self._rows)
@@ -149,7 +149,7 @@ class SharedCache(KVCache):
 
     def _move(self, rows: list[int], capacity: int, room: int) -> None:
         """Copy `rows` into new buffers of `capacity` for `room` rows, through the host: it happens seldom."""
-        used = int(self.lengths.max(initial=0))
+        used = self.longest
         held = self._hosts() if used else []
         fresh = []
         for index, slot in enumerate(self.layout.slots):

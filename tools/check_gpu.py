@@ -97,10 +97,13 @@ def main() -> int:
             data=Data(validation={"code": TextSource("validation.txt")}),
             folder=folder,
         )
-        for provider in (arguments.provider, "cuda-graphs") if arguments.provider == "cuda" else (arguments.provider,):
+        bundle = folder / f"bundle-{form}"
+        providers = (arguments.provider, "cuda-graphs") if arguments.provider == "cuda" else (arguments.provider,)
+        for number, provider in enumerate(providers):
             try:
-                export_bundle(recipe, folder / f"bundle-{form}", force=True)
-                figures = check(folder / f"bundle-{form}", text, provider)
+                if not number:
+                    export_bundle(recipe, bundle, force=True)
+                figures = check(bundle, text, provider)
             except EdgemixError as error:
                 figures = {"passed": False, "error": str(error)}
             passed &= bool(figures["passed"])

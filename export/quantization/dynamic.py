@@ -188,26 +188,27 @@ class _Rows:
     ) -> list[ir.Node]:
         """The nodes of a product with codes, and beside it that of the channels `apart` in floating point."""
         if not apart:
-            return self._product(value, value, codes, scales)
+            return self._product(value, codes, scales)
         indices = add_initializer(self._graph, f"{value.name}.apart", np.array(apart, np.int64))
         rest = np.ones(matrix.shape[1], np.float32)
         rest[list(apart)] = 0
         taken = ir.node("Gather", [value, indices], {"axis": -1})
         others = ir.node("Mul", [value, add_initializer(self._graph, f"{value.name}.rest", rest)])
+        others.outputs[0].shape = value.shape
         # In fp32: what these few inputs are multiplied with must not be rounded.
         kept = add_initializer(self._graph, f"{codes.name}.apart", matrix[:, apart].T)
-        nodes = [taken, others, *self._product(others.outputs[0], value, codes, scales)]
+        nodes = [taken, others, *self._product(others.outputs[0], codes, scales)]
         beside = ir.node("MatMul", [taken.outputs[0], kept])
         return [*nodes, beside, ir.node("Add", [nodes[-1].outputs[0], beside.outputs[0]])]
 
-    def _product(self, value: ir.Value, like: ir.Value, codes: ir.Value, scales: ir.Value) -> list[ir.Node]:
-        """The nodes that round an activation, of the shape of another one, and multiply it."""
+    def _product(self, value: ir.Value, codes: ir.Value, scales: ir.Value) -> list[ir.Node]:
+        """The nodes that round an activation and multiply it."""
         one, middle = self._constants["one"], self._constants["middle"]
         size = ir.node("Abs", [value])
         largest = ir.node("ReduceMax", [size.outputs[0], self._constants["last"]], {"keepdims": 1})
         # A token of zeros has no step, but whatever it is rounded to is multiplied by that, zero.
         step = ir.node("Div", [largest.outputs[0], self._constants["top"]])
-        nodes, middles = self._middles_of(like, step.outputs[0])
+        nodes, middles = self._middles_of(value, step.outputs[0])
         whole = {"axis": -1, "block_size": int(codes.const_value.shape[0])}
         rounded = ir.node("QuantizeLinear", [value, step.outputs[0], middles], whole)
         product = ir.node("MatMulIntegerToFloat", [rounded.outputs[0], codes, one, scales, middle], domain=CONTRIB)

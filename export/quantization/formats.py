@@ -50,8 +50,8 @@ FORMATS: Mapping[Format, Emitter | None] = {
     "int4": block_emitter(partial(INT4_ALGORITHMS["rtn"], block=_BLOCK)),
     "nf4": nf4_emitter,
 }
-"""What takes the place of the linears between embedding and head; None where they stay in floating point
-or, for int8-dynamic, are looked at together."""
+"""What takes the place of the linears between embedding and head; None where they stay in floating point or, for
+int8-dynamic, are looked at together."""
 
 
 def quantize(

@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgemix.bundle import Manifest as Manifest
+    from edgemix.bundle.manifest import Manifest as Manifest
     from edgemix.errors import EdgemixError as EdgemixError
-    from edgemix.recipe import Recipe as Recipe
+    from edgemix.recipe.schema import Recipe as Recipe
     from edgemix.runtime import Chunk as Chunk
     from edgemix.runtime import Completion as Completion
     from edgemix.runtime import GenerateOptions as GenerateOptions
@@ -27,10 +27,10 @@ _HOMES = {
     "Chunk": "edgemix.runtime",
     "Completion": "edgemix.runtime",
     "EdgemixError": "edgemix.errors",
-    "Manifest": "edgemix.bundle",
+    "Manifest": "edgemix.bundle.manifest",
     "GenerateOptions": "edgemix.runtime",
     "Mixture": "edgemix.runtime",
-    "Recipe": "edgemix.recipe",
+    "Recipe": "edgemix.recipe.schema",
     "Score": "edgemix.runtime",
     "Server": "edgemix.runtime",
     "Session": "edgemix.runtime",

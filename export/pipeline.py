@@ -13,31 +13,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 import edgemix
-from edgemix.errors import RecipeError, storage_errors
-from edgemix.export import shared_tokenizer
-from edgemix.export.budget.planner import Planner, decided, undecided
-from edgemix.export.budget.trials import Trials
-from edgemix.export.budget.verdict import verdict
-from edgemix.export.distillation.distil import default_device, make_student
-from edgemix.export.distillation.teacher import teacher_in_export
-from edgemix.export.draft_head import make_draft
-from edgemix.export.graph import MODEL_FILE
-from edgemix.export.member_blocks import MemberBlocks
-from edgemix.export.member_graphs import GATE_TOKENS, GraphRecord, MemberGraphs
-from edgemix.export.member_models import MemberModels
-from edgemix.export.member_stacks import MemberStacks, groups
-from edgemix.export.members import load_tokenizer, locate, versions
-from edgemix.export.mixture_parity import MIXTURE_TOKENS, compare_mixtures, keep_distributions
-from edgemix.export.mixture_weights import fit_weights, given_weights
-from edgemix.export.ngrams import write_ngrams
-from edgemix.export.parity import check_quantized, enforce, own_texts, within
-from edgemix.export.pruning.packing import pack_weights
-from edgemix.export.quantization import quantize
-from edgemix.export.quantization.key_value import cache_scales
-from edgemix.export.shared_tokenizer import tokenizer_size
-from edgemix.export.text import windows
-from edgemix.graph_io import GraphFacts
-from edgemix.manifest import (
+from edgemix.bundle.graph_io import GraphFacts
+from edgemix.bundle.manifest import (
     SCHEMA,
     STUDENT,
     BudgetFigures,
@@ -48,11 +25,36 @@ from edgemix.manifest import (
     SparseWeights,
     Weights,
 )
+from edgemix.bundle.stages import stage_key
+from edgemix.bundle.writer import BundleWriter
+from edgemix.errors import RecipeError, storage_errors
+from edgemix.export.budget.candidates import Trials
+from edgemix.export.budget.check import verdict
+from edgemix.export.budget.planner import Planner, decided, undecided
+from edgemix.export.data.text import windows
+from edgemix.export.distillation.distill import default_device, make_student
+from edgemix.export.distillation.teacher import teacher_in_export
+from edgemix.export.drafting.draft_head import make_draft
+from edgemix.export.drafting.ngrams import write_ngrams
+from edgemix.export.graphs.decoder import MODEL_FILE
+from edgemix.export.models import tokenizers
+from edgemix.export.models.loading import load_tokenizer, locate, versions
+from edgemix.export.models.tokenizers import tokenizer_size
+from edgemix.export.parity.gate import check_quantized, enforce, own_texts, within
+from edgemix.export.parity.mixture import MIXTURE_TOKENS, compare_mixtures, keep_distributions
+from edgemix.export.pruning.packing import pack_weights
+from edgemix.export.quantization import quantize
+from edgemix.export.quantization.graph.key_value import cache_scales
+from edgemix.export.stages.blocks import MemberBlocks
+from edgemix.export.stages.graphs import GATE_TOKENS, GraphRecord, MemberGraphs
+from edgemix.export.stages.models import MemberModels
+from edgemix.export.stages.shared_base import MemberStacks, groups
+from edgemix.export.stages.weights import fit_weights, given_weights
 from edgemix.progress import SILENT, Prefixed, Progress
-from edgemix.recipe import MemberRecipe, check
+from edgemix.recipe.load import check
+from edgemix.recipe.schema import MemberRecipe
+from edgemix.recipe.text_sources import read_documents
 from edgemix.runtime import Mixture
-from edgemix.staging import BundleWriter, stage_key
-from edgemix.text_files import read_documents
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -60,9 +62,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from edgemix.compression import Student
     from edgemix.export.budget.plan import Budget
-    from edgemix.recipe import Recipe
+    from edgemix.recipe.compression import Student
+    from edgemix.recipe.schema import Recipe
 
 
 class _MemberRecord(msgspec.Struct, frozen=True):
@@ -141,7 +143,7 @@ class _Export:
             seed=recipe.seed,
             members=tuple(self._entry(specs[name], record) for name, record in records.items()),
             weights=given_weights(recipe),
-            tokenizer=shared_tokenizer.describe(tokenizer, eos),
+            tokenizer=tokenizers.describe(tokenizer, eos),
             files={},
             versions=versions(),
         )
@@ -180,9 +182,9 @@ class _Export:
             for spec in members:
                 found[spec.name] = read(locate(spec.model, self._recipe.folder))
                 task.advance(note=spec.name)
-            shared_tokenizer.check_shared(found)
+            tokenizers.check_shared(found)
         tokenizer = found[members[0].name]
-        shared_tokenizer.save(tokenizer, self._writer.folder)
+        tokenizers.save(tokenizer, self._writer.folder)
         return tokenizer
 
     def _gate_text(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]] | None:

@@ -10,34 +10,35 @@ from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 import msgspec
 import numpy as np
 
-from edgemix.bundle import ngram_table, read_manifest, verify_bundle
+from edgemix.bundle.reader import ngram_table, read_manifest
+from edgemix.bundle.verify import verify_bundle
 from edgemix.errors import InputError
 from edgemix.progress import SILENT
-from edgemix.runtime import prefix_file
 from edgemix.runtime.cancellation import in_thread, iterate
-from edgemix.runtime.engine import State
-from edgemix.runtime.generation import chunks, completed, decode
-from edgemix.runtime.opened import OpenedBundle
-from edgemix.runtime.opening import open_graphs
+from edgemix.runtime.decoding.generate import chunks, completed, decode
+from edgemix.runtime.decoding.plain import State
+from edgemix.runtime.evaluation.scoring import score_tokens
+from edgemix.runtime.graphs.loading import open_graphs
+from edgemix.runtime.graphs.providers import choose
+from edgemix.runtime.loaded_bundle import OpenedBundle
+from edgemix.runtime.machine.plan import find_plan
 from edgemix.runtime.options import GenerateOptions, Settings, WeightChoice
-from edgemix.runtime.plan import find_plan
-from edgemix.runtime.prefixes import PrefixCache
-from edgemix.runtime.providers import choose
 from edgemix.runtime.results import Chunk, Completion, Score
-from edgemix.runtime.scoring import score_tokens
-from edgemix.runtime.server import Server
+from edgemix.runtime.sequences import prefix_file
+from edgemix.runtime.sequences.prefix_cache import PrefixCache
+from edgemix.runtime.serving.scheduler import Server
 from edgemix.runtime.session import Session
-from edgemix.runtime.tokenizer import Tokenizer
+from edgemix.runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from edgemix.bundle import Manifest
+    from edgemix.bundle.manifest import Manifest
     from edgemix.progress import Progress
-    from edgemix.runtime.mixing import Combine
-    from edgemix.runtime.plan import Plan
+    from edgemix.runtime.machine.plan import Plan
+    from edgemix.runtime.mixing.arithmetic import Combine
 
 PREFIX_BYTES = 64 << 20
 """Memory for texts that were read, by default: of SmolLM2-135M 1,400 tokens of one member."""

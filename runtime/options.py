@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from edgemix.errors import InputError
 from edgemix.progress import SILENT
-from edgemix.runtime.constraints import Constraint
-from edgemix.runtime.mixing import Combine, check_combine
-from edgemix.runtime.sampling import Sampling
+from edgemix.runtime.decoding.sampling import Sampling
+from edgemix.runtime.mixing.arithmetic import Combine, check_combine
+from edgemix.runtime.text.grammar import Constraint
 
 if TYPE_CHECKING:
     from typing import Self, SupportsIndex, Unpack

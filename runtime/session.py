@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from edgemix.errors import InputError
-from edgemix.runtime import prefix_file
 from edgemix.runtime.cancellation import in_thread, iterate
-from edgemix.runtime.generation import chunks, completed, decode
+from edgemix.runtime.decoding.generate import chunks, completed, decode
 from edgemix.runtime.options import GenerateOptions, Settings
-from edgemix.runtime.prefixes import PrefixCache
+from edgemix.runtime.sequences import prefix_file
+from edgemix.runtime.sequences.prefix_cache import PrefixCache
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator, Sequence

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from cut_students import cut_student
-from onnx_members import EOS, saying, write_bundle
+from helpers.cut_students import cut_student
+from helpers.onnx_members import EOS, saying, write_bundle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,13 +8,14 @@ import os
 import numpy as np
 import pytest
 
-from edgemix.bundle import read_manifest, verify_bundle
+from edgemix.bundle.reader import read_manifest
+from edgemix.bundle.verify import verify_bundle
 from edgemix.errors import InputError
-from edgemix.export import demo as demo_module
-from edgemix.export.demo import DemoReport, run_demo
-from edgemix.export.demo_text import make_texts
+from edgemix.export.demo import run as demo_module
+from edgemix.export.demo.run import DemoReport, run_demo
+from edgemix.export.demo.text import make_texts
 from edgemix.export.pipeline import export_bundle
-from edgemix.recipe import load_recipe
+from edgemix.recipe.load import load_recipe
 from edgemix.runtime import Mixture
 
 DOMAINS = ("code", "prose")

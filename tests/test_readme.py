@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from onnx_members import random_member, write_bundle
+from helpers.onnx_members import random_member, write_bundle
 
 README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)

@@ -46,8 +46,8 @@ def alternate(mixture: Mixture, texts: Mapping[str, Sequence[str]], passage: int
 
 def ways(mixture: Mixture) -> dict[str, Way]:
     """What is compared, by name."""
-    from edgemix.runtime.adaptive import Experts, adaptive_targets
-    from edgemix.runtime.mixing import linear_targets
+    from edgemix.runtime.mixing.adaptive import Experts, adaptive_targets
+    from edgemix.runtime.mixing.arithmetic import linear_targets
 
     fitted = mixture.manifest.weights
     members = mixture.members
@@ -105,7 +105,7 @@ def main() -> None:
     console = Console()
     try:
         from edgemix.runtime import Mixture
-        from edgemix.runtime.evaluation import scored_documents
+        from edgemix.runtime.evaluation.evaluate import scored_documents
 
         template = with_line_ends(arguments.template)
         files = read_files(tuple(arguments.texts), template)

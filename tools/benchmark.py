@@ -36,18 +36,18 @@ import numpy as np
 from load_times import loading
 from peers import PEERS, bare_loop
 
-from edgemix.bundle import resolve
+from edgemix.bundle.paths import resolve
 from edgemix.cli.command import quiet_libraries
 from edgemix.cli.console import Console
 from edgemix.cli.options import WeightsType
 from edgemix.errors import EdgemixError, InputError
-from edgemix.text_files import decode
+from edgemix.recipe.text_sources import decode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from edgemix.runtime import Mixture
-    from edgemix.runtime.blend import Blend
+    from edgemix.runtime.mixing.ensemble import Blend
 
 NAIVE, ALONE, ALL, STACKED = "naive loop", "one member", "all together", "one graph"
 TECHNIQUES: dict[str, dict[str, bool]] = {
@@ -85,10 +85,10 @@ def sides(
     bundle: Path, mixture: Mixture, blend: Blend, peers: Mapping[str, str], *, stacked: Blend | None, threads: int
 ) -> dict[str, Side]:
     """All that is compared, by name."""
-    from edgemix.runtime.blend import Blend
-    from edgemix.runtime.engine import Decoding
-    from edgemix.runtime.sampling import Sampling
-    from edgemix.runtime.speculative import SpeculativeDecoding
+    from edgemix.runtime.decoding.plain import Decoding
+    from edgemix.runtime.decoding.sampling import Sampling
+    from edgemix.runtime.decoding.speculative import SpeculativeDecoding
+    from edgemix.runtime.mixing.ensemble import Blend
 
     common: dict[str, Any] = {"context": mixture.context, "eos": ()}
     drafters = {"student": mixture.drafting, "ngrams": mixture.ngrams}
@@ -159,10 +159,10 @@ def throughput(mixture: Mixture, blend: Blend, prompts: list[list[int]], *, size
     """Tokens a second of all texts together, prompts and all: one text alone by the plain loop, a batch, and three
     times as many texts that join and leave a batch of that size, a quarter to seven quarters as long. Medians of turns.
     """
-    from edgemix.runtime.batching import ContinuousBatch, Request
-    from edgemix.runtime.blend import Blend
-    from edgemix.runtime.engine import Decoding
-    from edgemix.runtime.sampling import Sampling
+    from edgemix.runtime.decoding.batch import ContinuousBatch, Request
+    from edgemix.runtime.decoding.plain import Decoding
+    from edgemix.runtime.decoding.sampling import Sampling
+    from edgemix.runtime.mixing.ensemble import Blend
 
     some = [prompts[i % len(prompts)] for i in range(3 * size)]
 

@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 
 from edgemix.errors import EdgemixError
-from edgemix.export.demo_text import make_texts
+from edgemix.export.demo.text import make_texts
+from edgemix.export.demo.tiny import train_member, train_tokenizer
 from edgemix.export.pipeline import export_bundle
-from edgemix.export.tiny import train_member, train_tokenizer
-from edgemix.recipe import Data, MemberRecipe, Recipe
+from edgemix.recipe.schema import Data, MemberRecipe, Recipe
+from edgemix.recipe.text_sources import TextSource
 from edgemix.runtime import Mixture
-from edgemix.text_files import TextSource
 
 FORMATS = ("fp16", "int8", "int4", "nf4")
 MEMBERS = ("code", "prose")

@@ -31,23 +31,23 @@ from typing import TYPE_CHECKING, Any, get_args
 import msgspec
 import numpy as np
 
-from edgemix.bundle import read_manifest
+from edgemix.bundle.manifest import MANIFEST
+from edgemix.bundle.reader import read_manifest
 from edgemix.cli.command import quiet_libraries
 from edgemix.cli.console import Console, megabytes
 from edgemix.cli.texts import read_files, with_line_ends
-from edgemix.compression import Algorithm, Quantization
 from edgemix.errors import EdgemixError, InputError
 from edgemix.formats import FORMATS
-from edgemix.manifest import MANIFEST
 from edgemix.progress import Prefixed
-from edgemix.recipe import Data, MemberRecipe, Recipe
-from edgemix.text_files import TextSource
+from edgemix.recipe.compression import Algorithm, Quantization
+from edgemix.recipe.schema import Data, MemberRecipe, Recipe
+from edgemix.recipe.text_sources import TextSource
 
 if TYPE_CHECKING:
-    from edgemix.manifest import Manifest
+    from edgemix.bundle.manifest import Manifest
     from edgemix.progress import Progress
     from edgemix.runtime import Mixture
-    from edgemix.runtime.member import Member
+    from edgemix.runtime.graphs.decoder import Member
 
 NAME = "model"
 """What the bundles call their only member."""
@@ -117,7 +117,7 @@ def perplexity(mixture: Mixture, text: str, most: int, progress: Progress) -> fl
     Raises:
         InputError: It is less than one window.
     """
-    from edgemix.runtime.scoring import score_tokens
+    from edgemix.runtime.evaluation.scoring import score_tokens
 
     tokenizer = mixture.tokenizer
     start = [] if tokenizer.entry.bos is None else [tokenizer.entry.bos]

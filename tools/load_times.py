@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from edgemix.bundle import read_manifest
+from edgemix.bundle.reader import read_manifest
 
 _LOAD = """
 import json, sys, time

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgemix import graph_io
+from edgemix.bundle import graph_io
 from edgemix.errors import InputError
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ def bare_loop(graph: Path, vocabulary: int, threads: int) -> Run:
 def _transformers(where: str, threads: int) -> Run:
     import torch
 
-    from edgemix.export.members import MemberLoader
-    from edgemix.recipe import MemberRecipe
+    from edgemix.export.models.loading import MemberLoader
+    from edgemix.recipe.schema import MemberRecipe
 
     torch.set_num_threads(threads)
     model = MemberLoader(Path()).load(MemberRecipe("peer", where)).model.eval()

@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from edgemix.bundle.manifest import MANIFEST
 from edgemix.cli.console import Console
 from edgemix.cli.texts import read_files, with_line_ends
-from edgemix.compression import Student
 from edgemix.errors import EdgemixError
-from edgemix.manifest import MANIFEST
-from edgemix.recipe import MemberRecipe, Recipe, load_recipe
+from edgemix.recipe.compression import Student
+from edgemix.recipe.load import load_recipe
+from edgemix.recipe.schema import MemberRecipe, Recipe
 
 if TYPE_CHECKING:
-    from edgemix.evaluation import Evaluation, Row
+    from edgemix.results.evaluation import Evaluation, Row
 
 
 def recipes(recipe: Recipe, base: str, minutes: float | None) -> dict[str, Recipe]:
@@ -56,7 +57,7 @@ def build(recipe: Recipe, bundle: Path, console: Console) -> None:
 def measure(folder: Path, texts: dict[str, list[str]], most: int | None, console: Console) -> dict[str, Evaluation]:
     """The mixture with its own student, then with the base's, on the same texts."""
     from edgemix.runtime import Mixture
-    from edgemix.runtime.evaluation import evaluate
+    from edgemix.runtime.evaluation.evaluate import evaluate
 
     found = {}
     with Mixture.load(folder / "mixture", provider="cpu", plan=False) as mixture:

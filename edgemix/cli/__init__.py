@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 COMMANDS = {
-    "export": "export:export",
-    "generate": "generate:generate",
-    "chat": "chat:chat",
-    "evaluate": "evaluate:evaluate",
-    "lm-eval": "harness:lm_eval",
-    "fit-weights": "evaluate:fit_weights",
-    "profile": "profile:profile",
-    "inspect": "bundle:inspect",
-    "verify": "bundle:verify",
-    "doctor": "doctor:doctor",
-    "init": "init:init",
-    "finetune": "finetune:finetune",
-    "distill": "distill:distill",
-    "prune": "prune:prune",
-    "report": "report:report",
-    "demo": "demo:demo",
+    "export": "commands.export:export",
+    "generate": "commands.generate:generate",
+    "chat": "commands.chat:chat",
+    "evaluate": "commands.evaluate:evaluate",
+    "lm-eval": "lm_eval.command:lm_eval",
+    "fit-weights": "commands.evaluate:fit_weights",
+    "profile": "commands.profile:profile",
+    "inspect": "commands.bundle:inspect",
+    "verify": "commands.bundle:verify",
+    "doctor": "commands.doctor:doctor",
+    "init": "commands.init:init",
+    "finetune": "commands.finetune:finetune",
+    "distill": "commands.distill:distill",
+    "prune": "commands.prune:prune",
+    "report": "commands.report:report",
+    "demo": "commands.demo:demo",
 }
 """Every command and where it lives (module:name); a module is imported when its command is asked for."""
 

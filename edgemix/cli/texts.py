@@ -31,7 +31,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         return _not_empty(_checked_argument(prompt), "the prompt")
     if prompt is None and sys.stdin.isatty():
         raise click.UsageError("No prompt: give it as an argument, with --file, or on stdin.")
-    from edgemix.text_files import decode
+    from edgemix.recipe.text_sources import decode
 
     return _not_empty(_without_line_end(decode(sys.stdin.buffer.read(), "stdin")), "stdin")
 
@@ -43,7 +43,7 @@ def read_files(files: tuple[Path, ...], template: str | None) -> dict[str, list[
         click.UsageError: There is a template, and no .jsonl file that it could be for.
         InputError: A file is missing, empty, not UTF-8 or has a line that does not fit.
     """
-    from edgemix.text_files import TextSource, read_documents
+    from edgemix.recipe.text_sources import TextSource, read_documents
 
     if template is not None and not any(file.suffix == ".jsonl" for file in files):
         raise click.UsageError("--template is for .jsonl files, and there is none.")
@@ -64,7 +64,7 @@ def read_text(file: Path) -> str:
     Raises:
         InputError: It is missing, empty or not UTF-8, or holds several texts.
     """
-    from edgemix.text_files import TextSource, read_documents
+    from edgemix.recipe.text_sources import TextSource, read_documents
 
     documents = read_documents(TextSource(str(file)), Path())
     if len(documents) != 1:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from edgemix.errors import EdgemixError
 
 if TYPE_CHECKING:
-    from edgemix.report.page import build_report as build_report
+    from edgemix.report.build import build_report as build_report
 
 __all__ = ["build_report"]
 
@@ -15,7 +15,7 @@ __all__ = ["build_report"]
 def __getattr__(name: str) -> object:
     if name == "build_report":
         try:
-            from edgemix.report.page import build_report
+            from edgemix.report.build import build_report
         except ImportError as error:
             raise EdgemixError(
                 f"a report needs {error.name}, which is not installed", "pip install 'edgemix[report]'"

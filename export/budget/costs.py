@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgemix.export.budget.plan import Cost, Group, MemberCosts
-from edgemix.export.quantization.weights import SMALLEST
+from edgemix.export.graphs.weights import SMALLEST
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

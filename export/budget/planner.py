@@ -10,30 +10,31 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from edgemix.bundle.manifest import NGRAMS, SCHEMA, TOKENIZER, GraphParity, Manifest, MemberEntry, Source
+from edgemix.bundle.stages import stage_key
 from edgemix.errors import InputError
-from edgemix.export import shared_tokenizer
+from edgemix.export.budget.candidates import CHOICES, Measured, Trials
 from edgemix.export.budget.costs import member_costs
 from edgemix.export.budget.plan import Budget, Cost, Plan, plan
 from edgemix.export.budget.speed import StoredGraph, Times, decoding_times
 from edgemix.export.budget.student_size import draft_bytes, student_bytes
-from edgemix.export.budget.trials import CHOICES, Measured, Trials
 from edgemix.export.distillation.student import Shape, expected_shape, start_member
-from edgemix.export.members import versions
-from edgemix.export.mixture_weights import fit_weights, given_weights
+from edgemix.export.models import tokenizers
+from edgemix.export.models.loading import versions
+from edgemix.export.stages.weights import fit_weights, given_weights
 from edgemix.formats import Format
-from edgemix.manifest import NGRAMS, SCHEMA, TOKENIZER, GraphParity, Manifest, MemberEntry, Source
 from edgemix.progress import Prefixed, Progress
+from edgemix.recipe.text_sources import read_documents
 from edgemix.runtime import Mixture
-from edgemix.staging import BundleWriter, stage_key
-from edgemix.text_files import read_documents
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
-    from edgemix.export.member_models import MemberModels
-    from edgemix.recipe import MemberRecipe, Recipe
+    from edgemix.bundle.writer import BundleWriter
+    from edgemix.export.stages.models import MemberModels
+    from edgemix.recipe.schema import MemberRecipe, Recipe
 
 _MANIFEST = 2_200
 """About the bytes of a manifest, and of each member in it."""
@@ -222,7 +223,7 @@ class Planner:
         size = measured[start.name].bytes[own] if start.name in measured else self._size([self._kept[start.name]])
         group = self._models.quantization(start).group
         whole = student_bytes(shape, student.format, member, size, own, group=group)
-        return whole + draft_bytes(shape, student.format, shared_tokenizer.tokenizer_size(self._tokenizer))
+        return whole + draft_bytes(shape, student.format, tokenizers.tokenizer_size(self._tokenizer))
 
     def _weights(self, measured: Mapping[str, Measured]) -> dict[str, float]:
         """The mixture's, as far as they are known: fitted ones are those of graphs in int8."""
@@ -255,10 +256,10 @@ class Planner:
                 for name, graph in graphs.items()
             ),
             weights=given_weights(msgspec.structs.replace(self._recipe, weights="uniform")),
-            tokenizer=shared_tokenizer.describe(self._tokenizer, set()),
+            tokenizer=tokenizers.describe(self._tokenizer, set()),
             files={},
         )
-        shared_tokenizer.save(self._tokenizer, root)
+        tokenizers.save(self._tokenizer, root)
         return Mixture.assemble(root, manifest)
 
     def _graphs(self, measured: Mapping[str, Measured], form: Format) -> dict[str, StoredGraph]:

@@ -8,17 +8,17 @@ import numpy as np
 
 from edgemix.errors import EdgemixError
 from edgemix.progress import SILENT, Progress
-from edgemix.runtime.blend import Blend
-from edgemix.runtime.member import Member
-from edgemix.runtime.providers import choose
-from edgemix.runtime.speed import decoding_rates
+from edgemix.runtime.evaluation.decode_rate import decoding_rates
+from edgemix.runtime.graphs.decoder import Member
+from edgemix.runtime.graphs.providers import choose
+from edgemix.runtime.mixing.ensemble import Blend
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from edgemix.bundle.graph_io import GraphFacts
     from edgemix.formats import Target
-    from edgemix.graph_io import GraphFacts
 
 
 class StoredGraph(NamedTuple):

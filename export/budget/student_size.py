@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgemix.export.budget.costs import block_bytes
-from edgemix.export.draft_head import draft_size
+from edgemix.export.drafting.draft_head import draft_size
 
 if TYPE_CHECKING:
     from edgemix.export.distillation.student import Shape

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from edgemix.export.losses import TopK, divergence_from_top_k, divergence_of_events
-from edgemix.export.token_loss import plain_head
+from edgemix.export.training.losses import TopK, divergence_from_top_k, divergence_of_events
+from edgemix.export.training.token_loss import plain_head
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from edgemix.export.losses import Objective
+    from edgemix.export.training.losses import Objective
 
 _ROWS = 1024
 """Rows whose logits are alive at once: 100 MB in bfloat16 for a vocabulary of 49,152."""

@@ -17,15 +17,15 @@ import torch
 from optimum.exporters.tasks import TasksManager
 from transformers import AutoConfig
 
-from edgemix.compression import Student
 from edgemix.errors import InputError
-from edgemix.export.layout import layout
-from edgemix.export.members import MemberLoader
+from edgemix.export.models.layout import layout
+from edgemix.export.models.loading import MemberLoader
 from edgemix.export.pruning.importance import Importance, importance
 from edgemix.export.pruning.structure import Sizes, Structure
 from edgemix.export.pruning.structured import cut, sizes
 from edgemix.progress import SILENT, Progress
-from edgemix.recipe_checks import local_path
+from edgemix.recipe.compression import Student
+from edgemix.recipe.validation import local_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from edgemix.formats import Format, Target
-    from edgemix.recipe import MemberRecipe, Recipe
+    from edgemix.recipe.schema import MemberRecipe, Recipe
 
 SHARE = 0.3
 """Of a member's decoding time: the default student's, by the cost below. It is to be a third at most on any machine."""

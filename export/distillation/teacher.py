@@ -16,21 +16,21 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from edgemix.bundle.stages import stage_key
+from edgemix.bundle.tokenizer_identity import TokenizerIdentity
 from edgemix.errors import InputError
-from edgemix.export.architecture import context_length
-from edgemix.export.losses import TopK, top_k_of_probabilities
-from edgemix.export.members import MemberLoader, load_tokenizer, locate
-from edgemix.export.mixture_weights import fit
-from edgemix.export.shared_tokenizer import check_shared, tokenizer_json, tokenizer_size
-from edgemix.export.text import windows
-from edgemix.export.token_loss import bfloat16_pays, plain_head
-from edgemix.export.training import fingerprint
+from edgemix.export.data.text import windows
+from edgemix.export.models.architecture import context_length
+from edgemix.export.models.loading import MemberLoader, load_tokenizer, locate
+from edgemix.export.models.tokenizers import check_shared, tokenizer_json, tokenizer_size
+from edgemix.export.stages.weights import fit
+from edgemix.export.training.loop import fingerprint
+from edgemix.export.training.losses import TopK, top_k_of_probabilities
+from edgemix.export.training.token_loss import bfloat16_pays, plain_head
 from edgemix.progress import SILENT, Progress
+from edgemix.recipe.text_sources import read_documents
 from edgemix.runtime import Mixture
-from edgemix.runtime.mixing import normalise
-from edgemix.staging import stage_key
-from edgemix.text_files import read_documents
-from edgemix.tokenizer_identity import TokenizerIdentity
+from edgemix.runtime.mixing.arithmetic import normalise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from edgemix.export.members import LoadedMember
+    from edgemix.export.models.loading import LoadedMember
     from edgemix.formats import Format
-    from edgemix.recipe import Recipe
-    from edgemix.runtime.blend import Blend
+    from edgemix.recipe.schema import Recipe
+    from edgemix.runtime.mixing.ensemble import Blend
 
 _ROWS = 64
 """Tokens that are mixed at once: their distributions stay in a CPU's cache."""

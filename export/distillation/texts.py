@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemix.errors import InputError
-from edgemix.export.text import split, windows
-from edgemix.text_files import read_documents
+from edgemix.export.data.text import split, windows
+from edgemix.recipe.text_sources import read_documents
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-    from edgemix.recipe import Recipe
+    from edgemix.recipe.schema import Recipe
 
 HELD_OUT = 0.03
 """Share of each domain's training text on which the student is watched."""

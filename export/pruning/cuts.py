@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
-from edgemix.bundle import sync_folder
 from edgemix.errors import storage_errors
-from edgemix.export.checkpoint import Checkpoint
-from edgemix.export.output_folder import seal, sealed
+from edgemix.export.training.checkpoints import Checkpoint
+from edgemix.export.training.output_folder import seal, sealed
+from edgemix.files import sync_folder
 
 if TYPE_CHECKING:
     from pathlib import Path

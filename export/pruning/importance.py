@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from edgemix.export.pruning.structure import Structure
-from edgemix.export.token_loss import bfloat16_pays
+from edgemix.export.training.token_loss import bfloat16_pays
 from edgemix.progress import SILENT, Progress
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""A graph's weights without their zeros, on disk: the writer of `edgemix.sparse_storage`'s format."""
+"""A graph's weights without their zeros, on disk: the writer of `edgemix.bundle.sparse_storage`'s format."""
 
 from __future__ import annotations
 
@@ -8,12 +8,21 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
+from edgemix.bundle.external_data import external_tensors
+from edgemix.bundle.manifest import SparseWeights
+from edgemix.bundle.sparse_storage import (
+    MAX_RATIO,
+    PLANES,
+    SUFFIX,
+    WORTH_A_MASK,
+    Segment,
+    ZeroPoints,
+    deflate,
+    write_header,
+)
 from edgemix.errors import EdgemixError, storage_errors
-from edgemix.external_data import external_tensors
-from edgemix.manifest import SparseWeights
 from edgemix.progress import SILENT, Progress
-from edgemix.runtime.sparse_weights import expand
-from edgemix.sparse_storage import MAX_RATIO, PLANES, SUFFIX, WORTH_A_MASK, Segment, ZeroPoints, deflate, write_header
+from edgemix.runtime.graphs.sparse_weights import expand
 
 if TYPE_CHECKING:
     from pathlib import Path

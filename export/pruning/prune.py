@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from edgemix.compression import check_pruning
+from edgemix.bundle.stages import stage_key
 from edgemix.errors import InputError, storage_errors
-from edgemix.export.members import load_member
-from edgemix.export.output_folder import alone, prepare, written
+from edgemix.export.data.text import calibration_windows, split
+from edgemix.export.models.loading import load_member
 from edgemix.export.pruning.cuts import Cuts, Stand
 from edgemix.export.pruning.importance import importance
 from edgemix.export.pruning.recovery import recover
@@ -23,12 +23,12 @@ from edgemix.export.pruning.report import PruningReport, compare, parts_of, tota
 from edgemix.export.pruning.sparsity import sparsify
 from edgemix.export.pruning.structure import Sizes, Structure
 from edgemix.export.pruning.structured import cut, kept_layers, sizes
-from edgemix.export.text import calibration_windows, split
-from edgemix.export.training import Budget, fingerprint
+from edgemix.export.training.loop import Budget, fingerprint
+from edgemix.export.training.output_folder import alone, prepare, written
 from edgemix.progress import SILENT, Progress
-from edgemix.recipe import MemberRecipe
-from edgemix.staging import stage_key
-from edgemix.text_files import read_documents
+from edgemix.recipe.compression import check_pruning
+from edgemix.recipe.schema import MemberRecipe
+from edgemix.recipe.text_sources import read_documents
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from edgemix.compression import Pruning
-    from edgemix.export.members import LoadedMember
-    from edgemix.manifest import PruningFigures
-    from edgemix.recipe import Recipe
+    from edgemix.bundle.manifest import PruningFigures
+    from edgemix.export.models.loading import LoadedMember
+    from edgemix.recipe.compression import Pruning
+    from edgemix.recipe.schema import Recipe
 
 LENGTH = 256
 """Tokens of a window."""

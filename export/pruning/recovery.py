@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from edgemix.export.adapters import fast_attention
 from edgemix.export.pruning.sparsity import zeros_kept
-from edgemix.export.self_divergence import self_divergence
-from edgemix.export.token_loss import bfloat16_pays
-from edgemix.export.training import Budget, train
+from edgemix.export.training.loop import Budget, train
+from edgemix.export.training.lora import fast_attention
+from edgemix.export.training.self_divergence import self_divergence
+from edgemix.export.training.token_loss import bfloat16_pays
 from edgemix.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from edgemix.export.checkpoint import Checkpoint, State
+    from edgemix.export.training.checkpoints import Checkpoint, State
 
 BATCH = 8
 LEARNING_RATE = 2e-4

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from edgemix.bundle.manifest import PruningFigures
+from edgemix.bundle.sparse_storage import WORTH_A_MASK
 from edgemix.errors import InputError
-from edgemix.export.layout import layout
-from edgemix.export.parity import PRUNING_LIMITS
+from edgemix.export.models.layout import layout
+from edgemix.export.parity.gate import PRUNING_LIMITS
 from edgemix.export.pruning.sparsity import linears
-from edgemix.manifest import PruningFigures
-from edgemix.sparse_storage import WORTH_A_MASK
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

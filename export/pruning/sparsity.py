@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from edgemix.export.layout import Part
-from edgemix.export.quantization.calibration import calibrate
+from edgemix.export.models.layout import Part
+from edgemix.export.quantization.statistics.calibration import calibrate
 from edgemix.progress import SILENT, Progress
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from edgemix.errors import InputError
-from edgemix.export.layout import Part, layout
+from edgemix.export.models.layout import Part, layout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

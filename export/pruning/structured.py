@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from edgemix.compression import Pruning
     from edgemix.export.pruning.importance import Importance
+    from edgemix.recipe.compression import Pruning
 
 T = TypeVar("T")
 

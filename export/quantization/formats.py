@@ -9,25 +9,32 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from edgemix.errors import InputError
-from edgemix.export.quantization.dynamic import quantize_dynamic, quantize_head
-from edgemix.export.quantization.emission import CONTRIB, BlockSums, Emitter, block_emitter, emit_blocks, nf4_emitter
-from edgemix.export.quantization.float16 import compute_in_float16, store_halves, store_in_float16
-from edgemix.export.quantization.hqq import hqq
-from edgemix.export.quantization.key_value import quantize_cache
-from edgemix.export.quantization.rtn import rtn
-from edgemix.export.quantization.steady import steady_attention
-from edgemix.export.quantization.tables import has_blocks, quantize_tables
-from edgemix.export.quantization.weights import by_activation, head, linears
+from edgemix.export.graphs.batch_invariant_attention import steady_attention
+from edgemix.export.graphs.weights import by_activation, head, linears
+from edgemix.export.quantization.algorithms.hqq import hqq
+from edgemix.export.quantization.algorithms.rtn import rtn
+from edgemix.export.quantization.graph.dynamic import quantize_dynamic, quantize_head
+from edgemix.export.quantization.graph.embeddings import has_blocks, quantize_tables
+from edgemix.export.quantization.graph.emission import (
+    CONTRIB,
+    BlockSums,
+    Emitter,
+    block_emitter,
+    emit_blocks,
+    nf4_emitter,
+)
+from edgemix.export.quantization.graph.float16 import compute_in_float16, store_halves, store_in_float16
+from edgemix.export.quantization.graph.key_value import quantize_cache
 from edgemix.progress import SILENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
 
-    from edgemix.export.quantization.block_table import BlockTable
-    from edgemix.export.quantization.blocks import Blocks
-    from edgemix.export.quantization.key_value import Scales
-    from edgemix.export.quantization.weights import Linear
+    from edgemix.export.graphs.weights import Linear
+    from edgemix.export.quantization.algorithms.block_table import BlockTable
+    from edgemix.export.quantization.algorithms.blocks import Blocks
+    from edgemix.export.quantization.graph.key_value import Scales
     from edgemix.formats import Format, Target
     from edgemix.progress import Progress
 

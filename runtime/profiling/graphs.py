@@ -10,16 +10,16 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from edgemix import graph_io
+from edgemix.bundle import graph_io
+from edgemix.bundle.external_data import MAX_FIELDS
+from edgemix.bundle.protobuf import MalformedError, fields, varint
 from edgemix.errors import BundleError, storage_errors
-from edgemix.external_data import MAX_FIELDS
-from edgemix.protobuf import MalformedError, fields, varint
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-    from edgemix.protobuf import Data
+    from edgemix.bundle.protobuf import Data
 
     Weight = tuple[int, tuple[int, ...]]
 

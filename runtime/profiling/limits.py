@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 
-from edgemix import protobuf
-from edgemix.runtime.providers import onnxruntime_errors, open_bytes, run_options
+from edgemix.bundle import protobuf
+from edgemix.runtime.graphs.providers import onnxruntime_errors, open_bytes, run_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
 
-    from edgemix.runtime.providers import Provider
+    from edgemix.runtime.graphs.providers import Provider
 
 LEAST_BUFFER, MOST_BUFFER = 64 << 20, 512 << 20
 """Bytes that are read for the bandwidth; between them, twice the processor's last cache."""

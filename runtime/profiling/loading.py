@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from edgemix.bundle import read_manifest, resolve
+from edgemix.bundle.paths import resolve
+from edgemix.bundle.reader import read_manifest
 from edgemix.errors import EdgemixError
-from edgemix.profile import Loading
+from edgemix.results.profile import Loading
 from edgemix.runtime.profiling.timing import quantiles
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from edgemix.bundle import Manifest
-    from edgemix.profile import Quantiles
+    from edgemix.bundle.manifest import Manifest
+    from edgemix.results.profile import Quantiles
 
 TOKENS = 16
 """That are generated after loading, for the peak of memory."""

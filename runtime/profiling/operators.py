@@ -12,16 +12,16 @@ import msgspec
 import numpy as np
 
 from edgemix.errors import EdgemixError, storage_errors
-from edgemix.profile import Breakdown, Layer, Operator
-from edgemix.runtime.member import Member
+from edgemix.results.profile import Breakdown, Layer, Operator
+from edgemix.runtime.graphs.decoder import Member
+from edgemix.runtime.graphs.providers import eager, open_session
 from edgemix.runtime.profiling.graphs import EMBEDDING, HEAD, OTHER, mark_of_name, spread
-from edgemix.runtime.providers import eager, open_session
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from edgemix.manifest import MemberEntry
-    from edgemix.runtime.providers import Provider
+    from edgemix.bundle.manifest import MemberEntry
+    from edgemix.runtime.graphs.providers import Provider
 
 PREFILLS, DECODES = 4, 9
 """Calls of each kind; the first one is a warm-up."""

@@ -11,23 +11,27 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from edgemix import __version__
-from edgemix.bundle import read_manifest, resolve, verify_bundle
+from edgemix.bundle.paths import resolve
+from edgemix.bundle.reader import read_manifest
+from edgemix.bundle.verify import verify_bundle
 from edgemix.errors import EdgemixError
-from edgemix.profile import Machine, Profile
 from edgemix.progress import SILENT
-from edgemix.runtime.blend import Blender
+from edgemix.results.profile import Machine, Profile
+from edgemix.runtime.graphs.providers import choose, default_threads
+from edgemix.runtime.machine.plan import write_plan
+from edgemix.runtime.machine.system import describe
+from edgemix.runtime.mixing.ensemble import Blender
 from edgemix.runtime.mixture import Mixture
 from edgemix.runtime.options import ADAPTIVE
-from edgemix.runtime.plan import write_plan
 from edgemix.runtime.profiling import loading, operators
-from edgemix.runtime.profiling.contenders import contenders
+from edgemix.runtime.profiling.background_load import BOTHERSOME, Neighbours
+from edgemix.runtime.profiling.bench import Bench, Sizes
 from edgemix.runtime.profiling.energy import Meter, counters
 from edgemix.runtime.profiling.graphs import read_graph
 from edgemix.runtime.profiling.limits import bandwidth, measure_limits
-from edgemix.runtime.profiling.neighbours import BOTHERSOME, Neighbours
 from edgemix.runtime.profiling.prompts import PASSAGES, Prompts
 from edgemix.runtime.profiling.roofline import Work, roof
-from edgemix.runtime.profiling.subjects import Bench, Sizes
+from edgemix.runtime.profiling.targets import contenders
 from edgemix.runtime.profiling.timeline import Trace, encoding_seconds, outside, watch
 from edgemix.runtime.profiling.timing import take_turns
 from edgemix.runtime.profiling.variants import (
@@ -39,21 +43,19 @@ from edgemix.runtime.profiling.variants import (
     thread_counts,
     working_providers,
 )
-from edgemix.runtime.providers import choose, default_threads
-from edgemix.runtime.system import describe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from edgemix.manifest import Manifest, MemberEntry
-    from edgemix.profile import Breakdown, Loading, Roof, Subject, Variant
+    from edgemix.bundle.manifest import Manifest, MemberEntry
     from edgemix.progress import Progress
+    from edgemix.results.profile import Breakdown, Loading, Roof, Subject, Variant
+    from edgemix.runtime.graphs.providers import Provider
     from edgemix.runtime.options import WeightChoice
-    from edgemix.runtime.profiling.contenders import Contender
-    from edgemix.runtime.providers import Provider
-    from edgemix.runtime.tokenizer import Tokenizer
+    from edgemix.runtime.profiling.targets import Contender
+    from edgemix.runtime.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemix.runtime.tokenizer import Tokenizer
+    from edgemix.runtime.text.tokenizer import Tokenizer
 
 _TEXT = '''\
 The harbour lies on the north side of the island, where the cliffs give way to a shallow bay. Fishing boats leave

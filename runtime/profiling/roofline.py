@@ -7,13 +7,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from edgemix.profile import Roof
+from edgemix.results.profile import Roof
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from edgemix.profile import Machine
-    from edgemix.runtime.member import Member
+    from edgemix.results.profile import Machine
+    from edgemix.runtime.graphs.decoder import Member
     from edgemix.runtime.profiling.graphs import Graph
 
 _IN_INT8 = frozenset({"int8", "int8-dynamic", "int4"})

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from edgemix.profile import Outside
-from edgemix.runtime.tokenizer import IncrementalDecoder
+from edgemix.results.profile import Outside
+from edgemix.runtime.text.tokenizer import IncrementalDecoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from edgemix.runtime.blend import Blend
-    from edgemix.runtime.profiling.contenders import Contender
-    from edgemix.runtime.tokenizer import Tokenizer
+    from edgemix.runtime.mixing.ensemble import Blend
+    from edgemix.runtime.profiling.targets import Contender
+    from edgemix.runtime.text.tokenizer import Tokenizer
 
 _OURS = "edgemix: "
 # No member can be called so.

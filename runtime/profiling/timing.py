@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgemix.profile import Quantiles
 from edgemix.progress import SILENT
+from edgemix.results.profile import Quantiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -12,26 +12,26 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from edgemix.errors import EdgemixError
-from edgemix.profile import Variant
 from edgemix.progress import SILENT
+from edgemix.results.profile import Variant
+from edgemix.runtime.graphs.providers import PROVIDERS, why_not
+from edgemix.runtime.machine.plan import Plan, key_of
 from edgemix.runtime.mixture import Mixture
 from edgemix.runtime.options import Speculation
-from edgemix.runtime.plan import Plan, key_of
-from edgemix.runtime.profiling.contenders import ways
+from edgemix.runtime.profiling.targets import ways
 from edgemix.runtime.profiling.timing import ROUNDS, Measurement, take_turns
-from edgemix.runtime.providers import PROVIDERS, why_not
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from edgemix.manifest import Manifest
+    from edgemix.bundle.manifest import Manifest
     from edgemix.progress import Progress
     from edgemix.runtime.options import WeightChoice
-    from edgemix.runtime.profiling.contenders import Contender
+    from edgemix.runtime.profiling.bench import Sizes
     from edgemix.runtime.profiling.energy import Meter
     from edgemix.runtime.profiling.prompts import Prompts
-    from edgemix.runtime.profiling.subjects import Sizes
+    from edgemix.runtime.profiling.targets import Contender
 
 NEARLY = 1.02
 """How much slower than the fastest one may be and still count as fast: then no student wins, and fewer threads."""

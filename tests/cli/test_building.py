@@ -12,9 +12,10 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from edgemix.bundle import BudgetFigures, BudgetPoint, MixtureParity, QuantizationParity, read_manifest
+from edgemix.bundle.manifest import BudgetFigures, BudgetPoint, MixtureParity, QuantizationParity
+from edgemix.bundle.reader import read_manifest
 from edgemix.cli import edgemix
-from edgemix.evaluation import Evaluation, Figures, Row
+from edgemix.results.evaluation import Evaluation, Figures, Row
 
 
 def run(*arguments: object):
@@ -154,7 +155,7 @@ class Report:
 
 
 def test_finetune(library, tmp_path):
-    calls = library("edgemix.export.finetune", "finetune", Report())
+    calls = library("edgemix.export.finetuning.finetune", "finetune", Report())
     (tmp_path / "law.txt").write_text("one")
     (tmp_path / "acts.jsonl").write_text('{"text": "two"}\n{"text": "three"}\n')
 
@@ -208,7 +209,7 @@ class TunedMixture:
 
 
 def test_finetune_of_a_recipe(library, recipe, tmp_path):
-    calls = library("edgemix.export.joint_finetuning", "finetune_mixture", TunedMixture())
+    calls = library("edgemix.export.finetuning.joint", "finetune_mixture", TunedMixture())
     (tmp_path / "law.txt").write_text("one")
 
     result = run("finetune", recipe, "-o", "tuned", "--qlora", "--separate", "--steps", "12")
@@ -280,7 +281,7 @@ def test_demo(library, arguments, folder):
         samples=(Sample("code", "def f(", "x): pass"),),
         seconds=59.6,
     )
-    calls = library("edgemix.export.demo", "run_demo", report)
+    calls = library("edgemix.export.demo.run", "run_demo", report)
 
     result = run("demo", *arguments)
 
@@ -316,7 +317,7 @@ def test_distill(library, recipe):
         "members:\n  - name: a\n    model: hub/id\nstudent: {steps: 9, alpha: 0.5}\n"
         f"data:\n  training:\n    law: {recipe.name}\n"
     )
-    calls = library("edgemix.export.distillation.distil", "distil", Distilled())
+    calls = library("edgemix.export.distillation.distill", "distil", Distilled())
 
     result = run("distill", recipe, "-o", "student", "--minutes", "45", "--bundle", "mixture")
 
@@ -336,7 +337,7 @@ def test_distill(library, recipe):
 
 def test_of_several_processes_that_distil_one_tells(library, recipe, monkeypatch):
     """Each printed the report, so that --json was as many documents."""
-    library("edgemix.export.distillation.distil", "distil", Distilled())
+    library("edgemix.export.distillation.distill", "distil", Distilled())
     monkeypatch.setenv("RANK", "0")
     assert json.loads(run("distill", recipe, "-o", "student", "--json").stdout)["steps"] == 1000
     monkeypatch.setenv("RANK", "1")
@@ -344,7 +345,7 @@ def test_of_several_processes_that_distil_one_tells(library, recipe, monkeypatch
 
 
 def test_distill_interrupted(library, recipe):
-    library("edgemix.export.distillation.distil", "distil", KeyboardInterrupt())
+    library("edgemix.export.distillation.distill", "distil", KeyboardInterrupt())
 
     result = run("distill", recipe, "-o", "student")
 

@@ -8,7 +8,9 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from edgemix.bundle import MANIFEST, TOKENIZER, MixtureParity, PruningFigures, read_manifest, write_manifest
+from edgemix.bundle.manifest import MANIFEST, TOKENIZER, MixtureParity, PruningFigures
+from edgemix.bundle.reader import read_manifest
+from edgemix.bundle.writer import write_manifest
 from edgemix.cli import edgemix
 
 

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from edgemix.cli import edgemix
-from edgemix.cli.chat import Conversation
+from edgemix.cli.commands.chat import Conversation
 from edgemix.cli.console import Console
 from edgemix.runtime import Mixture
 
@@ -68,7 +68,7 @@ def test_a_pipe_that_is_no_text(bundle):
 
 
 def test_a_bundle_without_a_chat_template(bundle, tmp_path):
-    from onnx_members import saying, write_bundle
+    from helpers.onnx_members import saying, write_bundle
 
     plain = write_bundle(tmp_path / "plain", {"one": saying("ab")})
     result = CliRunner().invoke(edgemix, ["chat", str(plain)], input="a\n")

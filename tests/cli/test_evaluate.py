@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from edgemix.bundle import read_manifest, verify_bundle
+from edgemix.bundle.reader import read_manifest
+from edgemix.bundle.verify import verify_bundle
 from edgemix.cli import edgemix
 
 
@@ -106,7 +107,7 @@ def test_fit_weights_of_a_read_only_bundle_fails_before_the_work(own_bundle, tex
         raise AssertionError("the weights were fitted for nothing")
 
     monkeypatch.setattr(Path, "touch", refuse)
-    monkeypatch.setattr("edgemix.export.mixture_weights.fit_weights", work)
+    monkeypatch.setattr("edgemix.export.stages.weights.fit_weights", work)
 
     result = run("fit-weights", own_bundle, *texts)
 

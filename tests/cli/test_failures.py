@@ -11,7 +11,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-import edgemix.cli.bundle
+import edgemix.cli.commands.bundle
 from edgemix.cli.command import command
 from edgemix.cli.failures import DEBUG
 from edgemix.errors import BundleError, EdgemixError
@@ -27,7 +27,7 @@ def run_raising(monkeypatch):
         def failing(console, bundle):
             raise error
 
-        monkeypatch.setattr(edgemix.cli.bundle, "inspect", failing)
+        monkeypatch.setattr(edgemix.cli.commands.bundle, "inspect", failing)
         return CliRunner().invoke(edgemix.cli.edgemix, ["inspect", "b", *arguments])
 
     return run
@@ -96,13 +96,13 @@ def test_the_traceback_is_there_when_asked_for(run_raising, monkeypatch):
 def test_ctrl_c_that_python_would_drop_is_delivered_again():
     """Ctrl-C while a library's finaliser ran was printed as a traceback, and the command went on."""
     code = (
-        "import edgemix.cli, edgemix.cli.doctor, time\n"
+        "import edgemix.cli, edgemix.cli.commands.doctor, time\n"
         "class Finalised:\n"
         "    def __del__(self): raise KeyboardInterrupt\n"
         "def work(**options):\n"
         "    Finalised()\n"
         "    for _ in range(1000): time.sleep(0.02)\n"
-        "edgemix.cli.doctor.doctor.callback = work\n"
+        "edgemix.cli.commands.doctor.doctor.callback = work\n"
         "edgemix.cli.main()"
     )
     result = subprocess.run([sys.executable, "-c", code, "doctor"], capture_output=True, text=True, check=False)

@@ -103,7 +103,7 @@ def test_what_only_the_mixture_knows(bundle, arguments, message):
 
 
 def test_cuda_where_there_is_none(bundle, monkeypatch):
-    from edgemix.runtime import providers
+    from edgemix.runtime.graphs import providers
 
     monkeypatch.setattr(providers, "why_not", lambda provider: "no driver")
 

@@ -11,7 +11,7 @@ from functools import partialmethod
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from onnx_members import BOS, EOS, VOCABULARY, mixed, random_member, saying, write_bundle
+from helpers.onnx_members import BOS, EOS, VOCABULARY, mixed, random_member, saying, write_bundle
 
 from edgemix.cli import edgemix
 from edgemix.errors import InputError
@@ -31,9 +31,9 @@ def run(*arguments: object):
 @pytest.fixture
 def harness():
     """The module that registers the model."""
-    from edgemix.cli import harness_model
+    from edgemix.cli.lm_eval import model as module
 
-    return harness_model
+    return module
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ import tempfile
 import msgspec
 import pytest
 from click.testing import CliRunner
-from hurry import hurry
-from profiles import quantiles, sample_profile
+from helpers.hurry import hurry
+from helpers.profiles import quantiles, sample_profile
 
-from edgemix.bundle import read_manifest
+from edgemix.bundle.reader import read_manifest
 from edgemix.cli import edgemix
-from edgemix.profile import encode_profile, read_profile
+from edgemix.results.profile import encode_profile, read_profile
 from edgemix.runtime import Mixture
-from edgemix.runtime.plan import CACHE
+from edgemix.runtime.machine.plan import CACHE
 
 
 def run(*arguments: object):
@@ -80,7 +80,7 @@ def test_a_page_shows_it(measured):
 
 
 def test_a_page_without_what_draws_it_is_refused_at_once(student_bundle, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "edgemix.report.page", None)
+    monkeypatch.setitem(sys.modules, "edgemix.report.build", None)
     result = run(student_bundle, "--report", tmp_path / "report.html")
 
     assert result.exit_code == 1

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
+from edgemix.bundle.manifest import PruningFigures
 from edgemix.cli import edgemix
-from edgemix.compression import Pruning
 from edgemix.export.pruning.report import PartReport, PruningReport, total_of
 from edgemix.export.pruning.structure import Sizes
-from edgemix.manifest import PruningFigures
+from edgemix.recipe.compression import Pruning
 
 
 def run(*arguments: object):

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 from click.testing import CliRunner
-from samples import bare, profile
+from helpers.samples import bare, profile
 
-from edgemix.bundle import read_manifest
+from edgemix.bundle.reader import read_manifest
 from edgemix.cli import edgemix
-from edgemix.profile import encode_profile
+from edgemix.results.profile import encode_profile
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_profile_is_shown_and_spares_measuring_speed(bundle, texts, page, tmp_
     def measure(*_, **__):
         raise AssertionError("speed was measured again")
 
-    monkeypatch.setattr("edgemix.runtime.evaluation.decoding_rates", measure)
+    monkeypatch.setattr("edgemix.runtime.evaluation.evaluate.decoding_rates", measure)
     file = tmp_path / "profile.json"
     file.write_bytes(encode_profile(profile(("math", "code"), read_manifest(bundle).checksum)))
 
@@ -133,7 +133,7 @@ def test_an_interrupted_report_leaves_the_old_one(bundle, texts, page, monkeypat
         raise KeyboardInterrupt
 
     page.write_text("old")
-    monkeypatch.setattr("edgemix.runtime.passages.follow_texts", interrupt)
+    monkeypatch.setattr("edgemix.runtime.evaluation.weight_traces.follow_texts", interrupt)
 
     result = run(bundle, *texts, "--no-speed", "-o", page)
 

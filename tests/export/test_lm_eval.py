@@ -3,11 +3,11 @@
 import json
 
 import pytest
+from helpers.tiny_models import tiny_model
 from test_members import tiny_tokenizer
-from tiny_models import tiny_model
 
 from edgemix.export.pipeline import export_bundle
-from edgemix.recipe import MemberRecipe, Recipe
+from edgemix.recipe.schema import MemberRecipe, Recipe
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed")
 
@@ -23,7 +23,7 @@ def models(tmp_path_factory):
     """The harness's models of a tiny llama, through transformers and as a bundle."""
     from lm_eval.models.huggingface import HFLM
 
-    from edgemix.cli.harness_model import MixtureLM
+    from edgemix.cli.lm_eval.model import MixtureLM
 
     folder = tmp_path_factory.mktemp("model")
     tokenizer = tiny_tokenizer(bos=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 import pytest
-from samples import evaluation, manifest, passages, profile
+from helpers.samples import evaluation, manifest, passages, profile
 
 from edgemix.report import build_report
 

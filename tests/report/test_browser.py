@@ -7,8 +7,8 @@ import shutil
 import subprocess
 
 import pytest
-from reading import Reading
-from samples import FIGURES
+from helpers.reading import Reading
+from helpers.samples import FIGURES
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (

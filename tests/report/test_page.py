@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import msgspec
 import pytest
-from reading import Reading
-from samples import FIGURES, bare, evaluation, manifest, passages, profile
+from helpers.reading import Reading
+from helpers.samples import FIGURES, bare, evaluation, manifest, passages, profile
 
-from edgemix.evaluation import Passage
-from edgemix.profile import Decode, Prefill, Quantiles
 from edgemix.report import build_report
+from edgemix.results.evaluation import Passage
+from edgemix.results.profile import Decode, Prefill, Quantiles
 
 EVIL = "<script>alert(1)</script>"
 

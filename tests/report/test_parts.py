@@ -7,34 +7,34 @@ from dataclasses import replace
 
 import msgspec
 import pytest
-from samples import evaluation, manifest, passages, profile
+from helpers.samples import evaluation, manifest, passages, profile
 
-from edgemix.evaluation import Passage
-from edgemix.report import wording
-from edgemix.report.charts import CHARACTER, decades
-from edgemix.report.headline import answer, tiles
-from edgemix.report.material import Material
-from edgemix.report.palette import MEMBER_TONES, TONES, member_tones
-from edgemix.report.quality_section import _rates, heat_tone
-from edgemix.report.scatter import LINE, Point, front, labels
-from edgemix.report.text_section import LEVELS, level, text_section
+from edgemix.report import formatting
+from edgemix.report.charts.palette import MEMBER_TONES, TONES, member_tones
+from edgemix.report.charts.scatter import LINE, Point, front, labels
+from edgemix.report.charts.shapes import CHARACTER, decades
+from edgemix.report.data import Material
+from edgemix.report.sections.quality import _rates, heat_tone
+from edgemix.report.sections.summary import answer, tiles
+from edgemix.report.sections.text import LEVELS, level, text_section
+from edgemix.results.evaluation import Passage
 
 
 @pytest.mark.parametrize(
     ("said", "shown"),
     [
-        (wording.seconds(1.5), "1.50 s"),
-        (wording.seconds(0.0149), "14.9 ms"),
-        (wording.seconds(0.00002), "20.0 µs"),
-        (wording.size(418_000_000), "418 MB"),
-        (wording.size(1_234_567), "1.2 MB"),
-        (wording.size(900), "900 B"),
-        (wording.count(134_515_008), "134.5 M"),
-        (wording.digits(9.996), "10.0"),
-        (wording.digits(99.96), "100"),
-        (wording.name("a\n b"), "a b"),
-        (wording.name("x" * 70), "x" * 63 + "…"),
-        (wording.listed(["a", "b", "c"]), "a, b and c"),
+        (formatting.seconds(1.5), "1.50 s"),
+        (formatting.seconds(0.0149), "14.9 ms"),
+        (formatting.seconds(0.00002), "20.0 µs"),
+        (formatting.size(418_000_000), "418 MB"),
+        (formatting.size(1_234_567), "1.2 MB"),
+        (formatting.size(900), "900 B"),
+        (formatting.count(134_515_008), "134.5 M"),
+        (formatting.digits(9.996), "10.0"),
+        (formatting.digits(99.96), "100"),
+        (formatting.name("a\n b"), "a b"),
+        (formatting.name("x" * 70), "x" * 63 + "…"),
+        (formatting.listed(["a", "b", "c"]), "a, b and c"),
     ],
 )
 def test_words(said, shown):

@@ -6,11 +6,11 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from onnx_members import VOCABULARY, ClosedForm, random_member, write_bundle, write_graph
+from helpers.onnx_members import VOCABULARY, ClosedForm, random_member, write_bundle, write_graph
 
 from edgemix.runtime import Mixture
-from edgemix.runtime.member import Member
-from edgemix.runtime.pace import Pace
+from edgemix.runtime.decoding.cost_model import Pace
+from edgemix.runtime.graphs.decoder import Member
 
 if TYPE_CHECKING:
     from collections.abc import Callable

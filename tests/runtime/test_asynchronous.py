@@ -5,11 +5,11 @@ import os
 import threading
 
 import pytest
-from onnx_members import write_bundle
+from helpers.onnx_members import write_bundle
 
 from edgemix.errors import EdgemixError, InputError
 from edgemix.runtime import Mixture
-from edgemix.runtime.member import Member
+from edgemix.runtime.graphs.decoder import Member
 
 PROMPT = "Once upon a time"
 

@@ -5,13 +5,13 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from onnx_members import BOS, EOS, VOCABULARY, mixed, random_member, saying, write_bundle
+from helpers.onnx_members import BOS, EOS, VOCABULARY, mixed, random_member, saying, write_bundle
 
 from edgemix.errors import InputError
 from edgemix.runtime import Mixture
+from edgemix.runtime.graphs.shared_cache import SharedCache
 from edgemix.runtime.options import GenerateOptions
-from edgemix.runtime.shared_cache import SharedCache
-from edgemix.runtime.writer import Writer
+from edgemix.runtime.text.completion import Writer
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 import pytest
-from onnx_members import VOCABULARY, random_member
+from helpers.onnx_members import VOCABULARY, random_member
 
 from edgemix.errors import InputError
 

@@ -4,11 +4,11 @@ import asyncio
 
 import numpy as np
 import pytest
-from onnx_members import random_member, write_bundle
+from helpers.onnx_members import random_member, write_bundle
 
 from edgemix.errors import EdgemixError, InputError
 from edgemix.runtime import Mixture
-from edgemix.runtime.member import Member
+from edgemix.runtime.graphs.decoder import Member
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
 LONG = "Here is a long story about a fox and an owl who lived in a forest, told in every detail. " * 3

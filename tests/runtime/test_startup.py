@@ -13,6 +13,6 @@ def test_importing_the_runtime_takes_less_than_half_a_second():
 
 def test_logs_are_shown_only_where_an_app_wants_them():
     """Python prints warnings of a library that says nothing about its logs."""
-    code = "import logging, edgemix; logging.getLogger('edgemix.runtime.providers').warning('hm')"
+    code = "import logging, edgemix; logging.getLogger('edgemix.runtime.graphs.providers').warning('hm')"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (found.stdout, found.stderr) == ("", "")

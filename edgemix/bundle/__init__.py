@@ -1,0 +1,1 @@
+"""The bundle: its manifest, its files, and how both are read, checked and written."""

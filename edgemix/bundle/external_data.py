@@ -1,0 +1,173 @@
+"""Which files a graph takes its weights from: a reader of ONNX's protobuf that follows only the way to them.
+
+ONNX Runtime opens whatever path a graph names, so a bundle's graphs are checked before it sees them. Every byte is
+visited at most once, weights inside the graph are jumped over, and nothing is allocated by a number from the file.
+"""
+
+from __future__ import annotations
+
+import mmap
+import stat
+from typing import TYPE_CHECKING, NamedTuple
+
+from edgemix.bundle.paths import resolve
+from edgemix.bundle.protobuf import MalformedError, field, fields
+from edgemix.bundle.sparse_storage import SUFFIX, read_header
+from edgemix.errors import EXPORT_AGAIN, BundleError, storage_errors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+MAX_GRAPH_BYTES = (1 << 31) - 1
+"""Protobuf's own limit for a message."""
+MAX_DEPTH = 100
+"""Protobuf's own limit for messages in messages; a graph in a graph takes three."""
+MAX_FIELDS = 2_000_000
+"""A graph of a thousand layers has some hundred thousand; more would only keep the reader busy."""
+
+# Of each message of onnx.proto: the number of every field that leads to a tensor, and that field's message.
+_WAYS: dict[str, dict[int, str]] = {
+    "ModelProto": {7: "GraphProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
+    "TrainingInfoProto": {1: "GraphProto", 2: "GraphProto"},
+    "FunctionProto": {7: "NodeProto", 11: "AttributeProto"},
+    "GraphProto": {1: "NodeProto", 5: "TensorProto", 15: "SparseTensorProto"},
+    "NodeProto": {5: "AttributeProto"},
+    "AttributeProto": {
+        5: "TensorProto",
+        6: "GraphProto",
+        10: "TensorProto",
+        11: "GraphProto",
+        22: "SparseTensorProto",
+        23: "SparseTensorProto",
+    },
+    "SparseTensorProto": {1: "TensorProto", 2: "TensorProto"},
+    "TensorProto": {13: "StringStringEntryProto"},
+    "StringStringEntryProto": {},
+}
+_LONGEST_ENTRY = 4096
+_KEYS = frozenset({"location", "offset", "length", "checksum"})
+
+
+class ExternalTensor(NamedTuple):
+    """Where one tensor's bytes lie: a file relative to the graph's folder, and the part of it, in bytes.
+
+    The file may be stored as LOCATION.sparse: then the place is in what that expands to.
+    """
+
+    location: str
+    offset: int
+    length: int
+
+
+def external_files(graph: Path) -> frozenset[str]:
+    """The files, relative to the graph's folder, that a graph takes weights from, as they are stored.
+
+    Raises:
+        BundleError: See `external_tensors`.
+    """
+    locations = frozenset(tensor.location for tensor in external_tensors(graph))
+    return frozenset(name if (graph.parent / name).is_file() else name + SUFFIX for name in locations)
+
+
+def external_tensors(graph: Path) -> Iterator[ExternalTensor]:
+    """Every tensor of a graph that is stored outside it: initialisers, sparse ones, attributes, in all subgraphs and
+    functions.
+
+    Raises:
+        BundleError: The file is no ONNX model, or a tensor's file is missing, outside the graph's folder, or shorter
+            than the tensor's place in it.
+    """
+    sizes: dict[str, int] = {}
+    with storage_errors(f"reading {graph}"):
+        status = graph.stat()
+        if not stat.S_ISREG(status.st_mode) or not 0 < status.st_size <= MAX_GRAPH_BYTES:
+            raise BundleError(f"{graph}: is no ONNX model (it has {status.st_size:,} bytes)")
+        with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                for entries in _external_entries(data):
+                    yield _placed(graph, entries, sizes)
+            except MalformedError as error:
+                raise BundleError(f"{graph}: is no sound ONNX model: {error}", "Export the bundle again.") from None
+
+
+def _placed(graph: Path, entries: dict[str, str], sizes: dict[str, int]) -> ExternalTensor:
+    if "location" not in entries:
+        raise MalformedError("a tensor's external data has no location")
+    location = entries["location"]
+    if location not in sizes:
+        sizes[location] = _size(graph, location)
+    offset = _natural(entries.get("offset", "0"))
+    length = _natural(entries["length"]) if "length" in entries else sizes[location] - offset
+    if length < 0 or offset + length > sizes[location]:
+        raise BundleError(
+            f"{graph}: a tensor at bytes {offset:,} to {offset + length:,} of {location!r}, which has "
+            f"{sizes[location]:,}",
+            EXPORT_AGAIN,
+        )
+    return ExternalTensor(location, offset, length)
+
+
+def _size(graph: Path, location: str) -> int:
+    """Bytes of an external data file, or of what its .sparse file would expand to."""
+    path, packed = (resolve(graph.parent, name) for name in (location, location + SUFFIX))
+    if path.is_file():
+        return path.stat().st_size
+    if not packed.is_file():
+        raise BundleError(f"{graph}: its weights in {location!r} are missing")
+    return read_header(packed).size
+
+
+def _natural(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 18):
+        raise MalformedError(f"a tensor's place in its file is {text[:80]!r}, not a number of bytes")
+    return int(text)
+
+
+def _external_entries(data: mmap.mmap) -> Iterator[dict[str, str]]:
+    """The external data of each tensor that has some, as it stands."""
+    # A stack of open messages: kind, end, and for a tensor what was found in it.
+    stack: list[tuple[str, int, dict[str, str]]] = [("ModelProto", len(data), {})]
+    position, seen = 0, 0
+    while stack:
+        kind, end, found = stack[-1]
+        if position == end:
+            stack.pop()
+            if kind == "TensorProto" and found:
+                yield found
+            continue
+        seen += 1
+        if seen > MAX_FIELDS:
+            raise MalformedError(f"it has more than {MAX_FIELDS:,} fields")
+        number, _, start, position = field(data, position, end)
+        inner = _WAYS[kind].get(number)
+        if start is None or inner is None:
+            continue
+        if inner == "StringStringEntryProto":
+            key, value = _entry(data, start, position)
+            if key in found or key not in _KEYS:
+                problem = "the unknown key" if key not in found else "twice the key"
+                raise MalformedError(f"a tensor's external data has {problem} {key[:80]!r}")
+            found[key] = value
+        else:
+            if len(stack) == MAX_DEPTH:
+                raise MalformedError(f"it nests messages more than {MAX_DEPTH} deep")
+            stack.append((inner, position, {}))
+            position = start
+
+
+def _entry(data: mmap.mmap, position: int, end: int) -> tuple[str, str]:
+    """A key and its value."""
+    texts: dict[int, str] = {}
+    if end - position > _LONGEST_ENTRY:
+        raise MalformedError("a tensor's external data has an entry that is too long")
+    for number, _, start, stop in fields(data, position, end):
+        if start is None or number not in (1, 2):
+            continue
+        if number in texts:
+            raise MalformedError("a tensor's external data has an entry with a repeated part")
+        try:
+            texts[number] = data[start:stop].decode()
+        except UnicodeDecodeError:
+            raise MalformedError("a tensor's external data is no UTF-8") from None
+    return texts.get(1, ""), texts.get(2, "")

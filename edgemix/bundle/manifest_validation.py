@@ -1,0 +1,154 @@
+"""What a manifest of the right structure may still have wrong: it comes from anywhere."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from edgemix.bundle import paths
+from edgemix.bundle.manifest import MANIFEST, MEMBER_NAME, NGRAMS, SCHEMA, STUDENT, TOKENIZER
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from edgemix.bundle.manifest import Manifest
+
+# Far beyond every model there is, and small enough that nothing sized by them exhausts memory.
+MAX_LAYERS = 1 << 12
+MAX_VOCABULARY = 1 << 24
+MAX_CONTEXT = 1 << 26
+_SUM_TOLERANCE = 1e-6
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def faults(manifest: Manifest) -> list[str]:
+    """What is wrong with a manifest of the right structure, a line each; empty if it is sound."""
+    return [
+        *([] if 1 <= manifest.schema <= SCHEMA else [f"schema is {manifest.schema}, and edgemix knows 1 to {SCHEMA}"]),
+        *_member_faults(manifest),
+        *_graph_faults(manifest),
+        *_draft_faults(manifest),
+        *([] if manifest.ngrams >= 0 else [f"ngrams: there are {manifest.ngrams}"]),
+        *_voice_faults(manifest),
+        *_weight_faults(manifest),
+        *_tokenizer_faults(manifest),
+        *_file_faults(manifest),
+        *(f"{where} is not a finite number" for where in _not_finite(msgspec.to_builtins(manifest), "")),
+    ]
+
+
+def _member_faults(manifest: Manifest) -> Iterator[str]:
+    if not manifest.members:
+        yield "members: there are none"
+    counts = Counter(member.name.casefold() for member in manifest.members)
+    for member in manifest.members:
+        where = f"members: {member.name!r}"
+        if not MEMBER_NAME.fullmatch(member.name):
+            yield f"{where} is no name for a member"
+        if counts[member.name.casefold()] > 1:
+            yield f"{where} is there more than once"
+    if manifest.student is not None:
+        if manifest.student.name != STUDENT:
+            yield f"student: is called {manifest.student.name!r}"
+        if not manifest.student.graph.startswith(f"{STUDENT}/"):
+            yield f"student: its graph {manifest.student.graph!r} is not in the folder {STUDENT}"
+        if STUDENT in counts:
+            yield f"members: {STUDENT!r} is the student's name"
+
+
+def _graph_faults(manifest: Manifest) -> Iterator[str]:
+    for entry in manifest.graphs:
+        where = STUDENT if entry is manifest.student else f"members: {entry.name!r}"
+        if entry.source.parameters < 0:
+            yield f"{where}: a negative number of parameters"
+        if not entry.graph.endswith(".onnx"):
+            yield f"{where}: its graph {entry.graph!r} is no .onnx file"
+        limits = {"layers": MAX_LAYERS, "vocabulary": MAX_VOCABULARY, "context": MAX_CONTEXT}
+        for name, limit in limits.items():
+            value = getattr(entry.facts, name)
+            if not 1 <= value <= limit:
+                yield f"{where}: {name} is {value}, and may be 1 to {limit}"
+        if not 0 <= entry.eight_bits <= 1:
+            yield f"{where}: a share of {entry.eight_bits} in 8 bits"
+        if entry.sparse is not None and entry.sparse.size < 1:
+            yield f"{where}: its sparse weights would expand to {entry.sparse.size} bytes"
+
+
+def _draft_faults(manifest: Manifest) -> Iterator[str]:
+    yield from (f"members: {each.name!r} drafts, as only the student may" for each in manifest.members if each.draft)
+    if manifest.student is None or (draft := manifest.student.draft) is None:
+        return
+    for path, suffix in ((draft.graph, ".onnx"), (draft.tokens, ".json")):
+        if not path.startswith(f"{STUDENT}/") or not path.endswith(suffix):
+            yield f"student: drafts with {path!r}, which is no {suffix} file in the folder {STUDENT}"
+    if draft.graph == manifest.student.graph:
+        yield f"student: drafts with {draft.graph!r}, its whole graph"
+    if not 1 <= draft.vocabulary <= manifest.tokenizer.vocabulary:
+        yield f"student: drafts {draft.vocabulary} tokens of the tokenizer's {manifest.tokenizer.vocabulary}"
+
+
+def _voice_faults(manifest: Manifest) -> Iterator[str]:
+    for graph, group in groupby(manifest.graphs, key=lambda entry: entry.graph):
+        entries = list(group)
+        voices = {entry.facts.voices for entry in entries}
+        if voices != {len(entries)} or len({entry.facts for entry in entries}) > 1:
+            wanted = ", ".join(map(str, sorted(voices)))
+            yield f"members: the graph {graph!r} has {len(entries)} in a row, and should speak for {wanted}"
+
+
+def _weight_faults(manifest: Manifest) -> Iterator[str]:
+    names = {member.name for member in manifest.members}
+    vectors = {"weights.default": manifest.weights.default}
+    vectors |= {f"weights.domains[{name!r}]": weights for name, weights in manifest.weights.domains.items()}
+    if manifest.quantization is not None:
+        vectors["quantization.weights"] = manifest.quantization.weights
+    for where, weights in vectors.items():
+        if weights.keys() != names:
+            yield f"{where} is not over the members: {', '.join(map(repr, sorted(weights.keys() ^ names)))}"
+        elif not all(0 <= weight <= 1 + _SUM_TOLERANCE for weight in weights.values()):
+            yield f"{where} has a weight that is not between 0 and 1"
+        elif not abs(math.fsum(weights.values()) - 1) <= _SUM_TOLERANCE:
+            yield f"{where} does not sum to 1"
+
+
+def _tokenizer_faults(manifest: Manifest) -> Iterator[str]:
+    tokenizer = manifest.tokenizer
+    narrowest = min((entry.facts.vocabulary for entry in manifest.graphs), default=MAX_VOCABULARY)
+    if not 1 <= tokenizer.vocabulary <= narrowest:
+        yield f"tokenizer: vocabulary is {tokenizer.vocabulary}, and the members' logits are {narrowest} wide"
+    special = tokenizer.eos if tokenizer.bos is None else (tokenizer.bos, *tokenizer.eos)
+    if not all(0 <= token < tokenizer.vocabulary for token in special):
+        yield f"tokenizer: a special token lies outside its vocabulary: {special}"
+
+
+def _file_faults(manifest: Manifest) -> Iterator[str]:
+    for name, entry in manifest.files.items():
+        if reason := paths.fault(name):
+            yield f"files: the path {name[:200]!r} {reason}"
+        if entry.size < 0:
+            yield f"files: {name!r} has a negative size"
+        if not _SHA256.fullmatch(entry.sha256):
+            yield f"files: {name!r} has a sha256 that is none"
+    if MANIFEST in manifest.files:
+        yield f"files: {MANIFEST} cannot list itself"
+    needed = [TOKENIZER, *(path for entry in manifest.graphs for path in entry.paths)]
+    needed += [entry.draft.tokens for entry in manifest.graphs if entry.draft is not None]
+    needed += [NGRAMS] if manifest.ngrams else []
+    yield from (f"files: {name!r} is not listed" for name in needed if name not in manifest.files)
+
+
+def _not_finite(value: Any, where: str) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _not_finite(item, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _not_finite(item, f"{where}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield where

@@ -1,0 +1,92 @@
+"""Check the files of a bundle against its manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+from edgemix.bundle.external_data import external_files
+from edgemix.bundle.manifest import (
+    MANIFEST,
+    TOKENIZER,
+    Manifest,
+    MemberEntry,
+)
+from edgemix.bundle.paths import resolve
+from edgemix.bundle.reader import check_sizes, draft_tokens, ngram_table
+from edgemix.bundle.sparse_storage import SUFFIX, read_header
+from edgemix.bundle.tokenizer_identity import TokenizerIdentity
+from edgemix.errors import EXPORT_AGAIN, BundleError, InputError
+from edgemix.files import files_in, hash_file
+from edgemix.progress import SILENT, Progress
+
+# Files that ONNX Runtime or a tokenizer would open if something led there; others (a README, .DS_Store) harm nobody.
+_LOADABLE = frozenset({".onnx", ".data", SUFFIX, ".json", ".jinja"})
+
+
+def verify_bundle(
+    bundle: Path,
+    manifest: Manifest,
+    *,
+    checksums: bool = True,
+    only: MemberEntry | None = None,
+    progress: Progress = SILENT,
+) -> None:
+    """Check the bundle's files against its manifest, and that the lists of tokens among them make sense.
+
+    Args:
+        bundle: The folder that `manifest` was read from.
+        manifest: From `read_manifest`.
+        checksums: Read every file and compare its sha256, and the tokenizer's fingerprint. Without it: sizes, paths,
+            and that the graphs' external data is listed and lies within its files.
+        only: The graph that will be opened, where it is one alone; the others' files are not read.
+        progress: Hears of the bytes read.
+
+    Raises:
+        BundleError: A file is missing, changed, not listed though it could be loaded, or outside the bundle.
+    """
+    check_sizes(bundle, manifest)
+    _check_unlisted(bundle, manifest)
+    entries = manifest.graphs if only is None else (only,)
+    if checksums:
+        others = tuple(f"{PurePosixPath(entry.graph).parent}/" for entry in manifest.graphs if entry not in entries)
+        files = {name: entry for name, entry in manifest.files.items() if not name.startswith(others)}
+        with progress.stage("verify checksums", sum(entry.size for entry in files.values())) as task:
+            for name, entry in files.items():
+                if hash_file(resolve(bundle, name), task) != entry:
+                    raise BundleError(f"{bundle}: {name} has changed: its sha256 is not the manifest's", EXPORT_AGAIN)
+        _check_tokenizer(bundle, manifest)
+    for member in entries:
+        for graph in member.paths:
+            _check_weights(bundle, manifest, member, graph)
+        if member.draft is not None:
+            draft_tokens(bundle, manifest, member.draft)
+    ngram_table(bundle, manifest)
+
+
+def _check_weights(bundle: Path, manifest: Manifest, member: MemberEntry, graph: str) -> None:
+    """Check that the weights of a member's graph are listed, and stored without their zeros if the manifest says so."""
+    folder = PurePosixPath(graph).parent
+    locations = sorted(external_files(resolve(bundle, graph)))
+    for location in locations:
+        if str(folder / location) not in manifest.files:
+            raise BundleError(f"{bundle}: {graph} takes weights from {location!r}, which is not listed")
+    sparse = [resolve(bundle, str(folder / location)) for location in locations if location.endswith(SUFFIX)]
+    found = sum(read_header(path).size for path in sparse)
+    if found != (member.sparse.size if member.sparse else 0):
+        raise BundleError(f"{bundle}: the weights of {member.name!r} are not stored as {MANIFEST} says", EXPORT_AGAIN)
+
+
+def _check_tokenizer(bundle: Path, manifest: Manifest) -> None:
+    try:
+        fingerprint = TokenizerIdentity.parse(resolve(bundle, TOKENIZER).read_bytes()).sha256()
+    except InputError as error:
+        raise BundleError(f"{bundle}: {TOKENIZER} is {error.message}", EXPORT_AGAIN) from None
+    if fingerprint != manifest.tokenizer.sha256:
+        raise BundleError(f"{bundle}: {TOKENIZER} is not the tokenizer that the members share", EXPORT_AGAIN)
+
+
+def _check_unlisted(bundle: Path, manifest: Manifest) -> None:
+    for path in files_in(bundle):
+        name = path.relative_to(bundle).as_posix()
+        if name not in manifest.files and name != MANIFEST and path.suffix in _LOADABLE:
+            raise BundleError(f"{bundle}: {name} is not listed in {MANIFEST}", "Remove it if you know what it is.")

@@ -1,0 +1,192 @@
+"""`edgemix inspect` and `edgemix verify`: what a bundle holds, and whether it is whole."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edgemix.cli.command import command
+from edgemix.cli.console import megabytes
+from edgemix.cli.options import bundle_argument
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from edgemix.bundle.manifest import (
+        BudgetFigures,
+        Manifest,
+        MemberEntry,
+        MixtureParity,
+        PruningFigures,
+        QuantizationParity,
+        Weights,
+    )
+    from edgemix.cli.console import Console
+
+
+@command("inspect", example="edgemix inspect mixture")
+@bundle_argument
+def inspect(console: Console, bundle: Path) -> None:
+    """Show what is in BUNDLE.
+
+    Members, formats, sizes, sources, parity, weights. Reads the manifest only; `edgemix verify` reads every byte.
+    """
+    from edgemix.bundle.reader import read_manifest
+
+    manifest = read_manifest(bundle)
+    if console.as_json:
+        import msgspec
+
+        size = sum(entry.size for entry in manifest.files.values())
+        console.document({"bundle": bundle, "bytes": size, **msgspec.to_builtins(manifest)})
+        return
+    show_manifest(console, bundle, manifest)
+
+
+@command("verify", example="edgemix verify mixture && echo whole")
+@bundle_argument
+def verify(console: Console, bundle: Path) -> None:
+    """Check that BUNDLE is whole.
+
+    Structure, schema, paths, the sha256 of every file, the tokenizer.
+    """
+    from edgemix.bundle.reader import read_manifest
+    from edgemix.bundle.verify import verify_bundle
+    from edgemix.runtime.text.tokenizer import Tokenizer
+
+    manifest = read_manifest(bundle)
+    verify_bundle(bundle, manifest, progress=console.progress)
+    Tokenizer.load(bundle, manifest.tokenizer)
+    size = sum(entry.size for entry in manifest.files.values())
+    if console.as_json:
+        console.document({"bundle": bundle, "whole": True, "files": len(manifest.files), "bytes": size})
+        return
+    console.line(f"{bundle} is whole: {len(manifest.files)} files, {megabytes(size)} MB")
+
+
+def show_manifest(console: Console, bundle: Path, manifest: Manifest) -> None:
+    """Print a manifest as tables (`inspect`, and the summary of `export`)."""
+    size = sum(entry.size for entry in manifest.files.values())
+    console.table(
+        f"{bundle}: {megabytes(size)} MB, for {manifest.target}, by edgemix {manifest.edgemix}",
+        ("Member", "Format", "Graph", "MB", "Parameters (M)", "Context (tokens)"),
+        [_facts(manifest, entry) for entry in manifest.graphs],
+        left=3,
+    )
+    sources = [_source(entry) for entry in manifest.graphs]
+    console.table("Sources", ("Member", "Model", "Type", "Licence"), sources, left=4)
+    rows = [_parity(entry) for entry in manifest.graphs]
+    mixed = manifest.quantization
+    if mixed is not None:
+        rows.append(("mixture", "", *_distances(mixed, ""), ""))
+    console.table(
+        "Parity (largest difference to torch; then the stored graph against fp32)",
+        ("Member", "Torch\n(nats)", "KL\n(nats)", "KL decoding\n(nats)", "Flips\n(%)", "Perplexity\nratio", "Forced"),
+        rows,
+    )
+    if pruned := [(entry.name, entry.pruning) for entry in manifest.graphs if entry.pruning is not None]:
+        console.table(
+            "Pruning (against the model before it)",
+            ("Member", "Parameters\nbefore (M)", "After\n(M)", "Zeros\n(%)", "KL\n(nats)", "Perplexity\nratio"),
+            [_pruning(name, figures) for name, figures in pruned],
+        )
+    names = [member.name for member in manifest.members]
+    show_weights(console, f"Weights ({manifest.weights.method})", manifest.weights, names)
+    if manifest.budget is not None:
+        _show_budget(console, manifest, manifest.budget)
+    if mixed is not None and mixed.weights != manifest.weights.default:
+        shares = ", ".join(f"{name} {mixed.weights[name]:.3f}" for name in names)
+        console.line(f"The mixture's parity was measured with other weights: {shares}")
+    if manifest.ngrams:
+        console.line(f"Drafts from {manifest.ngrams:,} n-grams of its training text")
+    for entry in manifest.graphs:
+        if entry.draft is not None:
+            console.line(f"{entry.name}: drafts {entry.draft.vocabulary:,} of {entry.facts.vocabulary:,} tokens")
+        for fallback in entry.fallbacks:
+            console.line(f"{entry.name}: {fallback}")
+
+
+def show_weights(console: Console, title: str, weights: Weights, members: Sequence[str]) -> None:
+    """Print the default weights and each domain's, a line for each set."""
+    rows = {"default": weights.default, **weights.domains}
+    shares = [(name, *(f"{row[member]:.3f}" for member in members)) for name, row in rows.items()]
+    console.table(title, ("Weights", *members), shares)
+
+
+def _show_budget(console: Console, manifest: Manifest, budget: BudgetFigures) -> None:
+    """Print what was chosen within a budget, and the curve that it lies on."""
+    rows: list[tuple[str, ...]] = [
+        (entry.name, entry.format, _share(entry), megabytes(_bytes(manifest, entry)), f"{loss:.5f}")
+        for entry in manifest.members
+        if (loss := budget.losses.get(entry.name)) is not None
+    ]
+    chosen, limits = budget.chosen, []
+    rows.append(("mixture, whole bundle", "", "", megabytes(chosen.bytes), f"{chosen.loss:.5f}"))
+    console.table("Budget", ("Member", "Format", "At 8 bits\n(%)", "MB", "Estimated KL\n(nats)"), rows, left=2)
+    if budget.bytes is not None:
+        limits.append(f"{megabytes(budget.bytes)} MB")
+    if budget.seconds is not None:
+        measured = "" if budget.measured is None else f", measured {_milliseconds(budget.measured)}"
+        limits.append(f"{_milliseconds(budget.seconds)} ms a token (planned {_milliseconds(chosen.seconds)}{measured})")
+    console.line(f"Limits: {', '.join(limits)}\n")
+    curve = [
+        (megabytes(point.bytes), _milliseconds(point.seconds), f"{point.loss:.5f}", "chosen" if point == chosen else "")
+        for point in budget.curve
+    ]
+    console.table("What other budgets would lose", ("MB", "ms a token", "Estimated KL\n(nats)", ""), curve, left=0)
+
+
+def _share(entry: MemberEntry) -> str:
+    return f"{100 * entry.eight_bits:.0f}" if entry.format == "int4" else ""
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1000 * seconds:.2f}"
+
+
+def _facts(manifest: Manifest, member: MemberEntry) -> tuple[str, ...]:
+    return (
+        member.name,
+        member.format,
+        member.facts.exporter,
+        megabytes(_bytes(manifest, member)),
+        f"{member.source.parameters / 1e6:,.1f}",
+        f"{member.facts.context:,}",
+    )
+
+
+def _bytes(manifest: Manifest, member: MemberEntry) -> int:
+    """Of a member's graph, on disk."""
+    folder = member.graph.rpartition("/")[0] + "/"
+    return sum(entry.size for name, entry in manifest.files.items() if name.startswith(folder))
+
+
+def _source(member: MemberEntry) -> tuple[str, ...]:
+    source = member.source
+    model = f"{source.model} + {source.adapter}" if source.adapter else source.model
+    return member.name, model, source.model_type, source.licence or "not stated"
+
+
+def _parity(member: MemberEntry) -> tuple[str, ...]:
+    worst = max(member.parity.prefill, member.parity.decode, member.parity.padded_batch)
+    stored = member.quantization
+    decoding = "" if stored is None or stored.decode_kl is None else f"{stored.decode_kl:.4f}"
+    forced = "yes" if member.forced else "no"
+    return member.name, f"{worst:.1e}", *_distances(stored, decoding), forced
+
+
+def _pruning(name: str, figures: PruningFigures) -> tuple[str, ...]:
+    return (
+        name,
+        f"{figures.parameters_before / 1e6:,.1f}",
+        f"{figures.parameters_after / 1e6:,.1f}",
+        f"{100 * figures.sparsity:.1f}",
+        f"{figures.kl:.4f}",
+        f"{figures.perplexity_ratio:.4f}",
+    )
+
+
+def _distances(stored: QuantizationParity | MixtureParity | None, decoding: str) -> tuple[str, ...]:
+    if stored is None:
+        return "", "", "", ""
+    return f"{stored.kl:.4f}", decoding, f"{100 * stored.flips:.2f}", f"{stored.perplexity_ratio:.4f}"

@@ -1,0 +1,88 @@
+"""`edgemix distill`: the mixture's student as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edgemix.cli.command import command
+from edgemix.cli.options import Number
+
+if TYPE_CHECKING:
+    from edgemix.cli.console import Console
+    from edgemix.export.distillation.distill import DistilReport
+
+
+@command(
+    "distill",
+    example="edgemix distill recipe.yaml -o student --minutes 45\n"
+    "accelerate launch -m edgemix distill recipe.yaml -o student",
+    extra="export,cpu",
+    kept="What the teacher has said and the steps done are kept: run the same command to go on.",
+)
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("-o", "--output", "student", type=click.Path(path_type=Path), required=True, help="The student's folder.")
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    show_default="the recipe's members, in torch",
+    help="Whose mixture teaches, with its weights.",
+)
+@click.option(
+    "--minutes",
+    metavar="X",
+    type=Number(min=0, min_open=True),
+    show_default="the recipe's",
+    help="Stop after so long, the teacher's part included; time before an interruption counts.",
+)
+@click.option(
+    "--steps", metavar="N", type=click.IntRange(min=1), show_default="the recipe's", help="Optimiser steps at most."
+)
+def distill(
+    console: Console, *, recipe: Path, student: Path, bundle: Path | None, minutes: float | None, steps: int | None
+) -> None:
+    """Distil the mixture that RECIPE describes into its student.
+
+    The student is cut from the members and learns the mixture's next-token distributions on the recipe's training text.
+    A run that was stopped goes on when it is started again.
+    """
+    import msgspec
+
+    from edgemix.export.training.output_folder import prepare
+    from edgemix.recipe.compression import Student
+    from edgemix.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe)  # mistakes shall not wait for torch
+    prepare(student)
+    given = {name: value for name, value in (("minutes", minutes), ("steps", steps)) if value is not None}
+    wanted = msgspec.structs.replace(loaded.student or Student(), **given)
+    with console.progress.stage("import torch"):
+        from edgemix.export.distillation.distill import distil
+
+    changed = msgspec.structs.replace(loaded, student=wanted)
+    report = distil(changed, student, bundle=bundle, progress=console.progress)
+    if os.environ.get("RANK", "0") != "0":  # of the processes that accelerate launches, the first one tells
+        return
+    if console.as_json:
+        console.document({"student": student, **msgspec.to_builtins(report)})
+        return
+    console.table("Distillation", ("", ""), _facts(student, report), left=2)
+
+
+def _facts(student: Path, report: DistilReport) -> list[tuple[str, str]]:
+    facts = [("Student", f"{student}: {report.layers} layers, {report.parameters / 1e6:.1f} M parameters")]
+    if report.decoding is not None:
+        facts.append(("Decoding", f"about {report.decoding:.0%} of a member's time"))
+    shares = ", ".join(f"{name} {share:.3f}" for name, share in report.weights.items())
+    facts += [
+        ("Mixture", shares),
+        ("Teacher", f"{report.teacher_tokens:,} tokens, {report.teacher_seconds:.0f} s"),
+        ("Work", f"{report.steps:,} steps, {report.tokens:,} tokens, {report.seconds:.0f} s"),
+        ("Training loss", f"{report.training_loss:.4f}"),
+    ]
+    if report.held_out_before is not None and report.held_out is not None:
+        facts.append(("Held-out loss", f"{report.held_out_before:.4f} before, {report.held_out:.4f} after"))
+    return facts

@@ -1,0 +1,165 @@
+"""`edgemix evaluate` and `edgemix fit-weights`: how well a bundle predicts texts, and the weights that do it best."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edgemix.cli.command import command
+from edgemix.cli.commands.bundle import show_weights
+from edgemix.cli.loading import mixture_and_student
+from edgemix.cli.options import bundle_argument, max_tokens_option, runtime_options, template_option, window_option
+from edgemix.cli.texts import read_files
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from edgemix.cli.console import Console
+    from edgemix.results.evaluation import Evaluation, Figures, Row
+
+_files_argument = click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+
+
+@command(
+    "evaluate",
+    example="edgemix evaluate mixture wikitext.txt code.txt\n"
+    'edgemix evaluate mixture qa.jsonl --template "{question}\\n{answer}\\n" --json',
+    extra="cpu",
+)
+@bundle_argument
+@_files_argument
+@template_option
+@window_option
+@max_tokens_option
+@click.option("--no-speed", "speed", flag_value=False, default=True, help="Leave out the seconds that measure speed.")
+@runtime_options
+def evaluate(
+    console: Console,
+    *,
+    bundle: Path,
+    files: tuple[Path, ...],
+    template: str | None,
+    window: int,
+    max_tokens: int | None,
+    speed: bool,
+    provider: str,
+    threads: int | None,
+    verify: bool,
+) -> None:
+    """Measure how well BUNDLE predicts FILES.
+
+    Shows bits per byte and perplexity, lower is better: a row for each member, the uniform mixture, the bundle's own
+    weights and its student; a column for each file, and all together.
+
+    Then how close each member and the student come to the mixture with the bundle's own weights: how often their most
+    probable token is the same, and how many tokens that they draft it would accept. Last, how fast each decodes here.
+    """
+    documents = read_files(files, template)
+
+    from edgemix.runtime.evaluation.evaluate import evaluate as measure
+
+    with mixture_and_student(bundle, provider, threads, verify) as (mixture, student):
+        evaluation = measure(
+            mixture,
+            documents,
+            student=student,
+            window=window,
+            max_tokens=max_tokens,
+            speed=speed,
+            progress=console.progress,
+        )
+    if console.as_json:
+        console.document({"bundle": bundle, "provider": mixture.provider, **asdict(evaluation)})
+        return
+    show_evaluation(console, evaluation)
+
+
+def show_evaluation(console: Console, evaluation: Evaluation) -> None:
+    """Print an evaluation: the files, then a table a measure with a line for each model and each way to mix."""
+    names = (*evaluation.rows[0].files, "all files")
+
+    def figures(row: Row) -> tuple[Figures, ...]:
+        return (*row.files.values(), row.overall)
+
+    def measure(title: str, shown: Callable[[Figures], str], rows: Iterable[Row] = evaluation.rows) -> None:
+        console.table(title, ("", *names), [(row.name, *map(shown, figures(row))) for row in rows])
+
+    sizes = zip(names, figures(evaluation.rows[0]), strict=True)
+    console.table("Files", ("", "Tokens", "Bytes"), [(name, f"{f.tokens:,}", f"{f.bytes:,}") for name, f in sizes])
+    measure("Bits per byte", lambda figures: f"{figures.bits_per_byte:.4f}")
+    measure("Perplexity (of a token)", lambda figures: f"{figures.perplexity:,.2f}")
+    models = [row for row in evaluation.rows if row.kind != "mixture"]
+    if len(models) > 1:
+        measure("Greedy agreement with the mixture (%)", lambda figures: _percent(figures.agreement), models)
+        measure("Acceptance rate as the mixture's draft (%)", lambda figures: _percent(figures.acceptance), models)
+    if any(row.decode_rate is not None for row in evaluation.rows):
+        _show_speed(console, evaluation)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def _show_speed(console: Console, evaluation: Evaluation) -> None:
+    rates = [(row.name, row.decode_rate) for row in evaluation.rows if row.decode_rate is not None]
+    whole = dict(rates)[evaluation.mixture]
+    console.table(
+        "Decoding on this machine",
+        ("", "Tokens/s", "Times the mixture"),
+        [(name, f"{rate:,.1f}", f"{rate / whole:.2f}") for name, rate in rates],
+    )
+
+
+@command(
+    "fit-weights",
+    example="edgemix fit-weights mixture math.txt code.txt\n"
+    'edgemix fit-weights mixture qa.jsonl --template "{question}\\n{answer}\\n"',
+    extra="cpu",
+    kept="The bundle keeps its old weights.",
+)
+@bundle_argument
+@_files_argument
+@template_option
+@window_option
+@max_tokens_option
+@runtime_options
+def fit_weights(
+    console: Console,
+    *,
+    bundle: Path,
+    files: tuple[Path, ...],
+    template: str | None,
+    window: int,
+    max_tokens: int | None,
+    provider: str,
+    threads: int | None,
+    verify: bool,
+) -> None:
+    """Fit the mixture's weights to FILES.
+
+    BUNDLE gets them in one step: it has the old ones or the new ones, whatever happens. Each file is a domain, by its
+    name without suffix: `--weights NAME` then uses the best weights for it alone. Use text that no member was trained
+    on, and keep other text for `edgemix evaluate`.
+    """
+    documents = read_files(files, template)
+
+    import msgspec
+
+    from edgemix.bundle.writer import check_writable, write_manifest
+    from edgemix.export.stages.weights import fit_weights as fit
+    from edgemix.runtime import Mixture
+
+    with Mixture.load(bundle, provider=provider, threads=threads, verify=verify) as mixture:
+        check_writable(bundle)
+        weights = fit(
+            mixture, documents, window=min(window, mixture.context), max_tokens=max_tokens, progress=console.progress
+        )
+        manifest = msgspec.structs.replace(mixture.manifest, weights=weights)
+    write_manifest(bundle, manifest)
+    if console.as_json:
+        console.document({"bundle": bundle, "weights": weights})
+        return
+    show_weights(console, f"Weights of {bundle} (fit)", weights, mixture.members)

@@ -1,0 +1,300 @@
+"""A profile, and a comparison of two, as tables for people."""
+
+from __future__ import annotations
+
+import math
+from itertools import chain, groupby, repeat
+from textwrap import fill
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from edgemix.cli.console import Console
+    from edgemix.results.profile import Breakdown, Loading, Machine, Profile, Quantiles, Subject
+    from edgemix.results.profile_comparison import Comparison, Ratio
+
+_MOST_OPERATORS = 8
+_MOST_COLUMNS = 5
+_LONGEST = 24
+"""Characters of a name."""
+
+
+def show_profile(console: Console, found: Profile) -> None:
+    """Print a profile: the machine in a few lines, then a table a question."""
+    _show_machine(console, found)
+    _show_speed(console, found.subjects)
+    _show_lengths(console, found.subjects)
+    _show_loading(console, found)
+    _show_outside(console, found.subjects)
+    if found.breakdowns:
+        _show_operators(console, found.breakdowns[:_MOST_COLUMNS])
+    _show_roofs(console, found.subjects)
+    _show_variants(console, found)
+    for note in found.notes:
+        console.line(fill(f"Note: {note}.", 80, subsequent_indent="  "))
+    if found.notes:
+        console.line()
+
+
+def _show_machine(console: Console, found: Profile) -> None:
+    machine = found.machine
+    threads = f"{machine.threads} thread{'s' if machine.threads != 1 else ''} of {machine.cores} cores"
+    console.heading(f"{found.bundle} on {machine.processor}")
+    console.line(f"{machine.provider}, {threads}, ONNX Runtime {machine.onnxruntime}, {machine.platform}")
+    if limits := _limits(machine):
+        console.line(f"At most: {limits}")
+    how = "in a hurry, " if found.quick else ""
+    weights = f"; weights: {found.weights}" if found.weights else ""
+    console.line(f"Measured {how}in {number(found.seconds)} s, {found.created}{weights}")
+    console.line()
+
+
+def _limits(machine: Machine) -> str:
+    limits = [
+        (machine.bandwidth, "GB/s from memory"),
+        (machine.fp32_peak, "G multiply-adds/s in fp32"),
+        (machine.int8_peak, "in int8"),
+    ]
+    return ", ".join(f"{number(value / 1e9)} {unit}" for value, unit in limits if value)
+
+
+def _show_speed(console: Console, subjects: Sequence[Subject]) -> None:
+    """The first question: how fast is each, with a short prompt."""
+    timed = [subject for subject in subjects if subject.decode]
+    if not timed:
+        return
+    energy = any(subject.energy for subject in timed)
+    context = timed[0].decode[0].context
+    console.table(
+        f"Decoding behind {context} tokens, ms a token",
+        ("", "Tokens/s", "p50", "p90", "p99", "Spread", *(("J/token",) if energy else ())),
+        [
+            (
+                short(subject.name),
+                _marked(number(1 / tpot.p50 if tpot.p50 else math.nan), tpot),
+                *(number(1e3 * value) for value in (tpot.p50, tpot.p90, tpot.p99)),
+                percent(tpot.spread),
+                *((number(subject.energy.joules) if subject.energy else "",) if energy else ()),
+            )
+            for subject in timed
+            for tpot in [subject.decode[0].tpot]
+        ],
+    )
+    for subject in timed:
+        if (told := subject.speculation) is not None:
+            taken = "none drafted" if told.acceptance is None else f"{percent(told.acceptance)} of them taken"
+            console.line(
+                f"The mixture in fewer calls is {number(told.speedup)} times as fast as the plain loop. For each"
+            )
+            console.line(
+                f"token: {number(told.calls)} calls of members; {number(told.drafted)} drafted tokens, {taken}."
+            )
+            console.line()
+
+
+def _show_lengths(console: Console, subjects: Sequence[Subject]) -> None:
+    """By length of the prompt and the context, and by texts at once."""
+
+    def table(title: str, sizes: Iterable[int], cell: Callable[[Subject, int], str]) -> None:
+        columns = sorted(set(sizes))[:8]
+        rows = [(short(subject.name), *(cell(subject, size) for size in columns)) for subject in subjects]
+        if columns:
+            console.table(title, ("", *(f"{size:,}" for size in columns)), [row for row in rows if any(row[1:])])
+
+    def ttft(subject: Subject, size: int) -> str:
+        return next((_marked(number(1e3 * p.ttft.p50), p.ttft) for p in subject.prefill if p.tokens == size), "")
+
+    def tpot(subject: Subject, size: int) -> str:
+        return next((_marked(number(1e3 * d.tpot.p50), d.tpot) for d in subject.decode if d.context == size), "")
+
+    def rate(subject: Subject, size: int) -> str:
+        return next((_marked(number(b.rate.p50), b.rate) for b in subject.batches if b.size == size), "")
+
+    table("Time to first token, ms, by tokens of the prompt", _sizes(subjects, "prefill", "tokens"), ttft)
+    contexts = _sizes(subjects, "decode", "context")
+    if len(set(contexts)) > 1:
+        table("Time per token, ms, by tokens of context", contexts, tpot)
+    table("Tokens/s of all, by texts at once", _sizes(subjects, "batches", "size"), rate)
+
+
+def _sizes(subjects: Iterable[Subject], part: str, name: str) -> list[int]:
+    return [getattr(each, name) for subject in subjects for each in getattr(subject, part)]
+
+
+def _show_loading(console: Console, found: Profile) -> None:
+    rows = [("everything", found.loading)]
+    rows += [(subject.name, subject.loading) for subject in found.subjects if subject.loading is not None]
+
+    def row(name: str, loading: Loading) -> tuple[str, ...]:
+        cold = _marked(number(loading.cold.p50), loading.cold) if loading.cold else ""
+        sizes = (megabytes(size) for size in (loading.files, loading.resident, loading.peak))
+        return short(name), cold, _marked(number(loading.warm.p50), loading.warm), *sizes
+
+    console.table(
+        "Loading, each time in a process of its own: seconds, MB",
+        ("", "Cold", "Warm", "Files", "Resident", "Peak"),
+        [row(name, loading) for name, loading in rows],
+    )
+
+
+def _show_outside(console: Console, subjects: Sequence[Subject]) -> None:
+    """What a token's time is made of."""
+    rows = []
+    for subject in subjects:
+        if (told := subject.outside) is None or not subject.decode:
+            continue
+        parts = (told.mixing, told.sampling, told.tokenizer, told.other)
+        share = sum(parts) / subject.decode[0].tpot.p50 if subject.decode[0].tpot.p50 else math.nan
+        rows.append((short(subject.name), *(number(1e3 * part) for part in parts), percent(share)))
+    if rows:
+        columns = ("", "Mixing", "Sampling", "Tokenizer", "Other", "Of a token")
+        console.table("Outside ONNX Runtime, ms a token", columns, rows)
+
+
+def _show_operators(console: Console, graphs: Sequence[Breakdown]) -> None:
+    """Operator types and parts of the model, the time of a token in each graph."""
+    columns = ("", *(short(graph.graph, 14) for graph in graphs))
+    types = [{operator.type: operator.decode for operator in graph.operators} for graph in graphs]
+    totals = {name: sum(each.get(name, 0.0) for each in types) for each in types for name in each}
+    shown = sorted(totals, key=lambda name: -totals[name])[:_MOST_OPERATORS]
+
+    def row(name: str, figures: Iterable[float]) -> tuple[str, ...]:
+        return short(name, 34), *(_with_share(figure, graph) for figure, graph in zip(figures, graphs, strict=True))
+
+    def rest(each: dict[str, float]) -> float:
+        return sum(each.values()) - sum(each.get(name, 0.0) for name in shown)
+
+    console.table(
+        "Operators, ms of a token (%); ONNX Runtime's profiler itself takes some",
+        columns,
+        [
+            *(row(name, [each.get(name, 0.0) for each in types]) for name in shown),
+            row("others", map(rest, types)),
+            row("between operators", [g.decode - sum(e.values()) for g, e in zip(graphs, types, strict=True)]),
+        ],
+    )
+    parts = [_parts(graph) for graph in graphs]
+    names = dict.fromkeys(name for each in parts for name in each)
+    console.table(
+        "Parts of the model, ms of a token (%)",
+        columns,
+        [row(name, [each.get(name, 0.0) for each in parts]) for name in names],
+    )
+
+
+def _parts(graph: Breakdown) -> dict[str, float]:
+    """The layers together and the slowest of them, and the parts that are none."""
+    layers = [layer for layer in graph.layers if layer.name.startswith("layer ")]
+    found = {layer.name: layer.decode for layer in graph.layers if layer.name == "embedding"}
+    if layers:
+        found["all layers"] = sum(layer.decode for layer in layers)
+        found["slowest layer"] = max(layer.decode for layer in layers)
+    return found | {layer.name: layer.decode for layer in graph.layers if layer.name in ("head", "other")}
+
+
+def _with_share(seconds: float, graph: Breakdown) -> str:
+    share = f" ({100 * seconds / graph.decode:.0f})" if graph.decode > 0 and seconds < 1e6 * graph.decode else ""
+    return f"{number(1e3 * seconds)}{share}" if seconds > 0 else ""
+
+
+def _show_roofs(console: Console, subjects: Sequence[Subject]) -> None:
+    rows = [
+        (
+            short(subject.name),
+            roof.phase,
+            f"{roof.tokens:,}",
+            roof.bound,
+            number(1e3 * roof.floor),
+            number(1e3 * roof.seconds),
+            percent(roof.floor / roof.seconds if roof.seconds else math.nan),
+        )
+        for subject in subjects
+        for roof in subject.roofs
+    ]
+    if rows:
+        columns = ("", "Phase", "Tokens", "Bound by", "At least, ms", "Took", "Reached")
+        console.table("Roofline: how much of what the machine allows is reached", columns, rows, left=2)
+
+
+def _show_variants(console: Console, found: Profile) -> None:
+    if not found.variants:
+        return
+    ordered = sorted(found.variants, key=lambda variant: variant.tpot.p50)
+    console.table(
+        "Ways to run the mixture, the fastest first, ms",
+        ("Threads", "Provider", "Drafts", "A token", "First token", ""),
+        [
+            (
+                str(variant.threads),
+                short(variant.provider),
+                {"off": "plain loop"}.get(variant.speculation, short(variant.speculation)),
+                _marked(number(1e3 * variant.tpot.p50), variant.tpot),
+                number(1e3 * variant.ttft.p50) if variant.ttft else "",
+                "the plan" if variant.chosen else "",
+            )
+            for variant in ordered
+        ],
+        left=3,
+    )
+
+
+def show_comparison(console: Console, comparison: Comparison) -> None:
+    """Print a comparison: what is different, then every figure with its ratio, this over the other."""
+    for line in comparison.differences:
+        console.line(f"! {line}")
+    if comparison.differences:
+        console.line()
+    rows = []
+    for about, ratios in groupby(comparison.ratios, key=lambda ratio: ratio.about):
+        names = chain([short(about)], repeat(""))
+        rows += [
+            (name, short(ratio.figure, 28), *_both(ratio), number(ratio.ratio) if ratio.ratio else "", ratio.verdict)
+            for name, ratio in zip(names, ratios, strict=False)
+        ]
+    console.table("Ratios, this over the other", ("", "", "This", "Other", "Ratio", ""), rows, left=2)
+
+
+def _both(ratio: Ratio) -> tuple[str, str]:
+    scale, unit = {
+        "s": (1e3, " ms"),
+        "bytes": (1e-6, " MB"),
+        "bytes/s": (1e-9, " GB/s"),
+        "1/s": (1.0, "/s"),
+        "J": (1.0, " J"),
+        "share": (100.0, "%"),
+        "times": (1.0, "x"),
+    }[ratio.unit]
+    if ratio.unit == "1/s" and max(ratio.this, ratio.other) >= 1e6:
+        scale, unit = 1e-9, " G/s"
+    return f"{number(scale * ratio.this)}{unit}", f"{number(scale * ratio.other)}{unit}"
+
+
+def _marked(text: str, figure: Quantiles) -> str:
+    """A figure that is not steady has a mark."""
+    return text if figure.steady else f"~{text}"
+
+
+def number(value: float) -> str:
+    """Three digits or so; a profile may come from anybody, so any number must fit."""
+    if not math.isfinite(value) or abs(value) >= 1e9:
+        return f"{value:.1e}"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    if abs(value) >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if abs(value) >= 0.1 or value == 0 else f"{value:.2g}"
+
+
+def percent(share: float) -> str:
+    if not math.isfinite(share) or abs(share) >= 100:
+        return f"{number(100 * share)}%"
+    return f"{100 * share:.0f}%" if abs(share) >= 0.01 or not share else f"{100 * share:.1f}%"
+
+
+def megabytes(size: int) -> str:
+    return number(size / 1e6) if abs(size) < 1 << 80 else "huge"
+
+
+def short(name: str, longest: int = _LONGEST) -> str:
+    return name if len(name) <= longest else f"{name[: longest - 3]}..."

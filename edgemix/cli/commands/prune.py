@@ -1,0 +1,164 @@
+"""`edgemix prune`: a smaller model, as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgemix.cli.command import command
+from edgemix.cli.console import megabytes
+from edgemix.cli.options import Number, template_option
+from edgemix.cli.texts import read_files
+
+if TYPE_CHECKING:
+    from edgemix.cli.console import Console
+    from edgemix.export.pruning.report import PartReport, PruningReport
+
+_SHARE = Number(min=0, max=0.95)
+
+
+@command(
+    "prune",
+    example="edgemix prune ./SmolLM2-135M -o smaller --text prose.txt --ffn 0.25\n"
+    "edgemix prune ./SmolLM2-135M -o sparse --text prose.txt --sparsity 0.5",
+    extra="export,cpu",
+    kept="Cuts and recovery done so far are kept: run the same command to go on.",
+)
+@click.argument("model")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The smaller model's folder.")
+@click.option(
+    "--text",
+    "texts",
+    metavar="FILE",
+    multiple=True,
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Text like what the model reads, .txt or .jsonl; may be repeated.",
+)
+@template_option
+@click.option("--adapter", metavar="FOLDER", help="A LoRA adapter to merge into the model first.")
+@click.option("--layers", metavar="X", type=_SHARE, default=0.0, help="Share of the layers to remove.")
+@click.option("--ffn", metavar="X", type=_SHARE, default=0.0, help="Share of feed-forward channels to remove.")
+@click.option("--heads", metavar="X", type=_SHARE, default=0.0, help="Share of key-value groups to remove.")
+@click.option("--sparsity", metavar="X", type=_SHARE, default=0.0, help="Share of weights to set to zero.")
+@click.option(
+    "--pattern",
+    type=click.Choice(["unstructured", "2:4"]),
+    default="unstructured",
+    show_default=True,
+    help="Where zeros may lie: anywhere, or two of every four (a share of 0.5).",
+)
+@click.option(
+    "--criterion",
+    type=click.Choice(["wanda", "magnitude"]),
+    default="wanda",
+    show_default=True,
+    help="Which weights become zero: the smallest times their input's norm, or the smallest.",
+)
+@click.option(
+    "--steps",
+    metavar="N",
+    type=click.IntRange(min=1, max=100),
+    default=1,
+    show_default=True,
+    help="Cuts, with a recovery after each.",
+)
+@click.option(
+    "--recover",
+    metavar="MINUTES",
+    type=Number(min=0),
+    default=5.0,
+    show_default=True,
+    help="Distillation from the unpruned model, over all cuts.",
+)
+@click.option(
+    "--seed",
+    metavar="N",
+    type=click.IntRange(min=0, max=2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Of the choice and the order of text.",
+)
+def prune(
+    console: Console,
+    *,
+    model: str,
+    output: Path,
+    texts: tuple[Path, ...],
+    template: str | None,
+    adapter: str | None,
+    seed: int,
+    **shares: Any,
+) -> None:
+    """Cut away what MODEL needs least.
+
+    MODEL is a folder, a hub id or a .gguf file; a recipe can name the folder that is written. Layers, channels and
+    heads make it faster everywhere; zeros make it smaller on disk. What is left is distilled from the whole model. A
+    run that was stopped goes on when it is started again.
+    """
+    from edgemix.export.training.output_folder import prepare
+    from edgemix.recipe.compression import Pruning, check_pruning
+
+    pruning = Pruning(**shares)
+    if not (pruning.layers or pruning.ffn or pruning.heads or pruning.zeros):
+        raise click.UsageError("Nothing to cut: give --layers, --ffn, --heads, --sparsity or --pattern 2:4.")
+    check_pruning(pruning)
+    domains = read_files(texts, template)
+    prepare(output)  # mistakes shall not wait for torch
+    with console.progress.stage("import torch"):
+        from edgemix.export.pruning.prune import prune as run
+        from edgemix.export.pruning.report import SPEED
+
+    report = run(model, output, domains, pruning, adapter=adapter, seed=seed, progress=console.progress)
+    if console.as_json:
+        import msgspec
+
+        console.document({"output": output, "speed": SPEED, **msgspec.to_builtins(report)})
+        return
+    console.table("Pruning", ("", ""), _facts(report), left=2)
+    console.table(
+        "Layers",
+        ("", "Parameters\nbefore", "After", "Zeros", "Zeros\n(%)", "MB\nbefore", "MB\nafter"),
+        [_row(part) for part in (*report.parts, report.total)],
+    )
+    if report.total.zeros:
+        console.line(SPEED)
+    elif report.total.parameters_after == report.total.parameters_before:
+        console.note("Nothing was cut: sizes are rounded to what kernels like, and so small a share rounds to nothing.")
+    if report.over_limits:
+        console.note("Over the limits of the parity gate: a recipe takes this model as it is, but it has lost much.")
+    console.line(f"In a recipe: {{name: {output.name}, model: {output}}}")
+
+
+def _facts(report: PruningReport) -> list[tuple[str, str]]:
+    facts = []
+    if report.before is not None and report.after is not None:
+        sizes = [f"{s.layers} layers, {s.ffn} channels, {s.key_value_heads} key-value heads" for s in
+                 (report.before, report.after)]  # fmt: skip
+        facts.append(("Sizes", sizes[0] if sizes[0] == sizes[1] else f"{sizes[0]} before\n{sizes[1]} after"))
+    figures = report.figures
+    facts += [
+        (
+            "Parameters",
+            f"{figures.parameters_before / 1e6:,.1f} M before, {figures.parameters_after / 1e6:,.1f} M after",
+        ),
+        ("Zeros", f"{100 * figures.sparsity:.1f}% of the linears' weights"),
+        ("Recovery", f"{report.recovery_steps:,} steps, {report.recovery_seconds:.0f} s"),
+        ("KL", f"{figures.kl:.4f} nats a token on {figures.tokens:,} held-out tokens (limit {figures.kl_limit:g})"),
+        ("Perplexity", f"{figures.perplexity_ratio:.4f} times what it was (limit {figures.perplexity_ratio_limit:g})"),
+    ]
+    return facts
+
+
+def _row(part: PartReport) -> tuple[str, ...]:
+    return (
+        part.name,
+        f"{part.parameters_before:,}",
+        f"{part.parameters_after:,}",
+        f"{part.zeros:,}",
+        f"{100 * part.sparsity:.1f}",
+        megabytes(part.bytes_before),
+        megabytes(part.bytes_after),
+    )

@@ -1,0 +1,1 @@
+"""`edgemix lm-eval`: lm-evaluation-harness on bundles."""

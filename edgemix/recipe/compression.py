@@ -1,0 +1,196 @@
+"""What a recipe says of compression: how weights are quantised, what is cut away, how the student learns."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal, get_args
+
+import msgspec
+
+from edgemix.errors import InputError
+from edgemix.formats import Format
+from edgemix.recipe.yaml_loader import Problem, Where
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_ABOVE_ZERO = 1e-9
+
+Algorithm = Literal["auto", "distil", "gptq", "rtn", "hqq"]
+Divergence = Literal["forward", "reverse", "skewed", "total-variation"]
+
+GROUPS = (16, 32, 64, 128, 256)
+"""Sizes of a block that ONNX Runtime's kernels have."""
+
+
+class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How int4 finds its blocks; the other formats have one way each.
+
+    Attributes:
+        algorithm: `distil` trains roundings and scales against the model's own fp32 distributions, `gptq` makes up for
+            each rounding in the weights that are rounded after it, both on the text under data: calibration (or
+            training); `rtn` rounds to nearest; `hqq` fits zero points to the error (Half-Quadratic Quantization);
+            `auto` is `distil` where there is such text, else `rtn`.
+        group: Inputs that share a scale.
+        steps: Optimiser steps of `distil`, 2,048 tokens each.
+        rotate: Turn the residual stream and attention's values first, so that no channel stands out (QuaRot); of
+            int8-dynamic, too. Embedding and head are then stored apart.
+        scale: Move scales from weights to the activations that they read first (AWQ).
+        eight_bits: Share of the weights that gets 8 bits: the layers that suffer most from 4.
+    """
+
+    algorithm: Algorithm = "auto"
+    group: int = 32
+    steps: int = 160
+    rotate: bool = False
+    scale: bool = False
+    eight_bits: float = 0.0
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it cannot do without text."""
+        return self.algorithm in ("distil", "gptq") or self.scale or bool(self.eight_bits)
+
+
+class Pruning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is cut away from a model. Shares are between 0 and 1.
+
+    Attributes:
+        layers: Share of the layers that is removed.
+        ffn: Share of each feed-forward network's channels that is removed.
+        heads: Share of each layer's key-value groups (with their query heads) that is removed.
+        sparsity: Share of the linears' weights that is set to zero; 0.5 for the pattern 2:4.
+        pattern: Where zeros may lie: anywhere in a row, or two of every four.
+        criterion: Whether a weight's own size decides (`magnitude`), or that times its input's norm (`wanda`).
+        steps: The cut is made in so many steps, with a recovery after each.
+        recover: Minutes of distillation from the unpruned model, over all steps; 0 leaves it out.
+    """
+
+    layers: float = 0.0
+    ffn: float = 0.0
+    heads: float = 0.0
+    sparsity: float = 0.0
+    pattern: Literal["unstructured", "2:4"] = "unstructured"
+    criterion: Literal["wanda", "magnitude"] = "wanda"
+    steps: int = 1
+    recover: float = 5.0
+
+    @property
+    def zeros(self) -> float:
+        """Share of the linears' weights that is zero in the end."""
+        return 0.5 if self.pattern == "2:4" else self.sparsity
+
+
+class Student(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The student that is distilled from the mixture.
+
+        L = (1 - alpha) CE(y, p_s) + alpha T^2 D(p_mix,T, p_s,T)
+
+    Attributes:
+        start: The member that it is cut from; without it, the one of the largest weight.
+        config: A folder with a config.json of its own: the student then starts from random weights.
+        prune: What is cut from the start, at once: its `steps` and `recover` do not count, as the student learns from
+            the mixture anyway. None takes the defaults, about a third of its decoding time.
+        format: Of its graph.
+        loss: D: KL(p_mix || p_s), KL(p_s || p_mix), KL(p_mix || (1 - skew) p_s + skew p_mix), or half the L1 distance.
+        alpha: Share of the mixture in the loss, against that of the text.
+        temperature: T.
+        skew: Of the loss `skewed`.
+        samples: Share of the text that the student writes itself, in the second half of training.
+        top_k: Tokens of each teacher distribution that are kept; the rest is one number.
+        minutes: Longest training; `steps` the most optimiser steps. Without both, 30 minutes.
+        batch: Windows a step.
+        accumulate: Steps' gradients that are added up.
+        length: Tokens a window.
+        learning_rate: At its highest.
+        eight_bit_optimizer: Keep AdamW's moments in 8 bits (bitsandbytes).
+    """
+
+    start: str | None = None
+    config: str | None = None
+    prune: Pruning | None = None
+    format: Format = "int4"
+    loss: Divergence = "forward"
+    alpha: float = 0.9
+    temperature: float = 1.0
+    skew: float = 0.1
+    samples: float = 0.0
+    top_k: int = 64
+    minutes: float | None = None
+    steps: int | None = None
+    batch: int = 4
+    accumulate: int = 1
+    length: int = 256
+    learning_rate: float = 1e-3
+    eight_bit_optimizer: bool = False
+
+
+def quantization_problems(quantization: Quantization, where: Where) -> Iterator[Problem]:
+    """What is wrong with a recipe's `quantization`."""
+    if quantization.group not in GROUPS:
+        yield Problem((*where, "group"), f"is {quantization.group}; it may be {', '.join(map(str, GROUPS))}")
+    yield from _bounds(
+        {"steps": (quantization.steps, 1, 1 << 40), "eight_bits": (quantization.eight_bits, 0, 1)}, where
+    )
+    if quantization.eight_bits and quantization.algorithm in ("rtn", "hqq"):
+        yield Problem((*where, "eight_bits"), f"goes with algorithm distil or gptq; {quantization.algorithm} has none")
+
+
+def pruning_problems(pruning: Pruning, where: Where) -> Iterator[Problem]:
+    """What is wrong with a recipe's `prune`."""
+    shares = {name: (getattr(pruning, name), 0, 0.95) for name in ("layers", "ffn", "heads", "sparsity")}
+    yield from _bounds({**shares, "steps": (pruning.steps, 1, 100), "recover": (pruning.recover, 0, math.inf)}, where)
+    if pruning.pattern == "2:4" and pruning.sparsity not in (0.0, 0.5):
+        yield Problem((*where, "sparsity"), f"is {pruning.sparsity}; two of every four weights is 0.5")
+    if not (pruning.layers or pruning.ffn or pruning.heads or pruning.zeros):
+        yield Problem(where, "this removes nothing; give a share of layers, ffn, heads or of weights (sparsity)")
+
+
+def check_pruning(pruning: Pruning) -> None:
+    """Raise an InputError with all mistakes of a `Pruning` that was made in Python or from options."""
+    if problems := [str(problem) for problem in pruning_problems(pruning, ())]:
+        raise InputError("; ".join(problems))
+
+
+def student_problems(student: Student, members: list[str], where: Where) -> Iterator[Problem]:
+    """What is wrong with a recipe's `student`."""
+    if student.start is not None and student.start not in members:
+        yield Problem((*where, "start"), f"no member is called {student.start[:80]!r}; members: {', '.join(members)}")
+    if student.start is not None and student.config is not None:
+        yield Problem(where, "has both start and config; a student is cut from a member or made from a config")
+    if student.config is not None and student.prune is not None:
+        yield Problem((*where, "prune"), "a student made from a config has nothing to cut; leave one of them out")
+    if student.loss not in get_args(Divergence):
+        yield Problem((*where, "loss"), f"is {student.loss!r}; it may be {', '.join(get_args(Divergence))}")
+    yield from _bounds(
+        {
+            "alpha": (student.alpha, 0, 1),
+            "temperature": (student.temperature, 0.05, 100),
+            "skew": (student.skew, _ABOVE_ZERO, 1 - _ABOVE_ZERO),
+            "samples": (student.samples, 0, 1),
+            "top_k": (student.top_k, 1, 1 << 16),
+            "minutes": (student.minutes, _ABOVE_ZERO, math.inf),
+            "steps": (student.steps, 1, 1 << 40),
+            "batch": (student.batch, 1, 1 << 16),
+            "accumulate": (student.accumulate, 1, 1 << 16),
+            "length": (student.length, 2, 1 << 20),
+            "learning_rate": (student.learning_rate, _ABOVE_ZERO, 10),
+        },
+        where,
+    )
+    if student.prune is not None:
+        yield from pruning_problems(student.prune, (*where, "prune"))
+
+
+def _bounds(values: dict[str, tuple[float | None, float, float]], where: Where) -> Iterator[Problem]:
+    for name, (value, low, high) in values.items():
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            yield Problem((*where, name), f"is {value}; it may be {_range(low, high)}")
+
+
+def _range(low: float, high: float) -> str:
+    if low != _ABOVE_ZERO:
+        return f"{low:g} or more" if math.isinf(high) else f"{low:g} to {high:g}"
+    if math.isinf(high):
+        return "any number above 0"
+    return "a number between 0 and 1" if high < 1 else f"a number above 0, up to {high:g}"

@@ -1,0 +1,95 @@
+"""Read a recipe from a YAML file, and check one that was made in Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_origin
+
+import msgspec
+import yaml
+
+from edgemix.errors import RecipeError, storage_errors
+from edgemix.recipe.schema import Recipe
+from edgemix.recipe.text_sources import TextSource
+from edgemix.recipe.validation import problems_of
+from edgemix.recipe.yaml_loader import read_yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+MAX_BYTES = 1 << 20
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe from a YAML file.
+
+    Raises:
+        RecipeError: With all mistakes of the file, each with its line and remedy.
+    """
+    document = read_yaml(_read_text(path), Recipe, _long_form)
+    problems = list(document.problems)
+    recipe = document.value and msgspec.structs.replace(document.value, folder=path.parent)
+    if recipe:
+        # What follows from a value that could not be read is no mistake of its own.
+        broken = {problem.where for problem in problems}
+        problems += [found for found in problems_of(recipe) if not any(found.where[: len(at)] == at for at in broken)]
+    if problems or recipe is None:
+        located = sorted((document.line(problem.where), str(problem)) for problem in problems)
+        count = "a mistake" if len(located) == 1 else f"{len(located)} mistakes"
+        lines = (f"  {path.name}:{line}: {problem}" for line, problem in located)
+        raise RecipeError("\n".join([f"{path} has {count}:", *lines]))
+    return recipe
+
+
+def check(recipe: Recipe) -> list[str]:
+    """All mistakes of a recipe that was made in Python, a line each; `load_recipe` has checked its own."""
+    try:
+        msgspec.convert(msgspec.to_builtins(recipe, enc_hook=str), Recipe, dec_hook=lambda kind, value: kind(value))
+    except msgspec.ValidationError as error:
+        return [str(error)]
+    return [str(problem) for problem in problems_of(recipe)]
+
+
+def _read_text(path: Path) -> str:
+    with storage_errors(f"reading {path}"):
+        if not path.exists():
+            raise RecipeError(f"{path}: there is no such recipe", "edgemix init writes one to start from.")
+        if not path.is_file():
+            raise RecipeError(f"{path}: is no file; a recipe is a YAML file")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise RecipeError(f"{path}: has more than {MAX_BYTES:,} bytes; a recipe is a small YAML file")
+    try:
+        return data.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}") from None
+
+
+def _long_form(kind: Any, node: yaml.Node) -> yaml.Node:
+    """The full form of a text source given as a path, and of texts given as a list: their domains are the files'
+    names without suffix.
+    """
+    if kind is TextSource and isinstance(node, yaml.ScalarNode) and node.value:
+        return _mapping(node, {"file": node})
+    if get_origin(kind) is dict and get_args(kind)[1] is TextSource and isinstance(node, yaml.SequenceNode):
+        pairs = [(_scalar(child, _domain(child, index)), child) for index, child in enumerate(node.value)]
+        return yaml.MappingNode("tag:yaml.org,2002:map", pairs, node.start_mark, node.end_mark)
+    return node
+
+
+def _domain(node: yaml.Node, index: int) -> str:
+    if isinstance(node, yaml.MappingNode):
+        files = (value for key, value in node.value if key.value == "file" and isinstance(value, yaml.ScalarNode))
+        node = next(files, node)
+    return (Path(node.value).stem if isinstance(node, yaml.ScalarNode) else "") or str(index)
+
+
+def _mapping(node: yaml.Node, entries: Mapping[str, yaml.Node]) -> yaml.MappingNode:
+    pairs = [(_scalar(node, key), value) for key, value in entries.items()]
+    return yaml.MappingNode("tag:yaml.org,2002:map", pairs, node.start_mark, node.end_mark)
+
+
+def _scalar(node: yaml.Node, text: str) -> yaml.ScalarNode:
+    return yaml.ScalarNode("tag:yaml.org,2002:str", text, node.start_mark, node.end_mark)

@@ -1,0 +1,76 @@
+"""What to build: the recipe, plain frozen data, in Python or from a YAML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from edgemix.formats import Format, Target
+from edgemix.recipe.compression import Pruning, Quantization, Student
+from edgemix.recipe.text_sources import TextSource
+
+NGRAMS = 1 << 18
+
+CacheType = Literal["float", "int8"]
+"""How key-value state is kept."""
+
+
+class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of a recipe's parts."""
+
+
+class MemberRecipe(_Part, frozen=True):
+    """One member: a name, a model (folder, hub id or .gguf file), an optional LoRA adapter, and what is its own of the
+    format, the quantisation and the pruning.
+    """
+
+    name: str
+    model: str
+    adapter: str | None = None
+    format: Format | None = None
+    quantization: Quantization | None = None
+    prune: Pruning | None = None
+
+
+class Data(_Part, frozen=True):
+    """The texts, by domain name. They must not overlap: weights are fitted on validation; quantisation and pruning look
+    at calibration (at training text where there is none), and gates measure on it; the student learns from training, of
+    which n-grams are counted, too.
+
+    Attributes:
+        window: Longest stretch of text that is scored at once, in tokens.
+        max_tokens: Most tokens that are read of each text.
+    """
+
+    validation: dict[str, TextSource] = {}
+    calibration: dict[str, TextSource] = {}
+    training: dict[str, TextSource] = {}
+    window: int = 512
+    max_tokens: int = 8_000
+
+
+class Recipe(_Part, frozen=True):
+    """Everything `edgemix export` needs. Paths are relative to `folder`, the recipe file's own.
+
+    Attributes:
+        ngrams: Most n-grams of the training text that the bundle keeps to draft from.
+    """
+
+    members: tuple[MemberRecipe, ...]
+    weights: Literal["uniform", "fit"] | dict[str, float] = "uniform"
+    format: Format = "int8"
+    target: Target = "cpu"
+    quantization: Quantization = Quantization()
+    stack: bool | str = False
+    cache: CacheType = "float"
+    student: Student | None = None
+    ngrams: int = NGRAMS
+    data: Data = Data()
+    seed: int = 0
+    folder: Path = Path()
+
+    def resolve(self, path: str) -> Path:
+        """Where a path of the recipe lies."""
+        return self.folder / Path(path).expanduser()

@@ -1,0 +1,200 @@
+"""What can be wrong with a recipe beyond its structure: each mistake with its place and remedy."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgemix.bundle.manifest import MEMBER_NAME, RESERVED_NAMES
+from edgemix.errors import InputError
+from edgemix.recipe.compression import pruning_problems, quantization_problems, student_problems
+from edgemix.recipe.text_sources import read_documents
+from edgemix.recipe.yaml_loader import Problem, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from edgemix.formats import Format
+    from edgemix.recipe.compression import Quantization
+    from edgemix.recipe.schema import Recipe
+    from edgemix.recipe.yaml_loader import Where
+
+_LONGEST_HUB_ID = 96
+_HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
+
+
+def problems_of(recipe: Recipe) -> Iterator[Problem]:
+    """Everything that is wrong with a recipe that could be read."""
+    yield from _member_problems(recipe)
+    yield from _format_problems(recipe)
+    yield from _cache_problems(recipe)
+    yield from _weight_problems(recipe)
+    yield from _text_problems(recipe)
+    yield from _compression_problems(recipe)
+    bounds = {
+        ("seed",): (recipe.seed, 0, 2**32 - 1),
+        ("ngrams",): (recipe.ngrams, 0, 1 << 24),
+        ("data", "window"): (recipe.data.window, 2, 1 << 20),
+        ("data", "max_tokens"): (recipe.data.max_tokens, 2, 1 << 40),
+    }
+    for where, (value, low, high) in bounds.items():
+        if not low <= value <= high:
+            yield Problem(where, f"is {value}; it may be {low} to {high}")
+
+
+def _member_problems(recipe: Recipe) -> Iterator[Problem]:
+    if not recipe.members:
+        yield Problem(("members",), "there are none; give one at least")
+    seen: dict[str, int] = {}
+    for index, member in enumerate(recipe.members):
+        where = ("members", index)
+        if not MEMBER_NAME.fullmatch(member.name):
+            yield Problem(
+                (*where, "name"),
+                f"{member.name[:80]!r} cannot name a folder; use up to 64 letters, digits, - _ . with no . or - first "
+                "and no . last",
+            )
+        elif member.name.casefold() in RESERVED_NAMES:
+            yield Problem((*where, "name"), f"{member.name!r} is the name of a mixture or the student; choose another")
+        elif (first := seen.setdefault(member.name.casefold(), index)) != index:
+            yield Problem((*where, "name"), f"{member.name!r} is also the name of members[{first}]; choose another")
+        yield from _source_problems(recipe, index)
+
+
+def _source_problems(recipe: Recipe, index: int) -> Iterator[Problem]:
+    member = recipe.members[index]
+    try:
+        path = local_path(member.model, recipe.folder)
+    except InputError as error:
+        yield Problem(("members", index, "model"), error.message)
+    else:
+        gguf = path is not None and path.is_file() and path.suffix.lower() == ".gguf"
+        if path is not None and not gguf and not _has_config(path):
+            yield Problem(
+                ("members", index, "model"),
+                f"{member.model!r} is neither a folder with a config.json nor a .gguf file; save a model with "
+                "save_pretrained()",
+            )
+    if member.adapter is not None:
+        path = _existing(member.adapter, recipe.folder)
+        if path is None or not (path / "adapter_config.json").is_file():
+            yield Problem(
+                ("members", index, "adapter"),
+                f"there is no folder {member.adapter!r} with an adapter_config.json, seen from "
+                f"{recipe.folder.resolve()}; edgemix finetune makes one",
+            )
+
+
+def _has_config(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def _existing(path: str, folder: Path) -> Path | None:
+    try:
+        found = folder / Path(path).expanduser()
+        return found if found.exists() else None
+    except (OSError, RuntimeError):  # a name too long, an unknown ~user
+        return None
+
+
+def _format_problems(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.target == "cuda":
+        formats: list[tuple[Where, Format | None]] = [(("format",), recipe.format)]
+        formats += [(("members", i, "format"), m.format) for i, m in enumerate(recipe.members)]
+        if recipe.student is not None:
+            formats.append((("student", "format"), recipe.student.format))
+        for where, form in formats:
+            if form == "int8-dynamic":
+                yield Problem(where, "int8-dynamic runs on the CPU only; with target: cuda choose int8")
+
+
+def _cache_problems(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.cache != "int8":
+        return
+    if recipe.stack:
+        yield Problem(("cache",), "int8 does not go with stack: a graph of several members keeps their state in float")
+    forms = [member.format or recipe.format for member in recipe.members]
+    if recipe.student is not None:
+        forms.append(recipe.student.format)
+    if any(form in ("fp32", "fp16") for form in forms):
+        yield Problem(("cache",), "int8 goes with quantised formats: fp32 and fp16 promise more than it keeps")
+
+
+def _weight_problems(recipe: Recipe) -> Iterator[Problem]:
+    weights = recipe.weights
+    if weights == "fit" and not recipe.data.validation:
+        yield Problem(("weights",), "fit needs text that no member was trained on; name it under data: validation:")
+    if not isinstance(weights, dict):
+        return
+    names = [member.name for member in recipe.members]
+    if all(names):  # a name that could not be read may be any of those that seem unknown
+        for name in weights.keys() - set(names):
+            yield Problem(("weights", name), f"no member has this name; {did_you_mean(name, names)}")
+        if missing := [name for name in names if name not in weights]:
+            yield Problem(("weights",), f"has no weight for {', '.join(missing)}; 0 leaves a member out")
+    for name, weight in weights.items():
+        if not (math.isfinite(weight) and weight >= 0):
+            yield Problem(("weights", name), f"is {weight}; it must be a number of 0 or more")
+    if weights and not any(weights.values()):
+        yield Problem(("weights",), "are all zero; give one member a weight above 0")
+
+
+def _text_problems(recipe: Recipe) -> Iterator[Problem]:
+    places: dict[Path, str] = {}
+    for part in ("validation", "calibration", "training"):
+        sources = getattr(recipe.data, part)
+        for domain, source in sources.items():
+            where = ("data", part, domain)
+            if not source.file:
+                continue
+            try:
+                read_documents(source, recipe.folder)
+            except InputError as error:
+                yield Problem(where, "; ".join(filter(None, (error.message, error.remedy))))
+                continue
+            path = recipe.resolve(source.file).resolve()
+            if (other := places.setdefault(path, f"data.{part}.{domain}")) != f"data.{part}.{domain}":
+                yield Problem(where, f"is the same file as {other}; no text may serve twice")
+
+
+def _compression_problems(recipe: Recipe) -> Iterator[Problem]:
+    quantizations: list[tuple[Where, Quantization]] = [(("quantization",), recipe.quantization)]
+    for index, member in enumerate(recipe.members):
+        if member.quantization is not None:
+            quantizations.append((("members", index, "quantization"), member.quantization))
+        if member.prune is not None:
+            yield from pruning_problems(member.prune, ("members", index, "prune"))
+            if not (recipe.data.calibration or recipe.data.training):
+                yield Problem(("members", index, "prune"), "looks at text; name some under data: calibration:")
+    for where, quantization in quantizations:
+        yield from quantization_problems(quantization, where)
+        if quantization.reads_text and not (recipe.data.calibration or recipe.data.training):
+            word = next(word for word in ("scale", "eight_bits", "algorithm") if getattr(quantization, word))
+            yield Problem((*where, word), "looks at text; name some under data: calibration:")
+    if recipe.student is not None:
+        yield from student_problems(recipe.student, [member.name for member in recipe.members], ("student",))
+        if not recipe.data.training:
+            yield Problem(("student",), "learns from text; name some under data: training:")
+        config = recipe.student.config
+        if config is not None and ((path := _existing(config, recipe.folder)) is None or not _has_config(path)):
+            yield Problem(
+                ("student", "config"),
+                f"there is no folder {config!r} with a config.json, seen from {recipe.folder.resolve()}",
+            )
+
+
+def local_path(model: str, folder: Path) -> Path | None:
+    """Where a recipe's `model` lies on this machine; None if it is a hub id.
+
+    What exists, relative to `folder`, is a path; of the rest, `name` and `organisation/name` are hub ids.
+
+    Raises:
+        InputError: It is neither.
+    """
+    if path := _existing(model, folder):
+        return path
+    if model.lower().endswith(".gguf") or len(model) > _LONGEST_HUB_ID or not _HUB_ID.fullmatch(model):
+        raise InputError(f"there is no file or folder {model!r}, seen from {folder.resolve()}")
+    return None

@@ -1,0 +1,1 @@
+"""Results that commands print and the report draws."""

@@ -1,0 +1,145 @@
+"""Graphs that are made by plain rounding to be measured: as large and as fast as those whose weights take minutes."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from edgemix.bundle.graph_io import GraphFacts
+from edgemix.bundle.stages import stage_key
+from edgemix.errors import storage_errors
+from edgemix.export.graphs.decoder import MODEL_FILE
+from edgemix.export.models.layout import layout
+from edgemix.export.models.loading import versions
+from edgemix.export.pruning.packing import pack_weights
+from edgemix.export.quantization import quantize
+from edgemix.export.quantization.algorithms.block_table import BlockTable
+from edgemix.export.quantization.algorithms.rtn import rtn
+from edgemix.formats import Format
+from edgemix.progress import Prefixed, Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from edgemix.bundle.writer import BundleWriter
+    from edgemix.export.stages.blocks import MemberBlocks
+    from edgemix.export.stages.graphs import MemberGraphs
+    from edgemix.export.stages.models import MemberModels
+    from edgemix.recipe.schema import MemberRecipe, Recipe
+
+CHOICES: tuple[Format, ...] = ("int4", "int8", "fp16")
+"""The formats that may be chosen."""
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """What is known of a member before anything is chosen.
+
+    Attributes:
+        facts: Of its quantised graphs.
+        bytes: Of its graph on disk, by format.
+        groups: Names of the linears that must have the same bits.
+        shapes: [out, in] of each linear.
+        losses: Of each linear by bits; see `sensitivity.costs`. A GGUF file's own 4 bits lose nothing.
+        sparse: Whether graphs are stored without their zeros.
+    """
+
+    facts: GraphFacts
+    bytes: dict[Format, int]
+    groups: tuple[tuple[str, ...], ...]
+    shapes: dict[str, tuple[int, int]]
+    losses: dict[str, dict[int, float]]
+    sparse: bool
+
+
+class Trials:
+    """Makes the graphs; they lie in the writer's scratch until `remove`.
+
+    Args:
+        recipe: Whose members that are chosen for have the format int4.
+        models, graphs, blocks: Its members'.
+        writer: Of the bundle that is being built.
+        progress: Hears of every stage.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        models: MemberModels,
+        graphs: MemberGraphs,
+        blocks: MemberBlocks,
+        writer: BundleWriter,
+        progress: Progress,
+    ) -> None:
+        self._recipe, self._models, self._graphs, self._blocks = recipe, models, graphs, blocks
+        self._writer, self._progress = writer, progress
+        self._folder = writer.scratch / "trials"
+
+    def measure(self, spec: MemberRecipe) -> Measured:
+        """Make a member's graph in every format, and estimate what it loses.
+
+        Raises:
+            InputError: The member cannot be read, or its structure is not known.
+        """
+        stages = self._writer.stages
+        key = stage_key(
+            graph=self._graphs.key(spec),
+            group=self._models.quantization(spec).group,
+            text=self._models.data_digest(),
+            versions=versions(),
+            seed=self._recipe.seed,
+        )
+        found = stages.done(f"trials/{spec.name}", key, Measured)
+        if found is None:
+            record, member = self._graphs.make(spec), self._models.load(spec)
+            parts = layout(member.model)
+            linears, kept = parts.linears(), self._blocks.repacked(spec, 4)
+            losses = {name: {4: 0.0, 8: 0.0} for name in linears} if kept else self._blocks.costs(spec, member)
+            half = self._recipe.target == "cuda"
+            found = Measured(
+                facts=msgspec.structs.replace(record.facts, dtype="float16" if half else "float32"),
+                bytes={
+                    form: self._make(spec, form, form, table=kept if form == "int4" else None, sparse=record.sparse)
+                    for form in CHOICES
+                },
+                groups=tuple(group for layer in parts.layers for group in layer.groups()),
+                shapes={name: tuple(part.weight.shape) for name, part in linears.items()},
+                losses=losses,
+                sparse=record.sparse,
+            )
+            stages.mark_done(f"trials/{spec.name}", key, found, files=[self._folder / spec.name])
+        return found
+
+    def path(self, spec: MemberRecipe, name: str) -> Path:
+        """Where a member's graph lies: that of a format, or `mixed`."""
+        return self._folder / spec.name / name / MODEL_FILE
+
+    def mix(self, spec: MemberRecipe, eight_bits: Sequence[str]) -> Path:
+        """Make an int4 graph with some linears at 8 bits."""
+        table, linears = BlockTable(), layout(self._models.load(spec).model).linears()
+        block = self._models.quantization(spec).group
+        for name in eight_bits:
+            weight = linears[name].weight.contiguous().numpy()
+            table.add(weight, rtn(weight, bits=8, block=block, symmetric=False))
+        self._make(spec, "int4", "mixed", table=table)
+        return self.path(spec, "mixed")
+
+    def remove(self) -> None:
+        """Remove all graphs."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _make(
+        self, spec: MemberRecipe, form: Format, name: str, *, table: BlockTable | None = None, sparse: bool = False
+    ) -> int:
+        """Write a graph; its bytes on disk."""
+        output, progress = self.path(spec, name), Prefixed(self._progress, spec.name)
+        source, group = self._graphs.path(spec), self._models.quantization(spec).group
+        with progress.stage(f"trial of {name}"), storage_errors(f"writing {output}"):
+            text = self._graphs.calibration(spec, form)
+            quantize(source, output, form, target=self._recipe.target, group=group, table=table, calibration=text)
+            if sparse:
+                pack_weights(output)
+            return sum(path.stat().st_size for path in output.parent.iterdir())

@@ -1,0 +1,156 @@
+"""Two domains of text that every machine with Python has: its standard library's code, and the prose about it."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sysconfig
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from edgemix.errors import InputError
+from edgemix.files import write_atomically
+from edgemix.progress import SILENT, Progress
+from edgemix.recipe.text_sources import TextSource, read_documents
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+DOMAINS = ("code", "prose")
+
+_SKIPPED = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages", "dist-packages"}
+_TRAINING_CHARACTERS = 2_000_000
+_HELD_OUT_CHARACTERS = 20_000
+_COPIED = 120
+"""Characters in a row that two modules have in common by copying only."""
+_EXCERPT = 1_600
+"""Characters of one document in a held-out part, so that a part of that size draws on a dozen documents."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The documents of a domain. What is in one part has no file or topic in common with the others."""
+
+    train: list[str]
+    validation: list[str]
+    test: list[str]
+
+
+def make_texts(folder: Path, progress: Progress = SILENT) -> dict[str, Texts]:
+    """Write the texts to `folder`, a .jsonl file for each domain and part, or read them if all are there.
+
+    Raises:
+        InputError: This Python has no sources of its standard library.
+    """
+    if not all(_file(folder, domain, part).is_file() for domain in DOMAINS for part in _parts()):
+        with progress.stage("collect text"):
+            for domain, texts in _collect().items():
+                for part in _parts():
+                    _write(_file(folder, domain, part), getattr(texts, part))
+    return {
+        domain: Texts(**{
+            part: read_documents(TextSource(_file(folder, domain, part).name), folder) for part in _parts()
+        })
+        for domain in DOMAINS
+    }  # fmt: skip
+
+
+def _parts() -> list[str]:
+    return [field.name for field in fields(Texts)]
+
+
+def _file(folder: Path, domain: str, part: str) -> Path:
+    return folder / f"{domain}-{part}.jsonl"
+
+
+def _write(path: Path, documents: Iterable[str]) -> None:
+    write_atomically(path, b"".join(msgspec.json.encode({"text": text}) + b"\n" for text in documents))
+
+
+def _collect() -> dict[str, Texts]:
+    code = dict(_sources())
+    if not code:
+        raise InputError("the sources of Python's standard library are not on this machine", "Use a full Python.")
+    prose = {f"{name} docstrings": text for name, source in code.items() if (text := _docstrings(source))}
+    return {"code": _divide(code), "prose": _divide(prose | _topics())}
+
+
+def _sources() -> Iterator[tuple[str, str]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if _SKIPPED.isdisjoint(name.parts):
+            try:
+                yield name.as_posix(), path.read_text("utf-8")
+            except (OSError, UnicodeDecodeError):
+                continue
+
+
+def _docstrings(source: str) -> str:
+    """The docstrings of a module that read as prose: long, mostly letters, without examples."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return ""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented))
+    return "\n\n".join(text for text in found if text and _is_prose(text))
+
+
+def _is_prose(text: str) -> bool:
+    letters = sum(letter.isalpha() or letter.isspace() for letter in text)
+    return len(text) >= 200 and ">>>" not in text and letters > 0.9 * len(text)
+
+
+def _topics() -> dict[str, str]:
+    """The language reference as `help()` shows it; some distributions leave it out."""
+    try:
+        from pydoc_data.topics import topics
+    except ModuleNotFoundError:
+        return {}
+    return dict(topics)
+
+
+def _divide(documents: dict[str, str]) -> Texts:
+    """Divide documents by the sha256 of their module's or topic's name: eight parts in ten to train, one each for
+    validation and test. The same module's code and docstrings so fall on the same side.
+    """
+    parts: dict[str, list[str]] = {part: [] for part in _parts()}
+    digests = {name: hashlib.sha256(name.removesuffix(" docstrings").encode()).digest() for name in documents}
+    for name in sorted(documents, key=digests.__getitem__):
+        if documents[name].strip():
+            parts[{0: "validation", 1: "test"}.get(digests[name][-1] % 10, "train")].append(documents[name])
+    train = list(_until(parts["train"], _TRAINING_CHARACTERS))
+    return Texts(train, *(_held_out(parts[part], "\n".join(train)) for part in ("validation", "test")))
+
+
+def _held_out(documents: Iterable[str], train: str) -> list[str]:
+    """Excerpts of documents, without those that a module of the training part has copied."""
+    excerpts = map(_excerpt, documents)
+    return list(_until((text for text in excerpts if not _shares_text(text, train)), _HELD_OUT_CHARACTERS))
+
+
+def _shares_text(text: str, train: str) -> bool:
+    """Whether some sentences of a text stand in the training part: modules copy each other's docstrings."""
+    starts = range(0, max(1, len(text) - _COPIED + 1), _COPIED // 2)
+    return any(text[start : start + _COPIED] in train for start in starts)
+
+
+def _until(documents: Iterable[str], characters: int) -> Iterator[str]:
+    """Documents until there are so many characters."""
+    for text in documents:
+        yield text
+        characters -= len(text)
+        if characters <= 0:
+            return
+
+
+def _excerpt(text: str) -> str:
+    """Whole lines from the middle of a document: its beginning would be all imports or headings."""
+    if len(text) <= _EXCERPT:
+        return text
+    start = text.find("\n", (len(text) - _EXCERPT) // 2) + 1
+    return text[start : text.rfind("\n", start, start + _EXCERPT) + 1] or text[:_EXCERPT]

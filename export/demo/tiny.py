@@ -1,0 +1,124 @@
+"""Small language models trained from scratch in seconds: members for trying things out where there are no weights."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from edgemix.bundle.stages import stage_key
+from edgemix.errors import storage_errors
+from edgemix.export.data.text import windows
+from edgemix.export.training.checkpoints import Checkpoint
+from edgemix.export.training.loop import Budget, fingerprint, train
+from edgemix.export.training.token_loss import token_loss
+from edgemix.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+END = "<|endoftext|>"
+VOCABULARY = 512
+CONTEXT = 512
+
+_BATCH, _LENGTH = 16, 64
+
+
+def train_tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of `VOCABULARY` tokens; the same text gives the same tokenizer."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    core.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=END, model_max_length=CONTEXT)
+
+
+def train_member(
+    output: Path,
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    start: Path | None = None,
+    steps: int = 150,
+    learning_rate: float = 4e-3,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> None:
+    """Train all weights of a small Llama on documents and save it with its tokenizer as a Hugging Face folder.
+
+    An interrupted run leaves a checkpoint beside `output`, which the same call takes up.
+
+    Args:
+        output: The folder to write; must not be there yet.
+        documents: Training text.
+        tokenizer: As all members that are to be mixed have it.
+        start: A member to train further; a new one is random.
+        steps: Optimiser steps of `_BATCH` windows.
+        learning_rate: At its highest.
+        seed: Of the first weights and of the order of the text.
+        progress: Hears of every step's loss.
+    """
+    model = _random_model(seed) if start is None else AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+    text = np.array(windows(documents, tokenizer, _LENGTH, max_tokens=steps * _BATCH * _LENGTH, seed=seed), np.int64)
+    model.train()
+    checkpoint = Checkpoint(
+        output.with_name(f".{output.name}.training"),
+        stage_key(model=fingerprint(model), text=text.tolist(), steps=steps, learning_rate=learning_rate, seed=seed),
+    )
+    train(
+        token_loss(model),
+        dict(model.named_parameters()),
+        text,
+        budget=Budget(steps),
+        batch=_BATCH,
+        learning_rate=learning_rate,
+        seed=seed,
+        checkpoint=checkpoint,
+        title=f"{output.name}: train",
+        progress=progress,
+    )
+    save_member(model, tokenizer, output)
+    checkpoint.remove()
+
+
+def save_member(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path, *, licence: str | None = None
+) -> None:
+    """Write a model and its tokenizer beside `output` and move them there in one step; a card states the licence."""
+    staging = output.with_name(f".{output.name}.partial")
+    with storage_errors(f"writing {output}"):
+        shutil.rmtree(staging, ignore_errors=True)
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        if licence:
+            (staging / "README.md").write_text(f"---\nlicense: {licence}\n---\n", "utf-8")
+        staging.rename(output)
+
+
+def _random_model(seed: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=None,
+        eos_token_id=0,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)

@@ -1,0 +1,282 @@
+"""The student's graph for drafts: its head has the rows of the most frequent tokens only.
+
+A head of 49,152 tokens is half of what a small student reads to say one. Drafts are verified, so any distribution may
+propose them, and nearly all of a text is made of a sixth of the vocabulary (FR-Spec, arXiv 2502.14856).
+
+Only the head is written anew, into the graph's own file. All other weights are read from the whole graph's data.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from edgemix.bundle.graph_io import LOGITS
+from edgemix.bundle.manifest import STUDENT, DraftGraph
+from edgemix.errors import EdgemixError, storage_errors
+from edgemix.export.data.text import windows
+from edgemix.export.graphs.decoder import MODEL_FILE
+from edgemix.export.quantization.graph.emission import CONTRIB, add_initializer
+from edgemix.files import write_atomically
+from edgemix.progress import SILENT, Progress
+from edgemix.recipe.text_sources import read_documents
+from edgemix.runtime.graphs.decoder import Member
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+    from edgemix.bundle.manifest import MemberEntry, TokenizerEntry
+    from edgemix.recipe.schema import Recipe
+
+GRAPH_FILE, TOKENS_FILE = "draft.onnx", "draft_tokens.json"
+
+MOST = 8_192
+"""Rows, at most."""
+SMALLEST = 16_384
+"""Token ids of a vocabulary below which a smaller head saves too little."""
+COUNTED, _LENGTH = 1_000_000, 512
+"""Tokens of a domain's text that are counted, in windows of so many."""
+_PROBE = 32
+"""Tokens on which the two graphs are compared."""
+_CLOSE = 0.01
+"""Largest difference of their logits, as a share of the largest logit: other rows differ by more, rounding by less."""
+
+_POINTWISE = frozenset({"Add", "Cast", "Div", "Identity", "Mul", "Sub", "Tanh"})
+"""Operators behind a head that treat every logit by itself: biases, scales, caps."""
+_OUTPUTS = {
+    ("", "MatMul"): 1,
+    ("", "Gemm"): 1,
+    (CONTRIB, "MatMulNBits"): 0,
+    (CONTRIB, "MatMulIntegerToFloat"): 1,
+}
+"""Products that a head may be, and the axis of their weights' outputs."""
+
+
+class _UnknownHeadError(Exception):
+    """The graph's head is none that can be cut."""
+
+
+def draft_size(vocabulary: int) -> int:
+    """How many of so many tokens the student drafts; 0 for all of them."""
+    return min(MOST, vocabulary // 4 // 64 * 64) if vocabulary >= SMALLEST else 0
+
+
+def make_draft(
+    recipe: Recipe,
+    entry: MemberEntry,
+    folder: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    known: TokenizerEntry,
+    progress: Progress = SILENT,
+) -> DraftGraph | None:
+    """Write the student's graph for drafts beside its whole one.
+
+    Args:
+        recipe: Its training text tells which tokens are frequent.
+        entry: The student's.
+        folder: Where its whole graph lies, as it ships.
+        tokenizer: What the text is read with.
+        known: The manifest's word on it.
+        progress: Hears of it, and why there is none where a vocabulary of this size should have one.
+
+    Returns:
+        What the manifest says of it; None where the student drafts with its whole graph.
+
+    Raises:
+        InputError: A text cannot be read.
+        EdgemixError: The disk refuses.
+    """
+    if not (size := draft_size(known.vocabulary)):
+        return None
+    with progress.stage("head for drafts"):
+        texts = {
+            domain: windows(
+                read_documents(source, recipe.folder), tokenizer, _LENGTH, max_tokens=COUNTED, seed=recipe.seed
+            )
+            for domain, source in recipe.data.training.items()
+        }
+        tokens = frequent_tokens(texts.values(), known.vocabulary, size, always=known.eos)
+        whole, graph, listed = folder / MODEL_FILE, folder / GRAPH_FILE, folder / TOKENS_FILE
+        with storage_errors(f"writing {graph}"):
+            reason = _written(whole, graph, entry, tokens, next(iter(texts.values()))[0])
+            if not reason:
+                write_atomically(listed, msgspec.json.encode(tokens.tolist()))
+                return DraftGraph(f"{STUDENT}/{GRAPH_FILE}", f"{STUDENT}/{TOKENS_FILE}", len(tokens))
+            graph.unlink(missing_ok=True)
+            listed.unlink(missing_ok=True)
+    progress.say(f"{entry.name}: drafts with its whole head, as {reason}")
+    return None
+
+
+def frequent_tokens(
+    domains: Iterable[Sequence[Sequence[int]]], vocabulary: int, size: int, *, always: Iterable[int] = ()
+) -> NDArray[np.int64]:
+    """The ids of the most frequent tokens, ascending: int64 [size].
+
+    Args:
+        domains: Texts as token ids; each domain counts as much as any other.
+        vocabulary: Number of token ids.
+        size: How many are wanted. Of tokens that are equally frequent, or never come, the lowest ids are taken: those
+            are the most frequent ones of what the tokenizer was trained on.
+        always: Ids that are among them in any case.
+    """
+    shares = np.zeros(vocabulary)
+    for texts in domains:
+        counts = np.bincount(np.concatenate([np.asarray(text, np.int64) for text in texts]), minlength=vocabulary)
+        shares += counts[:vocabulary] / counts.sum()
+    shares[[*always]] = np.inf
+    return np.sort(np.argsort(-shares, kind="stable")[:size])
+
+
+def cut_head(source: Path, output: Path, tokens: NDArray[np.int64]) -> bool:
+    """Write a decoder graph whose logits are those of some tokens.
+
+    Args:
+        source: The graph, in any format that `quantize` writes.
+        output: In the same folder: all weights but the head's stay in the source's data file.
+        tokens: int64 [tokens], which of the source's logits, ascending.
+
+    Returns:
+        Whether the graph's head could be cut; if not, nothing is written.
+    """
+    model = ir.load(source)
+    try:
+        _cut(model.graph, tokens)
+    except _UnknownHeadError:
+        return False
+    common.RemoveUnusedNodesPass()(model)
+    ir.save(model, output)
+    return True
+
+
+def _written(whole: Path, graph: Path, entry: MemberEntry, tokens: NDArray[np.int64], text: Sequence[int]) -> str:
+    """Write the graph, and see that it says what the whole one says: why there is none, or nothing."""
+    if entry.sparse is not None:
+        return "its weights are stored without their zeros"
+    if not cut_head(whole, graph, tokens):
+        return "that is of a form that cannot be cut"
+    probe = np.array(text[: min(_PROBE, entry.facts.context)], np.int64)
+    facts = msgspec.structs.replace(entry.facts, vocabulary=len(tokens))
+    try:
+        found = Member.load(graph, facts, tokens=tokens).forward([probe])[0]
+        expected = Member.load(whole, entry.facts).forward([probe])[0][:, tokens]
+    except EdgemixError as error:
+        return f"with a cut one it does not run: {error.message}"
+    if not np.abs(found - expected).max() <= _CLOSE * np.abs(expected).max():
+        return "with a cut one it says something else"
+    return ""
+
+
+def _cut(graph: ir.Graph, tokens: NDArray[np.int64]) -> None:
+    """Cut the head and what is done to its logits.
+
+    Raises:
+        _UnknownHeadError: The graph may be half cut.
+    """
+    value = next((each for each in graph.outputs if each.name == LOGITS), None)
+    if value is None or value.shape is None or not isinstance(vocabulary := value.shape[-1], int):
+        raise _UnknownHeadError
+    _cut_value(graph, value, vocabulary, tokens, readers=0)
+
+
+def _cut_value(graph: ir.Graph, value: ir.Value, vocabulary: int, tokens: NDArray[np.int64], readers: int = 1) -> None:
+    """Cut what makes a value, of a number for each token, that so many nodes read."""
+    node = value.producer()
+    if node is None or len(value.uses()) != readers:
+        raise _UnknownHeadError
+    if value.shape is not None:
+        value.shape = ir.Shape([*value.shape[:-1], len(tokens)])
+    if (node.domain, node.op_type) in _OUTPUTS:
+        _cut_product(graph, node, vocabulary, tokens)
+        return
+    if node.domain or node.op_type not in _POINTWISE:
+        raise _UnknownHeadError
+    activations = [each for each in node.inputs if each is not None and _dimensions(each) is None]
+    made = [each for each in activations if not _is_a_number(each)]
+    if len(made) != 1 and node.op_type != "Add":
+        raise _UnknownHeadError
+    _cut_pointwise(graph, node, range(len(node.inputs)), vocabulary, tokens)
+    for each in made:
+        _cut_value(graph, each, vocabulary, tokens)
+
+
+def _is_a_number(value: ir.Value) -> bool:
+    """Whether a value has one number for all tokens: the step of an activation that was rounded."""
+    node = value.producer()
+    if node is not None and node.op_type == "Div":
+        node = node.inputs[0].producer()
+    return node is not None and node.op_type == "ReduceMax"
+
+
+def _cut_product(graph: ir.Graph, node: ir.Node, vocabulary: int, tokens: NDArray[np.int64]) -> None:
+    """Take the outputs of some tokens from a product's weights, and from its bias where it has one."""
+    axis, weights = _OUTPUTS[node.domain, node.op_type], range(1, len(node.inputs))
+    if node.op_type == "MatMulIntegerToFloat":  # activation, weights, their scales, their zero points
+        weights = range(1, 2)
+        _cut_pointwise(graph, node, range(3, 4), vocabulary, tokens)
+    if node.op_type == "Gemm":
+        axis = 0 if node.attributes.get_int("transB", 0) else 1
+        weights = range(1, 2)
+        _cut_pointwise(graph, node, range(2, len(node.inputs)), vocabulary, tokens)
+    for place in weights:
+        if (value := node.inputs[place]) is not None:
+            shape = _dimensions(value)
+            if shape is None or len(shape) < 2 or shape[axis] != vocabulary:
+                raise _UnknownHeadError
+            node.replace_input_with(place, _taken(graph, node, value, axis, tokens))
+    if node.op_type == "MatMulNBits":
+        node.attributes["N"] = ir.AttrInt64("N", len(tokens))
+
+
+def _cut_pointwise(
+    graph: ir.Graph, node: ir.Node, places: Iterable[int], vocabulary: int, tokens: NDArray[np.int64]
+) -> None:
+    """Cut those of a node's constant inputs that have a number for each token."""
+    for place in places:
+        value = node.inputs[place]
+        shape = None if value is None else _dimensions(value)
+        if value is None or not shape or shape[-1] == 1:
+            continue
+        if shape[-1] != vocabulary:
+            raise _UnknownHeadError
+        node.replace_input_with(place, _taken(graph, node, value, len(shape) - 1, tokens))
+
+
+def _dimensions(value: ir.Value) -> tuple[int, ...] | None:
+    """Of a constant, perhaps one that is cast or transposed; None for what is none."""
+    if value.is_initializer() and not value.is_graph_input() and value.const_value is not None:
+        return tuple(value.const_value.shape.numpy())
+    node = value.producer()
+    if node is None or node.domain or node.op_type not in ("Cast", "Transpose"):
+        return None
+    shape = _dimensions(node.inputs[0])
+    return shape if shape is None or node.op_type == "Cast" else tuple(shape[axis] for axis in _order(node, shape))
+
+
+def _order(transpose: ir.Node, shape: Sequence[int]) -> Sequence[int]:
+    order: Sequence[int] = transpose.attributes.get_ints("perm", range(len(shape))[::-1])
+    return order
+
+
+def _taken(graph: ir.Graph, reader: ir.Node, value: ir.Value, axis: int, tokens: NDArray[np.int64]) -> ir.Value:
+    """A constant of some tokens only, made as the whole one is made."""
+    node = value.producer()
+    if node is None:
+        return add_initializer(graph, f"{value.name}.draft", value.const_value.numpy().take(tokens, axis))
+    source = node.inputs[0]
+    if node.op_type == "Transpose":
+        axis = _order(node, _dimensions(source) or ())[axis]
+    part = _taken(graph, reader, source, axis, tokens)
+    copy = ir.node(node.op_type, [part], node.attributes)
+    copy.outputs[0].type = value.type
+    graph.insert_before(reader, copy)
+    return copy.outputs[0]

@@ -1,0 +1,1 @@
+"""Fine-tune members, alone or jointly."""

@@ -1,0 +1,332 @@
+"""Fine-tune the members of a recipe: jointly, through the likelihood of their mixture, or each on its own text."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Unpack
+
+import torch
+
+from edgemix.bundle.stages import stage_key
+from edgemix.errors import InputError, storage_errors
+from edgemix.export.data.text import split
+from edgemix.export.finetuning.members import TunedMember, open_members, shared_tokenizer
+from edgemix.export.finetuning.mixture_likelihood import MixtureLikelihood
+from edgemix.export.finetuning.options import HELD_OUT, Training, TrainingOptions, held_out_windows
+from edgemix.export.finetuning.recipe_output import RECIPE, finetuned_recipe, recipe_text
+from edgemix.export.models.architecture import context_length
+from edgemix.export.models.tokenizers import tokenizer_size
+from edgemix.export.training.checkpoints import Checkpoint, State
+from edgemix.export.training.loop import train
+from edgemix.export.training.output_folder import alone, prepare, written
+from edgemix.progress import SILENT, Progress
+from edgemix.recipe.text_sources import read_documents
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from edgemix.recipe.schema import Recipe
+
+    Texts = Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class MemberReport:
+    """What became of one member.
+
+    Attributes:
+        name: The member's.
+        adapter: The PEFT folder that was written; `parameters` the number of its weights.
+        weight: In the mixture.
+        validation_before: Mean loss of the member alone on the validation text as it was, nats a token; None without
+            such text. `validation_after`: now.
+    """
+
+    name: str
+    adapter: Path
+    parameters: int
+    weight: float
+    validation_before: float | None
+    validation_after: float | None
+
+
+@dataclass(frozen=True)
+class MixtureReport:
+    """What fine-tuning a mixture did.
+
+    Attributes:
+        recipe: The recipe that it wrote, which names the new adapters.
+        joint: Whether the members learned through their mixture.
+        members: In the recipe's order.
+        steps: Optimiser steps, of all members where each learned alone; `tokens` those that they read, repetitions
+            counted; `seconds` the time they took.
+        training_loss: Running mean over the last steps, nats a token: of the mixture, or the mean of the members' own.
+        validation_before: Mean loss of the mixture as it was, weights too, on the validation text of all domains, nats
+            a token; None without such text. `validation_after`: now.
+    """
+
+    recipe: Path
+    joint: bool
+    members: tuple[MemberReport, ...]
+    steps: int
+    tokens: int
+    seconds: float
+    training_loss: float
+    validation_before: float | None
+    validation_after: float | None
+
+
+def finetune_mixture(
+    recipe: Recipe,
+    output: Path,
+    texts: Texts | None = None,
+    *,
+    separate: bool = False,
+    fit_weights: bool | None = None,
+    four_bit: bool = False,
+    progress: Progress = SILENT,
+    **options: Unpack[TrainingOptions],
+) -> MixtureReport:
+    """Train an adapter for each member of a recipe, and write them with a recipe that names them.
+
+    A run that is interrupted leaves checkpoints beside `output`; the same call takes them up. With a number of steps
+    the result is then the same as without the interruption.
+
+    Args:
+        recipe: The mixture. Its validation text is what losses are measured on; without any, `HELD_OUT` of each
+            training text is kept out for that. A member that has an adapter goes on from it.
+        output: The folder to write: the adapters, by member name, and recipe.yaml; must not be there yet.
+        texts: Training text by domain; None takes the recipe's.
+        separate: Train each member alone: on the text of the domain that has its name, if there is one, else on all.
+        fit_weights: Re-estimate the mixture's weights with every step; None does so if the recipe wants them fitted.
+        four_bit: Keep the models in 4 bits while adapters are trained (QLoRA).
+        progress: Hears of every step's loss.
+        options: See `Training`; steps and minutes are each member's if they train alone.
+
+    Raises:
+        InputError: The output is there already, a member cannot be read or weighs nothing, the members do not share a
+            tokenizer, or there is too little text.
+        EdgemixError: The loss is no longer a number, or the disk is full.
+    """
+    prepare(output)
+    training = Training(**options)
+    fit_weights = not separate and (recipe.weights == "fit" if fit_weights is None else fit_weights)
+    weights = _first_weights(recipe)
+    if not (separate or weights.all()):
+        nothing = [spec.name for spec, weight in zip(recipe.members, weights.tolist(), strict=True) if not weight]
+        raise InputError(
+            f"the weight of {', '.join(nothing)} is zero, so the mixture's likelihood teaches it nothing",
+            "Give it a weight, leave it out of the recipe, or tune each member alone (--separate).",
+        )
+    documents = _documents(recipe, texts, training.seed)
+    with progress.stage("compare tokenizers"):
+        tokenizer = shared_tokenizer(recipe)
+    vocabulary = tokenizer_size(tokenizer)
+    with (
+        alone(output),
+        open_members(recipe, training, four_bit=four_bit, vocabulary=vocabulary, progress=progress) as members,
+    ):
+        length = min(training.length, *(context_length(member.model.config) for member in members))
+        with progress.stage("tokenise"):
+            held_out = held_out_windows(documents.held_out, tokenizer, length)
+            if separate:
+                own = [training.windows(documents.of(member.name), tokenizer, length) for member in members]
+            else:
+                own = [training.windows(documents.all, tokenizer, length)]
+        run = _Run(output, training, members, weights.to(members[0].device), progress)
+        before = run.measure(held_out)
+        states = run.separately(own) if separate else [run.jointly(own[0], fit_weights=fit_weights)]
+        after = run.measure(held_out)
+        shares = dict(zip((member.name for member in members), run.weights.tolist(), strict=True))
+        fitted = shares if fit_weights and recipe.weights != "fit" else None
+        with written(output) as folder:
+            for member in members:
+                (folder / member.name).mkdir()
+                member.write(folder / member.name)
+            (folder / RECIPE).write_text(recipe_text(finetuned_recipe(recipe, output, fitted)), "utf-8")
+        run.remove_checkpoints()
+    steps = sum(state.steps for state in states)
+    return MixtureReport(
+        recipe=output / RECIPE,
+        joint=not separate,
+        members=tuple(
+            MemberReport(
+                name=member.name,
+                adapter=output / member.name,
+                parameters=sum(each.numel() for each in member.parameters.values()),
+                weight=shares[member.name],
+                validation_before=before.members[index] if before else None,
+                validation_after=after.members[index] if after else None,
+            )
+            for index, member in enumerate(members)
+        ),
+        steps=steps,
+        tokens=steps * training.batch * own[0].shape[1],
+        seconds=sum(state.seconds for state in states),
+        training_loss=math.fsum(state.loss for state in states) / len(states),
+        validation_before=before.mixture if before else None,
+        validation_after=after.mixture if after else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Documents:
+    """Text by domain."""
+
+    training: Texts
+    held_out: Texts
+
+    @property
+    def all(self) -> list[str]:
+        return [document for documents in self.training.values() for document in documents]
+
+    def of(self, member: str) -> Sequence[str]:
+        """What a member learns from alone."""
+        return self.training.get(member) or self.all
+
+
+def _documents(recipe: Recipe, texts: Texts | None, seed: int) -> _Documents:
+    """The training text, and what losses are measured on: the recipe's validation text, or a part of the other."""
+    data = recipe.data
+    if texts is None:
+        texts = {domain: read_documents(source, recipe.folder) for domain, source in data.training.items()}
+    if not texts:
+        raise InputError(
+            "the recipe names no text to learn from", "Name some under data: training:, or give text files."
+        )
+    if data.validation:
+        return _Documents(
+            texts, {domain: read_documents(source, recipe.folder) for domain, source in data.validation.items()}
+        )
+    parts = {domain: split(documents, HELD_OUT, seed=seed) for domain, documents in texts.items()}
+    return _Documents(
+        {domain: rest for domain, (rest, _) in parts.items()}, {domain: kept for domain, (_, kept) in parts.items()}
+    )
+
+
+def _first_weights(recipe: Recipe) -> Tensor:
+    """The weights that training begins with: fp32 [members], sum one; uniform ones where they are to be fitted."""
+    given = recipe.weights if isinstance(recipe.weights, dict) else {}
+    weights = torch.tensor([given.get(spec.name, 0.0 if given else 1.0) for spec in recipe.members])
+    return weights / weights.sum()
+
+
+class _Losses(NamedTuple):
+    """Mean losses on text, nats a token: of the mixture, and of each member alone."""
+
+    mixture: float
+    members: list[float]
+
+
+class _Run:
+    """Fine-tuning under way."""
+
+    def __init__(
+        self, output: Path, training: Training, members: list[TunedMember], weights: Tensor, progress: Progress
+    ) -> None:
+        self._training, self._members, self._progress, self._title = training, members, progress, output.name
+        self.weights = weights
+        self._likelihood = MixtureLikelihood([member.losses for member in members], weights)
+        self._checkpoints = output.with_name(f".{output.name}.checkpoints")
+        with storage_errors(f"writing beside {output}"):
+            self._checkpoints.mkdir(exist_ok=True)
+
+    def jointly(self, text: NDArray[np.int64], *, fit_weights: bool) -> State:
+        """Train all members on the mixture's loss."""
+        parameters = {name: each for member in self._members for name, each in _named(member).items()}
+        return self._train(
+            self._likelihood,
+            # The weights are kept with the adapters; having no gradient, they are not the optimiser's to change.
+            parameters | {"mixture weights": self.weights},
+            text,
+            at_once=self._at_once(),
+            name="mixture",
+            key=[[member.key for member in self._members], self.weights.tolist(), fit_weights],
+            after_step=self._likelihood.maximise if fit_weights else None,
+        )
+
+    def separately(self, texts: Sequence[NDArray[np.int64]]) -> list[State]:
+        """Train each member on its own loss, one after the other. What is done is kept by its checkpoint."""
+        return [
+            self._train(
+                member.mean_loss,
+                _named(member),
+                text,
+                at_once=self._training.batch,
+                name=member.name,
+                key=member.key,
+            )
+            for member, text in zip(self._members, texts, strict=True)
+        ]
+
+    def measure(self, texts: Sequence[NDArray[np.int64]]) -> _Losses | None:
+        """Losses on texts of equal windows, as things stand; None if there are none."""
+        found = []
+        with torch.no_grad():
+            for text in texts:
+                for start in range(0, len(text), self._training.batch):
+                    ids = torch.from_numpy(text[start : start + self._training.batch]).to(self.weights.device)
+                    found.append(self._likelihood.log_probabilities(ids))
+        if not found:
+            return None
+        log_probabilities = torch.cat(found, 1)
+        mixture = (self.weights.log()[:, None] + log_probabilities).logsumexp(0)
+        return _Losses(-float(mixture.mean()), (-log_probabilities.mean(1)).tolist())
+
+    def remove_checkpoints(self) -> None:
+        with storage_errors(f"removing {self._checkpoints}"):
+            shutil.rmtree(self._checkpoints)
+
+    def _train(
+        self,
+        loss: Callable[[Tensor], Tensor],
+        parameters: Mapping[str, Tensor],
+        text: NDArray[np.int64],
+        *,
+        at_once: int,
+        name: str,
+        key: Sequence[object],
+        after_step: Callable[[int], None] | None = None,
+    ) -> State:
+        training = self._training
+        digest = hashlib.sha256(text.tobytes()).hexdigest()
+        models = {id(member.model): member.model for member in self._members}.values()
+        for model in models:
+            model.train()
+        state = train(
+            loss,
+            parameters,
+            text,
+            budget=training.budget,
+            batch=at_once,
+            accumulate=training.batch // at_once,
+            learning_rate=training.learning_rate,
+            after_step=after_step,
+            seed=training.seed,
+            checkpoint=Checkpoint(self._checkpoints / name, stage_key(what=key, text=digest, training=training)),
+            title=f"{name}: fine-tune",
+            progress=self._progress,
+        )
+        for model in models:
+            model.eval()
+        return state
+
+    def _at_once(self) -> int:
+        """Windows that all members read together: the activations of all are alive until the loss is known, and shall
+        take no more memory than a whole batch of one member. The largest such divisor of the batch.
+        """
+        batch, most = self._training.batch, max(1, self._training.batch // len(self._members))
+        return max(size for size in range(1, most + 1) if batch % size == 0)
+
+
+def _named(member: TunedMember) -> dict[str, Tensor]:
+    """A member's parameters by names that are no other member's."""
+    return {f"{member.name}/{name}": each for name, each in member.parameters.items()}

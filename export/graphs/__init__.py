@@ -1,0 +1,1 @@
+"""Build ONNX graphs of decoders, and rewrite them."""

@@ -1,0 +1,251 @@
+"""A torch model to an ONNX decoder graph with a key-value cache, by the first of three paths that passes the gate.
+
+1. `mobius`: ONNX Runtime's own model definitions, GroupQueryAttention over a shared cache. The fast one.
+2. `mobius-unfused`: the same definitions with the standard Attention over a growing cache, for head sizes and masks
+   that GroupQueryAttention cannot do.
+3. `transformers`: traced from the torch model itself, a growing cache. Knows every architecture, takes minutes.
+
+Every path yields an fp32 graph with the tensors of `edgemix.bundle.graph_io`; for the target `cuda` too: the
+quantisation stage turns the whole graph, cache and logits included, to fp16 there. The files depend on the model alone.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from edgemix.bundle import graph_io
+from edgemix.bundle.graph_io import CacheKind, GraphFacts
+from edgemix.errors import EdgemixError, ParityError
+from edgemix.export.graphs import mobius, traced
+from edgemix.export.graphs.weights import head
+from edgemix.export.models.architecture import context_length
+from edgemix.export.parity.gate import check_graph, enforce
+from edgemix.export.quantization.graph.emission import add_initializer
+from edgemix.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from edgemix.bundle.manifest import GraphParity
+    from edgemix.formats import Target
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+
+_CUDA_OPSET = 23
+"""ONNX Runtime's CUDA provider lacks kernels for what opset 24 revised, such as Cast, Reshape and Shape (its issue
+27729): those nodes would run on the CPU, with copies around each."""
+
+_ALL = 2**40
+"""Logits to keep: more than any sequence has, and still a number where a stack of members multiplies it."""
+_LAST = (("end", 2**63 - 1), ("axis", 1), ("zero", 0))
+
+Gate = Callable[[Path, GraphFacts], "GraphParity"]
+
+
+@dataclass(frozen=True)
+class ExportedGraph:
+    """A graph that passed the gate: its file, what the runtime must know of it, the paths refused before it."""
+
+    path: Path
+    facts: GraphFacts
+    fallbacks: tuple[str, ...]
+    parity: GraphParity
+
+
+@dataclass(frozen=True)
+class _Path:
+    """One way to make a graph."""
+
+    exporter: Literal["mobius", "mobius-unfused", "transformers"]
+    cache: CacheKind
+    build: Callable[[PreTrainedModel], ir.Model]
+
+
+_PATHS = (
+    _Path("mobius", "shared", lambda model: mobius.build(model, fused=True)),
+    _Path("mobius-unfused", "growing", lambda model: mobius.build(model, fused=False)),
+    _Path("transformers", "growing", traced.build),
+)
+
+
+def export_graph(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    target: Target,
+    gate: Gate | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
+) -> ExportedGraph:
+    """Write `folder`/model.onnx and its external data for `model`.
+
+    Args:
+        model: A causal language model, fp32, on the CPU, in evaluation mode.
+        folder: Where to; created if it is not there.
+        target: The provider that the graph will run on. It decides the opset only.
+        gate: Measures a graph against its source; by default `check_graph` against `model`.
+        force: Where no path passes the gate, take the first whose graph runs.
+        progress: Told of every path that is refused, and why.
+
+    Raises:
+        ParityError: Graphs run, but none of them is the model.
+        EdgemixError: No graph runs; the message names the model type and each path's reason.
+    """
+    measure = gate or (lambda path, facts: check_graph(model, path, facts))
+    folder.mkdir(parents=True, exist_ok=True)
+    model_type = model.config.model_type
+    refused: dict[str, str] = {}
+    kind: type[EdgemixError] = EdgemixError
+    for forced in (False, True) if force else (False,):
+        for path in _PATHS:
+            try:
+                facts, parity = _attempt(path, model, folder, target, measure, forced=forced)
+            except OSError:
+                raise  # the disk's trouble is no path's fault
+            except Exception as error:  # noqa: BLE001 - exporters raise anything; the reason is told and recorded
+                reason = _one_line(error).replace(f"{folder}{os.sep}", "")
+                if path.exporter not in refused:
+                    progress.say(f"{model_type}: the path {path.exporter} is refused: {reason}")
+                refused[path.exporter] = reason
+                kind = ParityError if isinstance(error, ParityError) else kind
+            else:
+                return ExportedGraph(folder / MODEL_FILE, facts, _listed(refused), parity)
+    raise kind(
+        f"no exporter can make a graph of the model type {model_type!r}:\n  " + "\n  ".join(_listed(refused)),
+        "Use --force to take the first graph that runs." if kind is ParityError else "",
+    )
+
+
+def _attempt(
+    path: _Path, model: PreTrainedModel, folder: Path, target: Target, measure: Gate, *, forced: bool
+) -> tuple[GraphFacts, GraphParity]:
+    """Build, write, load and measure one path's graph; it reaches `folder` only if it passes."""
+    graph = path.build(model)
+    facts = _finish(graph, model, path, target)
+    scratch = folder / f".{path.exporter}"
+    shutil.rmtree(scratch, ignore_errors=True)  # what a killed export left
+    scratch.mkdir()
+    try:
+        ir.save(graph, scratch / MODEL_FILE, external_data=DATA_FILE)
+        parity = measure(scratch / MODEL_FILE, facts)
+        enforce(parity, forced=forced)
+        for name in (MODEL_FILE, DATA_FILE):
+            (scratch / name).replace(folder / name)
+    finally:
+        shutil.rmtree(scratch)
+    return facts, parity
+
+
+def _finish(graph: ir.Model, model: PreTrainedModel, path: _Path, target: Target) -> GraphFacts:
+    """Give the graph the axes of `graph_io`, strip what depends on the machine, and tell its facts."""
+    for value in [value for value in graph.graph.inputs if value.name == graph_io.POSITION_IDS and not value.uses()]:
+        graph.graph.inputs.remove(value)
+    vocabulary = _name_axes(graph.graph)
+    _share_tied_head(graph.graph)
+    _keep_some_logits(graph.graph)
+    graph.graph.name = model.config.model_type
+    graph.producer_name, graph.producer_version = "edgemix", None
+    common.ClearMetadataAndDocStringPass()(graph)
+    if target == "cuda":
+        graph.graph.opset_imports[""] = min(graph.graph.opset_imports[""], _CUDA_OPSET)
+    return GraphFacts(
+        exporter=path.exporter,
+        cache=path.cache,
+        layers=sum(value.name.endswith(".key") for value in graph.graph.inputs),
+        vocabulary=vocabulary,
+        context=context_length(model.config),
+    )
+
+
+def _name_axes(graph: ir.Graph) -> int:
+    """Name the dynamic axes of every input and output as `graph_io` does; the logits' width is returned."""
+    tokens = {graph_io.INPUT_IDS, graph_io.POSITION_IDS}
+    for value in graph.inputs:
+        if value.name in tokens:
+            value.shape = ir.Shape(["batch", "sequence"])
+        elif value.name == graph_io.ATTENTION_MASK:
+            value.shape = ir.Shape(["batch", "total"])
+        elif value.name.startswith(graph_io.PAST_PREFIX):
+            value.shape = ir.Shape(["batch", value.shape[1], "past", value.shape[3]])
+        else:
+            raise EdgemixError(f"its graph has an input of its own, {value.name}")
+    pasts = {value.name: value for value in graph.inputs if value.name.startswith(graph_io.PAST_PREFIX)}
+    presents = {graph_io.present_of(name): value for name, value in pasts.items()}
+    vocabulary = 0
+    for value in graph.outputs:
+        if value.name == graph_io.LOGITS:
+            vocabulary = value.shape[2]
+            value.shape = ir.Shape(["batch", "kept", vocabulary])
+        elif value.name in presents:
+            past = presents.pop(value.name)
+            value.shape = ir.Shape(["batch", past.shape[1], "total", past.shape[3]])
+        else:
+            raise EdgemixError(f"its graph has an output of its own, {value.name}")
+    if presents or not isinstance(vocabulary, int) or not vocabulary:
+        raise EdgemixError("its graph has no logits or does not give back its whole cache")
+    return vocabulary
+
+
+def _share_tied_head(graph: ir.Graph) -> None:
+    """Let a tied head read the embedding through a Transpose, where the exporter made a transposed copy of it."""
+    tables = [
+        node.inputs[0] for node in graph if node.op_type == "Gather" and node.inputs[1].name == graph_io.INPUT_IDS
+    ]
+    for table in tables:
+        for copy in [value for value in graph.initializers.values() if _is_transpose(value, table)]:
+            transpose = ir.node("Transpose", [table], {"perm": [1, 0]})
+            graph.insert_before(copy.uses()[0].node, transpose)
+            copy.replace_all_uses_with(transpose.outputs[0])
+            del graph.initializers[copy.name]
+
+
+def _keep_some_logits(graph: ir.Graph) -> None:
+    """Let callers ask for the last tokens' logits only: reading a prompt then does without most of the head's work.
+
+    The new input has a value, all, for callers that do not know it. A head that is not found reads every token.
+    """
+    linear = head(graph)
+    hidden = None if linear is None else linear.node.inputs[0]
+    if linear is None or hidden is None or hidden.shape is None or hidden.shape.rank() != 3:
+        return
+    keep = add_initializer(graph, graph_io.LOGITS_TO_KEEP, np.array([_ALL], np.int64))
+    graph.inputs.append(keep)
+    end, axis, zero = (add_initializer(graph, f"logits.{name}", np.array([each], np.int64)) for name, each in _LAST)
+    # What begins with a shape stays on the host, on a GPU, too; CUDA graphs allow no copies between the two.
+    ids = next(value for value in graph.inputs if value.name == graph_io.INPUT_IDS)
+    count = ir.node("Shape", [ids], {"start": 1, "end": 2})
+    rest = ir.node("Sub", [count.outputs[0], keep])
+    start = ir.node("Max", [rest.outputs[0], zero])
+    last = ir.node("Slice", [hidden, start.outputs[0], end, axis])
+    last.outputs[0].dtype = hidden.dtype
+    graph.insert_before(linear.node, [count, rest, start, last])
+    linear.node.replace_input_with(0, last.outputs[0])
+
+
+def _is_transpose(value: ir.Value, table: ir.Value) -> bool:
+    if value.const_value is None or table.const_value is None or not value.uses():
+        return False
+    if tuple(value.const_value.shape) != tuple(reversed(table.const_value.shape)) or len(table.const_value.shape) != 2:
+        return False
+    return np.array_equal(value.const_value.numpy(), table.const_value.numpy().T)
+
+
+def _listed(refused: dict[str, str]) -> tuple[str, ...]:
+    return tuple(f"{exporter}: {reason}" for exporter, reason in refused.items())
+
+
+def _one_line(error: Exception) -> str:
+    """What went wrong, on one line; the error's type where it is not edgemix's own."""
+    message = error.message if isinstance(error, EdgemixError) else str(error)
+    line = message.rpartition("Status Message: ")[2].strip().partition("\n")[0][:300]
+    return line if isinstance(error, EdgemixError) else f"{type(error).__name__}: {line}"

@@ -1,0 +1,1 @@
+"""Load models, adapters and tokenizers, and describe their architecture."""

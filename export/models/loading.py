@@ -1,0 +1,332 @@
+"""Load a member: a Hugging Face folder or hub id, or a GGUF file, with an optional LoRA adapter merged into it.
+
+Weights come from safetensors and GGUF files only: nothing is unpickled, and no code of a model's repository runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from optimum.exporters.tasks import TasksManager
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from edgemix.bundle.manifest import Source
+from edgemix.errors import EdgemixError, InputError
+from edgemix.files import hash_file
+from edgemix.progress import SILENT, Prefixed, Progress
+from edgemix.recipe.validation import local_path
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from peft import PeftModel
+
+    from edgemix.recipe.schema import MemberRecipe
+
+_TASK = "text-generation"
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a model or an adapter lies on this machine: a folder, or one GGUF file in it.
+
+    Attributes:
+        name: How the manifest calls it: without the parents that only this machine has.
+    """
+
+    folder: Path
+    gguf: str | None
+    name: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What transformers' `from_pretrained` takes to read it, and only it."""
+        source: dict[str, Any] = {"pretrained_model_name_or_path": str(self.folder), "local_files_only": True}
+        return source | ({"gguf_file": self.gguf} if self.gguf else {})
+
+    def weight_files(self) -> list[Path]:
+        """The files that hold the weights, in a fixed order.
+
+        Raises:
+            InputError: There are none in safetensors or GGUF.
+        """
+        if self.gguf:
+            return [self.folder / self.gguf]
+        files = sorted(self.folder.glob("*.safetensors"))
+        if not files:
+            found = sorted(p.name for p in self.folder.glob("*.bin"))
+            remedy = "edgemix reads safetensors only, never pickled weights: save the model with save_pretrained()."
+            raise InputError(f"{self.name}: no .safetensors file{f', only {found[0]}' if found else ''}", remedy)
+        return files
+
+    def sha256(self) -> str:
+        """Digest over the weights, the configuration and the tokenizer: equal digests load equal members."""
+        small = [] if self.gguf else sorted(self.folder.glob("*.json")) + sorted(self.folder.glob("*.jinja"))
+        digest = hashlib.sha256()
+        for file in self.weight_files() + small:
+            digest.update(f"{file.name} {hash_file(file).sha256}\n".encode())
+        return digest.hexdigest()
+
+
+def locate(model: str, folder: Path) -> Location:
+    """Find a recipe's `model` or `adapter`: a path relative to `folder` first, then a hub id, which is downloaded.
+
+    Raises:
+        InputError: It is neither, or the hub does not have it or cannot be reached.
+    """
+    path = local_path(model, folder)
+    if path is None:
+        return Location(_download(model), None, model)
+    if path.is_dir():
+        return Location(path.resolve(), None, path.resolve().name)
+    if path.suffix.lower() != ".gguf":
+        raise InputError(f"{model}: a file, but not a .gguf file", "Give a Hugging Face folder or a .gguf file.")
+    return Location(path.resolve().parent, path.name, path.name)
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=_HUB_FILES))
+    except HFValidationError as error:
+        raise InputError(f"{repository}: no such folder, and not a hub id ({error})") from None
+    except LocalEntryNotFoundError:
+        remedy = "Give a local folder, or run once with a network so that the model is in the hub's cache."
+        raise InputError(f"{repository}: no such folder, and the model hub cannot be reached", remedy) from None
+    except (HfHubHTTPError, OSError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{repository}: no such folder, and the model hub says: {first}") from None
+
+
+@dataclass(frozen=True)
+class LoadedMember:
+    """A member in memory: an fp32 torch model in evaluation mode on the CPU, adapter merged, and its tokenizer."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: Source
+
+
+@dataclass(frozen=True)
+class _Base:
+    """A model as it was read, for all adapters on it."""
+
+    location: Location
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    licence: str | None
+
+
+class MemberLoader:
+    """Loads members one after the other, and keeps the last base model for the next adapter on it."""
+
+    def __init__(self, folder: Path, progress: Progress = SILENT) -> None:
+        self._folder = folder
+        self._progress = progress
+        self._base: _Base | None = None
+
+    def load(self, spec: MemberRecipe) -> LoadedMember:
+        """Read one member of a recipe.
+
+        Raises:
+            InputError: The files are missing, damaged, pickled or of a model that transformers does not know.
+        """
+        location = locate(spec.model, self._folder)
+        adapter = locate(spec.adapter, self._folder) if spec.adapter else None
+        with Prefixed(self._progress, spec.name).stage(f"load {location.name}"):
+            digest = location.sha256() + (adapter.sha256() if adapter else "")
+            base = self._load_base(location)
+            model = merge_adapter(copy.deepcopy(base.model), adapter) if adapter else base.model
+        source = Source(
+            model=location.name,
+            model_type=model.config.model_type,
+            parameters=sum(p.numel() for p in model.parameters()),
+            sha256=hashlib.sha256(digest.encode()).hexdigest(),
+            adapter=adapter.name if adapter else None,
+            licence=base.licence,
+        )
+        return LoadedMember(spec.name, model, base.tokenizer, source)
+
+    def _load_base(self, location: Location) -> _Base:
+        if self._base is None or self._base.location != location:
+            self._base = None  # free the last one before the next is read
+            self._base = _Base(location, load_model(location), load_tokenizer(location), _licence(location))
+        return self._base
+
+
+def load_member(spec: MemberRecipe, folder: Path, progress: Progress = SILENT) -> LoadedMember:
+    """Read one member; see `MemberLoader.load`."""
+    return MemberLoader(folder, progress).load(spec)
+
+
+def load_model(location: Location, *, quantization: Any = None) -> PreTrainedModel:
+    """Read a causal language model as fp32 on the CPU, weights dequantised, in evaluation mode.
+
+    Args:
+        location: Where it lies.
+        quantization: transformers' configuration of a quantisation to be made while the weights are read, one after
+            the other, so that they never lie in memory whole; not for GGUF files.
+
+    Raises:
+        InputError: See `MemberLoader.load`.
+    """
+    location.weight_files()
+    with reading(location):
+        config, loader = _class_of(location)
+        if quantization is not None and hasattr(config, "quantization_config"):
+            raise _already_quantized(location)
+        model = loader.from_pretrained(
+            **location.arguments,
+            config=config,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            use_safetensors=True,
+            **({} if quantization is None else {"quantization_config": quantization, "device_map": {"": "cpu"}}),
+        )
+    if quantization is None and getattr(model, "hf_quantizer", None) is not None:
+        model = _forget_quantization(model, location)
+    return model.eval().requires_grad_(False)
+
+
+def load_skeleton(location: Location) -> PreTrainedModel:
+    """A model's modules and their shapes, without its weights (torch's meta device).
+
+    Raises:
+        InputError: See `MemberLoader.load`.
+    """
+    with reading(location), torch.device("meta"):
+        config, loader = _class_of(location)
+        return loader.from_config(config, trust_remote_code=False)
+
+
+def _class_of(location: Location) -> tuple[Any, Any]:
+    config = AutoConfig.from_pretrained(**location.arguments, trust_remote_code=False)
+    return config, TasksManager.get_model_class_for_task(_TASK, model_type=config.model_type)
+
+
+def _forget_quantization(model: PreTrainedModel, location: Location) -> PreTrainedModel:
+    """A GGUF file's weights are plain floats once they are read: drop what says otherwise."""
+    if location.gguf is None:
+        raise _already_quantized(location)
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.quantization_method = None
+    del model.config.quantization_config
+    return model
+
+
+def _already_quantized(location: Location) -> InputError:
+    return InputError(
+        f"{location.name}: its weights are already quantised", "Give the unquantised model, or a GGUF file."
+    )
+
+
+def load_tokenizer(location: Location) -> PreTrainedTokenizerBase:
+    """Read a fast tokenizer.
+
+    Raises:
+        InputError: There is none, or it has no fast form.
+    """
+    with reading(location):
+        tokenizer = AutoTokenizer.from_pretrained(**location.arguments, trust_remote_code=False)
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(
+            f"{location.name}: its tokenizer has no tokenizer.json form", "Convert it to a fast tokenizer."
+        )
+    return tokenizer
+
+
+def merge_adapter(model: PreTrainedModel, adapter: Location) -> PreTrainedModel:
+    """Merge a LoRA adapter into `model`, in place.
+
+    Raises:
+        InputError: See `add_adapter`.
+    """
+    merged = add_adapter(model, adapter).merge_and_unload()
+    return merged.eval().requires_grad_(False)
+
+
+def add_adapter(
+    model: PreTrainedModel | PeftModel, adapter: Location, name: str = "default", *, trainable: bool = False
+) -> PeftModel:
+    """Put a LoRA adapter's layers into a model, which may have others already.
+
+    Raises:
+        InputError: It is not a LoRA adapter in safetensors, or it does not fit the model.
+    """
+    from peft import PeftConfig, PeftModel
+
+    adapter.weight_files()
+    with reading(adapter):
+        config = PeftConfig.from_pretrained(str(adapter.folder))
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if kind != "LORA":
+            raise InputError(f"{adapter.name}: a {kind} adapter; edgemix merges LoRA adapters")
+        if config.megatron_config:  # it would import a module of the adapter's choice
+            raise InputError(f"{adapter.name}: an adapter for Megatron; edgemix merges plain LoRA adapters")
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(adapter.folder), name, is_trainable=trainable)
+            return model
+        return PeftModel.from_pretrained(model, str(adapter.folder), name, is_trainable=trainable)
+
+
+@contextmanager
+def reading(location: Location) -> Iterator[None]:
+    """Give the many errors of model libraries one form; they name a file, a key or a shape, which is what helps."""
+    try:
+        yield
+    except EdgemixError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        detail = lines[0] if lines else "no further word"
+        if "trust_remote_code" in str(error):
+            detail = "it needs code of its own repository, which edgemix never runs"
+        raise InputError(f"{location.name}: cannot be read: {type(error).__name__}: {detail}") from error
+
+
+def end_ids(member: LoadedMember) -> set[int]:
+    """The ids that end a generation: the tokenizer's and those of the model's generation settings."""
+    stated = getattr(member.model.generation_config, "eos_token_id", None)
+    ids = stated if isinstance(stated, list) else [stated]
+    return {i for i in [*ids, member.tokenizer.eos_token_id] if i is not None}
+
+
+def _licence(location: Location) -> str | None:
+    """The licence that the model's card or its GGUF metadata states."""
+    if location.gguf:
+        from gguf import GGUFReader
+
+        field = GGUFReader(location.folder / location.gguf).get_field("general.license")
+        return str(field.contents()) if field else None
+    card = location.folder / "README.md"
+    if card.is_file():
+        for line in card.read_text(errors="replace").splitlines()[:40]:
+            key, _, value = line.partition(":")
+            if key.strip().lower() == "license" and value.strip():
+                return value.strip().strip("\"'")
+    return None
+
+
+def versions() -> dict[str, str]:
+    """The libraries that decide what an export holds."""
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "mobius-onnx", "onnx-ir", "onnxruntime", "peft", "bitsandbytes")
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except ModuleNotFoundError:  # onnxruntime-gpu stands in for onnxruntime
+            continue
+    return found

@@ -1,0 +1,111 @@
+"""One tokenizer for all members: proof that they share it, and its files in the bundle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+from edgemix.bundle.manifest import CHAT_TEMPLATE, TOKENIZER, TokenizerEntry
+from edgemix.bundle.tokenizer_identity import TokenizerIdentity, first_difference
+from edgemix.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
+
+_PROBES = (
+    "The quick brown fox; it's 12345 o'clock — naïve café, “quoted”.",
+    "def f(x):\n\treturn {'a': x ** 2, \"b\": [1, 22, 333]}  # comment\n\n\n",
+    "  leading, trailing  and   inner\u00a0spaces \r\n",
+    "日本語のテキスト، نص عربي, кириллица, 🙂👩‍👩‍👧",
+    "UPPER lower CamelCase snake_case http://example.org/?q=1&r=%20",
+    "ﬁ ① Å e\u0301 ½ \u200b\u2028",
+)
+"""Text on which normalisers and pre-tokenizers are known to differ: digits, spaces, case, scripts, composition."""
+
+
+def check_shared(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
+    """Make sure that all members turn every text into the same ids.
+
+    Vocabularies, merges and added tokens are compared entry by entry, normalisers and pre-tokenizers on probes.
+
+    Args:
+        tokenizers: Member name -> its tokenizer.
+
+    Raises:
+        InputError: Two differ; names the members and the first difference.
+    """
+    first, *others = tokenizers
+    identity = TokenizerIdentity.parse(tokenizer_json(tokenizers[first]))
+    for other in others:
+        difference = first_difference(identity, TokenizerIdentity.parse(tokenizer_json(tokenizers[other])))
+        difference = difference or _encoding_difference(tokenizers[first], tokenizers[other])
+        if difference:
+            raise InputError(
+                f"members {first} and {other} have different tokenizers: {difference}",
+                "A mixture averages next-token probabilities, so its members must share one tokenizer.",
+            )
+
+
+def _encoding_difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:
+    for probe in _PROBES:
+        for left, right in zip_longest(_ids(a, probe), _ids(b, probe)):
+            if left != right:
+                return f"{probe!r} is encoded with {left} by one where the other has {right}"
+    return None
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer.backend_tokenizer.encode(text, add_special_tokens=True).ids)
+
+
+def describe(tokenizer: PreTrainedTokenizerBase, eos: set[int]) -> TokenizerEntry:
+    """The manifest's record of a tokenizer; `eos` are the ids that end a generation."""
+    identity = TokenizerIdentity.parse(tokenizer_json(tokenizer))
+    return TokenizerEntry(
+        sha256=identity.sha256(),
+        vocabulary=identity.size,
+        eos=tuple(sorted(eos)),
+        bos=leading_token(tokenizer),
+    )
+
+
+def leading_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The beginning-of-text token's id, if encoding puts it before every text."""
+    bos: int | None = tokenizer.bos_token_id
+    return bos if bos is not None and _ids(tokenizer, "a")[:1] == [bos] else None
+
+
+def save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the tokenizer's files where a bundle at `folder` has them."""
+    path = folder / TOKENIZER
+    shutil.rmtree(path.parent, ignore_errors=True)  # an earlier tokenizer may have had a chat template
+    path.parent.mkdir(parents=True)
+    path.write_text(tokenizer_json(tokenizer), encoding="utf-8")
+    template = chat_template(tokenizer)
+    if template:
+        (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+
+
+def tokenizer_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Number of token ids, added tokens and gaps included."""
+    return TokenizerIdentity.parse(tokenizer_json(tokenizer)).size
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The template that turns messages into text; the one named default where there are several."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template or None
+
+
+def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer as the tokenizers library's JSON text, without truncation and padding."""
+    parsed = json.loads(tokenizer.backend_tokenizer.to_str())
+    parsed["truncation"] = parsed["padding"] = None
+    return json.dumps(parsed, ensure_ascii=False)

@@ -1,0 +1,1 @@
+"""Parity gates: how far a graph may be from its source."""

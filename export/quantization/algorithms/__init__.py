@@ -1,0 +1,1 @@
+"""Quantization algorithms: matrices in, blocks of integers out."""

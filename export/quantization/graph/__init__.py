@@ -1,0 +1,1 @@
+"""Rewrite graphs with quantized operators."""

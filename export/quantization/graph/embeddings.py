@@ -1,0 +1,98 @@
+"""The vocabulary's tables, embedding and head: 8-bit blocks, stored once where the model ties them.
+
+MatMulNBits and GatherBlockQuantized read the same initializers in place. ONNX Runtime maps external data into memory,
+so a lookup touches only the rows of its tokens and the head's repacked copy is the only one that is resident.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+from edgemix.export.graphs.weights import head, lookups
+from edgemix.export.quantization.algorithms.rtn import rtn
+from edgemix.export.quantization.graph.emission import (
+    CONTRIB,
+    add_blocks,
+    add_initializer,
+    matmul_nbits,
+    replace,
+    replace_linear,
+)
+
+if TYPE_CHECKING:
+    from edgemix.export.quantization.algorithms.block_table import BlockTable
+    from edgemix.export.quantization.algorithms.blocks import Blocks, Matrix
+
+_BITS = 8
+_BLOCK = 32
+
+
+def quantize_tables(graph: ir.Graph, known: BlockTable | None = None, *, but: ir.Value | None = None) -> None:
+    """Store every embedding and the head in 8-bit blocks and read them from there.
+
+    Args:
+        graph: Changed in place.
+        known: Has blocks for some of them; those that 8 bits around the middle code can say are kept.
+        but: A weight that is left as it is.
+    """
+    tables: dict[ir.Value, _Table] = {}
+
+    def table_of(weight: ir.Value, matrix: Matrix) -> _Table:
+        if weight not in tables:
+            blocks = _known_blocks(known, matrix) or rtn(matrix, bits=_BITS, block=_BLOCK, symmetric=True)
+            tables[weight] = _Table(blocks, add_blocks(graph, weight.name, blocks))
+        return tables[weight]
+
+    for node in list(lookups(graph)):
+        weight = node.inputs[0]
+        if weight is not but:
+            _look_up(graph, node, table_of(weight, weight.const_value.numpy()))
+    linear = head(graph)
+    if linear is not None and linear.weight is not but:
+        table = table_of(linear.weight, linear.matrix())
+        replace_linear(graph, linear, [matmul_nbits(linear.node.inputs[0], table.blocks, table.tensors)])
+
+
+def has_blocks(known: BlockTable | None, matrix: Matrix) -> bool:
+    """Whether a table has blocks for an embedding or a head."""
+    return _known_blocks(known, matrix) is not None
+
+
+def _known_blocks(known: BlockTable | None, matrix: Matrix) -> Blocks | None:
+    blocks = known.find(matrix) if known is not None else None
+    if blocks is None or blocks.sums or (wide := blocks.widened()).zero_points is not None:
+        return None
+    return wide
+
+
+class _Table(NamedTuple):
+    """A stored matrix [vocabulary, hidden] and its initializers."""
+
+    blocks: Blocks
+    tensors: list[ir.Value]
+
+
+def _look_up(graph: ir.Graph, node: ir.Node, table: _Table) -> None:
+    """Replace a Gather of rows for ids [batch, sequence]: the blocks of each row, dequantised, joined and cut to K."""
+    codes, scales = table.tensors
+    columns, block = table.blocks.columns, table.blocks.block
+    attributes = {"bits": _BITS, "block_size": block, "gather_axis": 0, "quantize_axis": 2}
+    scales = ir.node("Unsqueeze", [scales, _constant(graph, [-1])])
+    # The default zero point, spelt out: older CUDA kernels take 0 where the specification says 128.
+    middle = add_initializer(graph, "middle", np.array(2 ** (_BITS - 1), np.uint8))
+    zero_points = ir.node("Expand", [middle, _constant(graph, [*table.blocks.scales.shape, 1])])
+    inputs = [codes, node.inputs[1], scales.outputs[0], zero_points.outputs[0]]
+    rows = ir.node("GatherBlockQuantized", inputs, attributes, domain=CONTRIB)
+    joined = ir.node("Reshape", [rows.outputs[0], _constant(graph, [0, 0, -1])])
+    nodes = [scales, zero_points, rows, joined]
+    if columns % block:
+        ends = [_constant(graph, [0]), _constant(graph, [columns]), _constant(graph, [-1])]
+        nodes.append(ir.node("Slice", [joined.outputs[0], *ends]))
+    replace(graph, node, nodes)
+
+
+def _constant(graph: ir.Graph, numbers: list[int]) -> ir.Value:
+    return add_initializer(graph, "constant", np.array(numbers, np.int64))

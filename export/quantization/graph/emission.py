@@ -1,0 +1,171 @@
+"""Rewriting the graph: float weights out, ONNX Runtime's quantised operators in.
+
+An emitter turns the linears that read one activation into nodes; a product of all of them takes less time than several.
+Algorithms see matrices only, so a new one needs no new emitter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+
+from edgemix.export.quantization.algorithms.blocks import joined
+from edgemix.export.quantization.algorithms.nf4 import nf4
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from edgemix.export.graphs.weights import Linear
+    from edgemix.export.quantization.algorithms.blocks import Blocks, Quantizer
+
+CONTRIB = "com.microsoft"
+
+Emitter: TypeAlias = Callable[[ir.Graph, Sequence["Linear"]], None]
+"""Replaces linears of the graph that read one activation by their quantised form."""
+
+
+def block_emitter(quantizer: Quantizer) -> Emitter:
+    """Linears as MatMulNBits over the quantizer's blocks."""
+
+    def emit(graph: ir.Graph, readers: Sequence[Linear]) -> None:
+        emit_blocks(graph, readers, [quantizer(linear.matrix()) for linear in readers], BlockSums(graph))
+
+    return emit
+
+
+def emit_blocks(graph: ir.Graph, readers: Sequence[Linear], blocks: Sequence[Blocks], sums: BlockSums) -> None:
+    """Put products with blocks in the place of linears that read one activation: one for all whose blocks are alike."""
+    alike: dict[tuple[int, int, int], list[tuple[Linear, Blocks]]] = {}
+    for linear, each in zip(readers, blocks, strict=True):
+        alike.setdefault((each.bits, each.block, each.sums), []).append((linear, each))
+    for pairs in alike.values():
+        group, parts = zip(*pairs, strict=True)
+        nodes, value = sums.behind(group[0].node.inputs[0], parts[0])
+        together = joined(parts)
+        tensors = add_blocks(graph, group[0].weight.name, together)
+        replace_linears(graph, group, [*nodes, matmul_nbits(value, together, tensors)])
+
+
+class BlockSums:
+    """Puts the sums of an activation's blocks behind it, once however many linears read it."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._extended: dict[ir.Value, ir.Value] = {}
+        self._constants: dict[str, ir.Value] = {}
+
+    def behind(self, value: ir.Value, blocks: Blocks) -> tuple[list[ir.Node], ir.Value]:
+        """The nodes that make the blocks' input of an activation [..., K] (none if they are there) and their output."""
+        if not blocks.sums:
+            return [], value
+        if value in self._extended:
+            return [], self._extended[value]
+        nodes = self._sums(value, blocks)
+        joined = ir.node("Concat", [value, nodes[-1].outputs[0]], {"axis": -1})
+        self._extended[value] = joined.outputs[0]
+        return [*nodes, joined], joined.outputs[0]
+
+    def _sums(self, value: ir.Value, blocks: Blocks) -> list[ir.Node]:
+        """Sums that need no filling up are added up; others come out of one product, which small inputs barely feel."""
+        if value.shape is not None and blocks.inputs == blocks.columns + blocks.sums:
+            shape = [0] * (value.shape.rank() - 1) + [-1, blocks.block]
+            cut = ir.node("Reshape", [value, self._constant(f"sums.shape.{len(shape)}", np.array(shape, np.int64))])
+            last = self._constant("sums.last", np.array([-1], np.int64))
+            return [cut, ir.node("ReduceSum", [cut.outputs[0], last], {"keepdims": 0})]
+        ones = np.repeat(np.eye(blocks.sums, blocks.inputs - blocks.columns, dtype=np.float16), blocks.block, axis=0)
+        return [ir.node("MatMul", [value, self._constant(f"sums.{blocks.columns}", ones)])]
+
+    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
+        if name not in self._constants:
+            add = add_half if array.dtype == np.float16 else add_initializer
+            self._constants[name] = add(self._graph, name, array)
+        return self._constants[name]
+
+
+def nf4_emitter(graph: ir.Graph, readers: Sequence[Linear]) -> None:
+    """Linears as MatMulBnb4."""
+    for linear in readers:
+        _emit_nf4(graph, linear)
+
+
+def _emit_nf4(graph: ir.Graph, linear: Linear) -> None:
+    matrix = linear.matrix()
+    weight = nf4(matrix)
+    codes = add_initializer(graph, f"{linear.weight.name}.nf4", weight.codes)
+    maxima = add_initializer(graph, f"{linear.weight.name}.absmax", weight.maxima)
+    rows, columns = matrix.shape
+    attributes = {"K": columns, "N": rows, "block_size": weight.block, "quant_type": 1}
+    node = ir.node("MatMulBnb4", [linear.node.inputs[0], codes, maxima], attributes, domain=CONTRIB)
+    replace_linear(graph, linear, [node])
+
+
+def matmul_nbits(value: ir.Value, blocks: Blocks, tensors: Sequence[ir.Value]) -> ir.Node:
+    """The product of an activation (with sums behind it, where the blocks have some) and stored blocks."""
+    attributes = {
+        "K": blocks.inputs,
+        "N": len(blocks.codes),
+        "bits": blocks.bits,
+        "block_size": blocks.block,
+        "accuracy_level": 4,  # permits products in int8; CPUs use it, CUDA computes in float16 all the same
+    }
+    return ir.node("MatMulNBits", [value, *tensors], attributes, domain=CONTRIB)
+
+
+def add_blocks(graph: ir.Graph, name: str, blocks: Blocks) -> list[ir.Value]:
+    """The blocks as constants of the graph, in MatMulNBits' order: codes, scales and, if there are any, zero points."""
+    tensors = [
+        add_initializer(graph, f"{name}.codes", blocks.packed_codes()),
+        add_half(graph, f"{name}.scales", blocks.scales),
+    ]
+    zero_points = blocks.packed_zero_points()
+    if zero_points is not None:
+        tensors.append(add_initializer(graph, f"{name}.zero_points", zero_points))
+    return tensors
+
+
+def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """A new initializer of the graph, its name made unique."""
+    unique, count = name, 1
+    while unique in graph.initializers:
+        unique, count = f"{name}.{count}", count + 1
+    tensor = ir.tensor(np.ascontiguousarray(array), name=unique)
+    value = ir.Value(name=unique, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def add_half(graph: ir.Graph, name: str, array: NDArray[np.float16]) -> ir.Value:
+    """A float16 initializer, seen by the graph as float32; ONNX Runtime folds the cast when it loads the graph."""
+    cast = ir.node("Cast", [add_initializer(graph, name, array)], {"to": ir.DataType.FLOAT})
+    cast.outputs[0].dtype = ir.DataType.FLOAT
+    graph.insert_before(graph[0], cast)
+    return cast.outputs[0]
+
+
+def replace_linear(graph: ir.Graph, linear: Linear, nodes: list[ir.Node]) -> None:
+    """Put `nodes` (and an Add where there is a bias) in the place of the linear's node."""
+    if linear.bias is not None:
+        nodes = [*nodes, ir.node("Add", [nodes[-1].outputs[0], linear.bias])]
+    replace(graph, linear.node, nodes)
+
+
+def replace_linears(graph: ir.Graph, readers: Sequence[Linear], nodes: list[ir.Node]) -> None:
+    """Put `nodes` in the place of linears; the last one makes what all of them would, one behind the other."""
+    first, *others = readers
+    if not others:
+        replace_linear(graph, first, nodes)
+        return
+    widths = np.array([linear.outputs for linear in readers], np.int64)
+    at = add_initializer(graph, f"{first.weight.name}.widths", widths)
+    split = ir.node("Split", [nodes[-1].outputs[0], at], {"axis": -1}, num_outputs=len(readers))
+    graph.insert_before(first.node, [*nodes, split])
+    for linear, part in zip(readers, split.outputs, strict=True):
+        replace_linear(graph, linear, [ir.node("Identity", [part])])
+
+
+def replace(graph: ir.Graph, old: ir.Node, nodes: Sequence[ir.Node]) -> None:
+    """Put `nodes` in the place of `old`; the last output takes over the old one's name, type and readers."""
+    ir.convenience.replace_nodes_and_values(graph, old, [old], nodes, old.outputs, nodes[-1].outputs)

@@ -1,0 +1,1 @@
+"""The stages of an export that concern members."""

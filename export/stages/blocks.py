@@ -1,0 +1,149 @@
+"""The 4-bit and 8-bit blocks of a recipe's members: the algorithm that it names, on the text that it has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from edgemix.bundle.stages import stage_key
+from edgemix.errors import storage_errors
+from edgemix.export.models.layout import layout
+from edgemix.export.models.loading import locate, versions
+from edgemix.export.quantization.algorithms import learned_rounding
+from edgemix.export.quantization.algorithms.block_table import BlockTable
+from edgemix.export.quantization.algorithms.gguf_blocks import gguf_blocks
+from edgemix.export.quantization.algorithms.gptq_model import gptq_blocks
+from edgemix.export.quantization.algorithms.learned_rounding import distill_blocks, weights
+from edgemix.export.quantization.statistics import calibration
+from edgemix.export.quantization.statistics.sensitivity import costs, most_sensitive
+from edgemix.export.training.checkpoints import Checkpoint
+from edgemix.export.training.loop import fingerprint
+from edgemix.progress import Prefixed, Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from edgemix.bundle.writer import BundleWriter
+    from edgemix.export.models.loading import LoadedMember
+    from edgemix.export.stages.models import MemberModels
+    from edgemix.formats import Format
+    from edgemix.recipe.schema import MemberRecipe, Recipe
+
+_BITS: Mapping[Format, Literal[4, 8]] = {"int4": 4, "int8": 8}
+_GGUF_BLOCK = 32
+
+
+class MemberBlocks:
+    """Finds members' blocks; they lie in the writer's scratch.
+
+    Args:
+        recipe: Checked.
+        models: Of its members.
+        writer: Of the bundle that is being built.
+        progress: Hears of every stage.
+    """
+
+    def __init__(self, recipe: Recipe, models: MemberModels, writer: BundleWriter, progress: Progress) -> None:
+        self._recipe, self._models, self._writer, self._progress = recipe, models, writer, progress
+
+    def find(self, spec: MemberRecipe, eight_bit: Sequence[str] | None = None) -> BlockTable | None:
+        """The blocks of an int4 or int8 member's linears; None where plain rounding will do, and for other formats.
+
+        Args:
+            spec: The member.
+            eight_bit: Names of the linears that get 8 bits in int4; None leaves the choice to the recipe.
+
+        Raises:
+            InputError: The member cannot be read, or its structure is not known.
+        """
+        form, quantization = self._models.format(spec), self._models.quantization(spec)
+        if eight_bit is None and form in _BITS and (kept := self.repacked(spec, _BITS[form])) is not None:
+            return kept
+        if form != "int4" or quantization.algorithm in ("rtn", "hqq"):
+            return None
+        if not self._models.has_text():
+            progress = self._progress
+            progress.say(f"{spec.name}: int4 by plain rounding; with text under data: calibration: it loses far less")
+            return None
+        member, stages = self._models.load(spec), self._writer.stages
+        if eight_bit is None:
+            eight_bit = self._sensitive(spec, member)
+        key = stage_key(
+            model=fingerprint(member.model),
+            quantization=quantization,
+            eight_bit=eight_bit,
+            text=self._models.data_digest(),
+            name=spec.name,
+            versions=versions(),
+            seed=self._recipe.seed,
+        )
+        path = self._writer.scratch / f"{spec.name}.blocks.safetensors"
+        if not stages.done(f"blocks/{spec.name}", key, bool):
+            table = self._make(spec, member, eight_bit, key)
+            with storage_errors(f"writing {path}"):
+                table.save(path)
+            stages.mark_done(f"blocks/{spec.name}", key, files=[path])
+            self._checkpoint(spec, key).remove()
+        return BlockTable.load(path)
+
+    def repacked(self, spec: MemberRecipe, bits: Literal[4, 8]) -> BlockTable | None:
+        """The blocks that a member's GGUF file has itself, if its weights come as they are and all have some."""
+        location = locate(spec.model, self._recipe.folder)
+        own = self._models.quantization(spec)
+        plain = own.algorithm == "auto" and own.group == _GGUF_BLOCK and not (own.rotate or own.scale or own.eight_bits)
+        if not plain or spec.adapter or spec.prune or not location.gguf:
+            return None
+        progress = Prefixed(self._progress, spec.name)
+        with progress.stage("repack"):
+            table, model = gguf_blocks(location, bits), self._models.load(spec).model
+            if not (len(table) and all(table.find(matrix) is not None for matrix in weights(model).values())):
+                return None
+        progress.say("keeps the quantisation of its GGUF file")
+        return table
+
+    def _make(self, spec: MemberRecipe, member: LoadedMember, eight_bit: Sequence[str], key: str) -> BlockTable:
+        quantization, seed = self._models.quantization(spec), self._recipe.seed
+        progress, bits = Prefixed(self._progress, spec.name), dict.fromkeys(eight_bit, 8)
+        if quantization.algorithm == "gptq":
+            text = self._calibration(spec, member)
+            return gptq_blocks(member.model, text, bits=bits, block=quantization.group, seed=seed, progress=progress)
+        count = quantization.steps * learned_rounding.BATCH
+        text = self._models.calibration(member.tokenizer, spec.name, learned_rounding.LENGTH, count)
+        return distill_blocks(
+            member.model,
+            np.array(text, np.int64),
+            bits=bits,
+            block=quantization.group,
+            steps=quantization.steps,
+            seed=seed,
+            checkpoint=self._checkpoint(spec, key),
+            progress=progress,
+        )
+
+    def _sensitive(self, spec: MemberRecipe, member: LoadedMember) -> tuple[str, ...]:
+        """The linears that the recipe wants at 8 bits."""
+        quantization = self._models.quantization(spec)
+        if not quantization.eight_bits:
+            return ()
+        found = self.costs(spec, member)
+        return most_sensitive(found, layout(member.model), quantization.eight_bits)
+
+    def costs(self, spec: MemberRecipe, member: LoadedMember) -> dict[str, dict[int, float]]:
+        """What each linear of a member loses at 4 and at 8 bits; see `sensitivity.costs`."""
+        quantization, stages, seed = self._models.quantization(spec), self._writer.stages, self._recipe.seed
+        text = self._calibration(spec, member)
+        model, group = fingerprint(member.model), quantization.group
+        key = stage_key(model=model, group=group, text=text, versions=versions(), seed=seed)
+        found = stages.done(f"costs/{spec.name}", key, dict[str, dict[int, float]])
+        if found is None:
+            progress = Prefixed(self._progress, spec.name)
+            found = costs(member.model, text, block=group, progress=progress)
+            stages.mark_done(f"costs/{spec.name}", key, found)
+        return found
+
+    def _calibration(self, spec: MemberRecipe, member: LoadedMember) -> list[list[int]]:
+        return self._models.calibration(member.tokenizer, spec.name, calibration.LENGTH, calibration.WINDOWS)
+
+    def _checkpoint(self, spec: MemberRecipe, key: str) -> Checkpoint:
+        return Checkpoint(self._writer.scratch / f"{spec.name}.training", key)

@@ -1,0 +1,204 @@
+"""LoRA adapters (Hu et al., arXiv 2106.09685) in a model: put in, trained, written as PEFT folders, taken out again."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import peft
+import safetensors.torch
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from edgemix.errors import InputError
+from edgemix.export.models.loading import Location, add_adapter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from torch import nn
+    from transformers import PreTrainedModel
+
+_SHORT = 512
+"""Longest windows for which attention's scores, of size length x length, are kept as they are."""
+
+
+@dataclass(frozen=True)
+class FreshAdapter:
+    """An adapter that changes nothing yet, on all linear projections.
+
+    Attributes:
+        rank: Rank of each update.
+        alpha: The updates are scaled by alpha / rank.
+        seed: Of its random half.
+    """
+
+    rank: int
+    alpha: float
+    seed: int
+
+
+class Adapters:
+    """Several adapters in one model, which shares its frozen weights between them; one is at work at a time.
+
+    Attributes:
+        device: Where the model is.
+    """
+
+    def __init__(self, model: peft.PeftModel, names: Sequence[str]) -> None:
+        self._model, self._names = model, names
+        self._parameters = [dict(self._find(name)) for name in names]
+        self._active: int | None = None
+        self.device = model.device
+        self.activate(0)
+
+    def activate(self, index: int) -> None:
+        """Let this adapter work from now on; all of them stay trainable."""
+        if index == self._active:
+            return
+        self._active = index
+        self._model.set_adapter(self._names[index])
+        for parameters in self._parameters:
+            for parameter in parameters.values():  # the switch froze those of the others
+                parameter.requires_grad_()
+
+    def parameters(self, index: int) -> dict[str, nn.Parameter]:
+        """An adapter's weights by name; no two adapters share a name."""
+        return self._parameters[index]
+
+    def write(self, index: int, base_name: str, folder: Path) -> None:
+        """Write an adapter as a PEFT folder: adapter_config.json and adapter_model.safetensors.
+
+        Args:
+            index: Which.
+            base_name: What it calls its base model; no path of this machine.
+            folder: An empty folder.
+        """
+        name = self._names[index]
+        config = copy.deepcopy(self._model.peft_config[name])
+        config.base_model_name_or_path = base_name
+        config.inference_mode = True
+        if not isinstance(config.target_modules, str):
+            config.target_modules = sorted(config.target_modules)
+        # Without the last argument, peft looks the base model up on the hub.
+        weights = peft.get_peft_model_state_dict(self._model, adapter_name=name, save_embedding_layers=False)
+        weights = {key: each.detach().cpu().contiguous() for key, each in weights.items()}
+        config.save_pretrained(str(folder))
+        (folder / "adapter_model.safetensors").write_bytes(safetensors.torch.save(weights, {"format": "pt"}))
+
+    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """For torch's checkpointing: a layer is run again for its gradients with the adapter that works now."""
+        return nullcontext(), self._again(self._active or 0)
+
+    @contextmanager
+    def _again(self, index: int) -> Iterator[None]:
+        self.activate(index)
+        yield
+
+    def _find(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that training an adapter changes.
+
+        Raises:
+            InputError: It has others than LoRA's: whole layers, biases, tokens.
+        """
+        self._model.set_adapter(name)
+        for key, parameter in self._model.named_parameters():
+            if parameter.requires_grad:
+                if ".lora_" not in key:
+                    raise InputError(
+                        f"an adapter that also changes {key} cannot be trained further",
+                        "Merge it into its base model first, and name that as the member's model.",
+                    )
+                yield key, parameter
+
+
+@contextmanager
+def adapted(
+    model: PreTrainedModel, adapters: Sequence[FreshAdapter | Location], *, recompute: bool = False
+) -> Iterator[Adapters]:
+    """The model with adapters, on the GPU if there is one; they are taken out again afterwards.
+
+    Args:
+        model: A causal language model; comes back as it was, frozen.
+        adapters: Fresh ones, or PEFT folders to go on from.
+        recompute: Keep no activations but between layers, and run each layer again for its gradients: a third more
+            work, a fraction of the memory (Chen et al., arXiv 1604.06174).
+
+    Raises:
+        InputError: The model has no linear layer, an adapter does not fit it, or a rank is more than any layer's.
+    """
+    device = model.device
+    names = [f"member{index}" for index in range(len(adapters))]
+    fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
+    wrapped = model.requires_grad_(requires_grad=False)
+    try:
+        for name, adapter in zip(names, adapters, strict=True):
+            if isinstance(adapter, Location):
+                wrapped = add_adapter(wrapped, adapter, name, trainable=True)
+            else:
+                wrapped = _add_fresh(wrapped, name, adapter, fan_in_fan_out=fan_in_fan_out)
+        made = Adapters(wrapped.to("cuda" if torch.cuda.is_available() else device), names)
+        if recompute and model.supports_gradient_checkpointing:
+            # transformers 5.23 calls it by another name, and warns of the old one
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False, "context_fn": made.contexts})
+        yield made
+    finally:
+        if recompute and model.supports_gradient_checkpointing:
+            (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
+        if isinstance(wrapped, peft.PeftModel):
+            wrapped.unload()
+        model.to(device).requires_grad_(requires_grad=False).eval()
+
+
+def _add_fresh(
+    model: PreTrainedModel | peft.PeftModel, name: str, adapter: FreshAdapter, *, fan_in_fan_out: bool
+) -> peft.PeftModel:
+    if 0 < (most := _highest_rank(model)) < adapter.rank:
+        raise InputError(f"the rank {adapter.rank} is more than that of any layer of this model, {most}")
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        target_modules="all-linear",
+        fan_in_fan_out=fan_in_fan_out,
+    )
+    with torch.random.fork_rng([]):
+        torch.manual_seed(adapter.seed)
+        try:
+            if not isinstance(model, peft.PeftModel):
+                return peft.get_peft_model(model, config, name)
+            model.add_adapter(name, config)
+        except ValueError as error:
+            raise InputError(f"this model has no linear layer for an adapter: {error}") from error
+    return model
+
+
+def _highest_rank(model: PreTrainedModel | peft.PeftModel) -> int:
+    """Of a linear layer's updates; 0 without such a layer. More changes nothing, and may take all memory there is."""
+    shapes = [
+        module.weight.shape if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+    ]
+    return max((min(shape) for shape in shapes), default=0)
+
+
+@contextmanager
+def fast_attention(model: PreTrainedModel, length: int) -> Iterator[None]:
+    """Plain products: with them a step of short windows takes a seventh less time on CPUs than with torch's fused
+    attention, whose backward pass is slow there.
+    """
+    before = model.config._attn_implementation
+    if model.device.type != "cpu" or length > _SHORT:
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

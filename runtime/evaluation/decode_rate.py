@@ -1,0 +1,63 @@
+"""How fast text is decoded here and now: a short measurement that an evaluation can afford."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from edgemix.progress import SILENT
+from edgemix.runtime.decoding.plain import Decoding
+from edgemix.runtime.decoding.sampling import Sampling
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edgemix.progress import Progress
+    from edgemix.runtime.mixing.ensemble import Blend
+
+PROMPT, STEPS, ROUNDS = 64, 24, 3
+"""Most tokens of the prompt, tokens decoded after the first, and how often each blend has its turn."""
+
+
+def decoding_rates(
+    blends: Sequence[Blend], prompt: Sequence[int], *, context: int, progress: Progress = SILENT
+) -> list[float]:
+    """Tokens a second of greedy decoding at batch 1, prefill not counted, for each blend.
+
+    The blends take turns, so that a machine that slows down does so for all, and the first turn is a warm-up. What
+    counts is the median over the tokens of the others: another process that takes a core for a moment does not matter.
+
+    Args:
+        blends: Who decodes.
+        prompt: Token ids that all continue, at least one; its first `PROMPT` are taken.
+        context: Most tokens of a sequence. One that leaves no room to decode gives NaN.
+        progress: Hears of the turns.
+    """
+    start = prompt[: max(1, min(PROMPT, context - STEPS))]
+    seconds: list[list[float]] = [[] for _ in blends]
+    with progress.stage("speed", (ROUNDS + 1) * len(blends)) as task:
+        for turn in range(ROUNDS + 1):
+            for blend, found in zip(blends, seconds, strict=True):
+                timed = _decode(blend, start, context)
+                found.extend(timed if turn > 0 else [])
+                task.advance()
+    return [1 / statistics.median(found) if found else math.nan for found in seconds]
+
+
+def _decode(blend: Blend, prompt: Sequence[int], context: int) -> list[float]:
+    """Seconds that each token took, after the first."""
+    decoding = Decoding(
+        blend, [prompt], Sampling(), seeds=[0], max_new_tokens=STEPS + 1, context=context, eos=()
+    )  # without an end of text, every turn is as long
+    seconds = []
+    with closing(decoding):
+        decoding.step()
+        begun = time.perf_counter()
+        while decoding.step():
+            now = time.perf_counter()
+            seconds.append(now - begun)
+            begun = now
+    return seconds

@@ -1,0 +1,102 @@
+"""How close single models come to the mixture: members, and the student that was distilled from it.
+
+Two measures, at every token of a text. Greedy agreement: the model's most probable next token is the mixture's. And
+the acceptance that a model would have as a draft of the mixture's text, drawn at temperature 1,
+
+    sum_y min(P_model(y), P_mixture(y)) = 1 - TV(P_model, P_mixture)
+
+(Leviathan, Kalman and Matias 2022, arXiv 2211.17192, theorem 3.5).
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgemix.runtime.evaluation.scoring import read
+from edgemix.runtime.mixing.arithmetic import check_numbers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from edgemix.runtime.mixing.ensemble import Blend
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Text as each of several models sees it, and how close that is to what the mixture sees.
+
+    Attributes:
+        log_probabilities: float64 [models, tokens], of the tokens but a text's first, in nats.
+        agreements: bool [models, tokens], whether the model's most probable token is the mixture's.
+        acceptances: float64 [models, tokens], sum_y min(P_model(y), P_mixture(y)).
+        bytes: UTF-8 bytes of the tokens.
+        lengths: Of the texts, in tokens, their first ones not counted.
+    """
+
+    log_probabilities: NDArray[np.float64]
+    agreements: NDArray[np.bool_]
+    acceptances: NDArray[np.float64]
+    bytes: int
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, parts: Sequence[Comparison]) -> Comparison:
+        """Several texts as one."""
+        return cls(
+            np.concatenate([part.log_probabilities for part in parts], axis=1),
+            np.concatenate([part.agreements for part in parts], axis=1),
+            np.concatenate([part.acceptances for part in parts], axis=1),
+            sum(part.bytes for part in parts),
+            tuple(length for part in parts for length in part.lengths),
+        )
+
+
+def compare_tokens(
+    blend: Blend, ids: NDArray[np.int64], *, scored_bytes: int, window: int, advance: Callable[[float], None]
+) -> Comparison:
+    """Read a text with several models, and hold each against their mixture.
+
+    Args:
+        blend: The models with their weights; one that is no member weighs nothing, and is compared all the same.
+        ids: int64 [tokens], at least two, all within the vocabulary.
+        scored_bytes: UTF-8 bytes of all tokens but the first.
+        window: Most tokens that are read with one past, see `scoring.read`.
+        advance: Told how many tokens have been read since it was last told.
+
+    Raises:
+        EdgemixError: A graph fails, or computes something that is not a number.
+    """
+    shape = len(blend.weights), len(ids) - 1
+    found = Comparison(np.empty(shape), np.empty(shape, np.bool_), np.empty(shape), scored_bytes, shape[1:])
+    row = np.empty((len(blend.weights), blend.vocabulary), np.float32)
+    shares = blend.weights.astype(np.float32)
+    with closing(read(blend.members, ids, vocabulary=blend.vocabulary, window=window)) as pieces:
+        for place, logits, targets in pieces:
+            # A token at a time: its distributions stay within the processor's cache.
+            for t, target in enumerate(targets):
+                for model, each in enumerate(logits):
+                    row[model] = each[t]
+                at = place.start + t
+                found.log_probabilities[:, at] = _to_probabilities(row, target)
+                mixed = shares @ row
+                found.agreements[:, at] = row.argmax(axis=1) == mixed.argmax()
+                found.acceptances[:, at] = np.minimum(row, mixed).sum(axis=1)
+            check_numbers(found.log_probabilities[:, place])
+            advance(len(targets))
+    return found
+
+
+def _to_probabilities(logits: NDArray[np.float32], target: np.int64) -> NDArray[np.float64]:
+    """Turn logits [models, vocabulary] into probabilities, in place: the target's logarithms, float64 [models]."""
+    logits -= logits.max(axis=1, keepdims=True)
+    of_target = logits[:, target].astype(np.float64)
+    np.exp(logits, out=logits)
+    total = logits.sum(axis=1, keepdims=True)
+    logits /= total
+    return np.asarray(of_target - np.log(total[:, 0]))

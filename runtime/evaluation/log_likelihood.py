@@ -1,0 +1,153 @@
+"""How probable continuations are, where many texts begin alike: what one has in common with another is read once.
+
+Evaluations ask for that: several answers to one question, the same examples before every question.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from edgemix.errors import InputError
+from edgemix.runtime.mixing.adaptive import Posterior
+from edgemix.runtime.mixing.arithmetic import check_numbers, linear_targets, log_linear, log_softmax
+from edgemix.runtime.sequences.prefix_cache import common_length
+from edgemix.runtime.sequences.state import Reader
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from edgemix.runtime.mixing.ensemble import Blend
+
+
+class Continuation(NamedTuple):
+    """A text in two parts, of which the second is scored.
+
+    Attributes:
+        context: Token ids, at least one.
+        ids: Those that follow, at least one.
+    """
+
+    context: Sequence[int]
+    ids: Sequence[int]
+
+
+class ContinuationScore(NamedTuple):
+    """How probable the second part is.
+
+    Attributes:
+        log_probabilities: float64 [tokens], of each token under the mixture, in nats.
+        greedy: bool [tokens], whether each was the most probable one.
+    """
+
+    log_probabilities: NDArray[np.float64]
+    greedy: NDArray[np.bool_]
+
+
+def score_continuations(
+    blend: Blend, continuations: Sequence[Continuation]
+) -> Generator[tuple[int, ContinuationScore]]:
+    """Score continuations: yields the index of one with its score, those that begin alike one after the other.
+
+    Closing it frees the caches, which are of one text. A score is what `Mixture.score` says of those tokens.
+
+    Args:
+        blend: The members, and how they are mixed.
+        continuations: Each as long as the context at most, not counting its last token, which is never read.
+
+    Raises:
+        InputError: Something is empty or too long.
+        EdgemixError: A graph fails, or computes something that is not a number.
+    """
+    context = min(member.context for member in blend.members)
+    for index, (before, ids) in enumerate(continuations):
+        if not len(before) or not len(ids):
+            raise InputError(f"continuation {index + 1} needs at least one token, and one before it")
+        if (length := len(before) + len(ids) - 1) > context:
+            raise InputError(
+                f"continuation {index + 1} makes a text of {length} tokens, more than the context of {context}",
+                "Shorten what comes before it.",
+            )
+    # Big-endian bytes are in the order of the numbers, and take less memory than those do.
+    order = sorted(range(len(continuations)), key=lambda i: np.array(_text(continuations[i]), ">u4").tobytes())
+    listener = _Listener(blend)
+    try:
+        for index in order:
+            one = continuations[index]
+            yield index, listener.score(np.array(_text(one), np.int64), len(one.context))
+    finally:
+        listener.close()
+
+
+def _text(continuation: Continuation) -> list[int]:
+    return [*continuation.context, *continuation.ids]
+
+
+class _Listener:
+    """A blend that listens to one text after the other."""
+
+    def __init__(self, blend: Blend) -> None:
+        heavy = blend.heavy
+        self._readers = [Reader(listened, blend.vocabulary) for listened in blend.listened()]
+        self._chunk = min(member.chunk for member in blend.members)
+        self._combine = blend.combine
+        self._weights = blend.weights[heavy]
+        self._experts = blend.experts.narrowed(heavy) if blend.experts else None
+        self._parts = np.empty((len(heavy), blend.vocabulary), np.float32)
+        self._text = np.empty(0, np.int64)
+        self._own = np.empty((len(heavy), 0))
+
+    def score(self, text: NDArray[np.int64], start: int) -> ContinuationScore:
+        """Score the tokens of a text from a place on."""
+        common = common_length(self._text, text)
+        own = np.full((len(self._weights), len(text)), np.nan)
+        own[:, :common] = self._own[:, :common]
+        # Weights that follow the text hear all of it, and what was heard before still counts.
+        first = start if self._experts is None else min(start, max(common, 1))
+        for reader in self._readers:
+            reader.forget(min(common, first - 1))
+        posterior = None if self._experts is None else Posterior(self._experts)
+        if posterior is not None:
+            posterior.observe(own[:, 1:first])
+        scored = ContinuationScore(np.empty(len(text) - start), np.empty(len(text) - start, np.bool_))
+        for place, voices in self._listen(text, first):
+            target = text[place]
+            for part, logits in zip(self._parts, voices, strict=True):
+                log_softmax(logits, out=part)
+            own[:, place] = self._parts[:, target]
+            check_numbers(own[:, place])
+            if place >= start:
+                weights = self._weights if posterior is None else posterior.weights
+                scored.log_probabilities[place - start], best = self._mix(own[:, place], target, weights)
+                scored.greedy[place - start] = best == target
+            if posterior is not None:
+                posterior.observe(own[:, place, None])
+        self._text, self._own = text, own
+        return scored
+
+    def close(self) -> None:
+        """Free the caches."""
+        for reader in self._readers:
+            reader.close()
+
+    def _listen(self, text: NDArray[np.int64], first: int) -> Iterator[tuple[int, list[NDArray[np.float32]]]]:
+        """Each place of a text from the first one on, with every voice's logits [vocabulary] of what comes there."""
+        for begin in range(first, len(text), self._chunk):
+            end = min(begin + self._chunk, len(text))
+            voices: list[NDArray[np.float32]] = []
+            for reader in self._readers:
+                (heard,) = reader.listen(text[: end - 1], begin)  # one call is enough
+                voices += heard.logits
+            for place in range(begin, end):
+                yield place, [logits[place - begin] for logits in voices]
+
+    def _mix(self, own: NDArray[np.float64], target: np.int64, weights: NDArray[np.float64]) -> tuple[float, np.intp]:
+        """The mixture's log-probability of a token, of which voices said `own`, and its most probable token."""
+        if self._combine == "linear":
+            mass = weights.astype(np.float32) @ np.exp(self._parts)
+            return float(linear_targets(own[:, None], weights)[0]), mass.argmax()
+        mixed = log_linear(self._parts, weights)
+        return float(mixed[target]), mixed.argmax()

@@ -1,0 +1,392 @@
+"""One ONNX session with what it takes to read tokens into a KV cache and get logits out."""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgemix.bundle import graph_io
+from edgemix.errors import BundleError, EdgemixError, InputError
+from edgemix.runtime.cancellation import check as check_called_off
+from edgemix.runtime.graphs.cuda_graphs import CapturedCall, numbers
+from edgemix.runtime.graphs.growing_cache import GrowingCache
+from edgemix.runtime.graphs.kv_cache import CacheLayout, KVCache, Slot
+from edgemix.runtime.graphs.providers import (
+    PROVIDERS,
+    check_version,
+    exclusive,
+    onnxruntime_errors,
+    open_session,
+    place,
+    plain,
+    run_options,
+)
+from edgemix.runtime.graphs.shared_cache import SharedCache
+from edgemix.runtime.token_progress import heard
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from edgemix.bundle.graph_io import GraphFacts
+    from edgemix.runtime.graphs.prepacked_weights import PackedWeights
+    from edgemix.runtime.graphs.providers import Provider
+
+    Tokens = Sequence[Sequence[int]] | Sequence[NDArray[np.int64]] | NDArray[np.int64]
+    Watch = Callable[[str, int], AbstractContextManager[object]]
+
+MAX_CHUNK = 256
+"""Most tokens read in one call."""
+FEW = 32
+"""Rows of one call that decoding may take, a batch of drafts at most; calls of more are for prompts."""
+LOGITS_BYTES = 64 << 20
+"""About how many bytes of logits one call may return."""
+ATTENTION = (1, 32)
+"""The version of ONNX Runtime whose GroupQueryAttention takes all that graphs ask of it: keys and values in 8 bits, and
+several tokens of several texts.
+"""
+MAX_STATE = 1 << 20
+"""Most numbers a layer may keep of a token: far beyond every model there is, and nothing that exhausts memory."""
+
+_CACHES: dict[str, type[KVCache]] = {"shared": SharedCache, "growing": GrowingCache}
+_FLOATS: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+}
+_CACHE_TYPES = _FLOATS | {"tensor(int8)": np.dtype(np.int8)}
+
+
+_NOBODY = nullcontext()
+
+
+def _unwatched(name: str, tokens: int) -> AbstractContextManager[object]:  # noqa: ARG001
+    return _NOBODY
+
+
+@dataclass(slots=True)
+class _Call:
+    """A binding for ids [batch, new], with the buffer [batch, kept, vocabulary] or [batch, kept, voices, vocabulary]
+    that their logits are written to, what it reads `kept` from, and for a provider that captures, whether it has run
+    before and what it is recorded with.
+    """
+
+    binding: Any
+    logits: NDArray[Any]
+    new: int
+    kept: Any
+    again: bool = False
+    captured: CapturedCall | None = None
+
+
+class Member:
+    """One decoder graph, loaded: a member, or several that share their base's weights.
+
+    It holds no state between calls: several threads may use one member at once, each with its own cache. Logits of
+    several voices end with the axes [voices, vocabulary] in the place of [vocabulary]; `parts` takes them apart.
+
+    Attributes:
+        facts: What the manifest says of the graph.
+        voices: For how many members it speaks.
+        vocabulary: Width of the logits, padding included.
+        tokens: int64 [vocabulary], the ids that its logits are of, ascending; None where those are 0, 1, 2, ...
+        context: Most tokens that a sequence can have.
+        layout: What its caches must know of it.
+        chunk: Most tokens that one call should read, so that its logits stay within `LOGITS_BYTES`.
+    """
+
+    def __init__(
+        self,
+        session: Any,
+        facts: GraphFacts,
+        provider: Provider,
+        name: str,
+        *,
+        tokens: NDArray[np.int64] | None = None,
+    ) -> None:
+        self.facts, self.provider, self.name, self.tokens = facts, provider, name, tokens
+        self._session = session
+        self._watch: Watch = _unwatched
+        self._numbers = numbers()
+        self._inputs = {tensor.name: tensor for tensor in session.get_inputs()}
+        self._outputs = {tensor.name: tensor for tensor in session.get_outputs()}
+        self._can_keep = any(t.name == graph_io.LOGITS_TO_KEEP for t in session.get_overridable_initializers())
+        self._check()
+        logits = self._outputs[graph_io.LOGITS]
+        self._logits_dtype = _FLOATS[logits.type]
+        self.vocabulary: int = logits.shape[-1]
+        self.context = facts.context
+        self.voices = facts.voices
+        self.chunk = int(np.clip(LOGITS_BYTES // (4 * self.vocabulary * self.voices), 16, MAX_CHUNK))
+        slots = tuple(
+            Slot(tensor.name, graph_io.present_of(tensor.name), self.voices * tensor.shape[1], tensor.shape[3])
+            for tensor in self._inputs.values()
+            if tensor.name.startswith(graph_io.PAST_PREFIX)
+        )
+        dtype = _CACHE_TYPES[self._inputs[graph_io.past_key(0)].type]
+        self.layout = CacheLayout(slots, dtype, provider, facts.context, self.voices)
+
+    @classmethod
+    def load(
+        cls,
+        graph: Path,
+        facts: GraphFacts,
+        provider: Provider | None = None,
+        threads: int | None = None,
+        *,
+        name: str = "",
+        packed: tuple[PackedWeights, str] | None = None,
+        tokens: NDArray[np.int64] | None = None,
+    ) -> Member:
+        """Open a graph.
+
+        Args:
+            graph: The .onnx file.
+            facts: As the exporter wrote them.
+            provider: Where it runs; the CPU by default.
+            threads: Threads within an operator; physical cores by default.
+            name: For messages; the graph's folder by default.
+            packed: See `open_session`.
+            tokens: The ids that its logits are of; all by default.
+
+        Raises:
+            BundleError: The graph does not load, or is not the decoder that `facts` describe.
+            EdgemixError: ONNX Runtime is too old for its attention.
+        """
+        provider = provider or PROVIDERS["cpu"]
+        if facts.cache == "shared":
+            check_version(ATTENTION, "this graph's attention")
+        session = open_session(graph, provider, threads=threads, packed=packed)
+        return cls(session, facts, provider, name or graph.parent.name, tokens=tokens)
+
+    def watched(self, watch: Watch) -> Member:
+        """The same graph, whose every call of ONNX Runtime is made within `watch(name, tokens)`."""
+        member = copy.copy(self)
+        member._watch = watch
+        return member
+
+    def new_cache(self, batch: int = 1) -> KVCache:
+        """An empty cache for `batch` sequences; it takes memory only as tokens are read."""
+        return _CACHES[self.facts.cache](self.layout, batch)
+
+    def extend(self, cache: KVCache, tokens: Tokens) -> NDArray[np.float32]:
+        """Read new tokens, and say what may follow each row's last one.
+
+        Args:
+            cache: The state to continue; it is updated.
+            tokens: For each row at least one token id; rows may differ in number.
+
+        Returns:
+            Logits float32 [batch, vocabulary]. They lie in the cache's buffer: the next call overwrites them.
+
+        Raises:
+            InputError: A sequence would become longer than the context.
+            EdgemixError: ONNX Runtime fails (most often for want of memory).
+        """
+        rows = self._rows(tokens, cache)
+        counts = [len(row) for row in rows]
+        if not cache.reads_together(counts):
+            parts = cache.split(counts)
+            logits = [self.extend(part, [row]) for part, row in zip(parts, rows, strict=True)]
+            cache.join(parts)
+            return np.concatenate(logits)
+        together = _stacked(rows)
+        step = max(1, self.chunk // cache.batch)
+        for start in range(0, together.shape[1], step):
+            last = self._run(cache, together[:, start : start + step], keep=1)[:, -1]
+        return last.astype(np.float32, copy=False)
+
+    def extend_all(self, cache: KVCache, tokens: Tokens) -> list[NDArray[np.float32]]:
+        """Read new tokens, and say what may follow every one of them.
+
+        The caller bounds the memory: rows of at most `chunk` tokens keep to `LOGITS_BYTES` a row.
+
+        Returns:
+            For each row, logits float32 [its tokens, vocabulary]. They lie in a buffer that the next call overwrites.
+
+        Raises:
+            InputError, EdgemixError: As `extend`.
+        """
+        rows = self._rows(tokens, cache)
+        if cache.reads_together(counts := [len(row) for row in rows]):
+            return list(self._run(cache, _stacked(rows)).astype(np.float32, copy=False))
+        parts = cache.split(counts)
+        logits = [self.extend_all(part, [row])[0] for part, row in zip(parts, rows, strict=True)]
+        cache.join(parts)
+        return logits
+
+    def forward(self, tokens: Tokens) -> list[NDArray[np.float32]]:
+        """One call of the graph on whole sequences, padded on the right to equal length, without a past.
+
+        Returns:
+            For each row, logits float32 [its tokens, vocabulary].
+        """
+        cache = self.new_cache(len(tokens))
+        rows = self._rows(tokens, cache)
+        counts = np.array([len(row) for row in rows])
+        ids = np.zeros((len(rows), counts.max()), np.int64)
+        for padded, row in zip(ids, rows, strict=True):
+            padded[: len(row)] = row
+        mask = (np.arange(counts.max()) < counts[:, None]).astype(np.int64)
+        logits = self._run(cache, ids, mask).astype(np.float32, copy=False)
+        return [row[:count] for row, count in zip(logits, counts, strict=True)]
+
+    def parts(self, logits: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """Each voice's logits [..., vocabulary]."""
+        return [logits] if self.voices == 1 else [logits[..., voice, :] for voice in range(self.voices)]
+
+    def _run(
+        self,
+        cache: KVCache,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64] | None = None,
+        *,
+        keep: int | None = None,
+    ) -> NDArray[Any]:
+        """Call the graph on ids [batch, new]: logits [batch, new, vocabulary], which the next call overwrites.
+
+        With `keep`, those before the last so many tokens' may be missing.
+        """
+        batch, new = ids.shape
+        kept = min(keep, new) if keep and self._can_keep else new
+        check_called_off()
+        try:
+            with exclusive(self.provider):
+                cache.reserve(new)
+                call = self._call(cache, batch, new, kept)
+                options = self._feed(cache, call, ids, mask)
+                with self._watch(self.name, ids.size):
+                    self._session.run_with_iobinding(call.binding, options)
+                if call.captured is not None:
+                    call.captured.read(call.logits)
+        except onnxruntime_errors() as error:
+            raise EdgemixError(f"member {self.name!r} failed on {self.provider.name}: {plain(error)}") from error
+        cache.advance(call.binding, new)
+        heard(ids.size)
+        return call.logits
+
+    def _feed(self, cache: KVCache, call: _Call, ids: NDArray[np.int64], mask: NDArray[np.int64] | None) -> Any:
+        """Give a call its inputs; returns the options that it runs with."""
+        new, captures = ids.shape[1], self.provider.captures
+        inputs = {
+            graph_io.INPUT_IDS: np.ascontiguousarray(ids),
+            graph_io.ATTENTION_MASK: cache.mask(new) if mask is None else mask,
+        }
+        if graph_io.POSITION_IDS in self._inputs:
+            inputs[graph_io.POSITION_IDS] = cache.lengths[:, None] + np.arange(new)
+        # A first call is not recorded: it may be the only one of its shape.
+        if captures and call.captured is None and call.again and mask is None and ids.size <= FEW:
+            self._capture(cache, call, inputs)
+        call.again = True
+        if call.captured is None:
+            # Bound anew each time: a provider with memory of its own copies them when they are bound.
+            for name, values in inputs.items():
+                call.binding.bind_cpu_input(name, values)
+            return run_options(-1) if captures else None
+        for name, values in inputs.items():
+            call.captured.write(name, values)
+        return call.captured.options
+
+    def _capture(self, cache: KVCache, call: _Call, inputs: Mapping[str, NDArray[np.int64]]) -> None:
+        """Let calls of this shape be recorded, where the cache stays where it is and there is room for one more."""
+        if isinstance(cache, SharedCache) and (number := next(self._numbers, None)) is not None:
+            shapes = {name: values.shape for name, values in inputs.items()}
+            shapes[graph_io.ATTENTION_MASK] = (cache.batch, cache.widest(call.new))
+            call.captured = CapturedCall(call.binding, self.provider, shapes, call.logits, number)
+
+    def _call(self, cache: KVCache, batch: int, new: int, kept: int) -> _Call:
+        """The binding for a call of this size: those of few rows are all kept, with one buffer, and of others the last
+        one.
+        """
+        few, key = batch * new <= FEW, (batch, new, kept)
+        call: _Call | None = cache.calls.get(key)
+        if call is None:
+            shape = (batch, kept, *(() if self.voices == 1 else (self.voices,)), self.vocabulary)
+            size = math.prod(shape)
+            if few:
+                most = FEW * self.voices * self.vocabulary  # memory that is never touched costs nothing
+                logits = cache.calls.setdefault(None, np.empty(most, self._logits_dtype))[:size].reshape(shape)
+            else:
+                logits = np.empty(shape, self._logits_dtype)
+                for other in [each for each in cache.calls if each is not None and each[0] * each[1] > FEW]:
+                    del cache.calls[other]
+            call = self._new_call(logits, new, kept)
+            cache.bind(call.binding)
+            if cache.keeps_bindings:
+                cache.calls[key] = call
+        return call
+
+    def _new_call(self, logits: NDArray[Any], new: int, kept: int) -> _Call:
+        binding = self._session.io_binding()
+        binding.bind_output(graph_io.LOGITS, "cpu", 0, logits.dtype, list(logits.shape), logits.ctypes.data)
+        number = place(np.array([kept], np.int64), PROVIDERS["cpu"])
+        if self._can_keep:  # bound by value: ONNX Runtime does not find optional inputs by array
+            binding.bind_ortvalue_input(graph_io.LOGITS_TO_KEEP, number)
+        return _Call(binding, logits, new, number)
+
+    def _rows(self, tokens: Tokens, cache: KVCache) -> list[NDArray[np.int64]]:
+        """The new tokens as arrays, once it is clear that the cache can take them."""
+        rows = [np.asarray(row, np.int64) for row in tokens]
+        counts = [len(row) for row in rows]
+        if len(rows) != cache.batch or not all(counts):
+            raise ValueError(f"{cache.batch} rows of at least one token are needed, not {counts}")
+        longest = max(map(operator.add, cache.lengths.tolist(), counts))
+        if longest > self.context:
+            raise InputError(
+                f"{longest} tokens are more than the context of {self.name!r}, {self.context} tokens",
+                "Shorten the text.",
+            )
+        return rows
+
+    def _check(self) -> None:
+        """Refuse a graph that is not what `graph_io` and the facts say, before anything is sized by it."""
+        layers = range(self.facts.layers)
+        pasts = {name(i) for i in layers for name in (graph_io.past_key, graph_io.past_value)}
+        wanted = {graph_io.INPUT_IDS, graph_io.ATTENTION_MASK, *pasts}
+        presents = {graph_io.LOGITS, *map(graph_io.present_of, pasts)}
+        problems = [
+            *(f"it has no input {name}" for name in sorted(wanted - self._inputs.keys())),
+            *(
+                f"its input {name} is unknown"
+                for name in sorted(self._inputs.keys() - wanted - {graph_io.POSITION_IDS})
+            ),
+            *(f"it has no output {name}" for name in sorted(presents - self._outputs.keys())),
+        ]
+        if not problems:
+            problems = [*self._misshapen(pasts)]
+        if problems:
+            raise BundleError(
+                f"the graph of member {self.name!r} is not the decoder that it should be: {'; '.join(problems)}",
+                "Export the bundle again.",
+            )
+
+    def _misshapen(self, pasts: Iterable[str]) -> Iterable[str]:
+        logits, voices = self._outputs[graph_io.LOGITS], self.facts.voices
+        said = (self.facts.vocabulary,) if voices == 1 else (voices, self.facts.vocabulary)
+        if len(logits.shape) != 2 + len(said) or tuple(logits.shape[2:]) != said:
+            known = "vocabulary" if voices == 1 else f"{voices} voices, vocabulary"
+            yield f"its logits are {logits.shape}, the manifest says {known} {self.facts.vocabulary}"
+        if logits.type not in _FLOATS:
+            yield f"its logits are {logits.type}"
+        for tensor in (self._inputs[name] for name in pasts):
+            axes = tensor.shape
+            if len(axes) != 4 or not isinstance(axes[1], int) or not isinstance(axes[3], int):
+                yield f"{tensor.name} is {axes}, not [batch, heads, past, head_size]"
+            elif not 0 < axes[1] * axes[3] <= MAX_STATE:
+                yield f"{tensor.name} has {axes[1]} heads of size {axes[3]}"
+            said_type = self.facts.cache_dtype or self.facts.dtype
+            if tensor.type != f"tensor({said_type.removesuffix('32')})":
+                yield f"{tensor.name} is {tensor.type}, the manifest says {said_type}"
+
+
+def _stacked(rows: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Rows of equal length as one array [rows, tokens]; of one row, a view."""
+    return rows[0][None] if len(rows) == 1 else np.stack(rows)

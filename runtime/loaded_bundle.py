@@ -1,0 +1,111 @@
+"""A bundle's graphs, opened, and how they are mixed: what `Mixture` does with text stands on this."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from edgemix.errors import EdgemixError, InputError
+from edgemix.runtime.mixing.ensemble import Blend, Blender
+from edgemix.runtime.sequences.prefix_cache import PrefixCache
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from edgemix.bundle.manifest import Manifest
+    from edgemix.bundle.ngram_table import NgramTable
+    from edgemix.runtime.graphs.decoder import Member
+    from edgemix.runtime.graphs.providers import Provider
+    from edgemix.runtime.machine.plan import Plan
+    from edgemix.runtime.mixing.arithmetic import Combine
+    from edgemix.runtime.options import WeightChoice
+    from edgemix.runtime.text.tokenizer import Tokenizer
+
+_ELSEWHERE: list[object] = []
+"""Graphs of the process that this one was forked from: freeing them would wait for threads that are not here."""
+
+
+class OpenedBundle:
+    """Members that are loaded, by their bundle's manifest.
+
+    Its attributes are told of in `Mixture`.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        members: Sequence[Member],
+        tokenizer: Tokenizer,
+        provider: Provider,
+        *,
+        drafter: Member | None = None,
+        ngrams: NgramTable | None = None,
+        prefix_bytes: int = 0,
+        plan: Plan | None = None,
+    ) -> None:
+        self.manifest = manifest
+        self.tokenizer = tokenizer
+        self.members = tuple(entry.name for entry in manifest.members)
+        self.weights: Mapping[str, float] = dict(manifest.weights.default)
+        self.vocabulary = manifest.tokenizer.vocabulary
+        self.context = min(member.context for member in members)
+        self.provider = provider.name
+        self._blender = Blender.of(manifest)
+        self._process = os.getpid()
+        self.plan = plan
+        self._loaded = tuple(members)
+        self._drafter, self.ngrams = drafter, ngrams
+        self.prefixes = PrefixCache(prefix_bytes)
+
+    def close(self) -> None:
+        """Free the graphs; the mixture is of no more use."""
+        if self._process != os.getpid():
+            _ELSEWHERE.append((self._loaded, self._drafter))
+        self._loaded, self._drafter = (), None
+        self.prefixes.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def drafting(self) -> Blend | None:
+        """The student as a blend of one, where it was opened beside the members."""
+        return None if self._drafter is None else Blend((self._drafter,), np.ones(1), "linear", self.vocabulary)
+
+    def blend(self, weights: WeightChoice = None, combine: Combine = "linear") -> Blend:
+        """The members that weigh something, and how they are mixed, for callers who need more than text.
+
+        Raises:
+            InputError: An argument makes no sense.
+        """
+        return self._blender.blend(self.graphs(), weights, combine)
+
+    def whole_blend(self, weights: WeightChoice = None, combine: Combine = "linear") -> Blend:
+        """As `blend`, of all members, those that weigh nothing too."""
+        return self._blender.whole(self.graphs(), weights, combine)
+
+    def check_length(self, ids: Sequence[int], what: str) -> None:
+        """Raise InputError if token ids are more than the context."""
+        if len(ids) > self.context:
+            raise InputError(f"{what} has {len(ids)} tokens, more than the context of {self.context}", "Shorten it.")
+
+    def graphs(self) -> tuple[Member, ...]:
+        """The members' graphs, opened.
+
+        Raises:
+            EdgemixError: The mixture is closed, or belongs to the process that this one was forked from: ONNX Runtime's
+                threads stayed there.
+        """
+        if not self._loaded:
+            raise EdgemixError("this mixture is closed", "Load the bundle again.")
+        if self._process != os.getpid():
+            raise EdgemixError(
+                "this mixture was loaded before the process forked, and its threads stayed in the other one",
+                'Load it after the fork, or start processes with multiprocessing\'s "spawn".',
+            )
+        return self._loaded

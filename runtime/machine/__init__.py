@@ -1,0 +1,1 @@
+"""What this machine offers, and the plan measured on it."""

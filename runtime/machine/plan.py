@@ -1,0 +1,129 @@
+"""The plan for a bundle on a machine: how it was measured to run fastest there (`edgemix profile --recommend`).
+
+Plans lie in the user's cache folder, one a file, by what they hold for: the bundle's manifest, the processor, its
+cores, ONNX Runtime's version, the provider. They are advice: one that cannot be read is as good as none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from edgemix.errors import EdgemixError, storage_errors
+from edgemix.files import write_atomically
+from edgemix.runtime.machine.system import installed_version, processor
+from edgemix.runtime.options import Speculation
+
+if TYPE_CHECKING:
+    from edgemix.bundle.manifest import Manifest
+    from edgemix.runtime.graphs.providers import Provider
+
+LOG = logging.getLogger(__name__)
+
+CACHE = "EDGEMIX_CACHE"
+"""Environment variable: the folder of edgemix's cache."""
+SCHEMA = 1
+_MOST_BYTES = 1 << 16
+_MOST_THREADS = 1 << 12
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How to run a mixture.
+
+    Attributes:
+        key: What it holds for, see `key_of`.
+        threads: Within an operator.
+        speculation: What "auto" shall mean.
+        drafts: Whether the student is opened beside the members.
+        tpot: Seconds a token, measured.
+        created: When, ISO 8601 in UTC.
+    """
+
+    key: str
+    threads: int
+    speculation: Speculation
+    drafts: bool
+    tpot: float
+    created: str
+    schema: int = SCHEMA
+
+
+def cache_folder() -> Path | None:
+    """The folder of edgemix's cache, which need not exist; None where the system has no place for one."""
+    if named := os.environ.get(CACHE):
+        return Path(named)
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA", "")
+    elif sys.platform == "darwin":
+        base = str(_home() / "Library/Caches")
+    else:
+        base = os.environ.get("XDG_CACHE_HOME", "") or str(_home() / ".cache")
+    return Path(base) / "edgemix" if Path(base).is_absolute() else None
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:  # nobody's
+        return Path()
+
+
+def key_of(manifest: Manifest, provider: Provider) -> str:
+    """All that a plan depends on, in one line."""
+    here = processor()
+    versions = (f"{name} {installed_version(name)}" for name in ("onnxruntime", "onnxruntime-gpu"))
+    return " | ".join(
+        (manifest.checksum, here.name, f"{here.default_threads} of {here.usable_cores} cores", *versions, provider.name)
+    )
+
+
+def find_plan(manifest: Manifest, provider: Provider) -> Plan | None:
+    """The plan for a bundle here, if there is one; what is wrong with it is logged."""
+    folder = _plans()
+    if folder is None or not folder.is_dir() or not manifest.checksum:
+        return None
+    key = key_of(manifest, provider)
+    path = _path(folder, key)
+    try:
+        if not path.is_file():
+            return None
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError("it is too large")
+        plan = msgspec.json.decode(path.read_bytes(), type=Plan)
+        if plan.schema != SCHEMA or plan.key != key or not 1 <= plan.threads <= _MOST_THREADS:
+            raise ValueError("it is not for this bundle on this machine")
+    except (OSError, ValueError, RecursionError) as error:
+        LOG.warning("the plan %s is left aside: %s", path, error)
+        return None
+    return plan
+
+
+def write_plan(plan: Plan) -> Path:
+    """Keep a plan for `find_plan`: where it lies.
+
+    Raises:
+        EdgemixError: It cannot be written.
+    """
+    folder = _plans()
+    if folder is None:
+        raise EdgemixError("there is no folder for plans", f"Set the environment variable {CACHE} to one.")
+    with storage_errors(f"writing {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+    path = _path(folder, plan.key)
+    write_atomically(path, msgspec.json.format(msgspec.json.encode(plan), indent=1) + b"\n")
+    return path
+
+
+def _plans() -> Path | None:
+    folder = cache_folder()
+    return None if folder is None else folder / "plans"
+
+
+def _path(folder: Path, key: str) -> Path:
+    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"

@@ -1,0 +1,1 @@
+"""Mix the distributions of members."""

@@ -1,0 +1,197 @@
+"""What is measured: each member alone, the student alone, the mixture plainly, the mixture in fewer calls."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgemix.runtime.decoding.plain import Decoding
+from edgemix.runtime.decoding.sampling import Sampling
+from edgemix.runtime.decoding.speculative import SpeculativeDecoding
+from edgemix.runtime.profiling.loading import files_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edgemix.bundle.manifest import Manifest, MemberEntry
+    from edgemix.bundle.ngram_table import NgramTable
+    from edgemix.results.profile import SubjectKind
+    from edgemix.runtime.mixing.ensemble import Blend
+    from edgemix.runtime.mixture import Mixture
+    from edgemix.runtime.options import Speculation, WeightChoice
+    from edgemix.runtime.profiling.energy import Meter
+
+PLAIN, FAST = "mixture, plain", "mixture"
+LEAST = 4
+"""Tokens that are decoded in any case."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One text that was generated.
+
+    Attributes:
+        ttft: From the prompt's token ids to the first token (of each text).
+        tpot: Seconds of every later step; of fewer calls, where a step brings several tokens, of a token on average.
+        tokens: Written after the first step, in `seconds`.
+        calls, drafted, accepted: See `SpeculativeDecoding`; after the first step.
+        joules: By counter, of those tokens.
+    """
+
+    ttft: float
+    tpot: Sequence[float]
+    tokens: int
+    seconds: float
+    calls: int
+    drafted: int
+    accepted: int
+    joules: dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Contender:
+    """Something that generates.
+
+    Attributes:
+        name, kind, format, files: As in the profile's `Subject`.
+        entries: Of the graphs that it asks.
+        blend: What it mixes.
+        speculation: How; "off" for the plain loop.
+        context: Most tokens of a sequence.
+        student: What drafts, where that is loaded; `ngrams`, where the bundle has them.
+    """
+
+    name: str
+    kind: SubjectKind
+    format: str
+    files: int
+    entries: tuple[MemberEntry, ...]
+    blend: Blend
+    speculation: Speculation
+    context: int
+    student: Blend | None = None
+    ngrams: NgramTable | None = None
+
+    @property
+    def plain(self) -> bool:
+        return self.speculation == "off"
+
+    def start(self, prompts: Sequence[Sequence[int]], new: int) -> Decoding | SpeculativeDecoding:
+        """Generation of so many tokens, greedy, that no end of text ends; close it."""
+        if self.plain:
+            seeds = [0] * len(prompts)
+            return Decoding(
+                self.blend, prompts, Sampling(), seeds=seeds, max_new_tokens=new, context=self.context, eos=()
+            )
+        (prompt,) = prompts
+        return SpeculativeDecoding(
+            self.blend,
+            prompt,
+            Sampling(),
+            seed=None,
+            max_new_tokens=new,
+            context=self.context,
+            eos=(),
+            student=self.student if self.speculation in ("auto", "student") else None,
+            lookup=self.speculation in ("auto", "lookup"),
+            ngrams=self.ngrams if self.speculation in ("auto", "lookup") else None,
+        )
+
+    def run(self, prompts: Sequence[Sequence[int]], new: int, *, meter: Meter, patience: float) -> Run:
+        """Generate so many tokens after the first, or fewer where that would take longer than `patience` seconds."""
+        steps, tokens = [], 0
+        begun = time.perf_counter()
+        with closing(self.start(prompts, new + 1)) as decoding:
+            decoding.step()
+            first = last = time.perf_counter()
+            told, readings = _counts(decoding), meter.readings()
+            while step := decoding.step():
+                now = time.perf_counter()
+                steps.append(now - last)
+                tokens, last = tokens + len(step), now
+                if now - first > patience and tokens >= LEAST * len(prompts):
+                    break
+            seconds = last - first
+            joules = meter.spent(readings)
+            calls, drafted, accepted = (now - was for now, was in zip(_counts(decoding), told, strict=True))
+        tpot = steps if self.plain else [seconds / tokens] if tokens else []
+        return Run(first - begun, tpot, tokens, seconds, calls, drafted, accepted, joules)
+
+
+def _counts(decoding: Decoding | SpeculativeDecoding) -> tuple[int, int, int]:
+    if isinstance(decoding, Decoding):
+        return 0, 0, 0
+    return decoding.calls, decoding.drafted, decoding.accepted
+
+
+def contenders(mixture: Mixture, weights: WeightChoice = None, *, student: Mixture | None = None) -> list[Contender]:
+    """All that a loaded bundle has; of a single member there is no mixture to be mixed plainly.
+
+    Args:
+        mixture: The bundle's.
+        weights: Of the members.
+        student: The student alone, where the mixture drafts with another graph of it.
+    """
+    manifest = mixture.manifest
+    found = [
+        _alone(mixture, entry, "member", mixture.blend(dict.fromkeys([entry.name], 1.0))) for entry in manifest.members
+    ]
+    if mixture.drafting is not None and manifest.student is not None:
+        alone = mixture.drafting if student is None else student.blend()
+        found.append(_alone(mixture, manifest.student, "student", alone))
+    blend = mixture.blend(weights)
+    if len(manifest.members) > 1:
+        found.append(_mixture(mixture, PLAIN, blend, "off"))
+    return [*found, _mixture(mixture, FAST, blend, "auto")]
+
+
+def ways(mixture: Mixture, weights: WeightChoice = None) -> list[Contender]:
+    """The mixture in every way to generate that its bundle has."""
+    blend = mixture.blend(weights)
+    names: list[Speculation] = ["off", "lookup", *(("student",) if mixture.drafting else ())]
+    return [_mixture(mixture, name, blend, name) for name in (*names, *(("auto",) if mixture.drafting else ()))]
+
+
+def _alone(mixture: Mixture, entry: MemberEntry, kind: SubjectKind, blend: Blend) -> Contender:
+    return Contender(
+        entry.name,
+        kind,
+        entry.format,
+        _bytes(mixture.manifest, files_of(mixture.manifest, entry.name)),
+        (entry,),
+        blend,
+        "off",
+        mixture.context,
+    )
+
+
+def _mixture(mixture: Mixture, name: str, blend: Blend, speculation: Speculation) -> Contender:
+    manifest = mixture.manifest
+    heard = {member.name for member in blend.members}
+    # A graph of several voices goes by the first one's name.
+    entries = tuple(entry for entry in _graphs(manifest) if entry.name in heard)
+    files = {file for entry in manifest.members for file in files_of(manifest, entry.name)}
+    formats = ", ".join(dict.fromkeys(entry.format for entry in manifest.members))
+    return Contender(
+        name,
+        "mixture",
+        formats,
+        _bytes(manifest, files),
+        entries,
+        blend,
+        speculation,
+        mixture.context,
+        mixture.drafting,
+        mixture.ngrams,
+    )
+
+
+def _graphs(manifest: Manifest) -> list[MemberEntry]:
+    """The first member of every graph."""
+    return list({entry.graph: entry for entry in reversed(manifest.members)}.values())[::-1]
+
+
+def _bytes(manifest: Manifest, files: set[str] | tuple[str, ...]) -> int:
+    return sum(manifest.files[file].size for file in files)

@@ -1,0 +1,1 @@
+"""Sequences that are being read, and the cache of their prefixes."""

@@ -1,0 +1,1 @@
+"""Serve many requests at once."""

@@ -1,0 +1,99 @@
+"""From the tokens of one sequence to its chunks of text and its completion."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING
+
+from edgemix.runtime.results import Chunk, Completion, Timings
+from edgemix.runtime.text.tokenizer import IncrementalDecoder, StopStrings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgemix.runtime.decoding.plain import FinishReason, Token
+    from edgemix.runtime.mixing.attribution import Spoken
+    from edgemix.runtime.text.tokenizer import Tokenizer
+
+
+class Writer:
+    """Writes one completion as its tokens come.
+
+    Args:
+        tokenizer: Decodes.
+        prompt: Token ids.
+        stops: Stop strings.
+        batch_tokens: Prompt tokens of the whole batch, for the prefill's rate.
+        started: `time.perf_counter()` when the call began.
+        log_probabilities: Asked, when the completion is finished, for those of all its tokens.
+        spoken: Asked, at every chunk, what each member gave the tokens from one on; None where nobody wants to know.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        stops: Sequence[str],
+        *,
+        batch_tokens: int,
+        started: float,
+        log_probabilities: Callable[[], NDArray[np.float64]],
+        spoken: Callable[[int], Spoken] | None = None,
+    ) -> None:
+        self._log_probabilities, self._spoken = log_probabilities, spoken
+        self._decoder = IncrementalDecoder(tokenizer, prompt)
+        self._stops = StopStrings(stops)
+        self._prompt_tokens, self._batch_tokens, self._started = len(prompt), batch_tokens, started
+        self._first = math.nan
+        self._tokens: list[Token] = []
+        self._told = 0
+        self._text: list[str] = []
+
+    def add(self, token: Token) -> Chunk | None:
+        """Take the next token; a chunk where there is new text to show or the completion is finished."""
+        if not self._tokens:
+            self._first = time.perf_counter()
+        self._tokens.append(token)
+        # The end-of-text token is no text, even where a tokenizer does not know it as special.
+        piece = "" if token.finish_reason == "stop" else self._decoder.add(token.id)
+        text, stopped = self._stops.add(piece)
+        reason: FinishReason | None = "stop" if stopped else token.finish_reason
+        if reason is not None and not stopped:
+            text += self._stops.rest()
+        if not text and reason is None:
+            return None
+        self._text.append(text)
+        first, self._told = self._told, len(self._tokens)
+        ids = tuple(told.id for told in self._tokens[first:])
+        return Chunk(text, ids, None if reason is None else self._complete(reason), *self._shares(first))
+
+    def _complete(self, reason: FinishReason) -> Completion:
+        log_probabilities = self._log_probabilities()[: len(self._tokens)]
+        responsibilities, member_logprobs = self._shares(0)
+        return Completion(
+            text="".join(self._text),
+            token_ids=tuple(token.id for token in self._tokens),
+            finish_reason=reason,
+            log_probabilities=log_probabilities,
+            prompt_tokens=self._prompt_tokens,
+            timings=self._timings(),
+            responsibilities=responsibilities,
+            member_logprobs=member_logprobs,
+        )
+
+    def _shares(self, first: int) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
+        """Responsibilities and log-probabilities [tokens, members] of the tokens from one on."""
+        if self._spoken is None:
+            return None, None
+        count, spoken = len(self._tokens) - first, self._spoken(first)
+        return spoken.responsibilities()[:count], spoken.own[:, :count].T.copy()
+
+    def _timings(self) -> Timings:
+        ttft = self._first - self._started
+        later = len(self._tokens) - 1
+        tpot = (time.perf_counter() - self._first) / later if later else math.nan
+        return Timings(ttft, tpot, self._batch_tokens / ttft, 1 / tpot)

@@ -1,0 +1,154 @@
+import json
+import signal
+
+import peft
+import pytest
+import torch
+from helpers.tiny_models import tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from edgemix.errors import InputError
+from edgemix.export.finetuning.finetune import finetune, finetune_model
+from edgemix.export.models.loading import locate, merge_adapter
+from edgemix.files import Lock
+from edgemix.progress import SILENT
+
+TEXT = [f"the {animal} sat on the {place}, and all was well with the {animal}.\n" * 12
+        for animal in ("cat", "dog", "owl", "fox") for place in ("mat", "log", "bough")]  # fmt: skip
+OPTIONS = {"base_name": "tiny", "rank": 4, "steps": 12, "batch": 4, "length": 24, "learning_rate": 1e-2}
+
+
+@pytest.fixture
+def tokenizer():
+    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+                                 if i < 159} | {"<eos>": 159}, []))  # fmt: skip
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+
+
+@pytest.fixture
+def model():
+    return tiny_model("llama")
+
+
+def weights(folder):
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_the_expert_specialises_and_the_base_stays(model, tokenizer, tmp_path):
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    report = finetune_model(model, tokenizer, tmp_path / "expert", TEXT, **OPTIONS)
+    assert report.validation_after < report.validation_before - 0.5
+    assert (report.steps, report.tokens) == (12, 12 * 4 * 24)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+    assert not model.training
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expert"]
+
+
+def test_the_adapter_is_a_peft_folder_on_all_projections(model, tokenizer, tmp_path):
+    finetune_model(model, tokenizer, tmp_path / "expert", TEXT, **OPTIONS)
+    config = json.loads((tmp_path / "expert" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny"
+    assert str(tmp_path) not in json.dumps(config)
+    assert {name.rpartition(".")[2] for name in config["target_modules"]} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    ids = torch.arange(3, 40)[None]
+    loaded = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "expert").eval()
+    merged = merge_adapter(tiny_model("llama"), locate(str(tmp_path / "expert"), tmp_path))
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, loaded(ids).logits, rtol=1e-4, atol=1e-4)
+        assert (merged(ids).logits - model(ids).logits).abs().max() > 0.1
+
+
+def test_the_same_call_gives_the_same_bytes(model, tokenizer, tmp_path):
+    for name in ("a", "b"):
+        finetune_model(model, tokenizer, tmp_path / name, TEXT, **OPTIONS)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    config = "adapter_config.json"
+    assert (tmp_path / "a" / config).read_text() == (tmp_path / "b" / config).read_text()
+
+
+class InterruptAt:
+    """A listener that presses Ctrl-C when it hears of a step."""
+
+    def __init__(self, step):
+        self.step = step
+        self.said = []
+
+    def __call__(self, amount=1.0, note=""):
+        if note.startswith(f"step {self.step},"):
+            signal.raise_signal(signal.SIGINT)
+
+    def progress(self):
+        listener = type(SILENT)()
+        listener.advance = self
+        listener.say = self.said.append
+        return listener
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_the_same_call_takes_up(model, tokenizer, tmp_path):
+    finetune_model(model, tokenizer, tmp_path / "whole", TEXT, **OPTIONS)
+    press = InterruptAt(7)
+    with pytest.raises(KeyboardInterrupt):
+        finetune_model(model, tokenizer, tmp_path / "parts", TEXT, **OPTIONS, progress=press.progress())
+    assert "goes on" in press.said[0]
+    assert [path.name for path in tmp_path.iterdir() if path.name != "whole"] == [".parts.training"]
+    finetune_model(model, tokenizer, tmp_path / "parts", TEXT, **OPTIONS)
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
+
+
+def test_gpt2s_convolutions_are_linear_layers(tokenizer, tmp_path):
+    report = finetune_model(tiny_model("gpt2"), tokenizer, tmp_path / "expert", TEXT, **OPTIONS)
+    assert report.validation_after < report.validation_before
+    merge_adapter(tiny_model("gpt2"), locate(str(tmp_path / "expert"), tmp_path))
+
+
+def test_from_a_folder(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    report = finetune(
+        str(tmp_path / "base"), tmp_path / "new" / "expert", TEXT[2:], validation=TEXT[:2], steps=2, batch=2, length=16
+    )
+    config = json.loads((report.adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "base"
+
+
+def test_validation_text_can_be_left_out(model, tokenizer, tmp_path):
+    report = finetune_model(model, tokenizer, tmp_path / "e", TEXT, **OPTIONS | {"steps": 1, "validation": ()})
+    assert report.validation_before is None
+    assert report.validation_after is None
+
+
+def test_what_is_there_already_is_kept(model, tokenizer, tmp_path):
+    with pytest.raises(InputError, match="is there already"):
+        finetune_model(model, tokenizer, tmp_path, TEXT, **OPTIONS)
+    with pytest.raises(InputError, match="is there already"):
+        finetune("no such model", tmp_path, TEXT)
+
+
+def test_no_text_is_an_error(model, tokenizer, tmp_path):
+    with pytest.raises(InputError, match="less than two tokens"):
+        finetune_model(model, tokenizer, tmp_path / "expert", [""], **OPTIONS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_windows_are_no_longer_than_the_context(tokenizer, tmp_path):
+    """opt looks positions up in a table: beyond its 256 rows there is nothing."""
+    options = OPTIONS | {"steps": 1, "batch": 1, "length": 400}
+    report = finetune_model(tiny_model("opt"), tokenizer, tmp_path / "expert", TEXT, **options)
+    assert report.tokens == 256
+
+
+def test_a_second_run_keeps_away(model, tokenizer, tmp_path):
+    """Two runs at one output trained on over each other's checkpoints."""
+    lock = Lock(tmp_path / ".expert.lock")
+    lock.acquire()
+    with pytest.raises(InputError, match="another run"):
+        finetune_model(model, tokenizer, tmp_path / "expert", TEXT, **OPTIONS)
+    lock.release()
+    assert finetune_model(model, tokenizer, tmp_path / "expert", TEXT, **OPTIONS).steps == 12

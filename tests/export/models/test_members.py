@@ -1,0 +1,247 @@
+"""Loading members: folders, GGUF files, adapters, and what is refused."""
+
+import json
+import shutil
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from helpers.tiny_models import tiny_model
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from edgemix.errors import InputError
+from edgemix.export.models.loading import MemberLoader, end_ids, load_member
+from edgemix.export.models.tokenizers import check_shared, describe
+from edgemix.recipe.schema import MemberRecipe
+
+TOKENS = torch.arange(3, 23)[None]
+
+
+def tiny_tokenizer(merges=(("a", "b"),), bos=False):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
+    for left, right in merges:
+        vocabulary[left + right] = len(vocabulary)
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    if bos:
+        from tokenizers.processors import TemplateProcessing
+
+        backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny llama with a tokenizer, saved as Hugging Face folders are."""
+    folder = tmp_path_factory.mktemp("models") / "base"
+    tiny_model("llama", vocab_size=300).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base):
+    """A LoRA adapter with random weights for `base`."""
+    torch.manual_seed(1)
+    model = load_member(MemberRecipe("m", base.name), base.parent).model
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(base.parent / "adapter")
+    return base.parent / "adapter"
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def test_folder(base):
+    member = load_member(MemberRecipe("first", "base"), base.parent)
+    assert member.name == "first"
+    assert member.source.model == "base"
+    assert member.source.model_type == "llama"
+    assert member.source.parameters == sum(p.numel() for p in member.model.parameters())
+    assert member.model.dtype == torch.float32
+    assert not any(p.requires_grad for p in member.model.parameters())
+    assert torch.equal(logits(member.model), logits(tiny_model("llama", vocab_size=300)))
+
+
+def test_adapter_is_merged_and_the_base_stays(base, adapter):
+    from peft import PeftModel
+
+    loader = MemberLoader(base.parent)
+    plain = loader.load(MemberRecipe("plain", "base"))
+    before = logits(plain.model)
+    merged = loader.load(MemberRecipe("expert", "base", adapter="adapter"))
+    again = loader.load(MemberRecipe("plain", "base"))
+    expected = logits(PeftModel.from_pretrained(load_member(MemberRecipe("m", "base"), base.parent).model, adapter))
+    assert torch.allclose(logits(merged.model), expected, atol=1e-4)
+    assert not torch.allclose(before, expected, atol=1e-2)
+    assert torch.equal(logits(again.model), before)
+    assert merged.source.adapter == "adapter"
+    assert merged.source.sha256 != plain.source.sha256
+
+
+def test_digest_follows_the_weights(base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    same = load_member(MemberRecipe("m", "base"), tmp_path).source
+    assert same == load_member(MemberRecipe("m", "base"), base.parent).source
+    tiny_model("llama", vocab_size=300, rms_norm_eps=1e-4).save_pretrained(tmp_path / "base")
+    assert load_member(MemberRecipe("m", "base"), tmp_path).source.sha256 != same.sha256
+
+
+def in_8_bits(name, array):
+    return gguf.quantize(array, gguf.GGMLQuantizationType.Q8_0), gguf.GGMLQuantizationType.Q8_0
+
+
+def write_gguf(path, model, pack=in_8_bits):
+    """A llama as llama.cpp stores it: queries and keys in its rotary order, matrices as `pack` makes them of a name and
+    values: bytes and a type."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_license("mit")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_vocab_size(config.vocab_size)
+    backend = json.loads(tiny_tokenizer().backend_tokenizer.to_str())["model"]
+    tokens = sorted(backend["vocab"], key=backend["vocab"].get)
+    # One token that transformers would add to a tokenizer of this kind.
+    tokens += ["<|endoftext|>", *(f"<pad{i}>" for i in range(config.vocab_size))][: config.vocab_size - len(tokens)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if t.startswith("<") and t.endswith(">") else 1 for t in tokens])
+    writer.add_token_merges([" ".join(m) for m in backend["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    names = {
+        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+        "model.layers": "blk",
+    }  # fmt: skip
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        array = tensor.numpy()
+        for part, count in heads.items():
+            if part in name:
+                array = array.reshape(count, 2, array.shape[0] // count // 2, -1).swapaxes(1, 2).reshape(array.shape)
+        ours = name
+        for part, theirs in names.items():
+            ours = ours.replace(part, theirs)
+        if array.ndim == 2:
+            packed, kind = pack(ours, np.ascontiguousarray(array))
+            writer.add_tensor(ours, packed, raw_dtype=kind)
+        else:
+            writer.add_tensor(ours, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf(tmp_path):
+    model = tiny_model("llama", vocab_size=300)
+    write_gguf(tmp_path / "tiny.gguf", model)
+    member = load_member(MemberRecipe("m", "tiny.gguf"), tmp_path)
+    assert member.source.model == "tiny.gguf"
+    assert member.source.licence == "mit"
+    assert not hasattr(member.model.config, "quantization_config")
+    assert torch.allclose(
+        logits(member.model), logits(model), atol=0.2
+    )  # 8-bit blocks; logits have a spread of about 1
+    assert 1 in end_ids(member)
+    member.model.save_pretrained(tmp_path / "copy")
+
+
+def pickled(folder):
+    (folder / "pickled").mkdir()
+    shutil.copy(folder / "base" / "config.json", folder / "pickled")
+    (folder / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    return "pickled"
+
+
+def truncated(folder):
+    data = (folder / "base" / "model.safetensors").read_bytes()
+    (folder / "base" / "model.safetensors").write_bytes(data[: len(data) // 2])
+    return "base"
+
+
+def unknown(folder):
+    (folder / "base" / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
+    return "base"
+
+
+def remote_code(folder):
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+    (folder / "base" / "evil.py").write_text("raise SystemExit('ran')")
+    return "base"
+
+
+def text_file(folder):
+    (folder / "notes.txt").write_text("hello")
+    return "notes.txt"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (pickled, "no .safetensors file, only pytorch_model.bin"),
+        (truncated, "cannot be read"),
+        (unknown, "cannot be read"),
+        (remote_code, "code of its own repository, which edgemix never runs"),
+        (text_file, "not a .gguf file"),
+        (lambda _: "./gone", "there is no file or folder"),
+        (lambda _: "gone.gguf", "there is no file or folder"),
+    ],
+)
+def test_refused(base, tmp_path, spoil, words):
+    shutil.copytree(base, tmp_path / "base")
+    with pytest.raises(InputError, match=words):
+        load_member(MemberRecipe("m", spoil(tmp_path)), tmp_path)
+
+
+def test_hub_that_cannot_be_reached(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="no such folder, and the model hub cannot be reached"):
+        load_member(MemberRecipe("m", "someone/no-such-model-of-theirs"), tmp_path)
+
+
+def test_other_adapters_are_refused(base, adapter, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    shutil.copytree(adapter, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "IA3"}))
+    with pytest.raises(InputError, match=r"IA3 adapter|cannot be read"):
+        load_member(MemberRecipe("m", "base", adapter="adapter"), tmp_path)
+
+
+def test_tokenizers_that_differ_are_named():
+    ours, other = tiny_tokenizer(), tiny_tokenizer(merges=(("a", "c"),))
+    check_shared({"x": ours, "y": tiny_tokenizer()})
+    with pytest.raises(InputError, match=r"members x and y have different tokenizers: token 'ab' is id"):
+        check_shared({"x": ours, "y": other})
+
+
+def test_tokenizers_that_split_differently_are_named():
+    other = tiny_tokenizer()
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    with pytest.raises(InputError, match="is encoded with"):
+        check_shared({"x": tiny_tokenizer(), "y": other})
+
+
+def test_description():
+    entry = describe(tiny_tokenizer(), {1})
+    assert (entry.vocabulary, entry.eos, entry.bos) == (259, (1,), None)
+    assert describe(tiny_tokenizer(bos=True), {1}).bos == 0

@@ -1,0 +1,60 @@
+"""Members from GGUF files: their blocks go into the bundle as they are, unless the recipe wants something else."""
+
+from __future__ import annotations
+
+import pytest
+from test_gguf_blocks import write
+from test_pipeline import TEXT, Spy, graphs
+
+from edgemix.export.pipeline import export_bundle
+from edgemix.export.stages import blocks
+from edgemix.recipe.compression import Quantization
+from edgemix.recipe.schema import Data, MemberRecipe, Recipe
+from edgemix.recipe.text_sources import TextSource
+
+
+def recipe(folder, kinds, otherwise, **changes):
+    write(folder, kinds, otherwise, vocab_size=320)
+    (folder / "text.txt").write_text(TEXT)
+    data = Data(calibration={"prose": TextSource("text.txt")})
+    options = {"members": (MemberRecipe("m", "tiny.gguf"),), "data": data, "format": "int4", "folder": folder}
+    return Recipe(**(options | changes))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "otherwise", "form"),
+    [({"token_embd": "Q8_0"}, "Q4_1", "int4"), ({}, "Q4_0", "int4"), ({}, "Q8_0", "int8")],
+)
+def test_they_are_repacked(kinds, otherwise, form, tmp_path, monkeypatch):
+    trained = Spy(monkeypatch, "distill_blocks", blocks)
+    built = recipe(tmp_path / "m", kinds, otherwise, format=form)
+    member = export_bundle(built, tmp_path / "kept").members[0]
+    assert not trained.calls
+    assert member.eight_bits == 0
+    text = built.data if form == "int4" else Data()  # with text, rounding gives the head no blocks
+    rounded = Recipe(
+        members=built.members, format=form, folder=built.folder, quantization=Quantization("rtn"), data=text
+    )
+    again = export_bundle(rounded, tmp_path / "rounded", force=True).members[0]
+    if otherwise == "Q4_1":
+        assert member.quantization.kl < 0.1 * again.quantization.kl
+    else:
+        assert member.quantization.kl < 1e-3
+    assert (graphs(tmp_path / "kept") == graphs(tmp_path / "rounded")) is (form == "int8")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "changes"),
+    [
+        ({"ffn_up": "F16"}, {}),
+        ({}, {"quantization": Quantization("distil", steps=2)}),
+        ({}, {"quantization": Quantization(group=64, steps=2)}),
+        ({}, {"quantization": Quantization(steps=2, eight_bits=0.1)}),
+    ],
+)
+def test_others_are_not(kinds, changes, tmp_path, monkeypatch):
+    """A file that has blocks for some weights only, and recipes that name something else."""
+    trained = Spy(monkeypatch, "distill_blocks", blocks)
+    built = recipe(tmp_path / "m", kinds, "Q4_0", **({"quantization": Quantization(steps=2)} | changes))
+    export_bundle(built, tmp_path / "bundle", force=True)
+    assert len(trained.calls) == 1

@@ -1,0 +1,205 @@
+"""What was measured to be fastest here is used from then on, and a plan that is no good changes nothing."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from edgemix.bundle.reader import read_manifest
+from edgemix.errors import EdgemixError
+from edgemix.runtime import Mixture
+from edgemix.runtime.graphs.providers import PROVIDERS
+from edgemix.runtime.machine import plan
+from edgemix.runtime.machine.plan import CACHE, Plan, cache_folder, find_plan, key_of, write_plan
+
+CPU = PROVIDERS["cpu"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def manifest(student_bundle):
+    return read_manifest(student_bundle)
+
+
+def planned(manifest, **changes):
+    fields = {"threads": 1, "speculation": "lookup", "drafts": False, "tpot": 0.01, "created": "now"}
+    return Plan(key_of(manifest, CPU), **(fields | changes))
+
+
+def test_a_plan_is_found_again(manifest, cache):
+    path = write_plan(planned(manifest))
+
+    assert path.is_relative_to(cache)
+    assert find_plan(manifest, CPU) == planned(manifest)
+
+
+def test_there_is_none(manifest, cache):
+    assert find_plan(manifest, CPU) is None
+    assert not cache.exists()
+
+
+def test_a_plan_is_for_one_bundle_one_machine_and_one_provider(manifest, bundle, monkeypatch):
+    write_plan(planned(manifest))
+
+    assert find_plan(read_manifest(bundle), CPU) is None
+    assert find_plan(manifest, PROVIDERS["cuda"]) is None
+    monkeypatch.setattr(plan, "installed_version", lambda _: "9.9.9")
+    assert find_plan(manifest, CPU) is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda _: b"",
+        lambda _: b"{",
+        lambda data: data.replace(b'"threads": 1', b'"threads": "1"'),
+        lambda data: data.replace(b'"threads": 1', b'"threads": 0'),
+        lambda data: data.replace(b'"threads": 1', b'"threads": 1000000'),
+        lambda data: data.replace(b'"lookup"', b'"guess"'),
+        lambda data: data.replace(b'"threads"', b'"thread"'),
+        lambda data: data.replace(b'"threads"', b'"more": 1, "threads"'),
+        lambda data: data.replace(b'"schema": 1', b'"schema": 2'),
+        lambda data: data.replace(b'"key": "', b'"key": "x'),
+        lambda data: data + b" " * (1 << 20),
+        lambda _: b"[" * 50_000,
+    ],
+)
+def test_a_damaged_plan_is_left_aside_with_a_warning(manifest, student_bundle, caplog, damage):
+    path = write_plan(planned(manifest))
+    path.write_bytes(damage(path.read_bytes()))
+
+    with caplog.at_level(logging.WARNING), Mixture.load(student_bundle, "cpu") as mixture:
+        assert mixture.plan is None
+        assert mixture.drafting is not None
+    assert "is left aside" in caplog.text
+
+
+def test_the_mixture_is_run_by_the_plan(manifest, student_bundle, opened):
+    write_plan(planned(manifest))
+
+    with Mixture.load(student_bundle, "cpu") as mixture:
+        assert mixture.plan == planned(manifest)
+        assert mixture.drafting is None
+    assert opened == [1, 1]
+
+
+def test_what_is_given_wins(manifest, student_bundle, opened):
+    write_plan(planned(manifest))
+
+    with Mixture.load(student_bundle, "cpu", threads=2, drafts=True) as mixture:
+        assert mixture.drafting is not None
+        assert mixture.plan.speculation == "auto"
+    assert opened == [2, 2, 2]
+
+
+def test_without_the_plan_and_for_the_student_alone(manifest, student_bundle):
+    write_plan(planned(manifest))
+
+    with Mixture.load(student_bundle, "cpu", plan=False) as mixture:
+        assert mixture.plan is None
+    with Mixture.load(student_bundle, "cpu", student=True) as student:
+        assert student.plan is None
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("off", "auto", []),
+        ("off", "lookup", [(False, True)]),
+        ("lookup", "auto", [(False, True)]),
+        ("student", "auto", [(True, False)]),
+        ("auto", "auto", [(True, True)]),
+        ("student", "off", []),
+    ],
+    ids=str,
+)
+def test_what_auto_means_is_the_plans_and_texts_stay_the_same(manifest, student_bundle, monkeypatch, case):
+    """Of the plan's way and the one asked for: whether student and text draft, for each text not written plainly."""
+    from edgemix.runtime.decoding import generate
+
+    way, asked, drafting = case
+    seen = []
+
+    class Spied(generate.SpeculativeDecoding):
+        def __init__(self, *arguments, student, lookup, **options):
+            seen.append((student is not None, lookup))
+            super().__init__(*arguments, student=student, lookup=lookup, **options)
+
+    monkeypatch.setattr(generate, "SpeculativeDecoding", Spied)
+    write_plan(planned(manifest, speculation=way, drafts=True))
+
+    with Mixture.load(student_bundle, "cpu") as mixture:
+        text = mixture.generate("1", max_new_tokens=8, speculation=asked).text
+
+    assert text == "+2=3"
+    assert seen == drafting
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Numbers of threads that graphs were opened with."""
+    from edgemix.runtime.graphs import decoder
+
+    found, original = [], decoder.open_session
+
+    def spied(graph, provider, *, threads=None, **options):
+        found.append(threads)
+        return original(graph, provider, threads=threads, **options)
+
+    monkeypatch.setattr(decoder, "open_session", spied)
+    return found
+
+
+def test_the_folder_goes_by_the_systems_rules(monkeypatch, tmp_path):
+    monkeypatch.delenv(CACHE)
+    monkeypatch.setattr(plan.sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "edgemix"
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    assert cache_folder() == tmp_path / "home/.cache/edgemix"
+
+    monkeypatch.setattr(plan.sys, "platform", "darwin")
+    assert cache_folder() == tmp_path / "home/Library/Caches/edgemix"
+
+    monkeypatch.setattr(plan.sys, "platform", "win32")
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
+    assert cache_folder() == tmp_path / "local/edgemix"
+
+
+def test_no_place_for_a_cache(monkeypatch, manifest, student_bundle):
+    def nobody():
+        raise RuntimeError("no home")
+
+    monkeypatch.delenv(CACHE)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(plan.sys, "platform", "linux")
+    monkeypatch.setattr(Path, "home", nobody)
+
+    assert find_plan(manifest, CPU) is None
+    with pytest.raises(EdgemixError, match="no folder for plans"):
+        write_plan(planned(manifest))
+
+
+def test_a_folder_that_cannot_be_made(manifest, cache):
+    cache.write_text("a file")
+
+    assert find_plan(manifest, CPU) is None
+    with pytest.raises(EdgemixError, match="writing"):
+        write_plan(planned(manifest))
+
+
+def test_the_file_says_what_it_is_for(manifest):
+    told = msgspec.json.decode(write_plan(planned(manifest)).read_bytes())
+
+    assert manifest.checksum in told["key"]
+    assert "cpu" in told["key"]

@@ -1,0 +1,168 @@
+"""Texts that begin alike are read once, and say what they would say if they were read whole."""
+
+import msgspec
+import numpy as np
+import pytest
+from helpers.onnx_members import VOCABULARY, random_member, write_bundle
+
+from edgemix.errors import InputError
+from edgemix.runtime import Mixture
+from edgemix.runtime.graphs.decoder import Member
+from edgemix.runtime.sequences.prefix_cache import LEAST, PrefixCache
+
+INTRODUCTION = "You are an owl, and sit on a mat in the wood. "
+
+
+@pytest.fixture
+def load(tmp_path):
+    forms = {
+        "a": random_member(1, tokens=VOCABULARY, padding=6),
+        "b": random_member(2, tokens=VOCABULARY, padding=14, cache="growing"),
+    }
+    folder = write_bundle(tmp_path / "bundle", forms, weights={"a": 0.6, "b": 0.4})
+    return lambda **options: Mixture.load(folder, provider="cpu", threads=1, **options)
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Counts the tokens that graphs read."""
+    counts, real = [], Member._run
+    monkeypatch.setattr(
+        Member, "_run", lambda self, cache, ids, *a, **o: counts.append(ids.size) or real(self, cache, ids, *a, **o)
+    )
+    return counts
+
+
+OPTIONS = [{}, {"weights": "adaptive"}, {"combine": "log-linear"}, {"weights": {"a": 1.0}}]
+
+
+@pytest.mark.parametrize("first", OPTIONS)
+@pytest.mark.parametrize("second", OPTIONS)
+def test_what_follows_is_the_same(load, first, second):
+    plain = load(prefix_bytes=0)
+    mixture = load()
+    for prompt, options in (("Hello.", first), ("Hello? Yes.", second), ("Hello? Yes.", first), ("Hello", second)):
+        found, expected = (
+            each.generate(INTRODUCTION + prompt, max_new_tokens=20, **options) for each in (mixture, plain)
+        )
+        assert found.token_ids == expected.token_ids
+        np.testing.assert_allclose(found.log_probabilities, expected.log_probabilities, atol=1e-4)
+    assert len(mixture.prefixes)
+    assert not len(plain.prefixes)
+
+
+@pytest.mark.parametrize("weights", [None, "adaptive"])
+def test_what_was_read_is_not_read_again(load, read, weights):
+    mixture = load()
+    mixture.generate(INTRODUCTION, max_new_tokens=8, weights=weights)
+    read.clear()
+    mixture.generate(INTRODUCTION + "Hi", max_new_tokens=1, weights=weights)
+    assert sum(read) <= 2 * 3
+
+
+def test_a_server_shares_what_was_read(load, read):
+    mixture = load()
+    with mixture.serve() as server:
+        first = server.submit(INTRODUCTION, max_new_tokens=1).result()
+        read.clear()
+        second = server.submit(INTRODUCTION + "!", max_new_tokens=1).result()
+    assert sum(read) <= 2 * 2
+    plain = load(prefix_bytes=0)
+    for prompt, found in ((INTRODUCTION, first), (INTRODUCTION + "!", second)):
+        assert found.token_ids == plain.generate(prompt, max_new_tokens=1).token_ids
+
+
+def test_memory_is_bounded_and_the_oldest_goes(load):
+    mixture = load(prefix_bytes=700_000)
+    for letter in "abcdefgh":
+        mixture.generate(letter * 3 * LEAST, max_new_tokens=4)
+        assert mixture.prefixes.bytes <= 700_000
+    assert 2 <= len(mixture.prefixes) < 16
+    mixture.close()
+    assert not len(mixture.prefixes)
+
+
+def test_a_short_beginning_is_not_worth_it(load):
+    mixture = load()
+    mixture.generate("abc", max_new_tokens=4)
+    assert not len(mixture.prefixes)
+
+
+def test_room_is_no_negative_number(load):
+    with pytest.raises(InputError, match="prefix_bytes"):
+        load(prefix_bytes=-1)
+    assert PrefixCache(0).bytes == 0
+
+
+@pytest.fixture
+def saved(load, tmp_path):
+    with load() as mixture:
+        mixture.generate(INTRODUCTION, max_new_tokens=8, weights="adaptive")
+        mixture.save_prefixes(tmp_path / "prefixes")
+        assert len(mixture.prefixes) == 2
+    return tmp_path / "prefixes"
+
+
+def test_another_process_goes_on_with_what_was_saved(load, saved, read):
+    plain, mixture = load(prefix_bytes=0), load()
+    expected = plain.generate(INTRODUCTION + "Hi", max_new_tokens=9, weights="adaptive")
+    assert mixture.load_prefixes(saved) == len(mixture.prefixes) == 2
+    read.clear()
+    found = mixture.generate(INTRODUCTION + "Hi", max_new_tokens=9, weights="adaptive")
+    assert found.token_ids == expected.token_ids
+    assert sum(read) < len(INTRODUCTION)
+
+
+def test_only_as_much_as_there_is_room_for(load, saved):
+    mixture = load(prefix_bytes=400_000)
+    mixture.load_prefixes(saved)
+    assert 0 < mixture.prefixes.bytes <= 400_000
+
+
+def test_what_has_no_room_leaves_the_others(load, tmp_path):
+    with load() as mixture:
+        mixture.generate("ab" * 700, max_new_tokens=1, weights={"a": 1.0})
+        mixture.save_prefixes(tmp_path / "long")
+    small = load(prefix_bytes=400_000)
+    small.generate("ab" * LEAST, max_new_tokens=1, weights={"a": 1.0})
+    assert len(small.prefixes) == 1
+    small.load_prefixes(tmp_path / "long")
+    assert len(small.prefixes) == 1
+
+
+def test_texts_of_other_graphs_are_passed_over(load, saved, tmp_path):
+    other = write_bundle(tmp_path / "other", {"a": random_member(3, tokens=VOCABULARY, padding=6)}, weights={"a": 1.0})
+    with Mixture.load(other, provider="cpu", threads=1) as mixture:
+        assert mixture.load_prefixes(saved) == len(mixture.prefixes) == 0
+
+
+@pytest.mark.parametrize("bit", [1, 0x80])
+@pytest.mark.parametrize("at", [0, 40, 2_000, -1])
+def test_a_damaged_file_is_refused(load, saved, at, bit):
+    content = bytearray(saved.read_bytes())
+    content[at] ^= bit
+    saved.write_bytes(content)
+    with pytest.raises(InputError, match=r"damaged|no file of texts"):
+        load().load_prefixes(saved)
+
+
+@pytest.mark.parametrize("change", [lambda b: b[:-1], lambda b: b + b"x", lambda b: b[:33], lambda b: b""])
+def test_a_file_of_another_size_is_refused(load, saved, change):
+    saved.write_bytes(change(saved.read_bytes()))
+    with pytest.raises(InputError, match=r"damaged|no file of texts"):
+        load().load_prefixes(saved)
+
+
+@pytest.mark.parametrize("number", [1 << 62, -1, 0])
+def test_a_number_of_tokens_that_lies_is_refused(load, saved, number):
+    magic, header, rest = saved.read_bytes().split(b"\n", 2)
+    texts = msgspec.json.decode(header)
+    texts["texts"][0]["tokens"] = number
+    saved.write_bytes(b"\n".join([magic, msgspec.json.encode(texts), rest]))
+    with pytest.raises(InputError, match="damaged"):
+        load().load_prefixes(saved)
+
+
+def test_there_must_be_a_file(load, tmp_path):
+    with pytest.raises(InputError, match="no file"):
+        load().load_prefixes(tmp_path / "nothing")

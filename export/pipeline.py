@@ -49,7 +49,7 @@ from edgemix.export.stages.blocks import MemberBlocks
 from edgemix.export.stages.graphs import GATE_TOKENS, GraphRecord, MemberGraphs
 from edgemix.export.stages.models import MemberModels
 from edgemix.export.stages.shared_base import MemberStacks, groups
-from edgemix.export.stages.weights import fit_weights, given_weights
+from edgemix.export.stages.weights import choose_adaptive, fit_weights, given_weights
 from edgemix.progress import SILENT, Prefixed, Progress
 from edgemix.recipe.load import check
 from edgemix.recipe.schema import MemberRecipe
@@ -147,7 +147,7 @@ class _Export:
             files={},
             versions=versions(),
         )
-        if recipe.weights == "fit":
+        if recipe.fits_weights:
             manifest = msgspec.structs.replace(manifest, weights=self._fit(manifest))
         manifest = msgspec.structs.replace(manifest, quantization=self._mixture_parity(manifest, mixed))
         if recipe.student is not None:
@@ -368,7 +368,7 @@ class _Export:
                     mixture, domains, window=data.window, max_tokens=data.max_tokens, progress=self._progress
                 )
             self._writer.stages.mark_done("weights", key, weights)
-        return weights
+        return choose_adaptive(weights, self._recipe.weights)
 
     def _mixture_parity(self, manifest: Manifest, texts: list[list[int]]) -> MixtureParity | None:
         """What quantisation costs the mixture, with its weights and its graphs as they ship."""

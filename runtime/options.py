@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from edgemix.progress import Progress
 
 WeightChoice = Mapping[str, float] | str | None
-"""The weights of one call: member name -> number (normalised; a missing name weighs nothing), the name of one of the
-bundle's domains, "adaptive" for weights that follow the text (see `adaptive`), or None for the bundle's own."""
+"""The weights of one call: member name -> number (normalized; a missing name weighs nothing), the name of one of the
+bundle's domains, "adaptive" for weights that follow the text (see `adaptive`), "fixed" for the bundle's own weights at
+every token, or None for what the bundle says: adaptive where its weights were fitted on several domains, else fixed."""
 
 ADAPTIVE = "adaptive"
 """The choice of weights that follow the text."""
+FIXED = "fixed"
+"""The choice of the bundle's own weights, the same at every token."""
 
 Speculation = Literal["auto", "lookup", "student", "off"]
 
@@ -41,7 +44,7 @@ class GenerateOptions(TypedDict, total=False):
         stop: None. A text or texts; generation ends before the first one that appears.
         seed: None: from the system's entropy. An integer for all prompts, or one a prompt; what a prompt yields does
             not depend on the others in its batch, so equal prompts with equal seeds yield equal texts.
-        weights: None: the bundle's own. See `WeightChoice`.
+        weights: None: as the bundle says, adaptive or fixed. See `WeightChoice`.
         combine: "linear" (weighted mean of probabilities) or "log-linear" (normalised weighted geometric mean).
         speculation: "auto": a text alone is generated in fewer calls, with drafts from the text itself and from
             the bundle's n-grams ("lookup") and from its student ("student"), as long as that is faster; members are

@@ -23,8 +23,9 @@ from edgemix.formats import Format, Target
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-SCHEMA = 2
-"""2 added students, pruned and sparse members, and the mixture's parity. Bundles of schema 1 are read as they are."""
+SCHEMA = 3
+"""2 added students, pruned and sparse members, and the mixture's parity; 3 added weights that are adaptive by default.
+Bundles of older schemas are read as they are."""
 MANIFEST = "edgemix.json"
 NGRAMS = "ngrams.bin"
 TOKENIZER = "tokenizer/tokenizer.json"
@@ -252,13 +253,15 @@ class Weights(_Record, frozen=True):
 
     Attributes:
         method: How `default` was found.
-        default: The weights used unless a call gives others.
+        default: The bundle's fixed weights, and where adaptive weights begin.
         domains: For `fit`: the best weights for each validation file's domain alone.
+        adaptive: Weights follow the text unless a call gives others. Bundles before schema 3 have fixed weights.
     """
 
     method: Literal["uniform", "given", "fit"]
     default: dict[str, float]
     domains: dict[str, dict[str, float]] = {}
+    adaptive: bool = False
 
 
 class Manifest(_Record, frozen=True):

@@ -127,7 +127,7 @@ def weights_option(function: F) -> F:
         metavar="TEXT",
         type=WeightsType(),
         show_default="the bundle's",
-        help='Like "math=0.7,code=0.3", the name of a fitted domain, or "adaptive": they follow the text.',
+        help='"adaptive" (follow the text), "fixed" (the bundle\'s), a fitted domain, or like "math=0.7,code=0.3".',
     )(function)
 
 

@@ -55,11 +55,14 @@ class Recipe(_Part, frozen=True):
     """Everything `edgemix export` needs. Paths are relative to `folder`, the recipe file's own.
 
     Attributes:
+        weights: "uniform", a number for each member, or fitted on the validation text: "adaptive" follows the text that
+            is generated, beginning with the fitted weights, "fixed" stays with them, and "fit" is adaptive where there
+            are several domains and fixed where there is one.
         ngrams: Most n-grams of the training text that the bundle keeps to draft from.
     """
 
     members: tuple[MemberRecipe, ...]
-    weights: Literal["uniform", "fit"] | dict[str, float] = "uniform"
+    weights: Literal["uniform", "fit", "adaptive", "fixed"] | dict[str, float] = "uniform"
     format: Format = "int8"
     target: Target = "cpu"
     quantization: Quantization = Quantization()
@@ -70,6 +73,11 @@ class Recipe(_Part, frozen=True):
     data: Data = Data()
     seed: int = 0
     folder: Path = Path()
+
+    @property
+    def fits_weights(self) -> bool:
+        """Whether weights are fitted on the validation text."""
+        return self.weights in ("fit", "adaptive", "fixed")
 
     def resolve(self, path: str) -> Path:
         """Where a path of the recipe lies."""

@@ -39,8 +39,9 @@ _TEMPLATE = f"""\
 # The models to mix. They must share one tokenizer.
 members:
 {{members}}
-# uniform, fit (to data: validation:), or a number for each member:
+# uniform, fit (on the text under data: validation:), or a number for each member:
 #   weights: {{{{general: 0.7, math: 0.3}}}}
+# fit on several domains follows the text that is generated; say fixed for weights that stay, adaptive to follow always.
 weights: uniform
 
 # {", ".join(FORMATS)}

@@ -124,8 +124,9 @@ def _cache_problems(recipe: Recipe) -> Iterator[Problem]:
 
 def _weight_problems(recipe: Recipe) -> Iterator[Problem]:
     weights = recipe.weights
-    if weights == "fit" and not recipe.data.validation:
-        yield Problem(("weights",), "fit needs text that no member was trained on; name it under data: validation:")
+    if recipe.fits_weights and not recipe.data.validation:
+        needed = "needs text that no member was trained on; name it under data: validation:"
+        yield Problem(("weights",), f"{weights} {needed}")
     if not isinstance(weights, dict):
         return
     names = [member.name for member in recipe.members]

@@ -228,7 +228,7 @@ class Planner:
     def _weights(self, measured: Mapping[str, Measured]) -> dict[str, float]:
         """The mixture's, as far as they are known: fitted ones are those of graphs in int8."""
         recipe, stages = self._recipe, self._writer.stages
-        if recipe.weights != "fit":
+        if not recipe.fits_weights:
             return given_weights(recipe).default
         domains = self._validation()
         window, most = recipe.data.window, recipe.data.max_tokens
@@ -316,7 +316,7 @@ class Planner:
 
     def _validation(self) -> dict[str, list[str]]:
         """The texts that weights are fitted on, where they are fitted."""
-        if self._recipe.weights != "fit":
+        if not self._recipe.fits_weights:
             return {}
         sources = self._recipe.data.validation
         return {domain: read_documents(each, self._recipe.folder) for domain, each in sources.items()}

@@ -253,7 +253,7 @@ def open_teacher(
     teacher = TorchTeacher(map(loader.load, recipe.members), tokenizer_size(tokenizer), device)
     given = recipe.weights if isinstance(recipe.weights, dict) else dict.fromkeys(names, 1.0)
     weights = dict(zip(names, normalise(given, names).tolist(), strict=True))
-    if recipe.weights == "fit":
+    if recipe.fits_weights:
         with progress.stage("fit weights"):
             found = fit(np.concatenate([*_validation(recipe, tokenizer, teacher)], axis=1))
         weights = dict(zip(names, found.weights.tolist(), strict=True))

@@ -118,7 +118,7 @@ def finetune_mixture(
     """
     prepare(output)
     training = Training(**options)
-    fit_weights = not separate and (recipe.weights == "fit" if fit_weights is None else fit_weights)
+    fit_weights = not separate and (recipe.fits_weights if fit_weights is None else fit_weights)
     weights = _first_weights(recipe)
     if not (separate or weights.all()):
         nothing = [spec.name for spec, weight in zip(recipe.members, weights.tolist(), strict=True) if not weight]
@@ -146,7 +146,7 @@ def finetune_mixture(
         states = run.separately(own) if separate else [run.jointly(own[0], fit_weights=fit_weights)]
         after = run.measure(held_out)
         shares = dict(zip((member.name for member in members), run.weights.tolist(), strict=True))
-        fitted = shares if fit_weights and recipe.weights != "fit" else None
+        fitted = shares if fit_weights and not recipe.fits_weights else None
         with written(output) as folder:
             for member in members:
                 (folder / member.name).mkdir()

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from edgemix.bundle.manifest import Weights
@@ -91,6 +92,18 @@ def given_weights(recipe: Recipe) -> Weights:
     if isinstance(recipe.weights, dict):
         return Weights("given", dict(zip(names, normalise(recipe.weights, names).tolist(), strict=True)))
     return Weights("uniform", dict.fromkeys(names, 1 / len(names)))
+
+
+def choose_adaptive(weights: Weights, choice: str | dict[str, float]) -> Weights:
+    """Set whether fitted weights follow the text by default.
+
+    Args:
+        weights: From `fit_weights`.
+        choice: A recipe's `weights`: "adaptive", "fixed", or "fit", which is adaptive where several members were fitted
+            on several domains: it takes two domains to know that one set of weights does not suit all text.
+    """
+    several = len(weights.domains) > 1 and len(weights.default) > 1
+    return msgspec.structs.replace(weights, adaptive=choice == "adaptive" or (choice == "fit" and several))
 
 
 def fit_weights(

@@ -11,7 +11,7 @@ import numpy as np
 from edgemix.errors import InputError
 from edgemix.runtime.mixing.adaptive import Experts
 from edgemix.runtime.mixing.arithmetic import check_combine, normalise
-from edgemix.runtime.options import ADAPTIVE
+from edgemix.runtime.options import ADAPTIVE, FIXED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -114,7 +114,7 @@ class Blender:
             InputError: An argument makes no sense.
         """
         check_combine(combine)
-        experts = self.experts(combine) if weights == ADAPTIVE else None
+        experts = self.experts(combine) if self.resolve(weights, combine) == ADAPTIVE else None
         shares = experts.weights if experts else self.shares(weights)
         return Blend(tuple(graphs), shares, combine, self.vocabulary, experts)
 
@@ -122,6 +122,14 @@ class Blender:
         """The members that weigh something; raises as `whole`."""
         whole = self.whole(graphs, weights, combine)
         return Blend.of(whole.members, whole.weights, combine, self.vocabulary, whole.experts)
+
+    def resolve(self, weights: WeightChoice, combine: Combine = "linear") -> WeightChoice:
+        """Return the choice that None stands for: adaptive weights where the bundle's are, as far as the mixture is
+        linear, else fixed ones. Any other choice is returned as it is.
+        """
+        if weights is not None:
+            return weights
+        return ADAPTIVE if self.weights.adaptive and combine == "linear" else FIXED
 
     def experts(self, combine: Combine) -> Experts:
         """What adaptive weights choose among."""
@@ -134,8 +142,10 @@ class Blender:
 
     def shares(self, weights: WeightChoice) -> NDArray[np.float64]:
         """float64 [members], sum one, of weights that stay."""
+        domains = self.weights.domains
+        if weights == FIXED and FIXED not in domains:
+            weights = None
         if isinstance(weights, str):
-            domains = self.weights.domains
             if weights not in domains:
                 raise InputError(
                     f"this bundle has no weights for a domain {weights!r}",

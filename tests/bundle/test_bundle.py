@@ -144,6 +144,15 @@ def test_a_newer_schema_is_told_before_its_unknown_fields(own_bundle: Path) -> N
         read_manifest(own_bundle)
 
 
+def test_a_bundle_of_schema_2_has_fixed_weights(own_bundle: Path) -> None:
+    def age(it: dict[str, Any]) -> None:
+        it["schema"] = 2
+        del it["weights"]["adaptive"]
+
+    change(own_bundle, age)
+    assert not read_manifest(own_bundle).weights.adaptive
+
+
 def test_a_bundle_of_schema_1_is_read_and_written_in_the_newest(own_bundle: Path) -> None:
     """New optional fields changed the checksum that was worked out for older bundles, and those were refused."""
 

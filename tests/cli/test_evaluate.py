@@ -95,6 +95,7 @@ def test_fit_weights_rewrites_the_manifest_and_nothing_else(own_bundle, texts):
     assert after.weights.method == "fit"
     assert after.weights.default == pytest.approx({"math": 4 / 9, "code": 5 / 9}, abs=0.01)
     assert after.weights.domains["words"]["code"] == pytest.approx(1, abs=0.01)
+    assert after.weights.adaptive
     assert after.files == before.files
     verify_bundle(own_bundle, after)
 
@@ -113,6 +114,14 @@ def test_fit_weights_of_a_read_only_bundle_fails_before_the_work(own_bundle, tex
 
     assert result.exit_code == 2
     assert "edgemix.json: read-only file system" in result.stderr
+
+
+def test_fit_weights_that_stay(own_bundle, texts):
+    assert run("fit-weights", own_bundle, *texts, "--fixed").exit_code == 0
+    assert not read_manifest(own_bundle).weights.adaptive
+    assert run("fit-weights", own_bundle, texts[0], "--adaptive").exit_code == 0
+    assert read_manifest(own_bundle).weights.adaptive
+    assert "adaptive" in run("inspect", own_bundle).stdout
 
 
 def test_fit_weights_json(own_bundle, texts):

@@ -331,6 +331,7 @@ def write_bundle(
     chat_template: str | None = None,
     student: ClosedForm | None = None,
     stacked: bool = False,
+    adaptive: bool = False,
 ) -> Path:
     """A bundle of members over the byte tokenizer, in one graph if they are `stacked`, and perhaps a student."""
     forms = {f"members/{name}": member for name, member in members.items()}
@@ -374,6 +375,7 @@ def write_bundle(
             method="fit" if domains else "given",
             default=weights or dict.fromkeys(members, 1 / len(members)),
             domains=domains or {},
+            adaptive=adaptive,
         ),
         tokenizer=TokenizerEntry(sha256=fingerprint, vocabulary=VOCABULARY, eos=(EOS,), bos=bos),
         files=files,

@@ -201,7 +201,7 @@ MEMBER = "members: [{name: a, model: model}, {name: b, model: model}]\n"
         (MEMBER + "seed: !!int 3x", "2: seed: is '3x'; expected a whole number"),
         (MEMBER + "format: !mine int8", "2: format: the tag !mine is not used"),
         (MEMBER + "{a: 1}: 2", "1: line 2 has a key that is no text"),
-        (MEMBER + "weights: [1]", "2: weights: is a list; expected one of uniform, fit or a mapping"),
+        (MEMBER + "weights: [1]", "2: weights: is a list; expected one of uniform, fit, adaptive, fixed or a mapping"),
         (MEMBER + "weights: unifrom", "2: weights: unknown value 'unifrom'; did you mean 'uniform'?"),
         (MEMBER + "weights: {a: 0, b: 0}", "2: weights: are all zero"),
         (MEMBER + "weights: {a: 1}", "2: weights: has no weight for b"),
@@ -284,7 +284,8 @@ def test_recipes_in_python_are_checked_alike(folder: Path) -> None:
     assert check(Recipe((member, member), folder=folder)) == [
         "members[1].name: 'a' is also the name of members[0]; choose another"
     ]
-    assert check(Recipe((member,), weights="fit", folder=folder))[0].startswith("weights: fit needs text")
+    for weights in ("fit", "adaptive", "fixed"):
+        assert check(Recipe((member,), weights=weights, folder=folder))[0].startswith(f"weights: {weights} needs text")
     assert check(Recipe((member,), format="int3", folder=folder)) == ["Invalid enum value 'int3' - at `$.format`"]  # type: ignore[arg-type]
     assert "`$.seed`" in check(Recipe((member,), seed="0", folder=folder))[0]  # type: ignore[arg-type]
 

@@ -111,6 +111,7 @@ def show_weights(console: Console, title: str, weights: Weights, members: Sequen
     rows = {"default": weights.default, **weights.domains}
     shares = [(name, *(f"{row[member]:.3f}" for member in members)) for name, row in rows.items()]
     console.table(title, ("Weights", *members), shares)
+    console.line(f"By default, weights {'follow the text (adaptive)' if weights.adaptive else 'are fixed'}.")
 
 
 def _show_budget(console: Console, manifest: Manifest, budget: BudgetFigures) -> None:

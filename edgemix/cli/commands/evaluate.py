@@ -125,6 +125,12 @@ def _show_speed(console: Console, evaluation: Evaluation) -> None:
 @template_option
 @window_option
 @max_tokens_option
+@click.option(
+    "--adaptive/--fixed",
+    default=None,
+    show_default="adaptive for several files",
+    help="Whether weights follow the text that is generated, or stay as fitted.",
+)
 @runtime_options
 def fit_weights(
     console: Console,
@@ -134,6 +140,7 @@ def fit_weights(
     template: str | None,
     window: int,
     max_tokens: int | None,
+    adaptive: bool | None,
     provider: str,
     threads: int | None,
     verify: bool,
@@ -142,13 +149,15 @@ def fit_weights(
 
     BUNDLE gets them in one step: it has the old ones or the new ones, whatever happens. Each file is a domain, by its
     name without suffix: `--weights NAME` then uses the best weights for it alone. Use text that no member was trained
-    on, and keep other text for `edgemix evaluate`.
+    on, and keep other text for `edgemix evaluate`. Fitted on several files, the weights follow the text that is
+    generated, unless --fixed is given.
     """
     documents = read_files(files, template)
 
     import msgspec
 
     from edgemix.bundle.writer import check_writable, write_manifest
+    from edgemix.export.stages.weights import choose_adaptive
     from edgemix.export.stages.weights import fit_weights as fit
     from edgemix.runtime import Mixture
 
@@ -157,6 +166,7 @@ def fit_weights(
         weights = fit(
             mixture, documents, window=min(window, mixture.context), max_tokens=max_tokens, progress=console.progress
         )
+        weights = choose_adaptive(weights, {None: "fit", True: "adaptive", False: "fixed"}[adaptive])
         manifest = msgspec.structs.replace(mixture.manifest, weights=weights)
     write_manifest(bundle, manifest)
     if console.as_json:

@@ -3,8 +3,9 @@ import itertools
 import numpy as np
 import pytest
 
+from edgemix.bundle.manifest import Weights
 from edgemix.errors import InputError
-from edgemix.export.stages.weights import fit
+from edgemix.export.stages.weights import choose_adaptive, fit
 
 
 @pytest.fixture
@@ -15,6 +16,20 @@ def log_probabilities():
     probabilities[1, :2_500] += 0.5
     probabilities[2, 2_500:] += 0.5
     return np.log(probabilities)
+
+
+@pytest.mark.parametrize(
+    ("choice", "domains", "adaptive"),
+    [("fit", "xy", True), ("fit", "x", False), ("adaptive", "x", True), ("fixed", "xy", False)],
+)
+def test_weights_fitted_on_several_domains_are_adaptive_unless_the_recipe_says_otherwise(choice, domains, adaptive):
+    even = {"a": 0.5, "b": 0.5}
+    weights = Weights("fit", even, dict.fromkeys(domains, even))
+    assert choose_adaptive(weights, choice).adaptive == adaptive
+
+
+def test_one_member_has_nothing_to_adapt():
+    assert not choose_adaptive(Weights("fit", {"a": 1.0}, {"x": {"a": 1.0}, "y": {"a": 1.0}}), "fit").adaptive
 
 
 def test_likelihood_never_falls(log_probabilities):

@@ -121,3 +121,39 @@ def test_the_prompt_counts(mixture_of):
 def test_they_are_those_of_the_linear_mixture(pair):
     with pytest.raises(InputError, match="linear"):
         pair.generate("x", weights="adaptive", combine="log-linear")
+
+
+def test_a_bundle_whose_weights_are_adaptive_answers_so_unless_a_call_says_otherwise(mixture_of):
+    members = {"a": saying("abcdefgh"), "b": saying("dcba")}
+    domains = {"x": {"a": 1.0, "b": 0.0}, "y": {"a": 0.0, "b": 1.0}}
+    text = "dcb"
+    mixture = mixture_of(members, weights={"a": 0.6, "b": 0.4}, domains=domains, adaptive=True)
+
+    def everywhere(**options):
+        with mixture.serve(most=2) as server:
+            return (
+                mixture.score(text, **options).log_probabilities.tolist(),
+                mixture.next_token_distribution(text, **options).tolist(),
+                mixture.generate(text, attribution=True, max_new_tokens=3, **options).responsibilities.tolist(),
+                mixture.generate([text, "ab"], attribution=True, max_new_tokens=3, **options)[
+                    0
+                ].responsibilities.tolist(),
+                server.submit(text, attribution=True, max_new_tokens=3, **options).result().responsibilities.tolist(),
+            )
+
+    assert everywhere() == everywhere(weights="adaptive")
+    fixed = everywhere(weights="fixed")
+    assert fixed == everywhere(weights={"a": 0.6, "b": 0.4})
+    assert all(one != other for one, other in zip(everywhere(), fixed, strict=True))
+    assert mixture.score(text, combine="log-linear").log_probabilities == pytest.approx(
+        mixture.score(text, weights="fixed", combine="log-linear").log_probabilities
+    )
+
+
+def test_a_domain_may_be_called_fixed(mixture_of):
+    mixture = mixture_of(
+        {"a": saying("ab"), "b": saying("cd")},
+        weights={"a": 0.6, "b": 0.4},
+        domains={"fixed": {"a": 0.0, "b": 1.0}},
+    )
+    assert mixture.blend("fixed").weights.tolist() == [1.0]

@@ -42,8 +42,6 @@ def gptq(
     *,
     bits: int,
     block: int,
-    symmetric: bool = False,
-    damping: float = DAMPING,
     sweeps: int = 2,
 ) -> Blocks:
     """Quantise a weight [N, K] for inputs with the Hessian [K, K].
@@ -53,16 +51,14 @@ def gptq(
         hessian: As `calibration.Statistics` has it. Inputs that were never other than zero are rounded to nearest.
         bits: 4 or 8.
         block: Inputs that share a scale; need not divide K.
-        symmetric: Whether all zero points are the middle code.
-        damping: Trust in the calibration text, the less the larger.
         sweeps: Rounds of refinement.
 
     Returns:
         The blocks; no row has a larger error than rounding to nearest on the same scales leaves. A weight that is zero,
         as pruning made it, stays zero.
     """
-    grid = _Grid(torch.as_tensor(weight).float(), bits, block, symmetric=symmetric)
-    damped = _damped(torch.as_tensor(hessian).to(grid.weight), damping)
+    grid = _Grid(torch.as_tensor(weight).float(), bits, block)
+    damped = _damped(torch.as_tensor(hessian).to(grid.weight))
     grid.search(damped.diagonal())
     codes = grid.round(grid.weight)
     _take_better(grid, codes, _greedy(grid, damped), damped)
@@ -83,8 +79,8 @@ class _Grid:
         scales, zero: The same for each weight, [N, K].
     """
 
-    def __init__(self, weight: Tensor, bits: int, block: int, *, symmetric: bool) -> None:
-        self.weight, self._bits, self.block, self._symmetric = weight, bits, block, symmetric
+    def __init__(self, weight: Tensor, bits: int, block: int) -> None:
+        self.weight, self._bits, self.block = weight, bits, block
         self.top = 2**bits - 1
         self.count = -(-weight.shape[1] // block)
         self.set(torch.ones(len(weight), self.count), torch.zeros(len(weight), self.count))
@@ -111,16 +107,11 @@ class _Grid:
         cut = torch.nn.functional.pad(self.weight, padding).unflatten(1, (self.count, self.block))
         share = torch.nn.functional.pad(importance, padding).unflatten(0, (self.count, self.block))
         high, low = cut.amax(2).clamp(min=0), cut.amin(2).clamp(max=0)  # zero, and with it the padding, stays exact
-        middle = 2 ** (self._bits - 1)
         least = torch.full_like(high, torch.inf)
-        best, best_zero = torch.ones_like(high), torch.full_like(high, middle)
+        best, best_zero = torch.ones_like(high), torch.full_like(high, 2 ** (self._bits - 1))
         for ratio in _RATIOS:
-            if self._symmetric:
-                scales = _half(torch.maximum(high, -low) * ratio / (middle - 1))
-                zero = torch.full_like(scales, middle)
-            else:
-                scales = _half((high - low) * ratio / self.top)
-                zero = (-low * ratio / scales).round_().clamp_(0, self.top)
+            scales = _half((high - low) * ratio / self.top)
+            zero = (-low * ratio / scales).round_().clamp_(0, self.top)
             codes = (cut / scales[..., None]).add_(zero[..., None]).round_().clamp_(0, self.top)
             errors = codes.sub_(zero[..., None]).mul_(scales[..., None]).sub_(cut).square_().mul_(share).sum(2)
             better = errors < least
@@ -133,7 +124,7 @@ class _Grid:
         padded = self.block_zero.repeat_interleave(self.block, 1)
         padded[:, : codes.shape[1]] = codes
         stored = padded.unflatten(1, (self.count, self.block)).to(torch.uint8).cpu().numpy()
-        zero = None if self._symmetric else self.block_zero.to(torch.uint8).cpu().numpy()
+        zero = self.block_zero.to(torch.uint8).cpu().numpy()
         return Blocks(stored, self.block_scales.half().cpu().numpy(), zero, self._bits, codes.shape[1])
 
 
@@ -213,11 +204,11 @@ def _errors(difference: Tensor, hessian: Tensor) -> Tensor:
     return (difference @ hessian).mul_(difference).sum(1)
 
 
-def _damped(hessian: Tensor, damping: float) -> Tensor:
+def _damped(hessian: Tensor) -> Tensor:
     """H with a larger diagonal; inputs that were always zero get one of their own."""
     diagonal = hessian.diagonal()
     mean = float(diagonal[diagonal > 0].mean()) if bool((diagonal > 0).any()) else 1.0
-    added = torch.where(diagonal > 0, damping * mean, mean)
+    added = torch.where(diagonal > 0, DAMPING * mean, mean)
     return hessian + torch.diag(added)
 
 

@@ -56,7 +56,6 @@ def distill_blocks(
     *,
     bits: Mapping[str, int] | None = None,
     block: int = 32,
-    start: BlockTable | None = None,
     steps: int = STEPS,
     seed: int = 0,
     checkpoint: Checkpoint | None = None,
@@ -69,7 +68,6 @@ def distill_blocks(
         windows: int64 [windows, tokens], calibration text.
         bits: Name of a linear -> 8, for those that get more than 4.
         block: Inputs that share a scale.
-        start: Blocks to begin with, for all linears; None rounds to nearest.
         steps: Optimiser steps of `BATCH` windows.
         seed: Of the windows' order.
         checkpoint: Where to go on from, and where to keep the state.
@@ -83,9 +81,7 @@ def distill_blocks(
         KeyboardInterrupt: As it came, once the checkpoint is written.
     """
     student = copy.deepcopy(model).requires_grad_(False)
-    linears = [
-        _Linear(name, module, (bits or {}).get(name, BITS), block, start) for name, module in _linears(student).items()
-    ]
+    linears = [_Linear(name, module, (bits or {}).get(name, BITS), block) for name, module in _linears(student).items()]
     parameters = {f"{linear.name}.{kind}": tensor for linear in linears for kind, tensor in linear.movable.items()}
     loss = self_divergence(model, student, bfloat16=bfloat16_pays(model.device))
 
@@ -160,18 +156,17 @@ class _Start:
 class _Linear:
     """A linear layer whose weight is computed from movable roundings and scales."""
 
-    def __init__(self, name: str, module: torch.nn.Module, bits: int, block: int, table: BlockTable | None) -> None:
+    def __init__(self, name: str, module: torch.nn.Module, bits: int, block: int) -> None:
         self.name, self._module, self._bits = name, module, bits
         self._transposed = isinstance(module, Conv1D)
         weight = module._parameters.pop("weight").detach()
         self.original = _matrix(weight, transposed=self._transposed)
-        found = None if table is None else table.find(self.original)
-        start = found or rtn(self.original, bits=bits, block=block, symmetric=False)
+        start = rtn(self.original, bits=bits, block=block, symmetric=False)
         self._zero_points = start.zero_points
         parts = cut(self.original, block).copy(), start.scales, np.asarray(start.zero_points)[..., None], start.codes
         values, scales, zero, codes = (torch.from_numpy(part.astype(np.float32)).to(weight.device) for part in parts)
         self._start = _Start(values, scales, zero, 2**bits - 1)
-        # Nearest codes need no offset; others get the one that they are the nearest with.
+        # Nearest codes need no offset; those that are clipped get the one that they are the nearest with.
         offset = codes - zero - values / scales[..., None]
         self.movable = {
             "rounding": torch.where(offset.abs() > 0.5, offset, 0).requires_grad_(),

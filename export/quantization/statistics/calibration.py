@@ -44,20 +44,18 @@ class Statistics:
     Attributes:
         hessian: fp32 [K, K], 2 / n sum x x^T, each token with its weight: the second derivative of the mean squared
             output error by a weight row.
-        maxima: fp32 [K], the largest |x|.
         mean_absolute: fp32 [K], the mean |x|.
         tokens: n.
     """
 
     hessian: Tensor
-    maxima: Tensor
     mean_absolute: Tensor
     tokens: int = 0
 
     @classmethod
     def of(cls, columns: int, device: torch.device) -> Statistics:
         """Those of nothing seen yet."""
-        return cls(torch.zeros(columns, columns, device=device), *torch.zeros(2, columns, device=device))
+        return cls(torch.zeros(columns, columns, device=device), torch.zeros(columns, device=device))
 
     def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
         """Take up inputs [..., K]; `weights` are those of all tokens, of which the next ones are meant."""
@@ -65,15 +63,12 @@ class Statistics:
         weighted = rows if weights is None else rows * weights[self.tokens : self.tokens + len(rows), None]
         kept = self.tokens / (self.tokens + len(rows))
         self.tokens += len(rows)
-        magnitudes = rows.abs()
         self.hessian.addmm_(weighted.T, rows, beta=kept, alpha=2 / self.tokens)
-        self.maxima = torch.maximum(self.maxima, magnitudes.amax(0))
-        self.mean_absolute.mul_(kept).add_(magnitudes.sum(0), alpha=1 / self.tokens)
+        self.mean_absolute.mul_(kept).add_(rows.abs().sum(0), alpha=1 / self.tokens)
 
     def divide(self, scale: Tensor) -> None:
         """Become those of inputs divided by a scale [K]."""
         self.hessian.div_(scale).div_(scale[:, None])
-        self.maxima = self.maxima / scale
         self.mean_absolute.div_(scale)
 
 
@@ -144,35 +139,6 @@ def calibrate(
             for position, state in enumerate(run()):
                 states[position] = state
             task.advance(note=layer.name)
-
-
-def activation_maxima(
-    model: PreTrainedModel,
-    windows: Sequence[Sequence[int]],
-    *,
-    parts: Layout | None = None,
-    progress: Progress = SILENT,
-) -> dict[str, Tensor]:
-    """Name of each linear in the layers -> fp32 [K], the largest magnitude of each of its input channels."""
-    parts = layout(model) if parts is None else parts
-    maxima: dict[str, Tensor] = {}
-    linears = parts.linears()
-
-    def hook(name: str) -> Callable[..., None]:
-        def look(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found = inputs[0].abs().flatten(0, -2).amax(0).float()
-            maxima[name] = torch.maximum(maxima[name], found) if name in maxima else found
-
-        return look
-
-    with ExitStack() as hooks, progress.stage("activation maxima", len(windows)) as task:
-        for name, part in linears.items():
-            hooks.callback(part.module.register_forward_pre_hook(hook(name)).remove)
-        for batch in _batches(windows, model.device):
-            with torch.no_grad():
-                model.base_model(input_ids=batch, use_cache=False)
-            task.advance(len(batch))
-    return maxima
 
 
 def output_gradients(

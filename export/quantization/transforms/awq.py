@@ -1,12 +1,8 @@
 """Scales that move between what makes an activation and the weights that read it; the model computes what it did.
 
 An activation x is divided by a scale s for each channel where it is made (a norm's gain, the rows of a linear), and the
-columns of its readers are multiplied by it. For 8-bit activations (SmoothQuant, Xiao et al., arXiv 2211.10438)
-
-    s_j = max|x_j|^alpha / max|W_j|^(1 - alpha)
-
-evens out channels that stand out; for 4-bit weights (AWQ, Lin et al., arXiv 2306.00978)  s_j = mean|x_j|^alpha  gives
-the columns that are multiplied with much a finer grid, with the alpha that leaves the least error in the outputs.
+columns of its readers are multiplied by it (AWQ, Lin et al., arXiv 2306.00978):  s_j = mean|x_j|^alpha  gives the
+columns that are multiplied with much a finer grid, with the alpha that leaves the least error in the outputs.
 """
 
 from __future__ import annotations
@@ -19,17 +15,14 @@ import torch
 from edgemix.export.quantization.algorithms.rtn import rtn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
-    from edgemix.export.models.layout import Layer, Layout, Norm, Part
+    from edgemix.export.models.layout import Layer, Norm, Part
     from edgemix.export.quantization.statistics.calibration import CalibratedLayer, Statistics
 
 Place = Literal["attention", "output", "mlp", "down"]
-
-SMOOTHING: Mapping[Place, float] = {"attention": 0.45, "output": 0.5, "mlp": 0.7, "down": 0.5}
-"""SmoothQuant's alpha where it measured best on SmolLM2-135M, with one scale a row of activations."""
 
 _ALPHAS = tuple(0.1 * step for step in range(1, 10))
 _TINY = 1e-5
@@ -98,38 +91,20 @@ def folds(layer: Layer) -> Iterator[Fold]:
         yield Fold("down", readers(layer.down), (1, 1, channels), lambda s: _divide_rows(layer.up, s))
 
 
-def smooth(parts: Layout, maxima: Mapping[str, Tensor], alpha: float | Mapping[Place, float] = SMOOTHING) -> None:
-    """SmoothQuant on all layers, in place.
-
-    Args:
-        parts: The model.
-        maxima: From `calibration.activation_maxima`.
-        alpha: How much of the activations' range goes into weights, between 0 and 1, for all places or each.
-    """
-    for layer in parts.layers:
-        for fold in folds(layer):
-            share = alpha if isinstance(alpha, float) else alpha[fold.place]
-            reach = torch.stack([part.weight.abs().amax(0) for part in fold.readers.values()]).amax(0)
-            made = fold.shared(maxima[next(iter(fold.readers))])
-            scale = made.clamp(min=_TINY) ** share / fold.shared(reach).clamp(min=_TINY) ** (1 - share)
-            fold.apply(scale / scale.log().mean().exp())
-
-
-def scale_weights(calibrated: CalibratedLayer, *, bits: int, block: int, symmetric: bool = False) -> dict[str, float]:
+def scale_weights(calibrated: CalibratedLayer, *, bits: int, block: int) -> dict[str, float]:
     """AWQ on one layer, in place: its weights, and its statistics, become those of the scaled inputs.
 
     Args:
         calibrated: From `calibration.calibrate`.
         bits: As the weights will have them.
         block: Likewise.
-        symmetric: Likewise.
 
     Returns:
         Place -> the alpha taken; 0 where no scale was better than none.
     """
 
     def rounded(weight: Tensor) -> Tensor:
-        values = rtn(weight.contiguous().cpu().numpy(), bits=bits, block=block, symmetric=symmetric).dequantized()
+        values = rtn(weight.contiguous().cpu().numpy(), bits=bits, block=block, symmetric=False).dequantized()
         return torch.from_numpy(values).to(weight)
 
     taken: dict[str, float] = {}
@@ -146,7 +121,7 @@ def scale_weights(calibrated: CalibratedLayer, *, bits: int, block: int, symmetr
                 total += float(((lost @ hessian) * lost).sum())
             return total
 
-        best, least = (0.0, torch.ones_like(sizes)), error(torch.ones_like(first.maxima))
+        best, least = (0.0, torch.ones_like(sizes)), error(torch.ones_like(first.mean_absolute))
         for alpha in _ALPHAS:
             scale = sizes**alpha
             scale = scale / (scale.amax() * scale.amin()).sqrt()

@@ -9,8 +9,8 @@ from helpers.tiny_models import tiny_model
 
 from edgemix.export.models.layout import layout
 from edgemix.export.quantization.algorithms.rtn import rtn
-from edgemix.export.quantization.statistics.calibration import activation_maxima, calibrate
-from edgemix.export.quantization.transforms.awq import folds, scale_weights, smooth
+from edgemix.export.quantization.statistics.calibration import calibrate
+from edgemix.export.quantization.transforms.awq import folds, scale_weights
 
 FAMILIES = ["llama", "llama-tied", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gpt2", "gpt_neox", "opt"]
 WINDOWS = np.random.default_rng(0).integers(3, 160, (4, 32)).tolist()
@@ -20,14 +20,6 @@ IDS = torch.tensor(WINDOWS[:2])
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=IDS, use_cache=False).logits
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_smoothing_keeps_the_function(family: str) -> None:
-    model = tiny_model(family)
-    before, maxima = logits(model), activation_maxima(model, WINDOWS)
-    smooth(layout(model), maxima)
-    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -45,24 +37,6 @@ def test_every_fold_keeps_the_function_for_any_scale(family: str) -> None:
     gated = ["down"] if layout(model).layers[0].gate else []
     assert places == ["attention", "output", "mlp", *gated] * 2
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
-
-
-def test_smoothing_evens_out_channels_that_stand_out() -> None:
-    model = tiny_model("llama")
-    parts = layout(model)
-    for layer in parts.layers:
-        gain = layer.mlp_norm.gain
-        gain[7] *= 100
-        layer.mlp_norm.set_gain(gain)
-    maxima = activation_maxima(model, WINDOWS)
-    smooth(parts, maxima, 0.5)
-    after = activation_maxima(model, WINDOWS)
-
-    def spread(values: torch.Tensor) -> float:
-        return float(values.max() / values.median())
-
-    for name in (name for name in maxima if "gate" in name):
-        assert spread(after[name]) < 0.3 * spread(maxima[name])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma2"])
@@ -104,4 +78,4 @@ def test_statistics_of_scaled_inputs() -> None:
     statistics.divide(fold.apply(torch.linspace(0.5, 2, 64)))
     again = next(iter(calibrate(model, WINDOWS))).statistics[next(iter(fold.readers))]
     torch.testing.assert_close(statistics.hessian, again.hessian, rtol=0.03, atol=1e-3)
-    torch.testing.assert_close(statistics.maxima, again.maxima, rtol=0.02, atol=1e-3)
+    torch.testing.assert_close(statistics.mean_absolute, again.mean_absolute, rtol=0.02, atol=1e-3)

@@ -16,7 +16,7 @@ from edgemix.errors import InputError, storage_errors
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from edgemix.progress import Task
+    from edgemix.progress import ProgressTask
 
 
 _CHUNK = 1 << 20
@@ -51,7 +51,7 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def hash_file(path: Path, task: Task | None = None) -> FileEntry:
+def hash_file(path: Path, task: ProgressTask | None = None) -> FileEntry:
     """Size and sha256 of a file, read in small pieces; `task` advances by the bytes read.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How long work tells that it goes on, without knowing who listens (the command line draws it with rich)."""
+"""Progress reports of long work, independent of how they are shown (the command line draws them with rich)."""
 
 from __future__ import annotations
 
@@ -10,46 +10,46 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 
-class Task(Protocol):
-    """One stage under way."""
+class ProgressTask(Protocol):
+    """The handle of one running stage."""
 
     def advance(self, amount: float = 1.0, note: str = "") -> None:
-        """`amount` more of the stage's total is done; `note` (a loss, a file) replaces the last one shown."""
+        """Add `amount` to what is done of the stage's total; `note` (a loss, a file) replaces the last one shown."""
 
 
 class Progress(Protocol):
-    """A listener: `stage` opens a stage, `say` shows a line that stays."""
+    """A progress callback: `stage` opens a stage with `total` units of work, `log` shows a line that stays."""
 
-    def stage(self, title: str, total: float | None = None) -> AbstractContextManager[Task]: ...
+    def stage(self, title: str, total: float | None = None) -> AbstractContextManager[ProgressTask]: ...
 
-    def say(self, line: str) -> None: ...
+    def log(self, line: str) -> None: ...
 
 
-class _Silence:
-    """Listens to nothing; the default of every library call."""
+class _NoProgress:
+    """Ignores all reports; the default of every library call."""
 
     @contextmanager
-    def stage(self, title: str, total: float | None = None) -> Iterator[Task]:  # noqa: ARG002
+    def stage(self, title: str, total: float | None = None) -> Iterator[ProgressTask]:  # noqa: ARG002
         yield self
 
     def advance(self, amount: float = 1.0, note: str = "") -> None:
         pass
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         pass
 
 
-SILENT: Progress = _Silence()
+NO_PROGRESS: Progress = _NoProgress()
 
 
-class Prefixed:
-    """Passes everything on to another listener, with the name of what it is about before it."""
+class PrefixedProgress:
+    """Passes all reports on to another progress callback, with a prefix ("math: ") before each title and line."""
 
-    def __init__(self, progress: Progress, about: str) -> None:
-        self._progress, self._about = progress, about
+    def __init__(self, progress: Progress, prefix: str) -> None:
+        self._progress, self._prefix = progress, prefix
 
-    def stage(self, title: str, total: float | None = None) -> AbstractContextManager[Task]:
-        return self._progress.stage(f"{self._about}: {title}", total)
+    def stage(self, title: str, total: float | None = None) -> AbstractContextManager[ProgressTask]:
+        return self._progress.stage(f"{self._prefix}: {title}", total)
 
-    def say(self, line: str) -> None:
-        self._progress.say(f"{self._about}: {line}")
+    def log(self, line: str) -> None:
+        self._progress.log(f"{self._prefix}: {line}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 import edgemix
-from edgemix.bundle.graph_io import GraphFacts
+from edgemix.bundle.graph_io import GraphConfig
 from edgemix.bundle.manifest import (
     SCHEMA,
     STUDENT,
@@ -50,7 +50,7 @@ from edgemix.export.stages.graphs import GATE_TOKENS, GraphRecord, MemberGraphs
 from edgemix.export.stages.models import MemberModels
 from edgemix.export.stages.shared_base import MemberStacks, groups
 from edgemix.export.stages.weights import choose_adaptive, fit_weights, given_weights
-from edgemix.progress import SILENT, Prefixed, Progress
+from edgemix.progress import NO_PROGRESS, PrefixedProgress, Progress
 from edgemix.recipe.load import check
 from edgemix.recipe.schema import MemberRecipe
 from edgemix.recipe.text_sources import read_documents
@@ -71,7 +71,7 @@ class _MemberRecord(msgspec.Struct, frozen=True):
     """What the format stage found: the graph that the bundle holds, and how far it is from the fp32 one."""
 
     graph: GraphRecord
-    facts: GraphFacts
+    config: GraphConfig
     parity: QuantizationParity | None
     sparse: SparseWeights | None = None
     eight_bits: float = 0.0
@@ -80,7 +80,7 @@ class _MemberRecord(msgspec.Struct, frozen=True):
 
 
 def export_bundle(
-    recipe: Recipe, output: Path, *, force: bool = False, budget: Budget | None = None, progress: Progress = SILENT
+    recipe: Recipe, output: Path, *, force: bool = False, budget: Budget | None = None, progress: Progress = NO_PROGRESS
 ) -> Manifest:
     """Build the bundle that `recipe` describes.
 
@@ -217,8 +217,8 @@ class _Export:
         key = stage_key(graph=self._graphs.key(spec), vocabulary=vocabulary, seed=seed)
         text = stages.done("text", key, list[list[int]])
         if text is None:
-            facts, path = self._graphs.make(spec).facts, self._graphs.path(spec)
-            text = own_texts(path, facts, MIXTURE_TOKENS // 2, seed=seed, vocabulary=vocabulary)
+            config, path = self._graphs.make(spec).config, self._graphs.path(spec)
+            text = own_texts(path, config, MIXTURE_TOKENS // 2, seed=seed, vocabulary=vocabulary)
             stages.mark_done("text", key, text)
         return text
 
@@ -233,7 +233,7 @@ class _Export:
             failing = {name for name, record in records.items() if record.parity and not within(record.parity)}
             if not failing or self._force:
                 break
-            self._progress.say(f"{', '.join(sorted(failing))}: a graph of its own, as one for all would lose too much")
+            self._progress.log(f"{', '.join(sorted(failing))}: a graph of its own, as one for all would lose too much")
             shutil.rmtree(self._writer.folder / self._stacks.place(group))
             group, records = tuple(spec for spec in group if spec.name not in failing), {}
         own = [spec for spec in whole if spec.name not in records]
@@ -253,12 +253,12 @@ class _Export:
             if made is not None:
                 files.append(folder)
                 for spec in group:
-                    graph, progress = self._graphs.make(spec), Prefixed(self._progress, spec.name)
-                    records[spec.name] = _MemberRecord(graph, made.facts, made.parity[spec.name], place=place)
+                    graph, progress = self._graphs.make(spec), PrefixedProgress(self._progress, spec.name)
+                    records[spec.name] = _MemberRecord(graph, made.config, made.parity[spec.name], place=place)
                     if mixed:
                         files.append(self._kept(spec))
                         master = self._graphs.path(spec)
-                        keep_distributions(master, graph.facts, mixed, self._kept(spec), progress=progress)
+                        keep_distributions(master, graph.config, mixed, self._kept(spec), progress=progress)
             stages.mark_done(f"stack/{name}", key, records, files=files)
             for spec in group if records else ():
                 self._graphs.discard(spec)
@@ -285,10 +285,10 @@ class _Export:
             files = [folder]
             if mixed and record.parity is not None:
                 files.append(self._kept(spec))
-                progress = Prefixed(self._progress, spec.name)
-                keep_distributions(master, graph.facts, mixed, self._kept(spec), progress=progress)
+                progress = PrefixedProgress(self._progress, spec.name)
+                keep_distributions(master, graph.config, mixed, self._kept(spec), progress=progress)
             if graph.sparse:
-                sparse = pack_weights(folder / MODEL_FILE, Prefixed(self._progress, spec.name))
+                sparse = pack_weights(folder / MODEL_FILE, PrefixedProgress(self._progress, spec.name))
                 record = msgspec.structs.replace(record, sparse=sparse)
             stages.mark_done(f"member/{spec.name}", key, record, files=files)
             self._graphs.discard(spec)
@@ -302,12 +302,12 @@ class _Export:
         self, spec: MemberRecipe, graph: GraphRecord, folder: Path, text: list[list[int]] | None
     ) -> _MemberRecord:
         form, source, output = self._models.format(spec), self._graphs.path(spec), folder / MODEL_FILE
-        progress = Prefixed(self._progress, spec.name)
+        progress = PrefixedProgress(self._progress, spec.name)
         shutil.rmtree(folder, ignore_errors=True)
         quantization = self._models.quantization(spec)
         codes = self._recipe.cache == "int8"
         calibration = self._graphs.calibration(spec, form, needed=codes)
-        scales = cache_scales(source, graph.facts, calibration, progress=progress) if codes and calibration else None
+        scales = cache_scales(source, graph.config, calibration, progress=progress) if codes and calibration else None
         table = self._blocks.find(spec, self._eight_bits.get(spec.name))
         with progress.stage(form), storage_errors(f"writing {output}"):
             quantize(
@@ -324,14 +324,14 @@ class _Export:
             )
         half = self._recipe.target == "cuda" and form != "fp32"
         dtype, cache_dtype = "float16" if half else "float32", "int8" if codes else None
-        facts = msgspec.structs.replace(graph.facts, dtype=dtype, cache_dtype=cache_dtype)
+        config = msgspec.structs.replace(graph.config, dtype=dtype, cache_dtype=cache_dtype)
         if form == "fp32":
-            return _MemberRecord(graph, facts, None)
+            return _MemberRecord(graph, config, None)
         mixed = table is not None and (self._eight_bits.get(spec.name) or quantization.eight_bits)
         eight_bits = table.share(8) if table is not None and mixed else 0.0
         seed = self._recipe.seed
-        figures = check_quantized(source, output, facts, text, format=form, seed=seed, progress=progress)
-        return _MemberRecord(graph, facts, figures, eight_bits=eight_bits)
+        figures = check_quantized(source, output, config, text, format=form, seed=seed, progress=progress)
+        return _MemberRecord(graph, config, figures, eight_bits=eight_bits)
 
     def _entry(self, spec: MemberRecipe, record: _MemberRecord) -> MemberEntry:
         """The manifest's word on a member, once its format has passed or was forced through the gate."""
@@ -340,13 +340,13 @@ class _Export:
         verdicts = [enforce(gate, forced=self._force, member=spec.name) for gate in gates]
         forced = any(verdicts)
         if forced:
-            self._progress.say(f"{spec.name}: over its parity limits, kept because the export is forced")
+            self._progress.log(f"{spec.name}: over its parity limits, kept because the export is forced")
         return MemberEntry(
             name=spec.name,
             format=self._models.format(spec),
             graph=f"{record.place or _place(spec)}/{MODEL_FILE}",
             source=graph.source,
-            facts=record.facts,
+            config=record.config,
             parity=graph.parity,
             quantization=figures,
             fallbacks=graph.fallbacks,
@@ -398,9 +398,9 @@ class _Export:
             model = make_student(self._recipe, weights, teacher, folder, self._progress)
         spec = MemberRecipe(STUDENT, str(model), format=student.format)
         entry = self._entry(spec, self._export_member(spec, text, []))
-        licences = {member.source.licence for member in manifest.members}
-        licence = None if None in licences else ", ".join(sorted(filter(None, licences)))
-        source = msgspec.structs.replace(entry.source, model="distilled from the mixture", licence=licence)
+        licenses = {member.source.license for member in manifest.members}
+        license_id = None if None in licenses else ", ".join(sorted(filter(None, licenses)))
+        source = msgspec.structs.replace(entry.source, model="distilled from the mixture", license=license_id)
         place, known = self._writer.folder / _place(spec), manifest.tokenizer
         draft = make_draft(self._recipe, entry, place, tokenizer=tokenizer, known=known, progress=self._progress)
         return msgspec.structs.replace(entry, source=source, draft=draft)

@@ -13,7 +13,7 @@ import numpy as np
 from edgemix.bundle.reader import ngram_table, read_manifest
 from edgemix.bundle.verify import verify_bundle
 from edgemix.errors import InputError
-from edgemix.progress import SILENT
+from edgemix.progress import NO_PROGRESS
 from edgemix.runtime.cancellation import in_thread, iterate
 from edgemix.runtime.decoding.generate import chunks, completed, decode
 from edgemix.runtime.decoding.plain import State
@@ -274,7 +274,7 @@ class Mixture(OpenedBundle):
         combine: Combine = "linear",
         *,
         window: int | None = None,
-        progress: Progress = SILENT,
+        progress: Progress = NO_PROGRESS,
     ) -> Score: ...
 
     @overload
@@ -285,7 +285,7 @@ class Mixture(OpenedBundle):
         combine: Combine = "linear",
         *,
         window: int | None = None,
-        progress: Progress = SILENT,
+        progress: Progress = NO_PROGRESS,
     ) -> list[Score]: ...
 
     def score(
@@ -295,7 +295,7 @@ class Mixture(OpenedBundle):
         combine: Combine = "linear",
         *,
         window: int | None = None,
-        progress: Progress = SILENT,
+        progress: Progress = NO_PROGRESS,
     ) -> Score | list[Score]:
         """How probable texts are, under the mixture and under each member.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from edgemix.errors import InputError
-from edgemix.progress import SILENT
+from edgemix.progress import NO_PROGRESS
 from edgemix.runtime.decoding.sampling import Sampling
 from edgemix.runtime.mixing.arithmetic import Combine, check_combine
 from edgemix.runtime.text.grammar import Constraint
@@ -136,7 +136,7 @@ class Settings:
             speculation,
             Constraint(options.get("json_schema"), options.get("regex"), options.get("choices")),
             attribution,
-            options.get("progress") or SILENT,
+            options.get("progress") or NO_PROGRESS,
         )
 
     def seeds(self, prompts: int) -> list[int | None]:

@@ -38,7 +38,7 @@ from edgemix.cli.console import Console, megabytes
 from edgemix.cli.texts import read_files, with_line_ends
 from edgemix.errors import EdgemixError, InputError
 from edgemix.formats import FORMATS
-from edgemix.progress import Prefixed
+from edgemix.progress import PrefixedProgress
 from edgemix.recipe.compression import Algorithm, Quantization
 from edgemix.recipe.schema import Data, MemberRecipe, Recipe
 from edgemix.recipe.text_sources import TextSource
@@ -168,7 +168,7 @@ def measure(found: dict[str, Measured], texts: dict[str, str], arguments: argpar
             bundle = arguments.output / form
             mixture = stack.enter_context(Mixture.load(bundle, provider="cpu", threads=arguments.threads))
             models[form] = mixture.blend().members[0]
-            progress = Prefixed(console.progress, form)
+            progress = PrefixedProgress(console.progress, form)
             for name, text in texts.items():
                 figures.perplexity[name] = perplexity(mixture, text, arguments.windows, progress)
         prompt = mixture.tokenizer.encode(next(iter(texts.values())))[:PROMPT]

@@ -56,8 +56,8 @@ def present_of(past: str) -> str:
     return PRESENT_PREFIX + past.removeprefix(PAST_PREFIX)
 
 
-class GraphFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the runtime must know of a graph beyond the shapes that it reads in it.
+class GraphConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the runtime must know about a graph beyond the shapes that it reads from it.
 
     Attributes:
         exporter: Which path made the graph: `mobius`, `mobius-unfused` or `transformers`.
@@ -66,7 +66,7 @@ class GraphFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         vocabulary: Width of the logits, padding included.
         context: Longest sequence, in tokens, that the model was made for.
         dtype: Element type of the logits, and of the cache where that has none of its own.
-        voices: For how many members the graph speaks.
+        member_count: Number of members that the graph computes.
         cache_dtype: Element type of the cache, where it is another: codes whose scales the graph knows.
     """
 
@@ -76,5 +76,5 @@ class GraphFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vocabulary: int
     context: int
     dtype: Literal["float32", "float16"] = "float32"
-    voices: int = 1
+    member_count: int = msgspec.field(default=1, name="voices")
     cache_dtype: Literal["int8"] | None = None

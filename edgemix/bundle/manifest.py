@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from edgemix.bundle.graph_io import GraphFacts
+from edgemix.bundle.graph_io import GraphConfig
 from edgemix.formats import Format, Target
 
 if TYPE_CHECKING:
@@ -39,7 +39,10 @@ RESERVED_NAMES = frozenset({STUDENT, "mixture", "uniform", "fitted", "given", "a
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of every part of the manifest: immutable, and an unknown key is an error."""
+    """Base of every part of the manifest: immutable, and an unknown key is an error.
+
+    A field that was renamed keeps its old key in the JSON (`name=`), so that bundles of every schema stay readable.
+    """
 
 
 class FileEntry(_Record, frozen=True):
@@ -49,7 +52,7 @@ class FileEntry(_Record, frozen=True):
     sha256: str
 
 
-class Source(_Record, frozen=True):
+class ModelSource(_Record, frozen=True):
     """Where a member comes from.
 
     Attributes:
@@ -57,7 +60,7 @@ class Source(_Record, frozen=True):
         adapter: The adapter folder's name, if one was merged.
         model_type: Hugging Face's `model_type`.
         parameters: Number of weights.
-        licence: As the model's card or GGUF metadata states it, if it does.
+        license: As the model's card or GGUF metadata states it, if it does.
         sha256: Of the weights as they were read.
     """
 
@@ -66,7 +69,7 @@ class Source(_Record, frozen=True):
     parameters: int
     sha256: str
     adapter: str | None = None
-    licence: str | None = None
+    license: str | None = msgspec.field(default=None, name="licence")
 
 
 class GraphParity(_Record, frozen=True):
@@ -86,7 +89,7 @@ class QuantizationParity(_Record, frozen=True):
 
     Attributes:
         kl: Mean KL divergence from the fp32 distribution, in nats a token; `kl_limit` its limit.
-        flips: Share of positions whose most probable token differs; `flips_limit` its limit.
+        top1_disagreement: Share of positions whose most probable token differs; `top1_disagreement_limit` its limit.
         perplexity_ratio: Perplexity of the stored graph over that of the fp32 graph; with its limit.
         decode_kl: As `kl`, and with its limit, where the stored graph reads a token a call, after a past.
     """
@@ -94,8 +97,8 @@ class QuantizationParity(_Record, frozen=True):
     tokens: int
     kl: float
     kl_limit: float
-    flips: float
-    flips_limit: float
+    top1_disagreement: float = msgspec.field(name="flips")
+    top1_disagreement_limit: float = msgspec.field(name="flips_limit")
     perplexity_ratio: float
     perplexity_ratio_limit: float
     decode_kl: float | None = None
@@ -109,13 +112,13 @@ class MixtureParity(_Record, frozen=True):
 
     Attributes:
         weights: Both mixtures', member name -> share; the bundle's own when it was made.
-        kl, flips, perplexity_ratio: As in `QuantizationParity`.
+        kl, top1_disagreement, perplexity_ratio: As in `QuantizationParity`.
     """
 
     weights: dict[str, float]
     tokens: int
     kl: float
-    flips: float
+    top1_disagreement: float = msgspec.field(name="flips")
     perplexity_ratio: float
 
 
@@ -202,7 +205,7 @@ class MemberEntry(_Record, frozen=True):
     A graph of several voices is that of as many members, which follow each other in the voices' order.
 
     Attributes:
-        fallbacks: Exporter paths tried before `facts.exporter`, each with why it was refused.
+        fallbacks: Exporter paths tried before `config.exporter`, each with why it was refused.
         quantization: None for fp32.
         forced: True if a gate was over its limit and `--force` let it pass.
         pruning: None for a model that was not pruned.
@@ -214,8 +217,8 @@ class MemberEntry(_Record, frozen=True):
     name: str
     format: Format
     graph: str
-    source: Source
-    facts: GraphFacts
+    source: ModelSource
+    config: GraphConfig = msgspec.field(name="facts")
     parity: GraphParity
     quantization: QuantizationParity | None = None
     fallbacks: tuple[str, ...] = ()

@@ -27,23 +27,23 @@ _SUM_TOLERANCE = 1e-6
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def faults(manifest: Manifest) -> list[str]:
+def validation_errors(manifest: Manifest) -> list[str]:
     """What is wrong with a manifest of the right structure, a line each; empty if it is sound."""
     return [
         *([] if 1 <= manifest.schema <= SCHEMA else [f"schema is {manifest.schema}, and edgemix knows 1 to {SCHEMA}"]),
-        *_member_faults(manifest),
-        *_graph_faults(manifest),
-        *_draft_faults(manifest),
+        *_member_errors(manifest),
+        *_graph_errors(manifest),
+        *_draft_errors(manifest),
         *([] if manifest.ngrams >= 0 else [f"ngrams: there are {manifest.ngrams}"]),
-        *_voice_faults(manifest),
-        *_weight_faults(manifest),
-        *_tokenizer_faults(manifest),
-        *_file_faults(manifest),
+        *_voice_errors(manifest),
+        *_weight_errors(manifest),
+        *_tokenizer_errors(manifest),
+        *_file_errors(manifest),
         *(f"{where} is not a finite number" for where in _not_finite(msgspec.to_builtins(manifest), "")),
     ]
 
 
-def _member_faults(manifest: Manifest) -> Iterator[str]:
+def _member_errors(manifest: Manifest) -> Iterator[str]:
     if not manifest.members:
         yield "members: there are none"
     counts = Counter(member.name.casefold() for member in manifest.members)
@@ -62,7 +62,7 @@ def _member_faults(manifest: Manifest) -> Iterator[str]:
             yield f"members: {STUDENT!r} is the student's name"
 
 
-def _graph_faults(manifest: Manifest) -> Iterator[str]:
+def _graph_errors(manifest: Manifest) -> Iterator[str]:
     for entry in manifest.graphs:
         where = STUDENT if entry is manifest.student else f"members: {entry.name!r}"
         if entry.source.parameters < 0:
@@ -71,7 +71,7 @@ def _graph_faults(manifest: Manifest) -> Iterator[str]:
             yield f"{where}: its graph {entry.graph!r} is no .onnx file"
         limits = {"layers": MAX_LAYERS, "vocabulary": MAX_VOCABULARY, "context": MAX_CONTEXT}
         for name, limit in limits.items():
-            value = getattr(entry.facts, name)
+            value = getattr(entry.config, name)
             if not 1 <= value <= limit:
                 yield f"{where}: {name} is {value}, and may be 1 to {limit}"
         if not 0 <= entry.eight_bits <= 1:
@@ -80,7 +80,7 @@ def _graph_faults(manifest: Manifest) -> Iterator[str]:
             yield f"{where}: its sparse weights would expand to {entry.sparse.size} bytes"
 
 
-def _draft_faults(manifest: Manifest) -> Iterator[str]:
+def _draft_errors(manifest: Manifest) -> Iterator[str]:
     yield from (f"members: {each.name!r} drafts, as only the student may" for each in manifest.members if each.draft)
     if manifest.student is None or (draft := manifest.student.draft) is None:
         return
@@ -93,16 +93,16 @@ def _draft_faults(manifest: Manifest) -> Iterator[str]:
         yield f"student: drafts {draft.vocabulary} tokens of the tokenizer's {manifest.tokenizer.vocabulary}"
 
 
-def _voice_faults(manifest: Manifest) -> Iterator[str]:
+def _voice_errors(manifest: Manifest) -> Iterator[str]:
     for graph, group in groupby(manifest.graphs, key=lambda entry: entry.graph):
         entries = list(group)
-        voices = {entry.facts.voices for entry in entries}
-        if voices != {len(entries)} or len({entry.facts for entry in entries}) > 1:
+        voices = {entry.config.member_count for entry in entries}
+        if voices != {len(entries)} or len({entry.config for entry in entries}) > 1:
             wanted = ", ".join(map(str, sorted(voices)))
             yield f"members: the graph {graph!r} has {len(entries)} in a row, and should speak for {wanted}"
 
 
-def _weight_faults(manifest: Manifest) -> Iterator[str]:
+def _weight_errors(manifest: Manifest) -> Iterator[str]:
     names = {member.name for member in manifest.members}
     vectors = {"weights.default": manifest.weights.default}
     vectors |= {f"weights.domains[{name!r}]": weights for name, weights in manifest.weights.domains.items()}
@@ -117,9 +117,9 @@ def _weight_faults(manifest: Manifest) -> Iterator[str]:
             yield f"{where} does not sum to 1"
 
 
-def _tokenizer_faults(manifest: Manifest) -> Iterator[str]:
+def _tokenizer_errors(manifest: Manifest) -> Iterator[str]:
     tokenizer = manifest.tokenizer
-    narrowest = min((entry.facts.vocabulary for entry in manifest.graphs), default=MAX_VOCABULARY)
+    narrowest = min((entry.config.vocabulary for entry in manifest.graphs), default=MAX_VOCABULARY)
     if not 1 <= tokenizer.vocabulary <= narrowest:
         yield f"tokenizer: vocabulary is {tokenizer.vocabulary}, and the members' logits are {narrowest} wide"
     special = tokenizer.eos if tokenizer.bos is None else (tokenizer.bos, *tokenizer.eos)
@@ -127,7 +127,7 @@ def _tokenizer_faults(manifest: Manifest) -> Iterator[str]:
         yield f"tokenizer: a special token lies outside its vocabulary: {special}"
 
 
-def _file_faults(manifest: Manifest) -> Iterator[str]:
+def _file_errors(manifest: Manifest) -> Iterator[str]:
     for name, entry in manifest.files.items():
         if reason := paths.fault(name):
             yield f"files: the path {name[:200]!r} {reason}"

@@ -22,7 +22,7 @@ from edgemix.bundle.manifest import (
     Manifest,
     checksum_of,
 )
-from edgemix.bundle.manifest_validation import faults
+from edgemix.bundle.manifest_validation import validation_errors
 from edgemix.bundle.paths import resolve
 from edgemix.errors import EXPORT_AGAIN, BundleError, storage_errors
 
@@ -63,7 +63,7 @@ def read_manifest(bundle: Path) -> Manifest:
         document = msgspec.json.decode(data)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is damaged: {error}", EXPORT_AGAIN) from None
-    if problems := faults(manifest):
+    if problems := validation_errors(manifest):
         lines = [problem[:_LONGEST_LINE] for problem in problems[:_MOST_LINES]]
         raise BundleError("\n  ".join([f"{path} cannot be trusted:", *lines]), EXPORT_AGAIN)
     if manifest.checksum != checksum_of(document):

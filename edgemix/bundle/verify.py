@@ -17,7 +17,7 @@ from edgemix.bundle.sparse_storage import SUFFIX, read_header
 from edgemix.bundle.tokenizer_identity import TokenizerIdentity
 from edgemix.errors import EXPORT_AGAIN, BundleError, InputError
 from edgemix.files import files_in, hash_file
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 
 # Files that ONNX Runtime or a tokenizer would open if something led there; others (a README, .DS_Store) harm nobody.
 _LOADABLE = frozenset({".onnx", ".data", SUFFIX, ".json", ".jinja"})
@@ -29,7 +29,7 @@ def verify_bundle(
     *,
     checksums: bool = True,
     only: MemberEntry | None = None,
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> None:
     """Check the bundle's files against its manifest, and that the lists of tokens among them make sense.
 

@@ -20,13 +20,13 @@ import msgspec
 
 from edgemix.bundle.external_data import external_files
 from edgemix.bundle.manifest import MANIFEST, NGRAMS, SCHEMA, TOKENIZER
-from edgemix.bundle.manifest_validation import faults
+from edgemix.bundle.manifest_validation import validation_errors
 from edgemix.bundle.paths import resolve
 from edgemix.bundle.stages import Stages
 from edgemix.bundle.verify import verify_bundle
 from edgemix.errors import EdgemixError, InputError, storage_errors
 from edgemix.files import Lock, files_in, hash_file, sync_file, sync_folder, write_atomically
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
     from edgemix.bundle.manifest import Manifest
@@ -37,10 +37,10 @@ class BundleWriter:
 
         with BundleWriter(output) as writer:
             key = stage_key(seed=0, model=digest)
-            facts = writer.stages.done("graph/a", key, GraphFacts)
-            if facts is None:
-                facts = build(writer.folder / "members/a")
-                writer.stages.mark_done("graph/a", key, facts, files=[writer.folder / "members/a"])
+            config = writer.stages.done("graph/a", key, GraphConfig)
+            if config is None:
+                config = build(writer.folder / "members/a")
+                writer.stages.mark_done("graph/a", key, config, files=[writer.folder / "members/a"])
             manifest = writer.finish(manifest)
 
     Leaving the block without `finish` (an error, Ctrl-C, a kill) leaves no bundle, or the old one as it was; the next
@@ -84,7 +84,7 @@ class BundleWriter:
             shutil.rmtree(self._staging, ignore_errors=True)
         self._lock.release()
 
-    def finish(self, manifest: Manifest, progress: Progress = SILENT) -> Manifest:
+    def finish(self, manifest: Manifest, progress: Progress = NO_PROGRESS) -> Manifest:
         """Complete `manifest` with the files' checksums, check the bundle, and move it to its place in one step.
 
         The bundle gets every graph with its external data, and the tokenizer's folder; other files, left by
@@ -193,7 +193,7 @@ def write_manifest(bundle: Path, manifest: Manifest) -> Manifest:
     Raises:
         EdgemixError: The manifest is unsound, or cannot be written (full disk, read-only folder).
     """
-    if problems := faults(manifest):
+    if problems := validation_errors(manifest):
         raise EdgemixError("\n  ".join([f"{bundle / MANIFEST} would be unsound, and is not written:", *problems]))
     sealed = msgspec.structs.replace(manifest, schema=SCHEMA).sealed()
     data = msgspec.json.format(msgspec.json.encode(sealed, order="deterministic"), indent=2)

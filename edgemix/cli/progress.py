@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
 
-    from edgemix.progress import Task
+    from edgemix.progress import ProgressTask
 
 
 EVERY = 60.0
@@ -28,12 +28,12 @@ class Lines:
     """A line on stderr when a stage ends, and one a minute until then."""
 
     @contextmanager
-    def stage(self, title: str, total: float | None = None) -> Iterator[Task]:
+    def stage(self, title: str, total: float | None = None) -> Iterator[ProgressTask]:
         begun, task = time.monotonic(), _Line(self, title, total)
         yield task
-        self.say(_ended(title, time.monotonic() - begun, task.note))
+        self.log(_ended(title, time.monotonic() - begun, task.note))
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         click.echo(line, err=True)
 
 
@@ -56,7 +56,7 @@ class Bars:
         self._open = 0
 
     @contextmanager
-    def stage(self, title: str, total: float | None = None) -> Iterator[Task]:
+    def stage(self, title: str, total: float | None = None) -> Iterator[ProgressTask]:
         if self._open == 0:
             self._bars.start()
         self._open += 1
@@ -64,14 +64,14 @@ class Bars:
         task = _Bar(self._bars, self._bars.add_task(title, total=total, note=""))
         try:
             yield task
-            self.say(_ended(title, time.monotonic() - begun, task.note))
+            self.log(_ended(title, time.monotonic() - begun, task.note))
         finally:
             self._bars.remove_task(task.id)
             self._open -= 1
             if self._open == 0:
                 self._bars.stop()
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         self._console.print(Text(line), soft_wrap=True)
 
 
@@ -81,7 +81,7 @@ class _Noted:
     def __init__(self) -> None:
         self.note = ""
 
-    def advance(self, amount: float = 1.0, note: str = "") -> None:  # noqa: ARG002 - see Task
+    def advance(self, amount: float = 1.0, note: str = "") -> None:  # noqa: ARG002 - see ProgressTask
         self.note = note or self.note
 
 
@@ -100,7 +100,7 @@ class _Line(_Noted):
             return
         self._told = time.monotonic()
         share = f"{min(self._done / self._total, 1):.0%}" if self._total else "under way"
-        self._lines.say(f"{self._title}: {share}" + (f" ({self.note})" if self.note else ""))
+        self._lines.log(f"{self._title}: {share}" + (f" ({self.note})" if self.note else ""))
 
 
 class _Bar(_Noted):

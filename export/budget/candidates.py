@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from edgemix.bundle.graph_io import GraphFacts
+from edgemix.bundle.graph_io import GraphConfig
 from edgemix.bundle.stages import stage_key
 from edgemix.errors import storage_errors
 from edgemix.export.graphs.decoder import MODEL_FILE
@@ -18,7 +18,7 @@ from edgemix.export.quantization import quantize
 from edgemix.export.quantization.algorithms.block_table import BlockTable
 from edgemix.export.quantization.algorithms.rtn import rtn
 from edgemix.formats import Format
-from edgemix.progress import Prefixed, Progress
+from edgemix.progress import PrefixedProgress, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +38,7 @@ class Measured(msgspec.Struct, frozen=True):
     """What is known of a member before anything is chosen.
 
     Attributes:
-        facts: Of its quantised graphs.
+        config: Of its quantised graphs.
         bytes: Of its graph on disk, by format.
         groups: Names of the linears that must have the same bits.
         shapes: [out, in] of each linear.
@@ -46,7 +46,7 @@ class Measured(msgspec.Struct, frozen=True):
         sparse: Whether graphs are stored without their zeros.
     """
 
-    facts: GraphFacts
+    config: GraphConfig
     bytes: dict[Format, int]
     groups: tuple[tuple[str, ...], ...]
     shapes: dict[str, tuple[int, int]]
@@ -100,7 +100,7 @@ class Trials:
             losses = {name: {4: 0.0, 8: 0.0} for name in linears} if kept else self._blocks.costs(spec, member)
             half = self._recipe.target == "cuda"
             found = Measured(
-                facts=msgspec.structs.replace(record.facts, dtype="float16" if half else "float32"),
+                config=msgspec.structs.replace(record.config, dtype="float16" if half else "float32"),
                 bytes={
                     form: self._make(spec, form, form, table=kept if form == "int4" else None, sparse=record.sparse)
                     for form in CHOICES
@@ -135,7 +135,7 @@ class Trials:
         self, spec: MemberRecipe, form: Format, name: str, *, table: BlockTable | None = None, sparse: bool = False
     ) -> int:
         """Write a graph; its bytes on disk."""
-        output, progress = self.path(spec, name), Prefixed(self._progress, spec.name)
+        output, progress = self.path(spec, name), PrefixedProgress(self._progress, spec.name)
         source, group = self._graphs.path(spec), self._models.quantization(spec).group
         with progress.stage(f"trial of {name}"), storage_errors(f"writing {output}"):
             text = self._graphs.calibration(spec, form)

@@ -50,7 +50,7 @@ def verdict(
     measured = None
     if budget.seconds is not None:
         heavy = [entry for entry in manifest.members if manifest.weights.default[entry.name] > 0]
-        graphs = {entry.name: StoredGraph(folder / entry.graph, entry.facts) for entry in heavy}
+        graphs = {entry.name: StoredGraph(folder / entry.graph, entry.config) for entry in heavy}
         measured = decoding_times(graphs, prompt, target=manifest.target, progress=progress).together
     figures = BudgetFigures(
         bytes=budget.bytes,
@@ -73,7 +73,7 @@ def verdict(
         remedy = "Run it again with a little less, on a machine that does nothing else; or with --force."
         raise EdgemixError(f"the bundle is not within its budget: {'; '.join(problems)}", remedy)
     for problem in problems:
-        progress.say(f"not within its budget, kept because the export is forced: {problem}")
+        progress.log(f"not within its budget, kept because the export is forced: {problem}")
     return figures
 
 

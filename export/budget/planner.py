@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from edgemix.bundle.manifest import NGRAMS, SCHEMA, TOKENIZER, GraphParity, Manifest, MemberEntry, Source
+from edgemix.bundle.manifest import NGRAMS, SCHEMA, TOKENIZER, GraphParity, Manifest, MemberEntry, ModelSource
 from edgemix.bundle.stages import stage_key
 from edgemix.errors import InputError
 from edgemix.export.budget.candidates import CHOICES, Measured, Trials
@@ -23,7 +23,7 @@ from edgemix.export.models import tokenizers
 from edgemix.export.models.loading import versions
 from edgemix.export.stages.weights import fit_weights, given_weights
 from edgemix.formats import Format
-from edgemix.progress import Prefixed, Progress
+from edgemix.progress import PrefixedProgress, Progress
 from edgemix.recipe.text_sources import read_documents
 from edgemix.runtime import Mixture
 
@@ -245,14 +245,14 @@ class Planner:
         """The members in int8."""
         graphs = self._graphs(measured, "int8")
         root = self._writer.scratch.parent
-        none = Source("", "", 0, ""), GraphParity(0, 0, 0, 0)
+        none = ModelSource("", "", 0, ""), GraphParity(0, 0, 0, 0)
         manifest = Manifest(
             schema=SCHEMA,
             edgemix="",
             target=self._recipe.target,
             seed=self._recipe.seed,
             members=tuple(
-                MemberEntry(name, "int8", graph.path.relative_to(root).as_posix(), none[0], graph.facts, none[1])
+                MemberEntry(name, "int8", graph.path.relative_to(root).as_posix(), none[0], graph.config, none[1])
                 for name, graph in graphs.items()
             ),
             weights=given_weights(msgspec.structs.replace(self._recipe, weights="uniform")),
@@ -265,14 +265,14 @@ class Planner:
     def _graphs(self, measured: Mapping[str, Measured], form: Format) -> dict[str, StoredGraph]:
         """Every member's graph: in the format where it is chosen for, else as it is."""
         return {
-            spec.name: StoredGraph(self._trials.path(spec, form), measured[spec.name].facts)
+            spec.name: StoredGraph(self._trials.path(spec, form), measured[spec.name].config)
             if spec.name in measured
             else self._as_kept(self._kept[spec.name])
             for spec in self._recipe.members
         }
 
     def _as_kept(self, entry: MemberEntry) -> StoredGraph:
-        return StoredGraph(self._writer.folder / entry.graph, entry.facts)
+        return StoredGraph(self._writer.folder / entry.graph, entry.config)
 
     def _times(self, measured: Mapping[str, Measured], weights: Mapping[str, float]) -> dict[str, dict[Format, float]]:
         """Seconds that a token of the mixture takes each member that weighs something, by format."""
@@ -307,11 +307,11 @@ class Planner:
             path = self._trials.path(spec, chosen.format)
             if chosen.eight_bits and weights[spec.name] > 0:
                 path = self._trials.mix(spec, chosen.eight_bits)
-            graphs[spec.name] = StoredGraph(path, measured[spec.name].facts)
+            graphs[spec.name] = StoredGraph(path, measured[spec.name].config)
         return self._time({name: graph for name, graph in graphs.items() if weights[name] > 0}, "choice").together
 
     def _time(self, graphs: Mapping[str, StoredGraph], what: str) -> Times:
-        progress = Prefixed(self._progress, what)
+        progress = PrefixedProgress(self._progress, what)
         return decoding_times(graphs, self.prompt, target=self._recipe.target, progress=progress)
 
     def _validation(self) -> dict[str, list[str]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from edgemix.errors import EdgemixError
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.runtime.evaluation.decode_rate import decoding_rates
 from edgemix.runtime.graphs.decoder import Member
 from edgemix.runtime.graphs.providers import choose
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from edgemix.bundle.graph_io import GraphFacts
+    from edgemix.bundle.graph_io import GraphConfig
     from edgemix.formats import Target
 
 
@@ -25,7 +25,7 @@ class StoredGraph(NamedTuple):
     """A graph on disk, with what the runtime must know of it."""
 
     path: Path
-    facts: GraphFacts
+    config: GraphConfig
 
 
 class Times(NamedTuple):
@@ -41,7 +41,7 @@ class Times(NamedTuple):
 
 
 def decoding_times(
-    graphs: Mapping[str, StoredGraph], prompt: Sequence[int], *, target: Target, progress: Progress = SILENT
+    graphs: Mapping[str, StoredGraph], prompt: Sequence[int], *, target: Target, progress: Progress = NO_PROGRESS
 ) -> Times:
     """Measure members, interleaved, at batch 1; prefill is not counted. See `runtime.speed`.
 
@@ -55,7 +55,7 @@ def decoding_times(
         EdgemixError: The provider does not work here, or the members' context is too short to measure in.
     """
     provider = choose(target)
-    members = [Member.load(graph.path, graph.facts, provider, name=name) for name, graph in graphs.items()]
+    members = [Member.load(graph.path, graph.config, provider, name=name) for name, graph in graphs.items()]
     vocabulary, context = (min(getattr(member, name) for member in members) for name in ("vocabulary", "context"))
     shares = [*np.eye(len(members)), np.full(len(members), 1 / len(members))]
     blends = [Blend.of(members, each, "linear", vocabulary) for each in shares]

@@ -16,7 +16,7 @@ from edgemix.export.finetuning.finetune import finetune_model
 from edgemix.export.models.loading import load_member, load_model, load_tokenizer, locate
 from edgemix.export.pipeline import export_bundle
 from edgemix.files import write_atomically
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.recipe.load import load_recipe
 from edgemix.recipe.schema import MemberRecipe
 from edgemix.runtime import Mixture
@@ -104,7 +104,7 @@ class DemoReport:
     seconds: float
 
 
-def run_demo(folder: Path, *, tiny: bool = False, minutes: float = 1.0, progress: Progress = SILENT) -> DemoReport:
+def run_demo(folder: Path, *, tiny: bool = False, minutes: float = 1.0, progress: Progress = NO_PROGRESS) -> DemoReport:
     """Make two experts on Python's own text, mix them with their base, and measure the mixture.
 
     Everything stays in `folder`; a run that was interrupted goes on where it stopped, and one that is repeated only
@@ -198,7 +198,7 @@ def _make_experts(folder: Path, texts: Mapping[str, Texts], minutes: float, prog
             learning_rate=_LEARNING_RATE,
             progress=progress,
         )
-        progress.say(
+        progress.log(
             f"{domain}: validation loss {report.validation_before:.3f} -> {report.validation_after:.3f} "
             f"after {report.steps} steps"
         )
@@ -212,7 +212,7 @@ def _base(folder: Path, progress: Progress) -> tuple[PreTrainedModel, PreTrained
             return load_model(location), load_tokenizer(location)
     member = load_member(MemberRecipe(name="base", model=str(_gguf())), Path(), progress)
     with progress.stage(f"save {folder.name}"):
-        save_member(member.model, member.tokenizer, folder, licence=member.source.licence)
+        save_member(member.model, member.tokenizer, folder, license_id=member.source.license)
     return member.model, member.tokenizer
 
 

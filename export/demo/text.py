@@ -13,7 +13,7 @@ import msgspec
 
 from edgemix.errors import InputError
 from edgemix.files import write_atomically
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.recipe.text_sources import TextSource, read_documents
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Texts:
     test: list[str]
 
 
-def make_texts(folder: Path, progress: Progress = SILENT) -> dict[str, Texts]:
+def make_texts(folder: Path, progress: Progress = NO_PROGRESS) -> dict[str, Texts]:
     """Write the texts to `folder`, a .jsonl file for each domain and part, or read them if all are there.
 
     Raises:

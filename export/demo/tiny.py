@@ -16,7 +16,7 @@ from edgemix.export.data.text import windows
 from edgemix.export.training.checkpoints import Checkpoint
 from edgemix.export.training.loop import Budget, fingerprint, train
 from edgemix.export.training.token_loss import token_loss
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,7 +53,7 @@ def train_member(
     steps: int = 150,
     learning_rate: float = 4e-3,
     seed: int = 0,
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> None:
     """Train all weights of a small Llama on documents and save it with its tokenizer as a Hugging Face folder.
 
@@ -93,16 +93,16 @@ def train_member(
 
 
 def save_member(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path, *, licence: str | None = None
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path, *, license_id: str | None = None
 ) -> None:
-    """Write a model and its tokenizer beside `output` and move them there in one step; a card states the licence."""
+    """Write a model and its tokenizer beside `output` and move them there in one step; a card states the license."""
     staging = output.with_name(f".{output.name}.partial")
     with storage_errors(f"writing {output}"):
         shutil.rmtree(staging, ignore_errors=True)
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        if licence:
-            (staging / "README.md").write_text(f"---\nlicense: {licence}\n---\n", "utf-8")
+        if license_id:
+            (staging / "README.md").write_text(f"---\nlicense: {license_id}\n---\n", "utf-8")
         staging.rename(output)
 
 

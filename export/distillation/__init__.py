@@ -7,7 +7,7 @@
         weights: Mapping[str, float], # member name -> share, fitted or given
         teacher: Teacher,             # the mixture, by its graphs or its torch models
         folder: Path,                 # kept between calls: the teacher's cache, the checkpoint and the model lie in it
-        progress: Progress = SILENT,
+        progress: Progress = NO_PROGRESS,
     ) -> Path                         # folder / "model": a Hugging Face folder with the tokenizer, fp32
 
 The same call takes up what an interrupted one has done, and returns at once where all is done.

@@ -36,7 +36,7 @@ from edgemix.export.training.losses import Objective
 from edgemix.export.training.output_folder import alone, prepare, seal, sealed
 from edgemix.export.training.token_loss import bfloat16_pays
 from edgemix.files import write_atomically
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.recipe.compression import Student
 from edgemix.recipe.load import check
 
@@ -95,7 +95,9 @@ class DistilReport(msgspec.Struct, frozen=True):
     held_out: float | None
 
 
-def distil(recipe: Recipe, output: Path, *, bundle: Path | None = None, progress: Progress = SILENT) -> DistilReport:
+def distil(
+    recipe: Recipe, output: Path, *, bundle: Path | None = None, progress: Progress = NO_PROGRESS
+) -> DistilReport:
     """Distil a recipe's mixture into its student, and write that as a Hugging Face folder with the tokenizer.
 
     A run that is interrupted leaves its work beside `output`; the same call takes it up. With a number of steps the
@@ -119,7 +121,7 @@ def distil(recipe: Recipe, output: Path, *, bundle: Path | None = None, progress
     begun = torch.distributed.is_available() and torch.distributed.is_initialized()
     workers = accelerate.Accelerator()
     first = workers.is_main_process
-    progress = progress if first else SILENT
+    progress = progress if first else NO_PROGRESS
     folder = output.with_name(f".{output.name}.distilling")
     try:
         with alone(output) if first else nullcontext(), open_teacher(recipe, bundle, workers.device, progress) as found:
@@ -137,7 +139,7 @@ def distil(recipe: Recipe, output: Path, *, bundle: Path | None = None, progress
 
 
 def make_student(
-    recipe: Recipe, weights: Mapping[str, float], teacher: Teacher, folder: Path, progress: Progress = SILENT
+    recipe: Recipe, weights: Mapping[str, float], teacher: Teacher, folder: Path, progress: Progress = NO_PROGRESS
 ) -> Path:
     """As `distil`, for an export under way.
 
@@ -192,7 +194,7 @@ class _Distillation:
         folder: Path,
         *,
         workers: accelerate.Accelerator | None = None,
-        progress: Progress = SILENT,
+        progress: Progress = NO_PROGRESS,
     ) -> None:
         if recipe.student is None:
             raise InputError("the recipe has no student", "Add student: to it.")

@@ -23,7 +23,7 @@ from edgemix.export.models.loading import MemberLoader
 from edgemix.export.pruning.importance import Importance, importance
 from edgemix.export.pruning.structure import Sizes, Structure
 from edgemix.export.pruning.structured import cut, sizes
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.recipe.compression import Student
 from edgemix.recipe.validation import local_path
 
@@ -122,7 +122,7 @@ def new_student(
     windows: Tensor,
     *,
     distance: Callable[[PreTrainedModel], float],
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> Beginning:
     """The student that a recipe describes, before it learns.
 
@@ -188,7 +188,7 @@ def _sizes_to_be(model: PreTrainedModel, student: Student, form: Format, target:
     return replace(Structure(model).sizes, layers=layers)
 
 
-def smaller(model: PreTrainedModel, to: Sizes, windows: Tensor, progress: Progress = SILENT) -> PreTrainedModel:
+def smaller(model: PreTrainedModel, to: Sizes, windows: Tensor, progress: Progress = NO_PROGRESS) -> PreTrainedModel:
     """A new model cut to sizes and settled; `model` stays as it is.
 
     Raises:
@@ -215,7 +215,11 @@ def spread(layers: int, keep: int) -> list[int]:
 
 
 def settle(
-    student: PreTrainedModel, model: PreTrainedModel, kept: Sequence[int], windows: Tensor, progress: Progress = SILENT
+    student: PreTrainedModel,
+    model: PreTrainedModel,
+    kept: Sequence[int],
+    windows: Tensor,
+    progress: Progress = NO_PROGRESS,
 ) -> None:
     """Let each layer of a student, from the first on, end where the model's next layer that stayed begins.
 

@@ -27,7 +27,7 @@ from edgemix.export.stages.weights import fit
 from edgemix.export.training.loop import fingerprint
 from edgemix.export.training.losses import TopK, top_k_of_probabilities
 from edgemix.export.training.token_loss import bfloat16_pays, plain_head
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.recipe.text_sources import read_documents
 from edgemix.runtime import Mixture
 from edgemix.runtime.mixing.arithmetic import normalise
@@ -226,7 +226,7 @@ class _Placed(NamedTuple):
 
 @contextmanager
 def open_teacher(
-    recipe: Recipe, bundle: Path | None, device: torch.device, progress: Progress = SILENT
+    recipe: Recipe, bundle: Path | None, device: torch.device, progress: Progress = NO_PROGRESS
 ) -> Iterator[tuple[Teacher, dict[str, float]]]:
     """The teacher of a recipe's student, with the weights of its members.
 

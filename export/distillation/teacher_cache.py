@@ -20,7 +20,7 @@ from edgemix.bundle.stages import stage_key
 from edgemix.errors import EdgemixError, storage_errors
 from edgemix.export.training.losses import TopK
 from edgemix.files import write_atomically
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,7 +64,7 @@ class TeacherCache:
         seconds: float | None = None,
         workers: Accelerator | None = None,
         title: str = "teacher",
-        progress: Progress = SILENT,
+        progress: Progress = NO_PROGRESS,
     ) -> TeacherCache:
         """Ask for what is not there yet, from the first window on.
 

@@ -22,7 +22,7 @@ from edgemix.export.data.text import windows
 from edgemix.export.graphs.decoder import MODEL_FILE
 from edgemix.export.quantization.graph.emission import CONTRIB, add_initializer
 from edgemix.files import write_atomically
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.recipe.text_sources import read_documents
 from edgemix.runtime.graphs.decoder import Member
 
@@ -76,7 +76,7 @@ def make_draft(
     *,
     tokenizer: PreTrainedTokenizerBase,
     known: TokenizerEntry,
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> DraftGraph | None:
     """Write the student's graph for drafts beside its whole one.
 
@@ -113,7 +113,7 @@ def make_draft(
                 return DraftGraph(f"{STUDENT}/{GRAPH_FILE}", f"{STUDENT}/{TOKENS_FILE}", len(tokens))
             graph.unlink(missing_ok=True)
             listed.unlink(missing_ok=True)
-    progress.say(f"{entry.name}: drafts with its whole head, as {reason}")
+    progress.log(f"{entry.name}: drafts with its whole head, as {reason}")
     return None
 
 
@@ -164,11 +164,11 @@ def _written(whole: Path, graph: Path, entry: MemberEntry, tokens: NDArray[np.in
         return "its weights are stored without their zeros"
     if not cut_head(whole, graph, tokens):
         return "that is of a form that cannot be cut"
-    probe = np.array(text[: min(_PROBE, entry.facts.context)], np.int64)
-    facts = msgspec.structs.replace(entry.facts, vocabulary=len(tokens))
+    probe = np.array(text[: min(_PROBE, entry.config.context)], np.int64)
+    config = msgspec.structs.replace(entry.config, vocabulary=len(tokens))
     try:
-        found = Member.load(graph, facts, tokens=tokens).forward([probe])[0]
-        expected = Member.load(whole, entry.facts).forward([probe])[0][:, tokens]
+        found = Member.load(graph, config, tokens=tokens).forward([probe])[0]
+        expected = Member.load(whole, entry.config).forward([probe])[0][:, tokens]
     except EdgemixError as error:
         return f"with a cut one it does not run: {error.message}"
     if not np.abs(found - expected).max() <= _CLOSE * np.abs(expected).max():

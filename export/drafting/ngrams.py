@@ -16,7 +16,7 @@ from edgemix.bundle.stages import stage_key
 from edgemix.export.data.text import windows
 from edgemix.export.models.tokenizers import tokenizer_json
 from edgemix.files import write_atomically
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.recipe.text_sources import read_documents
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ _CLOSE = 0.15
 
 
 def write_ngrams(
-    recipe: Recipe, writer: BundleWriter, *, tokenizer: PreTrainedTokenizerBase, progress: Progress = SILENT
+    recipe: Recipe, writer: BundleWriter, *, tokenizer: PreTrainedTokenizerBase, progress: Progress = NO_PROGRESS
 ) -> int:
     """Count the n-grams of a recipe's training text, and write them to its bundle.
 

@@ -20,7 +20,7 @@ from edgemix.export.training.lora import FreshAdapter, adapted, fast_attention
 from edgemix.export.training.output_folder import alone, prepare, written
 from edgemix.export.training.qlora import is_in_four_bits, load_base
 from edgemix.export.training.token_loss import bfloat16_pays, token_loss
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -61,7 +61,7 @@ def finetune(
     *,
     validation: Sequence[str] | None = None,
     four_bit: bool = False,
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
     **options: Unpack[TrainingOptions],
 ) -> FinetuneReport:
     """Fine-tune a model that lies in a folder, a .gguf file or on the hub; see `finetune_model`.
@@ -100,7 +100,7 @@ def finetune_model(
     *,
     base_name: str,
     validation: Sequence[str] | None = None,
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
     **options: Unpack[TrainingOptions],
 ) -> FinetuneReport:
     """Train a LoRA adapter on documents and write it as a PEFT folder. `model` comes back as it was, frozen.

@@ -22,7 +22,7 @@ from edgemix.export.models.tokenizers import tokenizer_size
 from edgemix.export.training.checkpoints import Checkpoint, State
 from edgemix.export.training.loop import train
 from edgemix.export.training.output_folder import alone, prepare, written
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.recipe.text_sources import read_documents
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def finetune_mixture(
     separate: bool = False,
     fit_weights: bool | None = None,
     four_bit: bool = False,
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
     **options: Unpack[TrainingOptions],
 ) -> MixtureReport:
     """Train an adapter for each member of a recipe, and write them with a recipe that names them.

@@ -13,7 +13,7 @@ from edgemix.export.training.loop import fingerprint
 from edgemix.export.training.lora import FreshAdapter, adapted, fast_attention
 from edgemix.export.training.qlora import load_base
 from edgemix.export.training.token_loss import bfloat16_pays, token_losses
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -89,7 +89,7 @@ def open_members(
     *,
     four_bit: bool = False,
     vocabulary: int | None = None,
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> Iterator[list[TunedMember]]:
     """All members of a recipe, on the GPU if there is one.
 

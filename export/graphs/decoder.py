@@ -23,14 +23,14 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from edgemix.bundle import graph_io
-from edgemix.bundle.graph_io import CacheKind, GraphFacts
+from edgemix.bundle.graph_io import CacheKind, GraphConfig
 from edgemix.errors import EdgemixError, ParityError
 from edgemix.export.graphs import mobius, traced
 from edgemix.export.graphs.weights import head
 from edgemix.export.models.architecture import context_length
 from edgemix.export.parity.gate import check_graph, enforce
 from edgemix.export.quantization.graph.emission import add_initializer
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +49,7 @@ _ALL = 2**40
 """Logits to keep: more than any sequence has, and still a number where a stack of members multiplies it."""
 _LAST = (("end", 2**63 - 1), ("axis", 1), ("zero", 0))
 
-Gate = Callable[[Path, GraphFacts], "GraphParity"]
+Gate = Callable[[Path, GraphConfig], "GraphParity"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class ExportedGraph:
     """A graph that passed the gate: its file, what the runtime must know of it, the paths refused before it."""
 
     path: Path
-    facts: GraphFacts
+    config: GraphConfig
     fallbacks: tuple[str, ...]
     parity: GraphParity
 
@@ -85,7 +85,7 @@ def export_graph(
     target: Target,
     gate: Gate | None = None,
     force: bool = False,
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> ExportedGraph:
     """Write `folder`/model.onnx and its external data for `model`.
 
@@ -101,7 +101,7 @@ def export_graph(
         ParityError: Graphs run, but none of them is the model.
         EdgemixError: No graph runs; the message names the model type and each path's reason.
     """
-    measure = gate or (lambda path, facts: check_graph(model, path, facts))
+    measure = gate or (lambda path, config: check_graph(model, path, config))
     folder.mkdir(parents=True, exist_ok=True)
     model_type = model.config.model_type
     refused: dict[str, str] = {}
@@ -109,17 +109,17 @@ def export_graph(
     for forced in (False, True) if force else (False,):
         for path in _PATHS:
             try:
-                facts, parity = _attempt(path, model, folder, target, measure, forced=forced)
+                config, parity = _attempt(path, model, folder, target, measure, forced=forced)
             except OSError:
                 raise  # the disk's trouble is no path's fault
             except Exception as error:  # noqa: BLE001 - exporters raise anything; the reason is told and recorded
                 reason = _one_line(error).replace(f"{folder}{os.sep}", "")
                 if path.exporter not in refused:
-                    progress.say(f"{model_type}: the path {path.exporter} is refused: {reason}")
+                    progress.log(f"{model_type}: the path {path.exporter} is refused: {reason}")
                 refused[path.exporter] = reason
                 kind = ParityError if isinstance(error, ParityError) else kind
             else:
-                return ExportedGraph(folder / MODEL_FILE, facts, _listed(refused), parity)
+                return ExportedGraph(folder / MODEL_FILE, config, _listed(refused), parity)
     raise kind(
         f"no exporter can make a graph of the model type {model_type!r}:\n  " + "\n  ".join(_listed(refused)),
         "Use --force to take the first graph that runs." if kind is ParityError else "",
@@ -128,26 +128,26 @@ def export_graph(
 
 def _attempt(
     path: _Path, model: PreTrainedModel, folder: Path, target: Target, measure: Gate, *, forced: bool
-) -> tuple[GraphFacts, GraphParity]:
+) -> tuple[GraphConfig, GraphParity]:
     """Build, write, load and measure one path's graph; it reaches `folder` only if it passes."""
     graph = path.build(model)
-    facts = _finish(graph, model, path, target)
+    config = _finish(graph, model, path, target)
     scratch = folder / f".{path.exporter}"
     shutil.rmtree(scratch, ignore_errors=True)  # what a killed export left
     scratch.mkdir()
     try:
         ir.save(graph, scratch / MODEL_FILE, external_data=DATA_FILE)
-        parity = measure(scratch / MODEL_FILE, facts)
+        parity = measure(scratch / MODEL_FILE, config)
         enforce(parity, forced=forced)
         for name in (MODEL_FILE, DATA_FILE):
             (scratch / name).replace(folder / name)
     finally:
         shutil.rmtree(scratch)
-    return facts, parity
+    return config, parity
 
 
-def _finish(graph: ir.Model, model: PreTrainedModel, path: _Path, target: Target) -> GraphFacts:
-    """Give the graph the axes of `graph_io`, strip what depends on the machine, and tell its facts."""
+def _finish(graph: ir.Model, model: PreTrainedModel, path: _Path, target: Target) -> GraphConfig:
+    """Give the graph the axes of `graph_io`, strip what depends on the machine, and tell its config."""
     for value in [value for value in graph.graph.inputs if value.name == graph_io.POSITION_IDS and not value.uses()]:
         graph.graph.inputs.remove(value)
     vocabulary = _name_axes(graph.graph)
@@ -158,7 +158,7 @@ def _finish(graph: ir.Model, model: PreTrainedModel, path: _Path, target: Target
     common.ClearMetadataAndDocStringPass()(graph)
     if target == "cuda":
         graph.graph.opset_imports[""] = min(graph.graph.opset_imports[""], _CUDA_OPSET)
-    return GraphFacts(
+    return GraphConfig(
         exporter=path.exporter,
         cache=path.cache,
         layers=sum(value.name.endswith(".key") for value in graph.graph.inputs),

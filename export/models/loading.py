@@ -16,10 +16,10 @@ import torch
 from optimum.exporters.tasks import TasksManager
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from edgemix.bundle.manifest import Source
+from edgemix.bundle.manifest import ModelSource
 from edgemix.errors import EdgemixError, InputError
 from edgemix.files import hash_file
-from edgemix.progress import SILENT, Prefixed, Progress
+from edgemix.progress import NO_PROGRESS, PrefixedProgress, Progress
 from edgemix.recipe.validation import local_path
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class LoadedMember:
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    source: Source
+    source: ModelSource
 
 
 @dataclass(frozen=True)
@@ -124,13 +124,13 @@ class _Base:
     location: Location
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    licence: str | None
+    license: str | None
 
 
 class MemberLoader:
     """Loads members one after the other, and keeps the last base model for the next adapter on it."""
 
-    def __init__(self, folder: Path, progress: Progress = SILENT) -> None:
+    def __init__(self, folder: Path, progress: Progress = NO_PROGRESS) -> None:
         self._folder = folder
         self._progress = progress
         self._base: _Base | None = None
@@ -143,28 +143,28 @@ class MemberLoader:
         """
         location = locate(spec.model, self._folder)
         adapter = locate(spec.adapter, self._folder) if spec.adapter else None
-        with Prefixed(self._progress, spec.name).stage(f"load {location.name}"):
+        with PrefixedProgress(self._progress, spec.name).stage(f"load {location.name}"):
             digest = location.sha256() + (adapter.sha256() if adapter else "")
             base = self._load_base(location)
             model = merge_adapter(copy.deepcopy(base.model), adapter) if adapter else base.model
-        source = Source(
+        source = ModelSource(
             model=location.name,
             model_type=model.config.model_type,
             parameters=sum(p.numel() for p in model.parameters()),
             sha256=hashlib.sha256(digest.encode()).hexdigest(),
             adapter=adapter.name if adapter else None,
-            licence=base.licence,
+            license=base.license,
         )
         return LoadedMember(spec.name, model, base.tokenizer, source)
 
     def _load_base(self, location: Location) -> _Base:
         if self._base is None or self._base.location != location:
             self._base = None  # free the last one before the next is read
-            self._base = _Base(location, load_model(location), load_tokenizer(location), _licence(location))
+            self._base = _Base(location, load_model(location), load_tokenizer(location), _license(location))
         return self._base
 
 
-def load_member(spec: MemberRecipe, folder: Path, progress: Progress = SILENT) -> LoadedMember:
+def load_member(spec: MemberRecipe, folder: Path, progress: Progress = NO_PROGRESS) -> LoadedMember:
     """Read one member; see `MemberLoader.load`."""
     return MemberLoader(folder, progress).load(spec)
 
@@ -302,8 +302,8 @@ def end_ids(member: LoadedMember) -> set[int]:
     return {i for i in [*ids, member.tokenizer.eos_token_id] if i is not None}
 
 
-def _licence(location: Location) -> str | None:
-    """The licence that the model's card or its GGUF metadata states."""
+def _license(location: Location) -> str | None:
+    """The license that the model's card or its GGUF metadata states."""
     if location.gguf:
         from gguf import GGUFReader
 

@@ -18,7 +18,7 @@ import torch
 from edgemix.bundle.manifest import GraphParity, PruningFigures, QuantizationParity
 from edgemix.errors import ParityError
 from edgemix.export.models.architecture import sliding_windows
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.runtime.graphs.decoder import Member
 from edgemix.runtime.mixing.arithmetic import log_softmax
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
-    from edgemix.bundle.graph_io import GraphFacts
+    from edgemix.bundle.graph_io import GraphConfig
     from edgemix.formats import Format
 
     Tokens = NDArray[np.int64]
@@ -37,20 +37,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Limits:
-    """How far a format may go from fp32: mean KL divergence (nats a token), share of flips, perplexity ratio."""
+    """How far a format may go from fp32: mean KL divergence (nats a token), top-1 disagreement, perplexity ratio."""
 
     kl: float
-    flips: float
+    top1_disagreement: float
     perplexity_ratio: float
 
 
 LIMITS: dict[Format, Limits] = {
-    "fp32": Limits(kl=1e-6, flips=0.001, perplexity_ratio=1.001),
-    "fp16": Limits(kl=1e-3, flips=0.01, perplexity_ratio=1.01),
-    "int8": Limits(kl=0.02, flips=0.05, perplexity_ratio=1.03),
-    "int8-dynamic": Limits(kl=0.05, flips=0.1, perplexity_ratio=1.05),
-    "int4": Limits(kl=0.45, flips=0.35, perplexity_ratio=1.5),
-    "nf4": Limits(kl=0.45, flips=0.35, perplexity_ratio=1.5),
+    "fp32": Limits(kl=1e-6, top1_disagreement=0.001, perplexity_ratio=1.001),
+    "fp16": Limits(kl=1e-3, top1_disagreement=0.01, perplexity_ratio=1.01),
+    "int8": Limits(kl=0.02, top1_disagreement=0.05, perplexity_ratio=1.03),
+    "int8-dynamic": Limits(kl=0.05, top1_disagreement=0.1, perplexity_ratio=1.05),
+    "int4": Limits(kl=0.45, top1_disagreement=0.35, perplexity_ratio=1.5),
+    "nf4": Limits(kl=0.45, top1_disagreement=0.35, perplexity_ratio=1.5),
 }
 """Set by SmolLM2-135M: small, and so hard to quantise. Worst of WikiText-2 and Python it has: int8 0.004, 0.015, 1.01;
 int4 0.29, 0.26, 1.27, nf4 a bit less; int8-dynamic 1.01 with its outliers treated, and otherwise, which must not pass,
@@ -91,10 +91,10 @@ _ENOUGH_TOKENS = 512
 _MOST_TOKENS = 2048
 _SAMPLED_ROWS = 8
 _DECODED, _DECODED_TEXTS = 128, 8
-"""Positions at which the gate decodes, and the most texts that they lie in: enough for a mean KL, not for flips."""
+"""Positions at which the gate decodes, and the most texts they lie in: enough for a mean KL, not for argmax counts."""
 
 
-def check_graph(model: PreTrainedModel, path: Path, facts: GraphFacts) -> GraphParity:
+def check_graph(model: PreTrainedModel, path: Path, config: GraphConfig) -> GraphParity:
     """Compare a graph with the torch model on random tokens: each sequence alone and uncached in torch, against the
     graph's prefill, its decoding of one and of several tokens after a past, and a batch of unequal lengths.
 
@@ -102,10 +102,10 @@ def check_graph(model: PreTrainedModel, path: Path, facts: GraphFacts) -> GraphP
     that no two ways to compute it agree, a difference counts in units of what a position may differ by (`NOISE_ROOM`).
     """
     windows = [window for window in sliding_windows(model.config) if window and window <= CHECKED_WINDOW]
-    longest = min(facts.context, max(_LENGTH, *(window + 16 for window in windows), 0))
+    longest = min(config.context, max(_LENGTH, *(window + 16 for window in windows), 0))
     rows = _random_rows((longest, longest // 2, _STEPS + 2), model.config.get_text_config().vocab_size)
     expected = [_reference(model, row) for row in rows]
-    member = Member.load(path, facts, name=facts.exporter)
+    member = Member.load(path, config, name=config.exporter)
     return GraphParity(
         prefill=_worst([_difference(expected[0], member.forward(rows[:1])[0])]),
         decode=_worst(_decode_differences(member, rows[0], expected[0])),
@@ -117,13 +117,13 @@ def check_graph(model: PreTrainedModel, path: Path, facts: GraphFacts) -> GraphP
 def check_quantized(
     fp32_path: Path,
     path: Path,
-    facts: GraphFacts,
+    config: GraphConfig,
     windows: Sequence[Sequence[int]] | None,
     *,
     format: Format,  # noqa: A002 - the recipe's word
     voice: int = 0,
     seed: int = 0,
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> QuantizationParity:
     """Compare a stored graph with the fp32 graph that it was made from, where it reads whole texts, and where it reads
     a token after a past: quantised products of one row have kernels of their own.
@@ -131,7 +131,7 @@ def check_quantized(
     Args:
         fp32_path: The fp32 graph.
         path: The stored graph.
-        facts: Of the stored graph; the fp32 graph differs from it in the dtype, and speaks for one member only.
+        config: Of the stored graph; the fp32 graph differs from it in the dtype, and speaks for one member only.
         windows: Texts as token ids. Of many, some are taken evenly from all, about 2,048 tokens; to fewer than 512
             tokens are added texts that the fp32 graph itself writes (sampled at temperature 1 after random first
             tokens), so that a recipe without data has a gate too.
@@ -140,8 +140,8 @@ def check_quantized(
         seed: Of the texts that the fp32 graph writes.
         progress: Told of every piece of text read.
     """
-    source = Member.load(fp32_path, msgspec.structs.replace(facts, dtype="float32", voices=1, cache_dtype=None))
-    stored = Member.load(path, facts)
+    source = Member.load(fp32_path, msgspec.structs.replace(config, dtype="float32", member_count=1, cache_dtype=None))
+    stored = Member.load(path, config)
     texts = _texts(source, windows or (), seed)
     prefill, decode = Distance(), Distance()
     with progress.stage("parity", total=sum(len(text) - 1 for text in texts)) as task:
@@ -158,8 +158,8 @@ def check_quantized(
         tokens=prefill.tokens,
         kl=prefill.kl,
         kl_limit=limits.kl,
-        flips=prefill.flips,
-        flips_limit=limits.flips,
+        top1_disagreement=prefill.top1_disagreement,
+        top1_disagreement_limit=limits.top1_disagreement,
         perplexity_ratio=prefill.perplexity_ratio,
         perplexity_ratio_limit=limits.perplexity_ratio,
         decode_kl=decode.kl if decode.tokens else None,
@@ -176,7 +176,7 @@ class Distance:
     def __init__(self) -> None:
         self.tokens = 0
         self._kl = self._surprise = 0.0
-        self._flips = 0
+        self._top1_disagreements = 0
 
     def add(self, p: NDArray[np.float32], q: NDArray[np.float32], targets: Tokens) -> None:
         """Take in log-probabilities [tokens, vocabulary] of both, and the tokens that came next."""
@@ -184,7 +184,7 @@ class Distance:
         self.tokens += len(p)
         self._kl += float((np.exp(p) * (p - q)).sum(dtype=np.float64))
         margin = p.max(axis=1) - p[rows, q.argmax(axis=1)]
-        self._flips += int((margin > FLIP_MARGIN).sum())
+        self._top1_disagreements += int((margin > FLIP_MARGIN).sum())
         self._surprise += float((p - q)[rows, targets].sum(dtype=np.float64))
 
     @property
@@ -193,9 +193,9 @@ class Distance:
         return self._kl / self.tokens
 
     @property
-    def flips(self) -> float:
+    def top1_disagreement(self) -> float:
         """Share of positions at which p prefers its own most probable token to q's by more than `FLIP_MARGIN`."""
-        return self._flips / self.tokens
+        return self._top1_disagreements / self.tokens
 
     @property
     def perplexity_ratio(self) -> float:
@@ -227,7 +227,7 @@ def enforce(
         what = f"is too far from the model before pruning on {figures.tokens} tokens"
         remedy = "Prune less, let it recover longer (recover: MINUTES), or keep it as it is with --force."
     else:
-        limits = {name: getattr(figures, f"{name}_limit") for name in ("kl", "flips", "perplexity_ratio")}
+        limits = {name: getattr(figures, f"{name}_limit") for name in ("kl", "top1_disagreement", "perplexity_ratio")}
         if figures.decode_kl is not None:
             limits["decode_kl"] = figures.kl_limit
         what = f"is too far from the fp32 graph on {figures.tokens} tokens"
@@ -337,12 +337,12 @@ def _worst(differences: Iterable[float]) -> float:
 
 
 def own_texts(
-    path: Path, facts: GraphFacts, tokens: int, *, seed: int = 0, vocabulary: int | None = None
+    path: Path, config: GraphConfig, tokens: int, *, seed: int = 0, vocabulary: int | None = None
 ) -> list[list[int]]:
     """At least `tokens` tokens of text that an fp32 graph writes itself, for a recipe without text. With ids below a
     `vocabulary` that others share, they can read it.
     """
-    source = Member.load(path, msgspec.structs.replace(facts, dtype="float32"))
+    source = Member.load(path, msgspec.structs.replace(config, dtype="float32"))
     return [text.tolist() for text in _sample(source, tokens, seed, vocabulary)]
 
 

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from edgemix.bundle.manifest import MixtureParity
 from edgemix.errors import storage_errors
 from edgemix.export.parity.gate import Distance
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.runtime.evaluation.scoring import read
 from edgemix.runtime.graphs.decoder import Member
 from edgemix.runtime.mixing.arithmetic import linear, log_softmax
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemix.bundle.graph_io import GraphFacts
+    from edgemix.bundle.graph_io import GraphConfig
     from edgemix.runtime import Mixture
 
 MIXTURE_TOKENS = 1_024
@@ -41,18 +41,18 @@ _ROWS = 32
 
 
 def keep_distributions(
-    path: Path, facts: GraphFacts, texts: Sequence[Sequence[int]], output: Path, *, progress: Progress = SILENT
+    path: Path, config: GraphConfig, texts: Sequence[Sequence[int]], output: Path, *, progress: Progress = NO_PROGRESS
 ) -> None:
     """Write what an fp32 graph says to texts: for each, log-probabilities fp16 [tokens - 1, vocabulary], nats.
 
     Args:
-        path: The fp32 graph; `facts` its own.
-        facts: See `path`.
+        path: The fp32 graph; `config` its own.
+        config: See `path`.
         texts: Token ids, at least two each; what is beyond the graph's context is left out.
         output: A safetensors file, tensors "0", "1" and so on.
         progress: Hears of the tokens read.
     """
-    member = Member.load(path, msgspec.structs.replace(facts, dtype="float32"))
+    member = Member.load(path, msgspec.structs.replace(config, dtype="float32"))
     kept = {}
     with progress.stage("fp32 distributions", sum(len(text) - 1 for text in texts)) as task:
         for number, text in enumerate(texts):
@@ -68,7 +68,7 @@ def keep_distributions(
 
 
 def compare_mixtures(
-    mixture: Mixture, kept: Mapping[str, Path], texts: Sequence[Sequence[int]], *, progress: Progress = SILENT
+    mixture: Mixture, kept: Mapping[str, Path], texts: Sequence[Sequence[int]], *, progress: Progress = NO_PROGRESS
 ) -> MixtureParity:
     """Compare a mixture, with its own weights, with that of its members' fp32 graphs.
 
@@ -97,7 +97,7 @@ def compare_mixtures(
         weights=dict(mixture.weights),
         tokens=distance.tokens,
         kl=distance.kl,
-        flips=distance.flips,
+        top1_disagreement=distance.top1_disagreement,
         perplexity_ratio=distance.perplexity_ratio,
     )
 

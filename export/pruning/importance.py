@@ -18,7 +18,7 @@ import torch
 
 from edgemix.export.pruning.structure import Structure
 from edgemix.export.training.token_loss import bfloat16_pays
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -54,7 +54,7 @@ def importance(
     windows: Sequence[Sequence[int]],
     *,
     sizes: Sizes | None = None,
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> Importance:
     """Measure what `cut` needs.
 
@@ -87,7 +87,7 @@ def second_moments(
     model: PreTrainedModel,
     modules: Sequence[nn.Module],
     windows: Sequence[Sequence[int]],
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> dict[nn.Module, Tensor]:
     """The mean of x x^T over tokens, x what a linear reads: fp32 [inputs, inputs] for each.
 

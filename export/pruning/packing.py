@@ -21,7 +21,7 @@ from edgemix.bundle.sparse_storage import (
     write_header,
 )
 from edgemix.errors import EdgemixError, storage_errors
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.runtime.graphs.sparse_weights import expand
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class _Kind:
     zero_points: tuple[int, int, int] | None = None
 
 
-def pack_weights(graph: Path, progress: Progress = SILENT) -> SparseWeights | None:
+def pack_weights(graph: Path, progress: Progress = NO_PROGRESS) -> SparseWeights | None:
     """Put a .sparse file in the place of a graph's external data file, if that is smaller.
 
     Args:

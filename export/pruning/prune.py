@@ -25,7 +25,7 @@ from edgemix.export.pruning.structure import Sizes, Structure
 from edgemix.export.pruning.structured import cut, kept_layers, sizes
 from edgemix.export.training.loop import Budget, fingerprint
 from edgemix.export.training.output_folder import alone, prepare, written
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.recipe.compression import check_pruning
 from edgemix.recipe.schema import MemberRecipe
 from edgemix.recipe.text_sources import read_documents
@@ -77,7 +77,7 @@ def prune(
     adapter: str | None = None,
     recovery_steps: int | None = None,
     seed: int = 0,
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> PruningReport:
     """Prune a model that lies in a folder, a .gguf file or on the hub, and write what is left as a Hugging Face folder.
 
@@ -113,8 +113,8 @@ def prune(
         with written(output) as folder:
             pruned.model.save_pretrained(folder)
             member.tokenizer.save_pretrained(folder)
-            if member.source.licence:
-                (folder / "README.md").write_text(f"---\nlicense: {member.source.licence}\n---\n", "utf-8")
+            if member.source.license:
+                (folder / "README.md").write_text(f"---\nlicense: {member.source.license}\n---\n", "utf-8")
         shutil.rmtree(scratch, ignore_errors=True)
     return pruned.report
 
@@ -126,7 +126,7 @@ def prune_member(
     output: Path,
     *,
     scratch: Path,
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> PruningFigures:
     """Prune a recipe's member for export.
 
@@ -197,7 +197,7 @@ def prune_model(
     scratch: Path | None = None,
     recovery_steps: int | None = None,
     seed: int = 0,
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> Pruned:
     """Prune a model in `pruning.steps` cuts with recovery after each.
 

@@ -11,7 +11,7 @@ from edgemix.export.training.loop import Budget, train
 from edgemix.export.training.lora import fast_attention
 from edgemix.export.training.self_divergence import self_divergence
 from edgemix.export.training.token_loss import bfloat16_pays
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +36,7 @@ def recover(
     seed: int = 0,
     checkpoint: Checkpoint | None = None,
     title: str = "recover",
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> State:
     """Train all of `model` but embeddings and head, in place; weights that are zero stay zero.
 

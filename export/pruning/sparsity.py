@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from edgemix.export.models.layout import Part
 from edgemix.export.quantization.statistics.calibration import calibrate
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -44,7 +44,7 @@ def sparsify(
     pattern: Pattern = "unstructured",
     criterion: Criterion = "wanda",
     windows: Sequence[Sequence[int]] = (),
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> None:
     """Set a share of each linear's weights to zero, in place. Weights that are zero already are the first to go.
 

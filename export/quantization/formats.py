@@ -25,7 +25,7 @@ from edgemix.export.quantization.graph.emission import (
 )
 from edgemix.export.quantization.graph.float16 import compute_in_float16, store_halves, store_in_float16
 from edgemix.export.quantization.graph.key_value import quantize_cache
-from edgemix.progress import SILENT
+from edgemix.progress import NO_PROGRESS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -73,7 +73,7 @@ def quantize(
     calibration: Sequence[Sequence[int]] | None = None,
     thin: Collection[str] = (),
     cache: Scales | None = None,
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> None:
     """Write a float32 decoder graph in another weight format; equal sources give equal bytes.
 

@@ -19,7 +19,7 @@ from edgemix.export.quantization.statistics import calibration
 from edgemix.export.quantization.statistics.sensitivity import costs, most_sensitive
 from edgemix.export.training.checkpoints import Checkpoint
 from edgemix.export.training.loop import fingerprint
-from edgemix.progress import Prefixed, Progress
+from edgemix.progress import PrefixedProgress, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -64,7 +64,7 @@ class MemberBlocks:
             return None
         if not self._models.has_text():
             progress = self._progress
-            progress.say(f"{spec.name}: int4 by plain rounding; with text under data: calibration: it loses far less")
+            progress.log(f"{spec.name}: int4 by plain rounding; with text under data: calibration: it loses far less")
             return None
         member, stages = self._models.load(spec), self._writer.stages
         if eight_bit is None:
@@ -94,17 +94,17 @@ class MemberBlocks:
         plain = own.algorithm == "auto" and own.group == _GGUF_BLOCK and not (own.rotate or own.scale or own.eight_bits)
         if not plain or spec.adapter or spec.prune or not location.gguf:
             return None
-        progress = Prefixed(self._progress, spec.name)
+        progress = PrefixedProgress(self._progress, spec.name)
         with progress.stage("repack"):
             table, model = gguf_blocks(location, bits), self._models.load(spec).model
             if not (len(table) and all(table.find(matrix) is not None for matrix in weights(model).values())):
                 return None
-        progress.say("keeps the quantisation of its GGUF file")
+        progress.log("keeps the quantisation of its GGUF file")
         return table
 
     def _make(self, spec: MemberRecipe, member: LoadedMember, eight_bit: Sequence[str], key: str) -> BlockTable:
         quantization, seed = self._models.quantization(spec), self._recipe.seed
-        progress, bits = Prefixed(self._progress, spec.name), dict.fromkeys(eight_bit, 8)
+        progress, bits = PrefixedProgress(self._progress, spec.name), dict.fromkeys(eight_bit, 8)
         if quantization.algorithm == "gptq":
             text = self._calibration(spec, member)
             return gptq_blocks(member.model, text, bits=bits, block=quantization.group, seed=seed, progress=progress)
@@ -137,7 +137,7 @@ class MemberBlocks:
         key = stage_key(model=model, group=group, text=text, versions=versions(), seed=seed)
         found = stages.done(f"costs/{spec.name}", key, dict[str, dict[int, float]])
         if found is None:
-            progress = Prefixed(self._progress, spec.name)
+            progress = PrefixedProgress(self._progress, spec.name)
             found = costs(member.model, text, block=group, progress=progress)
             stages.mark_done(f"costs/{spec.name}", key, found)
         return found

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 import edgemix
-from edgemix.bundle.graph_io import GraphFacts
-from edgemix.bundle.manifest import GraphParity, PruningFigures, Source
+from edgemix.bundle.graph_io import GraphConfig
+from edgemix.bundle.manifest import GraphParity, ModelSource, PruningFigures
 from edgemix.bundle.stages import stage_key
 from edgemix.errors import InputError, storage_errors
 from edgemix.export.graphs.decoder import MODEL_FILE, export_graph
@@ -17,7 +17,7 @@ from edgemix.export.models.loading import end_ids, load_tokenizer, locate, versi
 from edgemix.export.models.tokenizers import tokenizer_size
 from edgemix.export.parity.gate import own_texts
 from edgemix.export.pruning.report import sparsity
-from edgemix.progress import Prefixed, Progress
+from edgemix.progress import PrefixedProgress, Progress
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,10 +36,10 @@ SPARSE = 0.2
 
 
 class GraphRecord(msgspec.Struct, frozen=True):
-    """The fp32 graph's facts and figures, and what the loaded model told on the way."""
+    """The fp32 graph's config and figures, and what the loaded model told on the way."""
 
-    source: Source
-    facts: GraphFacts
+    source: ModelSource
+    config: GraphConfig
     parity: GraphParity
     fallbacks: tuple[str, ...]
     eos: tuple[int, ...]
@@ -111,14 +111,14 @@ class MemberGraphs:
         needed = needed or form == "int8-dynamic"
         if not needed and form not in ("int8", "int4"):
             return []
-        facts = self.make(spec).facts
+        config = self.make(spec).config
         if spec.name not in self._windows:  # every trial of a budget asks
             tokenizer = load_tokenizer(locate(spec.model, self._recipe.folder))
-            length = min(CALIBRATION_LENGTH, facts.context)
+            length = min(CALIBRATION_LENGTH, config.context)
             self._windows[spec.name] = self._models.calibration(tokenizer, spec.name, length, CALIBRATION_WINDOWS)
         if (found := self._windows[spec.name]) or not needed:
             return found
-        return own_texts(self.path(spec), facts, GATE_TOKENS, seed=self._recipe.seed)
+        return own_texts(self.path(spec), config, GATE_TOKENS, seed=self._recipe.seed)
 
     def discard(self, spec: MemberRecipe) -> None:
         """Remove a member's graph, which nobody needs any more."""
@@ -132,10 +132,10 @@ class MemberGraphs:
                 f"member {spec.name}: the model has {logits} logits, but its tokenizer has {ids} token ids",
                 "Give the tokenizer that the model was trained with, or resize the model's embeddings.",
             )
-        progress = Prefixed(self._progress, spec.name)
+        progress = PrefixedProgress(self._progress, spec.name)
         shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
         with progress.stage("graph"), storage_errors(f"writing {folder}"):
             graph = export_graph(member.model, folder, target=self._recipe.target, force=self._force, progress=progress)
         ends = end_ids(member)
-        found = graph.facts, graph.parity, graph.fallbacks, tuple(sorted(ends))
+        found = graph.config, graph.parity, graph.fallbacks, tuple(sorted(ends))
         return GraphRecord(member.source, *found, pruning, sparsity(member.model))

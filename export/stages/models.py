@@ -16,7 +16,7 @@ from edgemix.export.parity.gate import enforce
 from edgemix.export.pruning.prune import prune_member, pruning_domains
 from edgemix.export.quantization.statistics.calibration import LENGTH, WINDOWS
 from edgemix.export.quantization.transforms.preparation import prepare_model
-from edgemix.progress import Prefixed, Progress
+from edgemix.progress import PrefixedProgress, Progress
 from edgemix.recipe.text_sources import read_documents
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class MemberModels:
         figures = stages.done(f"prune/{spec.name}", key, PruningFigures)
         if figures is None:
             member = self._loader.load(spec)
-            progress, scratch = Prefixed(self._progress, spec.name), output.with_name(f"{spec.name}.pruning")
+            progress, scratch = PrefixedProgress(self._progress, spec.name), output.with_name(f"{spec.name}.pruning")
             figures = prune_member(member, spec.prune, self._recipe, output, scratch=scratch, progress=progress)
             stages.mark_done(f"prune/{spec.name}", key, figures, files=[output])
         enforce(figures, forced=self._force, member=spec.name)
@@ -135,7 +135,7 @@ class MemberModels:
         folder = self._writer.scratch / f"{spec.name}.prepared"
         key, stages, quantization = self.key(spec), self._writer.stages, self.quantization(spec)
         if not stages.done(f"prepare/{spec.name}", key, bool):
-            member, progress = self._load_pruned(spec), Prefixed(self._progress, spec.name)
+            member, progress = self._load_pruned(spec), PrefixedProgress(self._progress, spec.name)
             text = self.calibration(member.tokenizer, spec.name, LENGTH, WINDOWS) if quantization.scale else []
             model = prepare_model(member.model, quantization, text, seed=self._recipe.seed, progress=progress)
             with storage_errors(f"writing {folder}"):

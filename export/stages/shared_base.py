@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import onnx_ir as ir
 
-from edgemix.bundle.graph_io import GraphFacts
+from edgemix.bundle.graph_io import GraphConfig
 from edgemix.bundle.manifest import QuantizationParity
 from edgemix.bundle.stages import stage_key
 from edgemix.errors import InputError, storage_errors
@@ -20,7 +20,7 @@ from edgemix.export.quantization import quantize
 from edgemix.export.quantization.algorithms.block_table import BlockTable
 from edgemix.export.quantization.algorithms.rtn import rtn
 from edgemix.export.stages.graphs import CALIBRATION_WINDOWS
-from edgemix.progress import Prefixed
+from edgemix.progress import PrefixedProgress
 from edgemix.recipe.schema import MemberRecipe
 
 if TYPE_CHECKING:
@@ -51,11 +51,11 @@ class Stacked(msgspec.Struct, frozen=True):
     """A graph of several members.
 
     Attributes:
-        facts: Of the graph.
+        config: Of the graph.
         parity: Member name -> how far its row of the graph is from its own fp32 graph.
     """
 
-    facts: GraphFacts
+    config: GraphConfig
     parity: dict[str, QuantizationParity]
 
     def failing(self) -> list[str]:
@@ -130,7 +130,7 @@ class MemberStacks:
                     exact, deltas = self._write(base, group, rank)
             except InputError as error:
                 names = ", ".join(spec.name for spec in group)
-                self._progress.say(f"{names}: a graph for each, not one for all: {error}")
+                self._progress.log(f"{names}: a graph for each, not one for all: {error}")
                 break
             made = self._quantize(base, group, deltas, output, text)
             if exact or not made.failing():
@@ -195,25 +195,25 @@ class MemberStacks:
                 thin=[addition(name) for name in deltas],
                 progress=progress,
             )
-        facts = msgspec.structs.replace(
-            self._graphs.make(base).facts,
+        config = msgspec.structs.replace(
+            self._graphs.make(base).config,
             dtype="float16" if target == "cuda" and form != "fp32" else "float32",
-            voices=len(group),
+            member_count=len(group),
         )
         parity = {
             spec.name: check_quantized(
                 self._graphs.path(spec),
                 output,
-                facts,
+                config,
                 text,
                 format=form,
                 voice=voice,
                 seed=self._recipe.seed,
-                progress=Prefixed(progress, spec.name),
+                progress=PrefixedProgress(progress, spec.name),
             )
             for voice, spec in enumerate(group)
         }
-        return Stacked(facts, parity)
+        return Stacked(config, parity)
 
     def _calibration(self, group: Sequence[MemberRecipe], form: Format) -> list[list[int]]:
         """Text for all of them, as much as one member alone would have."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from edgemix.bundle.manifest import Weights
 from edgemix.errors import InputError
-from edgemix.progress import SILENT, Prefixed, Progress
+from edgemix.progress import NO_PROGRESS, PrefixedProgress, Progress
 from edgemix.runtime.evaluation.evaluate import score_documents
 from edgemix.runtime.mixing.arithmetic import normalise
 
@@ -112,7 +112,7 @@ def fit_weights(
     *,
     window: int | None = None,
     max_tokens: int | None = None,
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> Weights:
     """Fit a mixture's weights on validation text: one set over all domains, where every token counts the same, and the
     best set of each domain alone.
@@ -129,7 +129,12 @@ def fit_weights(
     names = mixture.members
     scores = {
         domain: score_documents(
-            mixture, domain, documents, window=window, max_tokens=max_tokens, progress=Prefixed(progress, domain)
+            mixture,
+            domain,
+            documents,
+            window=window,
+            max_tokens=max_tokens,
+            progress=PrefixedProgress(progress, domain),
         )
         for domain, documents in domains.items()
     }

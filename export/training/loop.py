@@ -22,7 +22,7 @@ import torch
 
 from edgemix.errors import EdgemixError, InputError
 from edgemix.export.training.checkpoints import Checkpoint, State
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 
 if torch.distributed.is_available():
     # Its functions have the process group of the moment as their default: imported later, by the first optimiser, they
@@ -106,7 +106,7 @@ def train(
     seed: int = 0,
     checkpoint: Checkpoint | None = None,
     title: str = "train",
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> State:
     """Minimise `loss` over `parameters` with AdamW; the learning rate rises, then falls to zero as a half cosine.
 
@@ -181,7 +181,7 @@ def train(
             if checkpoint:
                 with _uninterrupted():
                     checkpoint.save(state, parameters, optimizer, best)
-                progress.say(f"{title}: stopped after {state.steps} steps; the same call goes on from there")
+                progress.log(f"{title}: stopped after {state.steps} steps; the same call goes on from there")
             raise
         if checkpoint:
             checkpoint.save(state, parameters, optimizer, best)

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from edgemix.errors import InputError
 from edgemix.export.models.loading import load_model, load_skeleton
 from edgemix.export.training.token_loss import bfloat16_pays
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
     from bitsandbytes.nn import Linear4bit
@@ -37,7 +37,7 @@ _SHARE_OF_MEMORY = 0.6
 """A model that takes more than this of the free memory in fp32 leaves too little for the activations."""
 
 
-def load_base(location: Location, *, four_bit: bool, progress: Progress = SILENT) -> PreTrainedModel:
+def load_base(location: Location, *, four_bit: bool, progress: Progress = NO_PROGRESS) -> PreTrainedModel:
     """Read the model that adapters are trained on; see `members.load_model`.
 
     Args:
@@ -52,7 +52,7 @@ def load_base(location: Location, *, four_bit: bool, progress: Progress = SILENT
     skeleton = load_skeleton(location)
     if not four_bit:
         if note := _memory_note(sum(each.numel() for each in skeleton.parameters())):
-            progress.say(f"{location.name}: {note}")
+            progress.log(f"{location.name}: {note}")
         return load_model(location)
     fitting, others = split_linears(skeleton)
     if not fitting:
@@ -61,7 +61,7 @@ def load_base(location: Location, *, four_bit: bool, progress: Progress = SILENT
             "Leave --qlora out.",
         )
     if others:
-        progress.say(f"{location.name}: {len(others)} linear layers stay in fp32: {_some(others)}")
+        progress.log(f"{location.name}: {len(others)} linear layers stay in fp32: {_some(others)}")
     if location.gguf:
         return quantize_linears(load_model(location))
     from transformers import BitsAndBytesConfig

@@ -8,7 +8,7 @@ import time
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from edgemix.progress import SILENT
+from edgemix.progress import NO_PROGRESS
 from edgemix.runtime.decoding.plain import Decoding
 from edgemix.runtime.decoding.sampling import Sampling
 
@@ -23,7 +23,7 @@ PROMPT, STEPS, ROUNDS = 64, 24, 3
 
 
 def decoding_rates(
-    blends: Sequence[Blend], prompt: Sequence[int], *, context: int, progress: Progress = SILENT
+    blends: Sequence[Blend], prompt: Sequence[int], *, context: int, progress: Progress = NO_PROGRESS
 ) -> list[float]:
     """Tokens a second of greedy decoding at batch 1, prefill not counted, for each blend.
 

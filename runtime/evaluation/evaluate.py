@@ -10,7 +10,7 @@ import numpy as np
 
 from edgemix.bundle.manifest import STUDENT
 from edgemix.errors import InputError
-from edgemix.progress import SILENT, Prefixed
+from edgemix.progress import NO_PROGRESS, PrefixedProgress
 from edgemix.results.evaluation import Evaluation, Figures, Row
 from edgemix.runtime.evaluation.decode_rate import decoding_rates
 from edgemix.runtime.evaluation.draft_agreement import Comparison, compare_tokens
@@ -40,7 +40,7 @@ def evaluate(
     window: int | None = None,
     max_tokens: int | None = None,
     speed: bool = False,
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> Evaluation:
     """Measure a bundle's members, their mixtures and its student on texts, each of which is read once.
 
@@ -67,7 +67,7 @@ def evaluate(
     taken = {name: scored_documents(mixture, name, documents, max_tokens) for name, documents in files.items()}
     read = {
         name: _compare(
-            blend, mixture, documents, window=min(window or WINDOW, context), progress=Prefixed(progress, name)
+            blend, mixture, documents, window=min(window or WINDOW, context), progress=PrefixedProgress(progress, name)
         )
         for name, documents in taken.items()
     }
@@ -89,7 +89,7 @@ def score_documents(
     *,
     window: int | None = None,
     max_tokens: int | None = None,
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> NDArray[np.float64]:
     """Every member's log-probabilities of the documents' tokens, in nats: float64 [members, tokens].
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from edgemix.progress import SILENT
+from edgemix.progress import NO_PROGRESS
 from edgemix.results.evaluation import Passage
 from edgemix.runtime.evaluation.scoring import score_tokens
 from edgemix.runtime.mixing.adaptive import adaptive_targets
@@ -33,7 +33,7 @@ def follow_texts(
     *,
     tokens: int = 256,
     window: int | None = None,
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> tuple[Passage, ...]:
     """The members' adaptive weights along the beginnings of texts; nothing of a bundle of one member.
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemix.bundle.graph_io import GraphFacts
+    from edgemix.bundle.graph_io import GraphConfig
     from edgemix.runtime.graphs.prepacked_weights import PackedWeights
     from edgemix.runtime.graphs.providers import Provider
 
@@ -94,7 +94,7 @@ class Member:
     several voices end with the axes [voices, vocabulary] in the place of [vocabulary]; `parts` takes them apart.
 
     Attributes:
-        facts: What the manifest says of the graph.
+        config: What the manifest says of the graph.
         voices: For how many members it speaks.
         vocabulary: Width of the logits, padding included.
         tokens: int64 [vocabulary], the ids that its logits are of, ascending; None where those are 0, 1, 2, ...
@@ -106,13 +106,13 @@ class Member:
     def __init__(
         self,
         session: Any,
-        facts: GraphFacts,
+        config: GraphConfig,
         provider: Provider,
         name: str,
         *,
         tokens: NDArray[np.int64] | None = None,
     ) -> None:
-        self.facts, self.provider, self.name, self.tokens = facts, provider, name, tokens
+        self.config, self.provider, self.name, self.tokens = config, provider, name, tokens
         self._session = session
         self._watch: Watch = _unwatched
         self._numbers = numbers()
@@ -123,8 +123,8 @@ class Member:
         logits = self._outputs[graph_io.LOGITS]
         self._logits_dtype = _FLOATS[logits.type]
         self.vocabulary: int = logits.shape[-1]
-        self.context = facts.context
-        self.voices = facts.voices
+        self.context = config.context
+        self.voices = config.member_count
         self.chunk = int(np.clip(LOGITS_BYTES // (4 * self.vocabulary * self.voices), 16, MAX_CHUNK))
         slots = tuple(
             Slot(tensor.name, graph_io.present_of(tensor.name), self.voices * tensor.shape[1], tensor.shape[3])
@@ -132,13 +132,13 @@ class Member:
             if tensor.name.startswith(graph_io.PAST_PREFIX)
         )
         dtype = _CACHE_TYPES[self._inputs[graph_io.past_key(0)].type]
-        self.layout = CacheLayout(slots, dtype, provider, facts.context, self.voices)
+        self.layout = CacheLayout(slots, dtype, provider, config.context, self.voices)
 
     @classmethod
     def load(
         cls,
         graph: Path,
-        facts: GraphFacts,
+        config: GraphConfig,
         provider: Provider | None = None,
         threads: int | None = None,
         *,
@@ -150,7 +150,7 @@ class Member:
 
         Args:
             graph: The .onnx file.
-            facts: As the exporter wrote them.
+            config: As the exporter wrote them.
             provider: Where it runs; the CPU by default.
             threads: Threads within an operator; physical cores by default.
             name: For messages; the graph's folder by default.
@@ -158,14 +158,14 @@ class Member:
             tokens: The ids that its logits are of; all by default.
 
         Raises:
-            BundleError: The graph does not load, or is not the decoder that `facts` describe.
+            BundleError: The graph does not load, or is not the decoder that `config` describe.
             EdgemixError: ONNX Runtime is too old for its attention.
         """
         provider = provider or PROVIDERS["cpu"]
-        if facts.cache == "shared":
+        if config.cache == "shared":
             check_version(ATTENTION, "this graph's attention")
         session = open_session(graph, provider, threads=threads, packed=packed)
-        return cls(session, facts, provider, name or graph.parent.name, tokens=tokens)
+        return cls(session, config, provider, name or graph.parent.name, tokens=tokens)
 
     def watched(self, watch: Watch) -> Member:
         """The same graph, whose every call of ONNX Runtime is made within `watch(name, tokens)`."""
@@ -175,7 +175,7 @@ class Member:
 
     def new_cache(self, batch: int = 1) -> KVCache:
         """An empty cache for `batch` sequences; it takes memory only as tokens are read."""
-        return _CACHES[self.facts.cache](self.layout, batch)
+        return _CACHES[self.config.cache](self.layout, batch)
 
     def extend(self, cache: KVCache, tokens: Tokens) -> NDArray[np.float32]:
         """Read new tokens, and say what may follow each row's last one.
@@ -347,8 +347,8 @@ class Member:
         return rows
 
     def _check(self) -> None:
-        """Refuse a graph that is not what `graph_io` and the facts say, before anything is sized by it."""
-        layers = range(self.facts.layers)
+        """Refuse a graph that is not what `graph_io` and the config say, before anything is sized by it."""
+        layers = range(self.config.layers)
         pasts = {name(i) for i in layers for name in (graph_io.past_key, graph_io.past_value)}
         wanted = {graph_io.INPUT_IDS, graph_io.ATTENTION_MASK, *pasts}
         presents = {graph_io.LOGITS, *map(graph_io.present_of, pasts)}
@@ -369,11 +369,11 @@ class Member:
             )
 
     def _misshapen(self, pasts: Iterable[str]) -> Iterable[str]:
-        logits, voices = self._outputs[graph_io.LOGITS], self.facts.voices
-        said = (self.facts.vocabulary,) if voices == 1 else (voices, self.facts.vocabulary)
+        logits, voices = self._outputs[graph_io.LOGITS], self.config.member_count
+        said = (self.config.vocabulary,) if voices == 1 else (voices, self.config.vocabulary)
         if len(logits.shape) != 2 + len(said) or tuple(logits.shape[2:]) != said:
             known = "vocabulary" if voices == 1 else f"{voices} voices, vocabulary"
-            yield f"its logits are {logits.shape}, the manifest says {known} {self.facts.vocabulary}"
+            yield f"its logits are {logits.shape}, the manifest says {known} {self.config.vocabulary}"
         if logits.type not in _FLOATS:
             yield f"its logits are {logits.type}"
         for tensor in (self._inputs[name] for name in pasts):
@@ -382,7 +382,7 @@ class Member:
                 yield f"{tensor.name} is {axes}, not [batch, heads, past, head_size]"
             elif not 0 < axes[1] * axes[3] <= MAX_STATE:
                 yield f"{tensor.name} has {axes[1]} heads of size {axes[3]}"
-            said_type = self.facts.cache_dtype or self.facts.dtype
+            said_type = self.config.cache_dtype or self.config.dtype
             if tensor.type != f"tensor({said_type.removesuffix('32')})":
                 yield f"{tensor.name} is {tensor.type}, the manifest says {said_type}"
 

@@ -44,13 +44,13 @@ def open_graphs(
     kept = PackedWeights.of_this_machine(packed) if packed else None
 
     def open_one(entry: MemberEntry) -> Member:
-        path, facts, tokens = entry.graph, entry.facts, None
+        path, config, tokens = entry.graph, entry.config, None
         if entry is drafter and entry.draft is not None:
-            path, facts = entry.draft.graph, msgspec.structs.replace(facts, vocabulary=entry.draft.vocabulary)
+            path, config = entry.draft.graph, msgspec.structs.replace(config, vocabulary=entry.draft.vocabulary)
             tokens = np.array(draft_tokens(bundle, manifest, entry.draft), np.int64)
         place = (kept, graph_digest(manifest, path)) if kept else None
         graph = resolve(bundle, path)
-        return Member.load(graph, facts, provider, threads, name=entry.name, packed=place, tokens=tokens)
+        return Member.load(graph, config, provider, threads, name=entry.name, packed=place, tokens=tokens)
 
     with ThreadPoolExecutor(default_threads()) as workers:
         opened = list(workers.map(open_one, [*entries, *([drafter] if drafter else [])]))

@@ -69,7 +69,7 @@ def profiled_calls(
     with storage_errors("writing ONNX Runtime's profile"), tempfile.TemporaryDirectory(prefix="edgemix-") as folder:
         session = open_session(path, provider, threads=threads, profile=Path(folder) / "calls")
         try:
-            member = Member(session, entry.facts, provider, entry.name)
+            member = Member(session, entry.config, provider, entry.name)
             tokens = [np.asarray(prompt[: member.chunk], np.int64)]
             for _ in range(PREFILLS):
                 cache = member.new_cache()

@@ -15,7 +15,7 @@ from edgemix.bundle.paths import resolve
 from edgemix.bundle.reader import read_manifest
 from edgemix.bundle.verify import verify_bundle
 from edgemix.errors import EdgemixError
-from edgemix.progress import SILENT
+from edgemix.progress import NO_PROGRESS
 from edgemix.results.profile import Machine, Profile
 from edgemix.runtime.graphs.providers import choose, default_threads
 from edgemix.runtime.machine.plan import write_plan
@@ -164,7 +164,7 @@ class _Work:
         return self.begun + share * self.pace.seconds
 
 
-def profile(request: Request, progress: Progress = SILENT) -> Measured:
+def profile(request: Request, progress: Progress = NO_PROGRESS) -> Measured:
     """Measure a bundle on this machine.
 
     Raises:
@@ -304,7 +304,7 @@ def _breakdowns(work: _Work, prompts: Prompts) -> Iterator[Breakdown]:
 
 def _context(manifest: Manifest) -> int:
     """Tokens of a prompt that leave room for the tokens behind it, in every graph."""
-    return max(1, min(entry.facts.context for entry in manifest.graphs) - operators.DECODES)
+    return max(1, min(entry.config.context for entry in manifest.graphs) - operators.DECODES)
 
 
 def _voices(manifest: Manifest, first: MemberEntry) -> str:

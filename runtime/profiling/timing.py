@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgemix.progress import SILENT
+from edgemix.progress import NO_PROGRESS
 from edgemix.results.profile import Quantiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from edgemix.progress import Progress, Task
+    from edgemix.progress import Progress, ProgressTask
 
 ROUNDS = 3
 """Rounds that a figure needs before it can be steady."""
@@ -121,7 +121,7 @@ def take_turns(
     until: float,
     rounds: int = MOST_ROUNDS,
     title: str = "measuring",
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> None:
     """Give every measurement its turns, so that a machine that slows down does so for all.
 
@@ -143,7 +143,7 @@ def take_turns(
                 break
 
 
-def _turn(measurement: Measurement, until: float, task: Task) -> bool:
+def _turn(measurement: Measurement, until: float, task: ProgressTask) -> bool:
     """A turn, if there is time for it."""
     begun = time.perf_counter()
     if begun + measurement.seconds > until:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from edgemix.errors import EdgemixError
-from edgemix.progress import SILENT
+from edgemix.progress import NO_PROGRESS
 from edgemix.results.profile import Variant
 from edgemix.runtime.graphs.providers import PROVIDERS, why_not
 from edgemix.runtime.machine.plan import Plan, key_of
@@ -101,7 +101,7 @@ class Trial:
 
 
 def measure_variants(
-    trial: Trial, providers: Sequence[str], threads: Sequence[int], *, until: float, progress: Progress = SILENT
+    trial: Trial, providers: Sequence[str], threads: Sequence[int], *, until: float, progress: Progress = NO_PROGRESS
 ) -> tuple[list[Variant], list[str]]:
     """The mixture in its ways to generate, by provider and number of threads, the most likely ones first.
 

@@ -472,7 +472,7 @@ def test_verifying_tells_its_progress(own_bundle: Path) -> None:
         def advance(self, amount: float = 1.0, note: str = "") -> None:
             self.seen += amount
 
-        def say(self, line: str) -> None:
+        def log(self, line: str) -> None:
             pass
 
     listener = Listener()

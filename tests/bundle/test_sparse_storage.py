@@ -205,14 +205,14 @@ def test_an_unlisted_sparse_file_is_refused(own_bundle):
 
 def test_an_old_onnxruntime_is_named(tmp_path, monkeypatch):
     form = ClosedForm(GENERATOR.random((64, 64)).astype(np.float32) * (GENERATOR.random((64, 64)) < 0.5))
-    facts = write_graph(tmp_path / "model.onnx", form)
+    config = write_graph(tmp_path / "model.onnx", form)
     graph = tmp_path / "model.onnx"
     onnx.save(onnx.load(graph), graph, save_as_external_data=True, location="model.onnx.data", size_threshold=512)
     assert pack_weights(graph)
-    Member.load(graph, facts)
+    Member.load(graph, config)
     monkeypatch.setattr("edgemix.runtime.graphs.providers.session_options", lambda threads: object())
     with pytest.raises(EdgemixError, match="cannot take weights from memory"):
-        Member.load(graph, facts)
+        Member.load(graph, config)
 
 
 def written(path: Path, size: int, segments: list[Segment], *streams: bytes) -> Path:

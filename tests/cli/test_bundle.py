@@ -35,11 +35,11 @@ def test_inspect_shows_members_sources_and_weights(bundle):
 
 def test_inspect_shows_the_student_and_the_mixtures_parity(own_bundle, student_bundle):
     shown = run("inspect", student_bundle).output
-    assert shown.count("\nstudent ") == 3  # facts, source, parity
+    assert shown.count("\nstudent ") == 3  # members, sources, parity
     assert "student: drafts 11 of 258 tokens" in shown
 
     def shown(weights):
-        parity = MixtureParity(weights, tokens=1024, kl=0.0066, flips=0.02, perplexity_ratio=1.003)
+        parity = MixtureParity(weights, tokens=1024, kl=0.0066, top1_disagreement=0.02, perplexity_ratio=1.003)
         write_manifest(own_bundle, msgspec.structs.replace(read_manifest(own_bundle), quantization=parity))
         return " ".join(run("inspect", own_bundle).output.split())
 

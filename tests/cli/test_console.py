@@ -80,7 +80,7 @@ def test_plain_lines_at_the_end_of_stages(capsys):
             inner.advance(3, "loss 1.0")
             inner.advance()
         outer.advance()
-        progress.say("something [to] say")
+        progress.log("something [to] say")
 
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["inner: 0.0 s (loss 1.0)", "something [to] say", "outer: 0.0 s"]
@@ -91,7 +91,7 @@ def test_bars_leave_the_same_lines_and_nothing_else():
     progress = Bars(RichConsole(file=shown, force_terminal=True, width=80))
     with progress.stage("outer", 2), progress.stage("inner [red]") as inner:
         inner.advance(3, "[loss]")
-        progress.say("something [to] say")
+        progress.log("something [to] say")
 
     text = click.unstyle(shown.getvalue())
     assert "something [to] say" in text

@@ -23,7 +23,7 @@ import tokenizers
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import decoders, models, pre_tokenizers
 
-from edgemix.bundle.graph_io import CacheKind, GraphFacts
+from edgemix.bundle.graph_io import CacheKind, GraphConfig
 from edgemix.bundle.manifest import (
     CHAT_TEMPLATE,
     MANIFEST,
@@ -33,7 +33,7 @@ from edgemix.bundle.manifest import (
     GraphParity,
     Manifest,
     MemberEntry,
-    Source,
+    ModelSource,
     TokenizerEntry,
     Weights,
 )
@@ -84,8 +84,8 @@ class ClosedForm:
         )
 
     @property
-    def facts(self) -> GraphFacts:
-        return GraphFacts(
+    def config(self) -> GraphConfig:
+        return GraphConfig(
             exporter="mobius" if self.cache == "shared" else "mobius-unfused",
             cache=self.cache,
             layers=1,
@@ -119,7 +119,7 @@ def mixed(forms: Iterable[ClosedForm], weights: Iterable[float], ids: list[int])
     return np.asarray(np.log(total))
 
 
-def write_graph(path: Path, member: ClosedForm) -> GraphFacts:
+def write_graph(path: Path, member: ClosedForm) -> GraphConfig:
     """The graph of a closed form."""
     real = TensorProto.FLOAT if member.dtype == "float32" else TensorProto.FLOAT16
     tokens, width = member.table.shape
@@ -179,12 +179,12 @@ def write_graph(path: Path, member: ClosedForm) -> GraphFacts:
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
-    return member.facts
+    return member.config
 
 
-def write_stack(path: Path, members: Sequence[ClosedForm]) -> GraphFacts:
+def write_stack(path: Path, members: Sequence[ClosedForm]) -> GraphConfig:
     """One graph that speaks for closed forms with shared caches and tables of one shape."""
-    facts = write_graph(path, members[0])
+    config = write_graph(path, members[0])
     model = onnx.load(path)
     graph, width = model.graph, members[0].table.shape[1]
     last = [node for node in graph.node if node.op_type in ("Neg", "Slice")]
@@ -238,7 +238,7 @@ def write_stack(path: Path, members: Sequence[ClosedForm]) -> GraphFacts:
     logits = next(output for output in graph.output if output.name == "logits")
     logits.CopyFrom(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "kept", count, width]))
     onnx.save(model, path)
-    return msgspec.structs.replace(facts, voices=count)
+    return msgspec.structs.replace(config, member_count=count)
 
 
 def _initializer(name: str, value: np.ndarray, dtype: str) -> onnx.TensorProto:
@@ -342,18 +342,18 @@ def write_bundle(
             name=place.rpartition("/")[2],
             format="fp32",
             graph=f"{place}/model.onnx",
-            source=Source(model="closed-form", model_type="closed_form", parameters=1, sha256="0" * 64),
-            facts=write_graph(folder / place / "model.onnx", form),
+            source=ModelSource(model="closed-form", model_type="closed_form", parameters=1, sha256="0" * 64),
+            config=write_graph(folder / place / "model.onnx", form),
             parity=GraphParity(0.0, 0.0, 0.0, 1e-4),
         )
         for place, form in forms.items()
     ]
     if stacked:
         graph = "members/stack/model.onnx"
-        facts = write_stack(folder / graph, list(members.values()))
+        config = write_stack(folder / graph, list(members.values()))
         for index, name in enumerate(members):
             shutil.rmtree(folder / "members" / name)
-            entries[index] = msgspec.structs.replace(entries[index], graph=graph, facts=facts)
+            entries[index] = msgspec.structs.replace(entries[index], graph=graph, config=config)
     (folder / TOKENIZER).parent.mkdir(parents=True, exist_ok=True)
     byte_tokenizer().save(str(folder / TOKENIZER))
     fingerprint = TokenizerIdentity.parse((folder / TOKENIZER).read_bytes()).sha256()

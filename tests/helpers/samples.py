@@ -7,7 +7,7 @@ import random
 
 import msgspec
 
-from edgemix.bundle.graph_io import GraphFacts
+from edgemix.bundle.graph_io import GraphConfig
 from edgemix.bundle.manifest import (
     BudgetFigures,
     BudgetPoint,
@@ -16,8 +16,8 @@ from edgemix.bundle.manifest import (
     Manifest,
     MemberEntry,
     MixtureParity,
+    ModelSource,
     QuantizationParity,
-    Source,
     TokenizerEntry,
     Weights,
 )
@@ -113,8 +113,10 @@ def _entry(name: str, folder: str, parameters: int, form: str, divergence: float
         name=name,
         format=form,
         graph=f"{folder}/model.onnx",
-        source=Source("base.gguf", "llama", parameters, "a" * 64, None if name == "student" else name, "apache-2.0"),
-        facts=GraphFacts(
+        source=ModelSource(
+            "base.gguf", "llama", parameters, "a" * 64, None if name == "student" else name, "apache-2.0"
+        ),
+        config=GraphConfig(
             exporter="mobius", cache="shared", layers=30, vocabulary=49_152, context=8192, dtype="float32"
         ),
         parity=GraphParity(3.2e-5, 2.3e-5, 3.2e-5, 1e-4),

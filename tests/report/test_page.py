@@ -101,7 +101,7 @@ def test_names_and_texts_are_never_markup():
     entries = manifest()
     members = tuple(
         msgspec.structs.replace(
-            each, source=msgspec.structs.replace(each.source, model=f'"><img src=x onerror={at}>', licence=EVIL)
+            each, source=msgspec.structs.replace(each.source, model=f'"><img src=x onerror={at}>', license=EVIL)
         )
         for at, each in enumerate(entries.members)
     )

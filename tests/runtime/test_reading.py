@@ -27,7 +27,7 @@ class Listener:
         assert self.open
         self.heard, self.steps = self.heard + amount, self.steps + 1
 
-    def say(self, line):
+    def log(self, line):
         raise AssertionError(line)
 
 

@@ -74,7 +74,7 @@ def show_manifest(console: Console, bundle: Path, manifest: Manifest) -> None:
         left=3,
     )
     sources = [_source(entry) for entry in manifest.graphs]
-    console.table("Sources", ("Member", "Model", "Type", "Licence"), sources, left=4)
+    console.table("Sources", ("Member", "Model", "Type", "License"), sources, left=4)
     rows = [_parity(entry) for entry in manifest.graphs]
     mixed = manifest.quantization
     if mixed is not None:
@@ -101,7 +101,7 @@ def show_manifest(console: Console, bundle: Path, manifest: Manifest) -> None:
         console.line(f"Drafts from {manifest.ngrams:,} n-grams of its training text")
     for entry in manifest.graphs:
         if entry.draft is not None:
-            console.line(f"{entry.name}: drafts {entry.draft.vocabulary:,} of {entry.facts.vocabulary:,} tokens")
+            console.line(f"{entry.name}: drafts {entry.draft.vocabulary:,} of {entry.config.vocabulary:,} tokens")
         for fallback in entry.fallbacks:
             console.line(f"{entry.name}: {fallback}")
 
@@ -149,10 +149,10 @@ def _facts(manifest: Manifest, member: MemberEntry) -> tuple[str, ...]:
     return (
         member.name,
         member.format,
-        member.facts.exporter,
+        member.config.exporter,
         megabytes(_bytes(manifest, member)),
         f"{member.source.parameters / 1e6:,.1f}",
-        f"{member.facts.context:,}",
+        f"{member.config.context:,}",
     )
 
 
@@ -165,7 +165,7 @@ def _bytes(manifest: Manifest, member: MemberEntry) -> int:
 def _source(member: MemberEntry) -> tuple[str, ...]:
     source = member.source
     model = f"{source.model} + {source.adapter}" if source.adapter else source.model
-    return member.name, model, source.model_type, source.licence or "not stated"
+    return member.name, model, source.model_type, source.license or "not stated"
 
 
 def _parity(member: MemberEntry) -> tuple[str, ...]:
@@ -190,4 +190,4 @@ def _pruning(name: str, figures: PruningFigures) -> tuple[str, ...]:
 def _distances(stored: QuantizationParity | MixtureParity | None, decoding: str) -> tuple[str, ...]:
     if stored is None:
         return "", "", "", ""
-    return f"{stored.kl:.4f}", decoding, f"{100 * stored.flips:.2f}", f"{stored.perplexity_ratio:.4f}"
+    return f"{stored.kl:.4f}", decoding, f"{100 * stored.top1_disagreement:.2f}", f"{stored.perplexity_ratio:.4f}"

@@ -62,13 +62,13 @@ def _members(material: Material) -> Table:
                 entry.format + eighth,
                 model,
                 formatting.name(source.model_type),
-                formatting.name(source.licence or "not stated"),
+                formatting.name(source.license or "not stated"),
                 formatting.size(material.size_of([entry])),
                 formatting.count(source.parameters),
-                f"{entry.facts.context:,}",
+                f"{entry.config.context:,}",
             )
         )
-    columns = ("Member", "Format", "Model", "Type", "Licence", "Size", "Parameters", "Context")
+    columns = ("Member", "Format", "Model", "Type", "License", "Size", "Parameters", "Context")
     return Table("Members", columns, tuple(rows), left=5)
 
 
@@ -109,7 +109,7 @@ def _quantisation(material: Material, quantised: list[MemberEntry]) -> Figure:
                 f"{found.kl:.4f}",
                 f"{found.kl_limit:g}",
                 decoding,
-                formatting.share(found.flips, 1),
+                formatting.share(found.top1_disagreement, 1),
                 f"{found.perplexity_ratio:.4f}",
             )
         )
@@ -122,7 +122,7 @@ def _quantisation(material: Material, quantised: list[MemberEntry]) -> Figure:
                 f"{mixed.kl:.4f}",
                 "",
                 "",
-                formatting.share(mixed.flips, 1),
+                formatting.share(mixed.top1_disagreement, 1),
                 f"{mixed.perplexity_ratio:.4f}",
             )
         )
@@ -225,7 +225,7 @@ def _torch(material: Material) -> Table:
         rows.append(
             row(
                 _named(material, entry),
-                entry.facts.exporter,
+                entry.config.exporter,
                 f"{worst:.1e}",
                 f"{entry.parity.limit:.0e}",
                 "yes" if entry.forced else "no",

@@ -11,7 +11,7 @@ from edgemix.export.models.layout import layout
 from edgemix.export.quantization.algorithms.block_table import BlockTable
 from edgemix.export.quantization.algorithms.gptq import gptq
 from edgemix.export.quantization.statistics.calibration import calibrate, output_gradients
-from edgemix.progress import SILENT
+from edgemix.progress import NO_PROGRESS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ def gptq_blocks(
     bits: Mapping[str, int] | None = None,
     block: int = 32,
     seed: int = 0,
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> BlockTable:
     """Quantise all linears of a decoder but its head.
 

@@ -29,7 +29,7 @@ from edgemix.export.quantization.algorithms.rtn import rtn
 from edgemix.export.training.loop import Budget, train
 from edgemix.export.training.self_divergence import self_divergence
 from edgemix.export.training.token_loss import bfloat16_pays
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,7 +59,7 @@ def distill_blocks(
     steps: int = STEPS,
     seed: int = 0,
     checkpoint: Checkpoint | None = None,
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> BlockTable:
     """Quantise all linears of a decoder but its head, and train roundings and scales.
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from edgemix.bundle.graph_io import present_of
 from edgemix.errors import InputError
 from edgemix.export.quantization.graph.emission import add_initializer
-from edgemix.progress import SILENT
+from edgemix.progress import NO_PROGRESS
 from edgemix.runtime.graphs.decoder import Member
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemix.bundle.graph_io import GraphFacts
+    from edgemix.bundle.graph_io import GraphConfig
     from edgemix.progress import Progress
 
     Scales = Mapping[str, NDArray[np.float32]]
@@ -36,13 +36,13 @@ _PAST, _SCALES = slice(3, 5), slice(12, 14)
 
 
 def cache_scales(
-    graph: Path, facts: GraphFacts, windows: Sequence[Sequence[int]], *, progress: Progress = SILENT
+    graph: Path, config: GraphConfig, windows: Sequence[Sequence[int]], *, progress: Progress = NO_PROGRESS
 ) -> Scales:
     """Find the scales of a graph's keys and values.
 
     Args:
         graph: The float32 graph.
-        facts: Its own.
+        config: Its own.
         windows: Token ids of calibration text; of each, what the context holds.
         progress: Hears of the windows read.
 
@@ -50,12 +50,12 @@ def cache_scales(
         InputError: The graph's cache is one that grows.
         EdgemixError: ONNX Runtime is too old.
     """
-    if facts.cache != "shared":
+    if config.cache != "shared":
         raise InputError(
-            f"the cache of this model's graph ({facts.exporter}) cannot be int8: only GroupQueryAttention has one",
+            f"the cache of this model's graph ({config.exporter}) cannot be int8: only GroupQueryAttention has one",
             "Leave cache: int8 out of the recipe.",
         )
-    member = Member.load(graph, facts)
+    member = Member.load(graph, config)
     largest = [np.zeros((slot.heads, slot.head_size), np.float32) for slot in member.layout.slots]
     with progress.stage("key-value scales", len(windows)) as task:
         for window in windows:

@@ -22,7 +22,7 @@ from torch.nn import functional
 from edgemix.errors import InputError
 from edgemix.export.models.layout import Layer, Layout, Part, layout
 from edgemix.export.training.token_loss import bfloat16_pays
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -108,7 +108,7 @@ def calibrate(
     *,
     parts: Layout | None = None,
     gradients: Mapping[str, Gradients] | None = None,
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> Iterator[CalibratedLayer]:
     """Walk through a decoder's layers with the statistics of each.
 
@@ -147,7 +147,7 @@ def output_gradients(
     *,
     parts: Layout | None = None,
     seed: int = 0,
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> dict[str, Gradients]:
     """Name of each linear in the layers -> the gradients of the loss at its outputs.
 

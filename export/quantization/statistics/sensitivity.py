@@ -21,7 +21,7 @@ from edgemix.export.models.layout import Layout, layout
 from edgemix.export.quantization.algorithms.gptq import gptq
 from edgemix.export.quantization.statistics.calibration import calibrate, output_gradients
 from edgemix.export.training.losses import divergence
-from edgemix.progress import SILENT, Progress
+from edgemix.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -44,7 +44,7 @@ def costs(
     *,
     block: int,
     parts: Layout | None = None,
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> dict[str, dict[int, float]]:
     """Name of each linear in the layers -> bits -> estimated KL, nats a token, that quantising it alone costs.
 

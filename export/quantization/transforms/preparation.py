@@ -9,7 +9,7 @@ from edgemix.export.models.layout import layout
 from edgemix.export.quantization.statistics.calibration import calibrate
 from edgemix.export.quantization.transforms.awq import scale_weights
 from edgemix.export.quantization.transforms.rotation import rotate_residual, rotate_values
-from edgemix.progress import SILENT
+from edgemix.progress import NO_PROGRESS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +28,7 @@ def prepare_model(
     windows: Sequence[Sequence[int]],
     *,
     seed: int = 0,
-    progress: Progress = SILENT,
+    progress: Progress = NO_PROGRESS,
 ) -> PreTrainedModel:
     """Rotate a model (R1 and R2) and fold scales into its weights (AWQ, for 4 bits), as `quantization` says.
 

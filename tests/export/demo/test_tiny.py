@@ -3,7 +3,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edgemix.export.demo.tiny import END, VOCABULARY, save_member, train_member, train_tokenizer
-from edgemix.progress import SILENT
+from edgemix.progress import NO_PROGRESS
 
 TEXT = [f"def add_{i}(a, b):\n    return a + b + {i}\n" * 20 for i in range(30)]
 
@@ -20,7 +20,7 @@ class Steps:
             raise KeyboardInterrupt
 
     def progress(self):
-        listener = type(SILENT)()
+        listener = type(NO_PROGRESS)()
         listener.advance = self
         return listener
 
@@ -62,11 +62,11 @@ def test_an_expert_goes_on_from_its_base(tmp_path):
     assert loss(expert.notes[1]) < loss(base.notes[1]) - 0.5
 
 
-def test_a_licence_is_stated(tmp_path):
+def test_a_license_is_stated(tmp_path):
     train_member(tmp_path / "m", TEXT, train_tokenizer(TEXT), steps=1)
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(tmp_path / "m"),
         AutoTokenizer.from_pretrained(tmp_path / "m"),
     )
-    save_member(model, tokenizer, tmp_path / "stated", licence="mit")
+    save_member(model, tokenizer, tmp_path / "stated", license_id="mit")
     assert "license: mit" in (tmp_path / "stated" / "README.md").read_text()

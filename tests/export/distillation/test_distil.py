@@ -29,7 +29,7 @@ from edgemix.export.pipeline import export_bundle
 from edgemix.export.pruning.sparsity import linears
 from edgemix.export.training.loop import Budget
 from edgemix.export.training.losses import Objective
-from edgemix.progress import SILENT
+from edgemix.progress import NO_PROGRESS
 from edgemix.recipe.compression import Pruning
 from edgemix.runtime import Mixture
 
@@ -89,7 +89,7 @@ class Stop:
         self.here = False
 
     def progress(self):
-        listener = type(SILENT)()
+        listener = type(NO_PROGRESS)()
         stage = listener.stage
 
         def opened(title, total=None):

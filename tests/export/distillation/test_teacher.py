@@ -12,7 +12,7 @@ import torch
 from helpers.onnx_members import random_member, write_bundle
 from helpers.tiny_models import tiny_model
 
-from edgemix.bundle.manifest import Source
+from edgemix.bundle.manifest import ModelSource
 from edgemix.errors import EdgemixError
 from edgemix.export.distillation.teacher import RuntimeTeacher, TorchTeacher, teacher_in_export
 from edgemix.export.distillation.teacher_cache import TeacherCache
@@ -32,7 +32,7 @@ def windows(count=40, length=12, vocabulary=VOCABULARY):
 def members():
     models = {"a": tiny_model("llama"), "b": tiny_model("gpt2"), "c": tiny_model("gemma2")}
     return [
-        LoadedMember(name, model, None, Source(name, name, 0, name * 64)) for name, model in models.items()
+        LoadedMember(name, model, None, ModelSource(name, name, 0, name * 64)) for name, model in models.items()
     ]  # fmt: skip
 
 

@@ -89,7 +89,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             tiny_model(name, vocab_size=VOCABULARY, **differing),
             folder / name,
             target="cpu",
-            gate=lambda _path, _facts: exact,
+            gate=lambda _path, _config: exact,
         ).path
         for name, differing in options.items()
     }

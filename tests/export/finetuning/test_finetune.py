@@ -12,7 +12,7 @@ from edgemix.errors import InputError
 from edgemix.export.finetuning.finetune import finetune, finetune_model
 from edgemix.export.models.loading import locate, merge_adapter
 from edgemix.files import Lock
-from edgemix.progress import SILENT
+from edgemix.progress import NO_PROGRESS
 
 TEXT = [f"the {animal} sat on the {place}, and all was well with the {animal}.\n" * 12
         for animal in ("cat", "dog", "owl", "fox") for place in ("mat", "log", "bough")]  # fmt: skip
@@ -84,9 +84,9 @@ class InterruptAt:
             signal.raise_signal(signal.SIGINT)
 
     def progress(self):
-        listener = type(SILENT)()
+        listener = type(NO_PROGRESS)()
         listener.advance = self
-        listener.say = self.said.append
+        listener.log = self.said.append
         return listener
 
 

@@ -150,7 +150,7 @@ class Listener:
 
         yield SimpleNamespace(advance=advance)
 
-    def say(self, line):
+    def log(self, line):
         pass
 
 

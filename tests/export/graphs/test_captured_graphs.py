@@ -42,7 +42,7 @@ def test_to_the_end_of_the_context(
     quantize(graph.path, tmp_path / "model.onnx", form, target=target)
     ids, said = np.random.default_rng(0).integers(3, 160, CONTEXT), []
     for provider in (PROVIDERS["cpu"], replace(PROVIDERS["cpu"], name="recording", captures=True)):
-        member = Member.load(tmp_path / "model.onnx", graph.facts, provider, threads=1)
+        member = Member.load(tmp_path / "model.onnx", graph.config, provider, threads=1)
         cache = member.new_cache()
         logits = [member.extend(cache, [ids[:3]]).copy()]
         logits += [member.extend(cache, ids[None, at : at + 1]).copy() for at in range(3, CONTEXT - 4)]
@@ -55,7 +55,7 @@ def test_to_the_end_of_the_context(
 
 def test_as_many_logits_as_there_are(exported: dict[Target, ExportedGraph]) -> None:
     """Who asks for the logits of more tokens than a call has gets them all."""
-    session = Member.load(exported["cpu"].path, exported["cpu"].facts, threads=1)._session
+    session = Member.load(exported["cpu"].path, exported["cpu"].config, threads=1)._session
     feeds = {"input_ids": np.array([[5, 6, 7]]), "attention_mask": np.ones((1, 3), np.int64)}
     for value in session.get_inputs():
         if value.name.startswith("past_key_values"):

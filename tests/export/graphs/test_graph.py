@@ -15,7 +15,7 @@ from edgemix.bundle.manifest import GraphParity
 from edgemix.errors import EdgemixError, ParityError
 from edgemix.export.graphs import decoder, mobius
 from edgemix.export.graphs.decoder import export_graph
-from edgemix.progress import SILENT
+from edgemix.progress import NO_PROGRESS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,12 +56,12 @@ def run(path: Path, length: int, keep: int | None) -> np.ndarray:
 class Listener:
     """Keeps what a progress listener is told."""
 
-    stage = SILENT.stage
+    stage = NO_PROGRESS.stage
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         self.lines.append(line)
 
 
@@ -91,12 +91,12 @@ def test_graph_is_the_model(architecture: str, exporter: str, tmp_path: Path) ->
     exported = export_graph(model, tmp_path, target="cpu")
     figures = exported.parity
     assert max(figures.prefill, figures.decode, figures.padded_batch) < TOLERANCE
-    assert (exported.facts.exporter, exported.facts.layers) == (exporter, model.config.num_hidden_layers)
+    assert (exported.config.exporter, exported.config.layers) == (exporter, model.config.num_hidden_layers)
     logits = run(tmp_path, 9, None)
     assert logits.shape[1] == 9
     for keep in (1, 3, 9, 12):
         np.testing.assert_allclose(run(tmp_path, 9, keep), logits[:, -keep:], rtol=1e-4, atol=1e-4)
-    assert (exported.facts.vocabulary, exported.facts.context) == (model.config.vocab_size, 256)
+    assert (exported.config.vocabulary, exported.config.context) == (model.config.vocab_size, 256)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
 
 
@@ -106,7 +106,7 @@ def test_traced_graph_is_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     exported = export_graph(tiny_model("mistral-window", tie_word_embeddings=True), tmp_path, target="cpu")
     figures = exported.parity
     assert max(figures.prefill, figures.decode, figures.padded_batch) < TOLERANCE
-    assert (exported.facts.exporter, exported.facts.cache, exported.facts.layers) == ("transformers", "growing", 2)
+    assert (exported.config.exporter, exported.config.cache, exported.config.layers) == ("transformers", "growing", 2)
     shapes = Counter(tuple(value.shape) for value in load(tmp_path).graph.initializers.values())
     assert (shapes[160, 64], shapes[64, 160]) == (1, 0)
 
@@ -141,7 +141,7 @@ def test_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_cuda_graph_is_fp32_at_an_opset_that_cuda_has_kernels_for(tmp_path: Path) -> None:
     exported = export_graph(tiny_model("llama"), tmp_path, target="cuda")
     model = load(tmp_path)
-    assert exported.facts.dtype == "float32"
+    assert exported.config.dtype == "float32"
     assert model.graph.opset_imports[""] == 23
     assert operators(model)["GroupQueryAttention"] == 2
 
@@ -152,7 +152,7 @@ def test_norm_epsilon_is_the_models_own(tmp_path: Path) -> None:
     for module in model.modules():
         if hasattr(module, "eps"):
             module.eps = 1e-3
-    assert export_graph(model, tmp_path, target="cpu").facts.exporter == "mobius"
+    assert export_graph(model, tmp_path, target="cpu").config.exporter == "mobius"
 
 
 def test_graph_without_its_sliding_windows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,9 +225,9 @@ def test_graph_over_the_limit_needs_force(tmp_path: Path, monkeypatch: pytest.Mo
     only(monkeypatch, "mobius")
     figures = GraphParity(prefill=0.5, decode=0.1, padded_batch=0.1, limit=1e-4)
     with pytest.raises(ParityError, match=r"prefill 0\.5 \(limit 0\.0001\)"):
-        export_graph(tiny_model("llama"), tmp_path, target="cpu", gate=lambda path, facts: figures)
+        export_graph(tiny_model("llama"), tmp_path, target="cpu", gate=lambda path, config: figures)
     assert list(tmp_path.iterdir()) == []
-    exported = export_graph(tiny_model("llama"), tmp_path, target="cpu", gate=lambda path, facts: figures, force=True)
+    exported = export_graph(tiny_model("llama"), tmp_path, target="cpu", gate=lambda path, config: figures, force=True)
     assert exported.parity == figures
     assert exported.path.is_file()
 
@@ -236,13 +236,13 @@ def test_force_does_not_take_a_graph_that_gives_no_numbers(tmp_path: Path, monke
     only(monkeypatch, "mobius")
     figures = GraphParity(prefill=0.0, decode=float("nan"), padded_batch=0.0, limit=1e-4)
     with pytest.raises(ParityError):
-        export_graph(tiny_model("llama"), tmp_path, target="cpu", gate=lambda path, facts: figures, force=True)
+        export_graph(tiny_model("llama"), tmp_path, target="cpu", gate=lambda path, config: figures, force=True)
 
 
 def test_reasons_hold_no_paths_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They go into the manifest, which is the same wherever it is made."""
 
-    def gate(path: Path, facts: object) -> GraphParity:
+    def gate(path: Path, config: object) -> GraphParity:
         raise EdgemixError(f"cannot load {path}")
 
     monkeypatch.setattr(decoder, "_PATHS", decoder._PATHS[:1])
@@ -252,7 +252,7 @@ def test_reasons_hold_no_paths_of_this_machine(tmp_path: Path, monkeypatch: pyte
 
 
 def test_full_disk_is_no_reason_for_the_next_path(tmp_path: Path) -> None:
-    def gate(path: Path, facts: object) -> GraphParity:
+    def gate(path: Path, config: object) -> GraphParity:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):

@@ -18,16 +18,16 @@ def made(request, tmp_path_factory):
     """The fp32 graph of a model with grouped heads, and with positions of its own."""
     folder = tmp_path_factory.mktemp(request.param)
     size = {"n_positions" if request.param == "gpt2" else "max_position_embeddings": CONTEXT}
-    return folder, export_graph(tiny_model(request.param, vocab_size=96, **size), folder, target="cpu").facts
+    return folder, export_graph(tiny_model(request.param, vocab_size=96, **size), folder, target="cpu").config
 
 
 @pytest.fixture(params=["int4", "int8-dynamic"])
 def member(made, request, tmp_path):
-    folder, facts = made
-    if facts.cache != "shared":
-        pytest.skip(f"{facts.exporter}: attention of this graph is not GroupQueryAttention, which doubling is for")
+    folder, config = made
+    if config.cache != "shared":
+        pytest.skip(f"{config.exporter}: attention of this graph is not GroupQueryAttention, which doubling is for")
     quantize(folder / "model.onnx", tmp_path / "model.onnx", request.param, target="cpu", calibration=TEXTS.tolist())
-    return Member.load(tmp_path / "model.onnx", facts)
+    return Member.load(tmp_path / "model.onnx", config)
 
 
 def by_chunks(member, text, counts):

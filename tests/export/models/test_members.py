@@ -155,7 +155,7 @@ def test_gguf(tmp_path):
     write_gguf(tmp_path / "tiny.gguf", model)
     member = load_member(MemberRecipe("m", "tiny.gguf"), tmp_path)
     assert member.source.model == "tiny.gguf"
-    assert member.source.licence == "mit"
+    assert member.source.license == "mit"
     assert not hasattr(member.model.config, "quantization_config")
     assert torch.allclose(
         logits(member.model), logits(model), atol=0.2

@@ -42,9 +42,9 @@ def measure(folder: Path, stored: dict[str, ClosedForm], weights: dict[str, floa
     kept = {}
     for seed, (name, form) in enumerate(stored.items(), start=1):
         if not np.array_equal(form.table, exact(seed).table):
-            facts = write_graph(folder / f"fp32/{name}/model.onnx", exact(seed))
+            config = write_graph(folder / f"fp32/{name}/model.onnx", exact(seed))
             kept[name] = folder / f"{name}.safetensors"
-            keep_distributions(folder / f"fp32/{name}/model.onnx", facts, TEXTS, kept[name])
+            keep_distributions(folder / f"fp32/{name}/model.onnx", config, TEXTS, kept[name])
     with Mixture.load(write_bundle(folder / "bundle", stored, weights=weights), threads=1) as mixture:
         return compare_mixtures(mixture, kept, TEXTS)
 
@@ -66,7 +66,7 @@ def test_figures_are_what_their_formulas_say(tmp_path: Path) -> None:
     assert (figures.weights, figures.tokens) == (WEIGHTS, 3 * 49)
     assert figures.kl == pytest.approx(divergence(p, q), rel=1e-3)
     preferred = p.max(-1) - np.take_along_axis(p, q.argmax(-1)[..., None], -1)[..., 0]
-    assert figures.flips == pytest.approx((preferred > FLIP_MARGIN).mean(), abs=0.01)
+    assert figures.top1_disagreement == pytest.approx((preferred > FLIP_MARGIN).mean(), abs=0.01)
     surprise = (np.take_along_axis(p, targets, -1) - np.take_along_axis(q, targets, -1)).mean()
     assert figures.perplexity_ratio == pytest.approx(np.exp(surprise), rel=1e-3)
 
@@ -78,13 +78,13 @@ def test_averaging_hides_a_part(tmp_path: Path) -> None:
 
 
 def test_nothing_lost_is_nothing(tmp_path: Path) -> None:
-    facts = write_graph(tmp_path / "model.onnx", exact(1))
-    keep_distributions(tmp_path / "model.onnx", facts, TEXTS, tmp_path / "kept.safetensors")
+    config = write_graph(tmp_path / "model.onnx", exact(1))
+    keep_distributions(tmp_path / "model.onnx", config, TEXTS, tmp_path / "kept.safetensors")
     folder = write_bundle(tmp_path / "bundle", {"one": exact(1), "two": exact(2)}, weights=WEIGHTS)
     with Mixture.load(folder, threads=1) as mixture:
         unkept = compare_mixtures(mixture, {}, TEXTS)
         kept = compare_mixtures(mixture, {"one": tmp_path / "kept.safetensors"}, TEXTS)
-    assert (unkept.kl, unkept.flips, unkept.perplexity_ratio) == (0, 0, 1)
+    assert (unkept.kl, unkept.top1_disagreement, unkept.perplexity_ratio) == (0, 0, 1)
     assert kept.kl == pytest.approx(0, abs=5e-6)  # half precision
     assert kept.perplexity_ratio == pytest.approx(1, abs=2e-4)
 
@@ -119,8 +119,8 @@ def test_pieces_do_not_change_the_figures(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_what_is_kept(tmp_path: Path) -> None:
     form = random_member(3, tokens=VOCABULARY, padding=6, context=30)
-    facts = write_graph(tmp_path / "model.onnx", form)
-    keep_distributions(tmp_path / "model.onnx", facts, TEXTS, tmp_path / "kept.safetensors")
+    config = write_graph(tmp_path / "model.onnx", form)
+    keep_distributions(tmp_path / "model.onnx", config, TEXTS, tmp_path / "kept.safetensors")
     kept = load_file(tmp_path / "kept.safetensors")
     assert {name: (rows.shape, rows.dtype) for name, rows in kept.items()} == {
         str(number): ((29, VOCABULARY + 6), np.float16) for number in range(3)

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from edgemix.bundle.graph_io import GraphFacts
+    from edgemix.bundle.graph_io import GraphConfig
 
 
 class Exported(NamedTuple):
     model: PreTrainedModel
     path: Path
-    facts: GraphFacts
+    config: GraphConfig
 
 
 def noisy(scale: float) -> PreTrainedModel:
@@ -46,7 +46,7 @@ def noisy(scale: float) -> PreTrainedModel:
 
 def export(model: PreTrainedModel, folder: Path) -> Exported:
     exported = export_graph(model, folder, target="cpu")
-    return Exported(model, exported.path, exported.facts)
+    return Exported(model, exported.path, exported.config)
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +65,18 @@ def windows() -> list[list[int]]:
 
 
 FIGURES = QuantizationParity(
-    tokens=1000, kl=0.01, kl_limit=0.02, flips=0.0, flips_limit=0.05, perplexity_ratio=1.0, perplexity_ratio_limit=1.03
+    tokens=1000,
+    kl=0.01,
+    kl_limit=0.02,
+    top1_disagreement=0.0,
+    top1_disagreement_limit=0.05,
+    perplexity_ratio=1.0,
+    perplexity_ratio_limit=1.03,
 )
 
 
 def test_graph_of_a_slightly_different_model_is_over_the_limit(exact: Exported) -> None:
-    figures = check_graph(noisy(1e-4), exact.path, exact.facts)
+    figures = check_graph(noisy(1e-4), exact.path, exact.config)
     assert min(figures.prefill, figures.decode, figures.padded_batch) > figures.limit
 
 
@@ -81,7 +87,7 @@ def test_rounding_of_an_unstable_model_is_no_fault(tmp_path: Path) -> None:
         unstable.lm_head.weight.mul_(1e4)
     row = np.arange(3, 90)
     exported = export(unstable, tmp_path)  # raises if the gate is over its limit
-    logits = Member.load(exported.path, exported.facts).forward([row])[0]
+    logits = Member.load(exported.path, exported.config).forward([row])[0]
     with torch.no_grad():
         expected = unstable(torch.from_numpy(row)[None]).logits[0]
     difference = torch.log_softmax(expected.double(), -1) - torch.log_softmax(torch.from_numpy(logits).double(), -1)
@@ -92,7 +98,7 @@ def test_instability_excuses_no_wrong_graph(exact: Exported) -> None:
     other = noisy(1e-3)
     with torch.no_grad():
         other.lm_head.weight.mul_(1e4)
-    figures = check_graph(other, exact.path, exact.facts)
+    figures = check_graph(other, exact.path, exact.config)
     assert min(figures.prefill, figures.decode, figures.padded_batch) > 100 * figures.limit
 
 
@@ -101,14 +107,14 @@ def test_wrong_numbers_are_never_within_the_limit(exact: Exported) -> None:
     broken = tiny_model("llama")
     with torch.no_grad():
         broken.model.norm.weight[0] = float("nan")
-    figures = check_graph(broken, exact.path, exact.facts)
+    figures = check_graph(broken, exact.path, exact.config)
     assert all(np.isnan([figures.prefill, figures.decode, figures.padded_batch]))
 
 
 def test_graph_against_itself_has_no_distance(exact: Exported, windows: list[list[int]]) -> None:
-    figures = check_quantized(exact.path, exact.path, exact.facts, windows, format="fp32")
+    figures = check_quantized(exact.path, exact.path, exact.config, windows, format="fp32")
     assert figures.tokens == 6 * 99
-    assert (figures.kl, figures.flips, figures.perplexity_ratio) == (0.0, 0.0, 1.0)
+    assert (figures.kl, figures.top1_disagreement, figures.perplexity_ratio) == (0.0, 0.0, 1.0)
     assert not enforce(figures)
 
 
@@ -118,12 +124,12 @@ def test_figures_are_what_their_formulas_say(exact: Exported, rough: Exported, w
         p, q = (torch.log_softmax(member.model(ids).logits.double(), -1)[:, :-1] for member in (exact, rough))
     next_ids = ids[:, 1:, None]
     preferred = p.amax(-1) - p.gather(-1, q.argmax(-1, keepdim=True))[..., 0]
-    figures = check_quantized(exact.path, rough.path, exact.facts, windows, format="int4")
+    figures = check_quantized(exact.path, rough.path, exact.config, windows, format="int4")
     assert figures.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
-    assert figures.flips == pytest.approx((preferred > FLIP_MARGIN).double().mean().item(), abs=0.005)
+    assert figures.top1_disagreement == pytest.approx((preferred > FLIP_MARGIN).double().mean().item(), abs=0.005)
     ratio = (p.gather(-1, next_ids) - q.gather(-1, next_ids)).mean().exp().item()
     assert figures.perplexity_ratio == pytest.approx(ratio, rel=1e-4)
-    assert (figures.kl_limit, figures.flips_limit) == (LIMITS["int4"].kl, LIMITS["int4"].flips)
+    assert (figures.kl_limit, figures.top1_disagreement_limit) == (LIMITS["int4"].kl, LIMITS["int4"].top1_disagreement)
 
 
 def test_the_gate_decodes(exact: Exported, rough: Exported, windows: list[list[int]]) -> None:
@@ -131,15 +137,15 @@ def test_the_gate_decodes(exact: Exported, rough: Exported, windows: list[list[i
     with torch.no_grad():
         ids = torch.tensor(windows)
         p, q = (torch.log_softmax(member.model(ids).logits.double(), -1)[:, -22:-1] for member in (exact, rough))
-    figures = check_quantized(exact.path, rough.path, exact.facts, windows, format="int4")
+    figures = check_quantized(exact.path, rough.path, exact.config, windows, format="int4")
     assert figures.decode_kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
-    same = check_quantized(exact.path, exact.path, exact.facts, windows, format="fp32")
+    same = check_quantized(exact.path, exact.path, exact.config, windows, format="fp32")
     assert same.decode_kl == pytest.approx(0, abs=1e-6)
 
 
 def test_a_graph_that_is_wrong_only_when_it_decodes_is_refused(tmp_path: Path) -> None:
     form = random_member(3)
-    facts = write_graph(tmp_path / "right/model.onnx", form)
+    config = write_graph(tmp_path / "right/model.onnx", form)
     write_graph(tmp_path / "wrong/model.onnx", form)
     model = onnx.load(tmp_path / "wrong/model.onnx")
     for node in model.graph.node:
@@ -159,32 +165,32 @@ def test_a_graph_that_is_wrong_only_when_it_decodes_is_refused(tmp_path: Path) -
     onnx.save(model, tmp_path / "wrong/model.onnx")
     text = np.random.default_rng(0).integers(0, 16, (8, 80)).tolist()
     paths = tmp_path / "right/model.onnx", tmp_path / "wrong/model.onnx"
-    figures = check_quantized(*paths, facts, text, format="int8")
-    assert (figures.kl, figures.flips) == (0, 0)
+    figures = check_quantized(*paths, config, text, format="int8")
+    assert (figures.kl, figures.top1_disagreement) == (0, 0)
     with pytest.raises(ParityError, match=r"decode kl 0\.\d+ \(limit 0\.02\)"):
         enforce(figures)
 
 
 def test_texts_too_short_to_decode_in(tmp_path: Path) -> None:
     graph = tmp_path / "model.onnx"
-    facts = write_graph(graph, random_member(3, context=2))
-    figures = check_quantized(graph, graph, facts, [[1, 2]] * 600, format="int8")
+    config = write_graph(graph, random_member(3, context=2))
+    figures = check_quantized(graph, graph, config, [[1, 2]] * 600, format="int8")
     assert figures.decode_kl is None
     assert not enforce(figures)
 
 
-def test_near_ties_are_no_flips(exact: Exported, tmp_path: Path, windows: list[list[int]]) -> None:
+def test_near_ties_are_no_disagreement(exact: Exported, tmp_path: Path, windows: list[list[int]]) -> None:
     """A random model's best tokens lie close together; noise far below any limit changes many of them."""
     close = export(noisy(0.002), tmp_path)
     with torch.no_grad():
         ids = torch.tensor(windows)
         best = [member.model(ids).logits.argmax(-1) for member in (exact, close)]
     assert (best[0] != best[1]).any()
-    assert check_quantized(exact.path, close.path, exact.facts, windows, format="int8").flips == 0
+    assert check_quantized(exact.path, close.path, exact.config, windows, format="int8").top1_disagreement == 0
 
 
 def test_gate_without_text_reads_what_the_graph_writes(exact: Exported, rough: Exported) -> None:
-    runs = [check_quantized(exact.path, rough.path, exact.facts, None, format="int8", seed=seed) for seed in (0, 0, 1)]
+    runs = [check_quantized(exact.path, rough.path, exact.config, None, format="int8", seed=seed) for seed in (0, 0, 1)]
     assert runs[0] == runs[1]
     assert runs[0].kl != runs[2].kl
     assert runs[0].tokens >= 500
@@ -193,20 +199,20 @@ def test_gate_without_text_reads_what_the_graph_writes(exact: Exported, rough: E
 
 def test_little_text_is_added_to(exact: Exported, rough: Exported) -> None:
     little = [[5, 6, 7], [8], []]
-    figures = check_quantized(exact.path, rough.path, exact.facts, little, format="int8")
+    figures = check_quantized(exact.path, rough.path, exact.config, little, format="int8")
     assert 500 <= figures.tokens < 600
 
 
 def test_much_text_is_read_in_part_from_all_over(exact: Exported, rough: Exported) -> None:
     generator = np.random.default_rng(0)
     much = generator.integers(0, 160, (100, 200)).tolist()
-    figures = check_quantized(exact.path, rough.path, exact.facts, much, format="int8")
+    figures = check_quantized(exact.path, rough.path, exact.config, much, format="int8")
     assert 1900 < figures.tokens < 4000
 
 
 def test_texts_longer_than_the_context_are_cut(exact: Exported) -> None:
     long = np.random.default_rng(0).integers(0, 160, (2, 1000)).tolist()
-    assert check_quantized(exact.path, exact.path, exact.facts, long, format="int8").tokens >= 2 * 255
+    assert check_quantized(exact.path, exact.path, exact.config, long, format="int8").tokens >= 2 * 255
 
 
 def test_every_format_has_limits() -> None:

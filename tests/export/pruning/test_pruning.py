@@ -28,7 +28,7 @@ from edgemix.export.pruning.report import compare, sparsity
 from edgemix.export.pruning.structure import Sizes
 from edgemix.export.stages import graphs, models
 from edgemix.files import Lock
-from edgemix.progress import SILENT
+from edgemix.progress import NO_PROGRESS
 from edgemix.recipe.compression import Pruning
 from edgemix.recipe.schema import Data, MemberRecipe, Recipe
 from edgemix.recipe.text_sources import TextSource
@@ -169,7 +169,7 @@ class InterruptAt:
             signal.raise_signal(signal.SIGINT)
 
     def progress(self):
-        listener = type(SILENT)()
+        listener = type(NO_PROGRESS)()
         listener.advance = self.advance
         real = listener.stage
 

@@ -155,7 +155,7 @@ def test_a_format_takes_what_is_small_enough_for_it(tmp_path: Path) -> None:
 
 def graph_of(model: PreTrainedModel, folder: Path) -> Path:
     passed = GraphParity(prefill=0, decode=0, padded_batch=0, limit=1)
-    return export_graph(model, folder, target="cpu", gate=lambda _path, _facts: passed).path
+    return export_graph(model, folder, target="cpu", gate=lambda _path, _config: passed).path
 
 
 def divergence(reference: Path, path: Path) -> float:

@@ -28,9 +28,9 @@ def graphs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("graphs")
     made = export_graph(tiny_model("llama", vocab_size=96), folder / "float", target="cpu")
     source, output = folder / "float/model.onnx", folder / "int8/model.onnx"
-    quantize(source, output, "fp32", target="cpu", cache=cache_scales(source, made.facts, WINDOWS.tolist()))
-    codes = msgspec.structs.replace(made.facts, cache_dtype="int8")
-    return Member.load(source, made.facts), Member.load(output, codes)
+    quantize(source, output, "fp32", target="cpu", cache=cache_scales(source, made.config, WINDOWS.tolist()))
+    codes = msgspec.structs.replace(made.config, cache_dtype="int8")
+    return Member.load(source, made.config), Member.load(output, codes)
 
 
 def test_it_says_nearly_the_same(graphs):
@@ -68,7 +68,7 @@ def test_however_it_is_read(graphs):
 def test_a_scale_is_set_by_the_largest_number(graphs, tmp_path):
     plain, _ = graphs
     model = export_graph(tiny_model("llama", vocab_size=96), tmp_path / "float", target="cpu")
-    scales = cache_scales(tmp_path / "float/model.onnx", model.facts, WINDOWS[:1].tolist())
+    scales = cache_scales(tmp_path / "float/model.onnx", model.config, WINDOWS[:1].tolist())
     cache = plain.new_cache()
     plain.extend(cache, WINDOWS[:1])
     for slot, state in zip(plain.layout.slots, cache.state(64), strict=True):
@@ -79,18 +79,18 @@ def test_on_cuda_too_scales_stay_in_float32(tmp_path):
     """The graph of the other target differs in its floats only."""
     made = export_graph(tiny_model("llama", vocab_size=96), tmp_path / "float", target="cuda")
     source, output = tmp_path / "float/model.onnx", tmp_path / "int8/model.onnx"
-    quantize(source, output, "int4", target="cuda", cache=cache_scales(source, made.facts, WINDOWS.tolist()))
+    quantize(source, output, "int4", target="cuda", cache=cache_scales(source, made.config, WINDOWS.tolist()))
     node = next(node for node in ir.load(output).graph if node.op_type == "GroupQueryAttention")
     assert [value.dtype for value in node.inputs[3:5]] == [ir.DataType.INT8] * 2
     assert [value.dtype for value in node.inputs[12:14]] == [ir.DataType.FLOAT] * 2
-    member = Member.load(output, msgspec.structs.replace(made.facts, dtype="float16", cache_dtype="int8"))
+    member = Member.load(output, msgspec.structs.replace(made.config, dtype="float16", cache_dtype="int8"))
     assert np.isfinite(member.forward(WINDOWS[:1])[0]).all()
 
 
 def test_a_cache_that_grows_has_no_codes(tmp_path):
     made = export_graph(tiny_model("bloom", vocab_size=96), tmp_path / "float", target="cpu")
     with pytest.raises(InputError, match="cannot be int8"):
-        cache_scales(tmp_path / "float/model.onnx", made.facts, WINDOWS.tolist())
+        cache_scales(tmp_path / "float/model.onnx", made.config, WINDOWS.tolist())
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def recipe(tmp_path):
 def test_a_whole_mixture(recipe, tmp_path):
     recipe = msgspec.structs.replace(recipe, quantization=msgspec.structs.replace(recipe.quantization, algorithm="rtn"))
     manifest = export_bundle(recipe, tmp_path / "bundle")
-    assert [member.facts.cache_dtype for member in manifest.members] == ["int8", "int8"]
+    assert [member.config.cache_dtype for member in manifest.members] == ["int8", "int8"]
     export_bundle(msgspec.structs.replace(recipe, cache="float"), tmp_path / "plain")
     text = "the quick brown fox jumps over the lazy"
     with Mixture.load(tmp_path / "bundle", "cpu") as mixture, Mixture.load(tmp_path / "plain", "cpu") as plain:
@@ -141,7 +141,7 @@ def test_what_it_does_to_a_graph_is_the_same_every_time(tmp_path):
             tmp_path / name / "model.onnx",
             "int8",
             target="cpu",
-            cache=cache_scales(source, made.facts, WINDOWS.tolist()),
+            cache=cache_scales(source, made.config, WINDOWS.tolist()),
         )
         contents.append((tmp_path / name / "model.onnx").read_bytes())
     assert contents[0] == contents[1]
@@ -151,7 +151,7 @@ def test_a_runtime_that_is_too_old_says_so(graphs, tmp_path, monkeypatch):
     _, member = graphs
     monkeypatch.setattr("onnxruntime.__version__", "1.25.1")
     with pytest.raises(EdgemixError, match=r"needs ONNX Runtime 1\.32 or later, and this is 1\.25\.1"):
-        Member.load(tmp_path / "model.onnx", member.facts)
+        Member.load(tmp_path / "model.onnx", member.config)
 
 
 def test_a_budget_tries_formats_with_floats(recipe, tmp_path):

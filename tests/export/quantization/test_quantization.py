@@ -262,9 +262,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             tiny_model("llama", hidden_size=80, **differing),
             folder / kind,
             target="cpu",
-            gate=lambda _path, _facts: GraphParity(prefill=0, decode=0, padded_batch=0, limit=1),
+            gate=lambda _path, _config: GraphParity(prefill=0, decode=0, padded_batch=0, limit=1),
         )
-        assert graph.facts.cache == kind
+        assert graph.config.cache == kind
         paths[kind] = graph.path
     return paths
 

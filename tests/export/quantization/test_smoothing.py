@@ -20,7 +20,7 @@ from edgemix.export.quantization.graph.emission import block_emitter
 from edgemix.export.quantization.statistics.activations import observe
 from edgemix.export.quantization.transforms import smoothing
 from edgemix.export.quantization.transforms.smoothing import divide, folds, multiply, quantize_rows, search, set_apart
-from edgemix.progress import SILENT
+from edgemix.progress import NO_PROGRESS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -140,7 +140,7 @@ def test_activations_are_observed_as_they_are(tmp_path: Path) -> None:
 def quantized(folder: Path, path: Path) -> tuple[np.ndarray, list[str]]:
     model = ir.load(path)
     outliers = block_emitter(partial(rtn, bits=8, block=16, symmetric=True))
-    quantize_dynamic(model, folder, IDS.tolist(), outliers=outliers, progress=SILENT)
+    quantize_dynamic(model, folder, IDS.tolist(), outliers=outliers, progress=NO_PROGRESS)
     operators = [node.op_type for node in model.graph]
     return logits(model, folder / "quantized.onnx"), operators
 

@@ -19,7 +19,7 @@ from edgemix.export.drafting.draft_head import cut_head
 from edgemix.export.pipeline import export_bundle
 from edgemix.export.stages import blocks, models
 from edgemix.export.stages import graphs as graph_stage
-from edgemix.progress import SILENT
+from edgemix.progress import NO_PROGRESS
 from edgemix.recipe.compression import Student
 from edgemix.recipe.schema import Data, MemberRecipe, Quantization, Recipe
 from edgemix.recipe.text_sources import TextSource
@@ -214,7 +214,7 @@ def test_mistakes_are_told_together(folder, tmp_path):
 def test_cuda_bundles_are_half_precision(folder, tmp_path):
     members = (MemberRecipe("one", "one", format="fp16"), MemberRecipe("two", "two", format="int4"))
     manifest = export_bundle(recipe(folder, members=members, target="cuda"), tmp_path / "bundle", force=True)
-    assert [member.facts.dtype for member in manifest.members] == ["float16", "float16"]
+    assert [member.config.dtype for member in manifest.members] == ["float16", "float16"]
     with Mixture.load(tmp_path / "bundle", provider="cpu") as mixture:
         assert mixture.generate("the quick", max_new_tokens=4).token_ids
 
@@ -431,7 +431,7 @@ def test_a_student_that_cannot_be_cut_drafts_with_its_whole_head(folder, tmp_pat
     monkeypatch.setattr(draft_head, "SMALLEST", 100)
     monkeypatch.setattr(draft_head, "cut_head", cut)
     lines = []
-    monkeypatch.setattr(type(SILENT), "say", lambda _, line: lines.append(line))
+    monkeypatch.setattr(type(NO_PROGRESS), "log", lambda _, line: lines.append(line))
     manifest = export_bundle(student_recipe(folder), tmp_path / "bundle")
     assert manifest.student.draft is None
     assert [line for line in lines if line.startswith("student: drafts with its whole head") and reason in line]

@@ -69,7 +69,7 @@ def test_members_of_one_base_share_a_graph(bundles: dict[bool, tuple[Path, Manif
     verify_bundle(output, manifest)
     assert [member.name for member in manifest.members] == ["math", "code", "plain", "other"]
     assert {member.graph for member in manifest.members} == {"stacks/math/model.onnx", "members/other/model.onnx"}
-    assert [member.facts.voices for member in manifest.members] == [3, 3, 3, 1]
+    assert [member.config.member_count for member in manifest.members] == [3, 3, 3, 1]
     assert all(member.quantization is not None for member in manifest.members[:3])
     sizes = [sum(path.stat().st_size for path in bundles[stack][0].rglob("*.data")) for stack in (True, False)]
     assert sizes[0] < 0.7 * sizes[1]
@@ -114,14 +114,14 @@ def test_a_stack_is_taken_up_where_an_export_was_cut(
             export_bundle(recipe(folder), tmp_path / "bundle")
     monkeypatch.setattr(shared_base, "find_deltas", cut)
     again = export_bundle(recipe(folder), tmp_path / "bundle")
-    assert again.members[0].facts.voices == 3
+    assert again.members[0].config.member_count == 3
 
 
 def test_what_is_no_addition_keeps_its_graph(folder: Path, tmp_path: Path) -> None:
     """gpt2 has embeddings of positions, too."""
     members = (OTHER, MemberRecipe("twin", "other"))
     manifest = export_bundle(recipe(folder, members=members), tmp_path / "bundle")
-    assert [member.facts.voices for member in manifest.members] == [1, 1]
+    assert [member.config.member_count for member in manifest.members] == [1, 1]
     assert [member.graph for member in manifest.members] == ["members/other/model.onnx", "members/twin/model.onnx"]
 
 
@@ -143,7 +143,7 @@ def tuned(folder: Path) -> Path:
 def test_full_fine_tunes_of_a_named_base_are_stacked(tuned: Path, tmp_path: Path) -> None:
     members = (MemberRecipe("near", "near"), MemberRecipe("far", "far"), MATH)
     found = export_bundle(recipe(tuned, members=members, stack="base", format="fp32"), tmp_path / "bundle")
-    assert [member.facts.voices for member in found.members] == [3, 3, 3]
+    assert [member.config.member_count for member in found.members] == [3, 3, 3]
 
 
 def test_what_takes_too_many_ranks_has_a_graph_of_its_own(
@@ -154,7 +154,12 @@ def test_what_takes_too_many_ranks_has_a_graph_of_its_own(
     monkeypatch.setattr(shared_base, "RANKS", (3, 5))
     members = (MATH, MemberRecipe("far", "far"), MemberRecipe("near", "near"))
     found = export_bundle(recipe(tuned, members=members, stack="base", format="fp32"), tmp_path / "bundle")
-    assert [(member.name, member.facts.voices) for member in found.members] == [("math", 2), ("near", 2), ("far", 1)]
+    counts = [(member.name, member.config.member_count) for member in found.members]
+    assert counts == [
+        ("math", 2),
+        ("near", 2),
+        ("far", 1),
+    ]
     verify_bundle(tmp_path / "bundle", found)
     with Mixture.load(tmp_path / "bundle") as mixture:
         assert mixture.members == ("math", "near", "far")

@@ -13,7 +13,7 @@ from edgemix.export.finetuning.joint import finetune_mixture
 from edgemix.export.models.loading import load_model, locate, merge_adapter
 from edgemix.export.training import qlora
 from edgemix.export.training.qlora import exact, load_base, quantize_linears, split_linears
-from edgemix.progress import SILENT
+from edgemix.progress import NO_PROGRESS
 from edgemix.recipe.schema import MemberRecipe, Recipe
 
 OPTIONS_OF_A_FILE = {name: value for name, value in OPTIONS.items() if name != "base_name"}
@@ -30,8 +30,8 @@ def base(tokenizer, tmp_path):  # noqa: F811
 
 def listener():
     said = []
-    heard = type(SILENT)()
-    heard.say = said.append
+    heard = type(NO_PROGRESS)()
+    heard.log = said.append
     return heard, said
 
 

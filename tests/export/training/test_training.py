@@ -14,7 +14,7 @@ from edgemix.errors import EdgemixError, InputError
 from edgemix.export.training import loop
 from edgemix.export.training.checkpoints import Checkpoint
 from edgemix.export.training.loop import Budget, Validation, rate, train
-from edgemix.progress import SILENT
+from edgemix.progress import NO_PROGRESS
 
 WINDOWS = np.arange(40, dtype=np.int64).reshape(20, 2)
 
@@ -59,8 +59,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path):
     expected = whole.train()
     parts.at_step = {5: interrupt}
     said = []
-    progress = type(SILENT)()
-    progress.say = said.append
+    progress = type(NO_PROGRESS)()
+    progress.log = said.append
     with pytest.raises(KeyboardInterrupt):
         parts.train(checkpoint=Checkpoint(tmp_path / "state", "key"), progress=progress)
     assert "stopped after 5 steps" in said[0]

@@ -47,9 +47,9 @@ def student(load):
 def cut(tmp_path):
     """The same student, which drafts the tokens `SOME` only."""
     whole, graph = tmp_path / "whole.onnx", tmp_path / "cut.onnx"
-    facts = msgspec.structs.replace(write_graph(whole, pupil()), vocabulary=len(SOME))
+    config = msgspec.structs.replace(write_graph(whole, pupil()), vocabulary=len(SOME))
     write_cut_graph(whole, graph, SOME)
-    member = Member.load(graph, facts, threads=1, tokens=np.array(SOME))
+    member = Member.load(graph, config, threads=1, tokens=np.array(SOME))
     return Blend((member,), np.ones(1), "linear", TOKENS)
 
 

@@ -95,7 +95,7 @@ class Listener:
     def advance(self, amount: float = 1.0, note: str = "") -> None:
         self.done += amount
 
-    def say(self, line: str) -> None: ...
+    def log(self, line: str) -> None: ...
 
 
 def test_scoring_tells_its_progress(pair):

@@ -137,8 +137,8 @@ def test_other_graphs(kind, tmp_path, shapes):
     """Caches that are new tensors after each call cannot be recorded; several voices can."""
     forms = [random_member(seed, cache="growing" if kind == "growing" else "shared") for seed in (1, 2)]
     path = tmp_path / "g.onnx"
-    facts = write_stack(path, forms) if kind == "stack" else write_graph(path, forms[0])
-    loaded = Member.load(path, facts, RECORDING, threads=1)
+    config = write_stack(path, forms) if kind == "stack" else write_graph(path, forms[0])
+    loaded = Member.load(path, config, RECORDING, threads=1)
     cache, ids = loaded.new_cache(), tokens(6)
     for end in range(1, 7):
         parts = loaded.parts(loaded.extend(cache, ids[None, end - 1 : end]))

@@ -56,7 +56,7 @@ def test_facts_that_do_not_fit_the_graph_are_a_bundle_error(tmp_path):
     folder = write_bundle(tmp_path / "b", {"a": random_member(0, tokens=VOCABULARY)})
     manifest = read_manifest(folder)
     (member,) = manifest.members
-    member = msgspec.structs.replace(member, facts=msgspec.structs.replace(member.facts, layers=3))
+    member = msgspec.structs.replace(member, config=msgspec.structs.replace(member.config, layers=3))
     write_manifest(folder, msgspec.structs.replace(manifest, members=(member,)))
     with pytest.raises(BundleError, match=r"past_key_values\.1\.key"):
         Mixture.load(folder)

@@ -217,31 +217,31 @@ def test_half_precision_graphs_give_float32_logits(form, load):
 )
 def test_a_graph_that_is_not_as_the_manifest_says_is_refused(tmp_path, form, change, message):
     graph = tmp_path / "model.onnx"
-    facts = write_graph(graph, form)
+    config = write_graph(graph, form)
     with pytest.raises(BundleError, match=message):
-        Member.load(graph, type(facts)(**{name: getattr(facts, name) for name in facts.__struct_fields__} | change))
+        Member.load(graph, type(config)(**{name: getattr(config, name) for name in config.__struct_fields__} | change))
 
 
 def test_absurd_sizes_are_refused_before_they_are_allocated(tmp_path):
     graph = tmp_path / "model.onnx"
-    facts = write_graph(graph, random_member(0))
+    config = write_graph(graph, random_member(0))
     model = onnx.load(graph)
     for tensor in (*model.graph.input, *model.graph.output):
         if "0." in tensor.name:
             tensor.type.tensor_type.shape.dim[1].dim_value = 1 << 40
     onnx.save(model, graph)
     with pytest.raises(BundleError, match="1099511627776 heads"):
-        Member.load(graph, facts)
+        Member.load(graph, config)
 
 
 def test_an_input_that_nobody_feeds_is_refused(tmp_path, form):
     graph = tmp_path / "model.onnx"
-    facts = write_graph(graph, form)
+    config = write_graph(graph, form)
     model = onnx.load(graph)
     model.graph.input.append(onnx.helper.make_tensor_value_info("token_type_ids", onnx.TensorProto.INT64, ["batch"]))
     onnx.save(model, graph)
     with pytest.raises(BundleError, match="token_type_ids is unknown"):
-        Member.load(graph, facts)
+        Member.load(graph, config)
 
 
 def test_rows_join_and_leave(form, member):

@@ -87,8 +87,8 @@ def test_a_manifest_with_other_voices_than_the_graph_is_refused(folders: dict[st
     fewer = msgspec.structs.replace(manifest, members=manifest.members[:2], weights=weights)
     with pytest.raises(EdgemixError, match="has 2 in a row, and should speak for 3"):
         write_manifest(tmp_path, fewer)
-    facts = msgspec.structs.replace(manifest.members[0].facts, voices=2)
-    pair = tuple(msgspec.structs.replace(entry, facts=facts) for entry in fewer.members)
+    config = msgspec.structs.replace(manifest.members[0].config, member_count=2)
+    pair = tuple(msgspec.structs.replace(entry, config=config) for entry in fewer.members)
     write_manifest(tmp_path, wrong := msgspec.structs.replace(fewer, members=pair))
     with pytest.raises(BundleError, match="the manifest says 2 voices"):
         Mixture.assemble(folders["stacked"], wrong, "cpu")

@@ -1,4 +1,4 @@
-"""A bundle's report: one HTML page that needs nothing else, from plain data. Needs the extra `report` (Altair)."""
+"""A bundle's report: one self-contained HTML page. Needs the extra `report` (Altair)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a report consists of, before it is HTML: sections, and in them figures, tables, texts and what is missing."""
+"""A report's content before it becomes HTML: sections that hold figures, tables, colored texts and notes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Tile:
-    """One large figure: its value, its unit, what it is, and what it is to be held against."""
+class Kpi:
+    """One headline number: its value, its unit, its label, and a note with what to compare it to."""
 
     value: str
     unit: str
-    what: str
-    beside: str = ""
+    label: str
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,32 +26,35 @@ class Cell:
     """A table's cell.
 
     Attributes:
-        text: What it says.
-        tone: Of the dot before it, or of its ground in a heat map; see `palette`.
-        strong: Whether it is the one to look at.
+        text: The cell's text.
+        color: Name of the color of the dot before the text, or of the cell's background in a heat map; see `palette`.
+        emphasized: Whether the text is bold in a heat map.
     """
 
     text: str
-    tone: str = ""
-    strong: bool = False
+    color: str = ""
+    emphasized: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of cells; the first `left` columns are names, the others figures.
+    """Rows of cells.
 
     Attributes:
-        title: Above it.
-        folded: Whether it is shown only when asked for, as a chart's figures are.
-        heat: Whether tones are the cells' grounds.
-        legend: What the grounds mean.
+        title: The heading above the table.
+        columns: The columns' headings.
+        rows: The cells, row by row.
+        left: Number of leading columns with names, aligned left; the others hold numbers, aligned right.
+        collapsed: Whether the table is hidden until the reader opens it, as the tables under charts are.
+        heat: Whether cells' colors are their backgrounds.
+        legend: The meaning of the backgrounds.
     """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     left: int = 1
-    folded: bool = False
+    collapsed: bool = False
     heat: bool = False
     legend: tuple[Cell, ...] = ()
     kind: ClassVar[str] = "table"
@@ -62,12 +65,12 @@ class Figure:
     """A chart.
 
     Attributes:
-        id: In the page.
-        title: What it shows.
-        drawing: It, as SVG at two widths.
-        caption: How to read it.
-        legend: What its colours stand for, where it does not say so itself.
-        table: Its figures.
+        id: The element's id in the page.
+        title: The heading above the chart.
+        drawing: The chart as SVG at two widths.
+        caption: How to read the chart.
+        legend: The meaning of the colors, where the chart has no direct labels.
+        table: The chart's numbers.
     """
 
     id: str
@@ -80,36 +83,44 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
-    """Neighbouring tokens that one member leads: their text; its name, its tone, and how strongly it shows (0 to 4)."""
+class Span:
+    """Consecutive tokens for which one member has the largest weight.
+
+    Attributes:
+        text: The tokens' text.
+        member: The member's name.
+        color: Name of the member's color.
+        level: How strongly the color shows, 0 to 4.
+        origin: Name of the text that begins here, in a stream of several.
+    """
 
     text: str
     member: str
-    tone: str
+    color: str
     level: int
     origin: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class ColouredText:
-    """A text, in the colours of who leads where."""
+class ColoredText:
+    """A text in the colors of the members with the largest weight."""
 
     id: str
     title: str
-    stretches: tuple[Stretch, ...]
+    spans: tuple[Span, ...]
     kind: ClassVar[str] = "text"
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A remark; `missing` where it says what would have to be given for more."""
+    """A remark; `missing` marks one that names the input that would add more to the report."""
 
     text: str
     missing: bool = False
     kind: ClassVar[str] = "note"
 
 
-Block = Table | Figure | ColouredText | Note
+Block = Table | Figure | ColoredText | Note
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +128,10 @@ class Section:
     """A part of the report under a heading.
 
     Attributes:
-        id: In the page.
-        title: Its heading.
-        lead: What it says, in a sentence.
-        blocks: What it holds.
+        id: The element's id in the page.
+        title: The heading.
+        lead: One sentence under the heading.
+        blocks: The content.
     """
 
     id: str
@@ -129,11 +140,11 @@ class Section:
     blocks: tuple[Block, ...]
 
 
-def legend(tones: Mapping[str, str]) -> tuple[Cell, ...]:
-    """What colours stand for, from name -> tone."""
-    return tuple(Cell(name, tone) for name, tone in tones.items())
+def legend(colors: Mapping[str, str]) -> tuple[Cell, ...]:
+    """Return a legend for a mapping from names to colors."""
+    return tuple(Cell(name, color) for name, color in colors.items())
 
 
 def row(*cells: str | Cell) -> tuple[Cell, ...]:
-    """A table's row, of cells or plain texts."""
+    """Return a table's row from cells or plain strings."""
     return tuple(cell if isinstance(cell, Cell) else Cell(cell) for cell in cells)

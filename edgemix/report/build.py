@@ -1,4 +1,4 @@
-"""The page: all sections, by a template that escapes whatever it is given."""
+"""Build the report's page from its sections with a Jinja template that escapes all text."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from markupsafe import Markup
 
 from edgemix import __version__
 from edgemix.report import formatting
-from edgemix.report.blocks import ColouredText, Figure, Note, Section, Table, row
-from edgemix.report.charts.palette import MEMBER_TONES, style_sheet
-from edgemix.report.data import Material, check_profile
+from edgemix.report.blocks import ColoredText, Figure, Note, Section, Table, row
+from edgemix.report.charts.palette import MEMBER_COLORS, style_sheet
+from edgemix.report.data import ReportData, check_profile
 from edgemix.report.sections.bundle import bundle_section
 from edgemix.report.sections.hardware import hardware_section
 from edgemix.report.sections.quality import quality_section
 from edgemix.report.sections.speed import speed_section
-from edgemix.report.sections.summary import answer, tiles
-from edgemix.report.sections.text import LEVELS, text_section
+from edgemix.report.sections.summary import kpis, summary
+from edgemix.report.sections.weight_traces import LEVELS, weight_traces_section
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +36,7 @@ class Page:
     Attributes:
         html: The page.
         shown: The titles of its figures, tables and texts.
-        missing: What would have to be given for more, a sentence each.
+        missing: The inputs that would add more to the page, a sentence each.
     """
 
     html: str
@@ -53,34 +53,36 @@ def build_report(
     profile: Profile | None = None,
     created: datetime | None = None,
 ) -> Page:
-    """A bundle's report as one HTML page: no script, nothing that it loads. What is not given, it names.
+    """Build a bundle's report as one HTML page without scripts or external resources.
+
+    Inputs that are left out are named in the page, with the command that produces them.
 
     Args:
-        bundle: What the bundle is called.
-        manifest: What it says of itself.
-        evaluation: What was found on texts.
-        passages: Who speaks where in them.
-        profile: What was measured on a machine.
-        created: When; now by default.
+        bundle: The bundle's name.
+        manifest: The bundle's manifest.
+        evaluation: How well members and mixtures predict texts.
+        passages: The members' adaptive weights along those texts.
+        profile: Latency, memory and operator times on one machine.
+        created: The time that the page shows; now by default.
 
     Raises:
-        InputError: The profile has figures that cannot be.
+        InputError: A number in the profile is out of range.
     """
     if profile is not None:
         check_profile(profile)
-    material = Material(bundle, manifest, evaluation, tuple(passages), profile)
-    makers = (quality_section, text_section, speed_section, hardware_section, bundle_section)
-    told = sorted((make(material) for make in makers), key=_is_missing)
-    sections = [*told, _making(material)]
+    data = ReportData(bundle, manifest, evaluation, tuple(passages), profile)
+    builders = (quality_section, weight_traces_section, speed_section, hardware_section, bundle_section)
+    measured_first = sorted((build(data) for build in builders), key=_is_missing)
+    sections = [*measured_first, _provenance_section(data)]
     blocks = [block for section in sections for block in section.blocks]
     return Page(
-        _render(material, sections, created or datetime.now(UTC)),
-        tuple(block.title for block in blocks if isinstance(block, Figure | Table | ColouredText)),
+        _render(data, sections, created or datetime.now(UTC)),
+        tuple(block.title for block in blocks if isinstance(block, Figure | Table | ColoredText)),
         tuple(block.text for block in blocks if isinstance(block, Note) and block.missing),
     )
 
 
-def _render(material: Material, sections: Sequence[Section], created: datetime) -> str:
+def _render(data: ReportData, sections: Sequence[Section], created: datetime) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("edgemix.report", "templates"),
         autoescape=True,
@@ -91,15 +93,15 @@ def _render(material: Material, sections: Sequence[Section], created: datetime) 
     )
     style = environment.get_template("style.css").render()
     levels = "\n".join(
-        f".{tone}.l{level}{{background:color-mix(in srgb,var(--{tone}) {8 + 8 * level}%,transparent)}}"
-        for tone in MEMBER_TONES
+        f".{color}.l{level}{{background:color-mix(in srgb,var(--{color}) {8 + 8 * level}%,transparent)}}"
+        for color in MEMBER_COLORS
         for level in range(1, LEVELS + 1)
     )
     return environment.get_template("page.html").render(
-        title=f"{formatting.name(material.bundle)}: report",
-        bundle=formatting.name(material.bundle),
-        answer=answer(material),
-        tiles=tiles(material),
+        title=f"{formatting.name(data.bundle)}: report",
+        bundle=formatting.name(data.bundle),
+        summary=summary(data),
+        kpis=kpis(data),
         sections=sections,
         created=created,
         version=__version__,
@@ -108,25 +110,28 @@ def _render(material: Material, sections: Sequence[Section], created: datetime) 
 
 
 def _is_missing(section: Section) -> bool:
-    """Whether all that a section has to say is what would have to be given."""
+    """Return whether a section holds nothing but notes on missing inputs."""
     return all(isinstance(block, Note) and block.missing for block in section.blocks)
 
 
 def _finalize(value: object) -> object:
-    """What the template prints, before it is escaped: no character that is none."""
+    """Replace unprintable characters in what the template prints, before it is escaped."""
     return formatting.clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _making(material: Material) -> Section:
-    """How it was measured, for whoever wants to measure it again."""
-    manifest, profile = material.manifest, material.profile
+def _provenance_section(data: ReportData) -> Section:
+    """Return the section with checksums, versions and the machine, which a reader needs to repeat the measurements."""
+    manifest, profile = data.manifest, data.profile
     rows = [
         row(
             "Bundle",
-            f"{formatting.size(material.size)} in {len(manifest.files)} files, manifest {manifest.checksum[:12]}",
+            f"{formatting.size(data.size)} in {len(manifest.files)} files, manifest {manifest.checksum[:12]}",
         ),
         row("Tokenizer", f"{manifest.tokenizer.vocabulary:,} tokens, {manifest.tokenizer.sha256[:12]}"),
-        row("Made with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items()) or "not told"),
+        row(
+            "Exported with",
+            ", ".join(f"{name} {version}" for name, version in manifest.versions.items()) or "not recorded",
+        ),
     ]
     notes: list[Note] = []
     if profile is not None:
@@ -139,9 +144,10 @@ def _making(material: Material) -> Section:
             row("System", f"{machine.platform}, ONNX Runtime {machine.onnxruntime}, edgemix {machine.edgemix}"),
             row(
                 "Profiled",
-                f"{profile.created}, in {formatting.seconds(profile.seconds)}{', in a hurry' if profile.quick else ''}",
+                f"{profile.created}, in {formatting.seconds(profile.seconds)}{' (--quick)' if profile.quick else ''}",
             ),
         ]
         if profile.digest != manifest.checksum:
-            notes.append(Note("The profile was made of another state of this bundle, or of another bundle."))
-    return Section("making", "How this was made", "", (Table("Made of", ("", ""), tuple(rows), left=2), *notes))
+            notes.append(Note("The profile is of another bundle or another version of this one: the checksums differ."))
+    table = Table("Bundle, machine and versions", ("", ""), tuple(rows), left=2)
+    return Section("provenance", "How this was measured", "", (table, *notes))

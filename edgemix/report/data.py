@@ -1,4 +1,4 @@
-"""What a report is made of, and what its sections ask of it: sizes, tones, which row is the mixture's."""
+"""The data that a report is made from, and the lookups that its sections share: sizes, colors, the mixture's row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import msgspec
 
 from edgemix.errors import InputError
 from edgemix.report import formatting
-from edgemix.report.charts.palette import member_tones
+from edgemix.report.charts.palette import member_colors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from edgemix.results.evaluation import Evaluation, Passage, Row
     from edgemix.results.profile import Profile, Subject
 
-_MOST = 1e18
-"""No figure of a profile is larger."""
+_LARGEST_FIGURE = 1e18
+"""Upper bound of every number in a profile."""
 
 
 @dataclass(frozen=True, slots=True)
-class Material:
-    """All that a report may tell of.
+class ReportData:
+    """Everything that a report can show.
 
     Attributes:
-        bundle: What the bundle is called.
-        manifest: Its own.
-        evaluation: What was found on texts.
-        passages: Who speaks where in them.
-        profile: What was measured on a machine.
+        bundle: The bundle's name.
+        manifest: The bundle's manifest.
+        evaluation: How well members and mixtures predict texts.
+        passages: The members' adaptive weights along those texts.
+        profile: Latency, memory and operator times on one machine.
     """
 
     bundle: str
@@ -43,22 +43,22 @@ class Material:
 
     @property
     def members(self) -> tuple[str, ...]:
-        """The members' names, in order."""
+        """The members' names, in the manifest's order."""
         return tuple(entry.name for entry in self.manifest.members)
 
     @property
-    def tones(self) -> dict[str, str]:
-        """Every graph's name -> its tone."""
+    def colors(self) -> dict[str, str]:
+        """Name of each member and of the student -> name of its color."""
         student = {} if self.manifest.student is None else {self.manifest.student.name: "student"}
-        return member_tones(self.members) | student
+        return member_colors(self.members) | student
 
     @property
     def size(self) -> int:
-        """Of the whole bundle, in bytes."""
+        """Bytes of the whole bundle."""
         return sum(entry.size for entry in self.manifest.files.values())
 
     def size_of(self, entries: Iterable[MemberEntry]) -> int:
-        """Of graphs and the files beside them, in bytes; a graph that members share counts once."""
+        """Return the bytes of graphs and the files beside them; a graph that members share counts once."""
         folders = {PurePosixPath(entry.graph).parent for entry in entries}
         return sum(
             file.size
@@ -67,41 +67,44 @@ class Material:
         )
 
     def size_of_row(self, row: Row) -> int:
-        """Of what a row of the evaluation needs, in bytes."""
+        """Return the bytes of the graphs that a row of the evaluation needs."""
         if row.kind == "mixture":
             return self.size_of(self.manifest.members)
         return self.size_of(entry for entry in self.manifest.graphs if entry.name == row.name)
 
-    def tone_of(self, subject: Subject) -> str:
-        """Of something that was profiled."""
+    def color_of(self, subject: Subject) -> str:
+        """Return the name of a profiled model's color."""
         if subject.kind == "mixture":
-            return "soft" if "plain" in subject.name else "ink"
-        return "student" if subject.kind == "student" else self.tones.get(subject.name, "soft")
+            return "muted" if "plain" in subject.name else "text"
+        return "student" if subject.kind == "student" else self.colors.get(subject.name, "muted")
 
     def format_of(self, row: Row) -> str:
-        """Of what a row of the evaluation is of."""
-        mine = [entry.format for entry in self.manifest.graphs if row.kind == "mixture" or entry.name == row.name]
-        return formatting.listed(sorted(set(mine)))
+        """Return the weight formats of the graphs that a row of the evaluation needs."""
+        formats = [entry.format for entry in self.manifest.graphs if row.kind == "mixture" or entry.name == row.name]
+        return formatting.join(sorted(set(formats)))
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """The members', each once, in the members' order."""
+        """The members' weight formats, each once, in the members' order."""
         return tuple(dict.fromkeys(entry.format for entry in self.manifest.members))
 
 
 def check_profile(profile: Profile) -> None:
-    """Find out whether a profile's figures can be drawn: a file may hold any.
+    """Check that a profile's numbers can be drawn; a file may hold any.
 
     Raises:
-        InputError: A number in it is negative or absurdly large, or something took no time.
+        InputError: A number is negative or larger than 1e18, or a time that must be above zero is zero.
     """
     for where, value in _numbers(msgspec.to_builtins(profile), ""):
-        if not 0 <= value <= _MOST or (value == 0 and where.endswith((".p50", ".p90", ".p99", ".size"))):
-            raise InputError(f"the profile's {where} is {value}, and cannot be", "Make the profile again.")
+        if not 0 <= value <= _LARGEST_FIGURE or (value == 0 and where.endswith((".p50", ".p90", ".p99", ".size"))):
+            raise InputError(
+                f"the profile's {where} is {value}, which is out of range",
+                "Make the profile again: edgemix profile BUNDLE -o FILE",
+            )
 
 
 def _numbers(value: Any, where: str) -> Iterator[tuple[str, float]]:
-    """Every number in a document, and where it stands."""
+    """Yield every number in a document with its path."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _numbers(item, f"{where}.{key}" if where else key)
@@ -112,19 +115,22 @@ def _numbers(value: Any, where: str) -> Iterator[tuple[str, float]]:
         yield where, value
 
 
-def own_row(evaluation: Evaluation) -> Row:
-    """The mixture with the bundle's own weights (a member may have its name, and comes first)."""
+def mixture_row(evaluation: Evaluation) -> Row:
+    """Return the row of the mixture with the bundle's own weights.
+
+    Rows are searched from the end: a member may have the same name, and members come first.
+    """
     return next(row for row in reversed(evaluation.rows) if row.name == evaluation.mixture)
 
 
 def best_member(evaluation: Evaluation) -> Row:
-    """The member that predicts all texts best."""
+    """Return the row of the member with the fewest bits per byte over all texts."""
     members = [row for row in evaluation.rows if row.kind == "member"]
     return min(members, key=lambda row: row.overall.bits_per_byte)
 
 
-def label(row: Row, evaluation: Evaluation) -> str:
-    """A row of the evaluation by its name, which says that it is a mixture."""
+def row_label(row: Row, evaluation: Evaluation) -> str:
+    """Return a row's name for people; a mixture's says that it is one, and which weights it has."""
     if row.kind != "mixture":
         return formatting.name(row.name)
     return f"mixture, {formatting.name(row.name)}" + (

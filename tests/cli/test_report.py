@@ -51,7 +51,7 @@ def test_texts_are_measured_and_shown(student_bundle, texts, page):
     shown = page.read_text("utf-8")
     assert '<span class="m0 l4" title="math">' in shown
     assert '<span class="m1 l4" title="code">' in shown
-    assert "tokens a second on the machine that made this report" in shown
+    assert "tokens per second on the machine that made this report" in shown
 
 
 def test_a_profile_is_shown_and_spares_measuring_speed(bundle, texts, page, tmp_path, monkeypatch):
@@ -65,8 +65,8 @@ def test_a_profile_is_shown_and_spares_measuring_speed(bundle, texts, page, tmp_
     told = json.loads(run(bundle, *texts, "--profile", file, "-o", page, "--json").stdout)
 
     assert told["missing"] == []
-    assert {"Roofline", "Time of a token by operator", "Quality against speed"} <= set(told["shown"])
-    assert "another state of this bundle" not in page.read_text("utf-8")
+    assert {"Roofline", "Decode time by operator", "Quality against speed"} <= set(told["shown"])
+    assert "another bundle or another version" not in page.read_text("utf-8")
 
 
 def test_a_profile_of_another_bundle_is_told(bundle, page, tmp_path):
@@ -74,7 +74,7 @@ def test_a_profile_of_another_bundle_is_told(bundle, page, tmp_path):
 
     run(bundle, "--profile", tmp_path / "profile.json", "-o", page)
 
-    assert "another state of this bundle, or of another bundle" in page.read_text("utf-8")
+    assert "another bundle or another version of this one" in page.read_text("utf-8")
 
 
 def test_only_so_many_tokens_are_coloured(bundle, texts, page):
@@ -82,7 +82,7 @@ def test_only_so_many_tokens_are_coloured(bundle, texts, page):
 
     assert (
         "1+2="
-        not in page.read_text("utf-8").replace("</span>", "").partition('class="words"')[2].partition("</div>")[0]
+        not in page.read_text("utf-8").replace("</span>", "").partition('class="tokens"')[2].partition("</div>")[0]
     )
 
 
@@ -101,7 +101,10 @@ def test_what_is_wrong_is_told_before_any_work(bundle, texts, page, tmp_path, mo
         ((bundle, *texts, "-o", tmp_path / "none" / "page.html"), "there is no folder"),
         ((bundle, *texts, "-o", page, "--profile", tmp_path / "none.json"), "there is no profile"),
         ((bundle, *texts, "-o", page, "--profile", tmp_path / "broken.json"), "is no profile that this edgemix reads"),
-        ((bundle, *texts, "-o", page, "--profile", tmp_path / "unsound.json"), "tpot.p50 is 0.0, and cannot be"),
+        (
+            (bundle, *texts, "-o", page, "--profile", tmp_path / "unsound.json"),
+            "tpot.p50 is 0.0, which is out of range",
+        ),
         ((bundle, tmp_path / "none.txt", "-o", page), "no such file"),
         ((tmp_path / "none", *texts, "-o", page), "there is no such bundle"),
     ]:

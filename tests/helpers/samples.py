@@ -1,4 +1,4 @@
-"""Material for reports that looks like a real bundle's, made up."""
+"""A made-up manifest, evaluation and profile with realistic numbers, for tests of reports."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ TEXTS = ("gsm8k-test", "python-heldout", "wikitext2-test")
 FIGURES = {
     "quality-size",
     "quality-speed",
-    "voices-0",
-    "voices-1",
+    "weight-trace-0",
+    "weight-trace-1",
     "tpot",
     "context",
     "ttft",
@@ -58,10 +58,10 @@ FIGURES = {
     "operators-prefill",
     "layers",
     "weights",
-    "quantisation",
+    "quantization",
     "budget",
 }
-"""Of a report with everything, by their ids."""
+"""Ids of the figures of a complete report."""
 _DOMAINS = {
     "math": {"math": 0.98, "code": 0.01, "wiki": 0.01},
     "code": {"math": 0.1, "code": 0.83, "wiki": 0.07},
@@ -70,7 +70,7 @@ _DOMAINS = {
 
 
 def manifest(names: tuple[str, ...] = MEMBERS, *, student: bool = True, budget: bool = True) -> Manifest:
-    """Of members of one size, and a student of less than half of it."""
+    """Return a manifest of members of one size and a student of less than half that size."""
     members = tuple(
         _entry(name, f"members/{name}", 134_515_008, "int8-dynamic", 0.008 + 0.002 * at)
         for at, name in enumerate(names)
@@ -108,10 +108,10 @@ def manifest(names: tuple[str, ...] = MEMBERS, *, student: bool = True, budget: 
     )
 
 
-def _entry(name: str, folder: str, parameters: int, form: str, divergence: float) -> MemberEntry:
+def _entry(name: str, folder: str, parameters: int, weight_format: str, divergence: float) -> MemberEntry:
     return MemberEntry(
         name=name,
-        format=form,
+        format=weight_format,
         graph=f"{folder}/model.onnx",
         source=ModelSource(
             "base.gguf", "llama", parameters, "a" * 64, None if name == "student" else name, "apache-2.0"
@@ -125,7 +125,7 @@ def _entry(name: str, folder: str, parameters: int, form: str, divergence: float
 
 
 def evaluation(names: tuple[str, ...] = MEMBERS, texts: tuple[str, ...] = TEXTS, *, student: bool = True) -> Evaluation:
-    """As measured of three experts in int8, rounded."""
+    """Return the evaluation of three int8 experts, as once measured, rounded."""
     table = {
         names[0]: (0.637, 0.793, 1.171, 0.893),
         names[1]: (0.945, 0.711, 1.133, 0.932),
@@ -149,7 +149,7 @@ def evaluation(names: tuple[str, ...] = MEMBERS, texts: tuple[str, ...] = TEXTS,
 
 
 def passages(names: tuple[str, ...] = MEMBERS, texts: tuple[str, ...] = TEXTS) -> tuple[Passage, ...]:
-    """A stream whose members take turns, and one text's passage."""
+    """Return a stream in which members take turns to have the largest weight, and a passage of one text."""
     chance = random.Random(0)
     pieces, strengths = [], []
     strength = [0.4, 0.3, 0.3]
@@ -172,7 +172,7 @@ def _measured(median: float, *, steady: bool = True) -> Quantiles:
 
 
 def profile(names: tuple[str, ...] = MEMBERS, digest: str = "e" * 64) -> Profile:
-    """Of the same bundle, on a small machine."""
+    """Return the same bundle's profile on a small machine."""
     subjects = [
         _subject(name, "member", "int8-dynamic", 139_000_000, 0.0112 + 0.0002 * at) for at, name in enumerate(names)
     ]
@@ -218,7 +218,7 @@ def profile(names: tuple[str, ...] = MEMBERS, digest: str = "e" * 64) -> Profile
 
 
 def bare(whole: Profile) -> Profile:
-    """As little of a profile as there can be: the machine, loading, and one time a subject."""
+    """Return the smallest profile: the machine, loading, and one time for each model."""
     loading = msgspec.structs.replace(whole.loading, cold=None)
     machine = msgspec.structs.replace(whole.machine, bandwidth=None, fp32_peak=None, int8_peak=None)
     subjects = tuple(
@@ -230,13 +230,13 @@ def bare(whole: Profile) -> Profile:
 
 
 def _subject(
-    name: str, kind: str, form: str, files: int, tpot: float, *, speculation: Speculation | None = None
+    name: str, kind: str, weight_format: str, files: int, tpot: float, *, speculation: Speculation | None = None
 ) -> Subject:
     weights = files * 0.96
     return Subject(
         name=name,
         kind=kind,
-        format=form,
+        format=weight_format,
         files=files,
         prefill=tuple(Prefill(tokens, _measured(0.01 + tpot * tokens / 30)) for tokens in (16, 64, 256, 1024)),
         decode=tuple(

@@ -1,4 +1,4 @@
-"""A whole report, made once."""
+"""A complete report, built once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgemix.report import build_report
 
 @pytest.fixture(scope="session")
 def whole():
-    """Of a bundle with everything."""
+    """The report of a bundle with a student, an evaluation, weight traces and a profile."""
     return build_report(
         "experts",
         manifest(),

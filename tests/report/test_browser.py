@@ -1,4 +1,4 @@
-"""The page as Chromium shows it."""
+"""The page in Chromium, as a reader sees it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import subprocess
 
 import pytest
-from helpers.reading import Reading
+from helpers.html_page import HtmlPage
 from helpers.samples import FIGURES
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -22,7 +22,7 @@ FLAGS = (
     "--disable-sync",
     "--enable-logging=stderr",
 )
-# The page has no script: another one holds it in two frames, as wide as a phone and a desk, and measures it.
+# The report has no script, so another page loads it in two frames, as wide as a phone and a desktop, and measures it.
 LOOK = """<!DOCTYPE html><body><script>
 const widths = [390, 1280];
 const found = {};
@@ -57,8 +57,8 @@ for (const width of widths) {
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_every_figure_is_seen_on_a_phone_and_on_a_desk(whole, tmp_path):
-    """Without a word on the console, without anything wider than the screen or too small to read."""
+def test_every_figure_is_visible_on_phone_and_desktop(whole, tmp_path):
+    """The console stays empty, nothing is wider than the screen, and no text is too small to read."""
     page = json.dumps(whole.html).replace("</", "<\\/")
     (tmp_path / "look.html").write_text(LOOK.replace("PAGE", page), "utf-8")
 
@@ -71,7 +71,7 @@ def test_every_figure_is_seen_on_a_phone_and_on_a_desk(whole, tmp_path):
     )
 
     assert "CONSOLE" not in run.stderr
-    (result,) = [element for element in Reading.of(run.stdout).elements if element.attributes.get("id") == "result"]
+    (result,) = [element for element in HtmlPage.parse(run.stdout).elements if element.attributes.get("id") == "result"]
     for width, seen in json.loads(result.text).items():
         assert set(seen["figures"]) == FIGURES, width
         assert seen["overflow"] <= 0, width

@@ -1,6 +1,6 @@
-"""Charts by Altair as SVG inside a page: at two widths, of which the page shows the one that fits its reader's screen.
+"""Render Altair charts as inline SVG at two widths; the page shows the one that fits the reader's screen.
 
-vl-convert renders Vega-Lite to SVG in this process: no browser, no network. Text in a drawing is data, never markup.
+vl-convert renders Vega-Lite to SVG in this process, without a browser or network, and escapes all text.
 """
 
 from __future__ import annotations
@@ -32,7 +32,13 @@ _EMPTY = re.compile(r'<path d="[^"]*"(?: display="none")?/>')
 
 @dataclass(frozen=True, slots=True)
 class Canvas:
-    """What a chart is drawn on: `width` in CSS pixels, without the axes; `narrow` on a phone."""
+    """The size that a chart is drawn for.
+
+    Attributes:
+        name: CSS class of the SVG element.
+        width: Pixels.
+        narrow: Whether the chart is for a phone.
+    """
 
     name: str
     width: int
@@ -43,7 +49,13 @@ WIDE, NARROW = Canvas("wide", 740, narrow=False), Canvas("narrow", 350, narrow=T
 
 
 def draw(id_: str, title: str, chart: Callable[[Canvas], alt.TopLevelMixin]) -> Markup:
-    """A chart as two SVG elements with a title; `chart` makes it for a canvas."""
+    """Render a chart as two SVG elements with a title.
+
+    Args:
+        id_: The figure's id, the prefix of all ids inside the SVG.
+        title: The text that screen readers announce.
+        chart: Builds the chart for a canvas.
+    """
     return Markup("\n").join(_svg(id_, title, canvas, chart(canvas)) for canvas in (WIDE, NARROW))
 
 
@@ -52,15 +64,15 @@ def figure(
     table: Table,
     chart: Callable[[Canvas], alt.TopLevelMixin],
     caption: str,
-    tones: Mapping[str, str] | None = None,
+    colors: Mapping[str, str] | None = None,
 ) -> Figure:
-    """A chart under the title of the table with its figures; with the tones' legend, if they are given."""
+    """Render a chart with the table of its numbers, under the table's title; `colors` adds a legend."""
     drawing = draw(id_, table.title, chart)
-    return Figure(id_, table.title, drawing, caption, legend(tones or {}), table=table)
+    return Figure(id_, table.title, drawing, caption, legend(colors or {}), table=table)
 
 
-def data(rows: Sequence[Mapping[str, Any]]) -> alt.InlineData:
-    """A chart's data: as JSON, which Altair does not look through row by row."""
+def inline_data(rows: Sequence[Mapping[str, Any]]) -> alt.InlineData:
+    """Return rows as a chart's data, in JSON, which Altair does not validate row by row."""
     return alt.InlineData(json.dumps(_cleaned([dict(row) for row in rows])), format={"type": "json"})
 
 
@@ -68,18 +80,18 @@ def _svg(id_: str, title: str, canvas: Canvas, chart: alt.TopLevelMixin) -> Mark
     document = _cleaned({**chart.to_dict(validate=False), "config": _config(canvas)})
     drawn = vl_convert.vegalite_to_svg(document, allowed_base_urls=[])
     label = f"{id_}-{canvas.name}"
-    # Several drawings share a page: what they refer to inside must stay theirs.
+    # Several drawings share a page, so ids get the drawing's name as a prefix.
     body = _ID.sub(rf"\g<1>{label}-", _EMPTY.sub("", _ROLE.sub("", _NAMESPACE.sub("", drawn))))
     opening, _, rest = body.partition(">")
     size = re.search(r'viewBox="[^"]*"', opening)
     if size is None:
-        raise ValueError("a drawing without a size")
+        raise ValueError("the SVG has no viewBox")
     head = f'<svg class="{canvas.name}" role="img" aria-labelledby="{label}-title" {size[0]}>'
     return Markup(f'{head}<title id="{label}-title">{escape(clean(title))}</title>{rest}')  # noqa: S704 - vl-convert escapes
 
 
 def _cleaned(value: Any) -> Any:
-    """A chart's document without characters that XML does not know."""
+    """Replace the characters that XML forbids in all strings of a chart's document."""
     if isinstance(value, str):
         return clean(value)
     if isinstance(value, dict):
@@ -90,8 +102,8 @@ def _cleaned(value: Any) -> Any:
 
 
 def _config(canvas: Canvas) -> dict[str, Any]:
-    """How all charts look."""
-    ink, soft, rule = light("ink"), light("soft"), light("rule")
+    """Return the Vega-Lite config that all charts share."""
+    text, muted, border = light("text"), light("muted"), light("border")
     size = 12
     return {
         "background": None,
@@ -101,17 +113,17 @@ def _config(canvas: Canvas) -> dict[str, Any]:
         "autosize": {"type": "fit-x", "contains": "padding"},
         "view": {"stroke": None, "continuousWidth": canvas.width, "discreteWidth": canvas.width},
         "axis": {
-            "labelColor": soft,
+            "labelColor": muted,
             "labelFontSize": size,
             "labelPadding": 6,
             "labelLimit": 150 if canvas.narrow else 260,
-            "titleColor": soft,
+            "titleColor": muted,
             "titleFontSize": size,
             "titleFontWeight": "normal",
             "titlePadding": 10,
             "ticks": False,
             "domain": False,
-            "gridColor": rule,
+            "gridColor": border,
             "gridWidth": 1,
         },
         "axisX": {"grid": True, "tickCount": 4 if canvas.narrow else 6, "titleAnchor": "start"},
@@ -125,9 +137,9 @@ def _config(canvas: Canvas) -> dict[str, Any]:
             "titleY": -14,
             "titleBaseline": "bottom",
         },
-        "axisYBand": {"grid": False, "labelColor": ink, "title": None},
-        "axisYPoint": {"grid": False, "labelColor": ink, "title": None},
-        "text": {"fontSize": size, "color": ink},
+        "axisYBand": {"grid": False, "labelColor": text, "title": None},
+        "axisYPoint": {"grid": False, "labelColor": text, "title": None},
+        "text": {"fontSize": size, "color": text},
         "line": {"strokeWidth": 2, "strokeCap": "round", "strokeJoin": "round"},
         "point": {"filled": True, "size": 70, "opacity": 1},
     }

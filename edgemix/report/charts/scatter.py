@@ -1,4 +1,4 @@
-"""Charts of points that carry their own labels: quality against what it costs, and the roofline."""
+"""Scatter charts: quality against cost, and the roofline."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import altair as alt
 
-from edgemix.report.charts.drawing import data
+from edgemix.report.charts.basic import CHARACTER_WIDTH, color_encoding
+from edgemix.report.charts.drawing import inline_data
 from edgemix.report.charts.palette import light
-from edgemix.report.charts.shapes import CHARACTER, colour
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -27,40 +27,43 @@ _MARGIN = 46
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One thing, and where it stands: `x` a cost or rate, `y` bits per byte.
+    """A named point.
 
     Attributes:
-        shape: Of the mark: "circle" for members, "diamond" for the student, "square" for mixtures.
+        name: The label.
+        color: Name of a color of the palette.
+        x, y: The coordinates.
+        shape: The mark: a Vega symbol such as "circle", "diamond" or "square"; the roofline's are named by phase.
     """
 
     name: str
-    tone: str
+    color: str
     x: float
     y: float
     shape: str = "circle"
 
 
-def front(points: Iterable[Point], *, less: bool) -> list[Point]:
-    """The points that no other beats in both: fewer bits per byte, and a lower `x` (a higher one, unless `less`)."""
+def pareto_front(points: Iterable[Point], *, lower_x: bool) -> list[Point]:
+    """Return the points that no other point beats in both coordinates: lower y, and lower (or else higher) x."""
     best, found = float("inf"), []
-    for point in sorted(points, key=lambda point: (point.x if less else -point.x, point.y)):
+    for point in sorted(points, key=lambda point: (point.x if lower_x else -point.x, point.y)):
         if point.y < best:
             best = point.y
             found.append(point)
     return found
 
 
-def tradeoff(canvas: Canvas, points: Sequence[Point], *, x: str, y: str, less: bool) -> alt.TopLevelMixin:
-    """Points with labels, and the line through those that no other beats (Pareto's front).
+def pareto_chart(canvas: Canvas, points: Sequence[Point], *, x: str, y: str, lower_x: bool) -> alt.TopLevelMixin:
+    """Draw labeled points and their Pareto front.
 
-    The horizontal axis begins at zero, the vertical one where the points do.
+    The horizontal axis begins at zero, the vertical axis just below the lowest point.
 
     Args:
-        canvas: What it is drawn on.
+        canvas: The canvas.
         points: At least one.
         x: The horizontal axis' title.
-        y: The vertical one's.
-        less: Whether less is better on the horizontal axis, and not more.
+        y: The vertical axis' title; lower is better.
+        lower_x: Whether lower is better on the horizontal axis; otherwise higher is.
     """
     height = 300
     low_x, high_x = 0.0, max(point.x for point in points) * 1.14 or 1.0
@@ -84,11 +87,14 @@ def tradeoff(canvas: Canvas, points: Sequence[Point], *, x: str, y: str, less: b
     ]
     across = alt.X("x:Q", scale=alt.Scale(domain=[low_x, high_x], nice=False, zero=False), title=x)
     up = alt.Y("y:Q", scale=alt.Scale(domain=[low_y, high_y], nice=False, zero=False), title=y)
-    line = [{"x": point.x, "y": point.y} for point in front(points, less=less)]
+    line = [{"x": point.x, "y": point.y} for point in pareto_front(points, lower_x=lower_x)]
     shapes = ["circle", "diamond", "square"]
-    marks = alt.Chart(data(rows)).mark_point(size=130, stroke=light("paper"), strokeWidth=1.5)
-    edge = alt.Chart(data(line)).mark_line(
-        interpolate="step-after" if less else "step-before", stroke=light("soft"), strokeWidth=1.2, strokeDash=[3, 3]
+    marks = alt.Chart(inline_data(rows)).mark_point(size=130, stroke=light("background"), strokeWidth=1.5)
+    edge = alt.Chart(inline_data(line)).mark_line(
+        interpolate="step-after" if lower_x else "step-before",
+        stroke=light("muted"),
+        strokeWidth=1.2,
+        strokeDash=[3, 3],
     )
     return alt.layer(
         edge.encode(x=across, y=up),
@@ -96,7 +102,7 @@ def tradeoff(canvas: Canvas, points: Sequence[Point], *, x: str, y: str, less: b
         marks.encode(
             x=across,
             y=up,
-            color=colour({point.name: point.tone for point in points}),
+            color=color_encoding({point.name: point.color for point in points}),
             shape=alt.Shape("shape:N", scale=alt.Scale(domain=shapes, range=shapes), legend=None),
         ),
         width=canvas.width,
@@ -107,13 +113,13 @@ def tradeoff(canvas: Canvas, points: Sequence[Point], *, x: str, y: str, less: b
 def roofline(
     canvas: Canvas, points: Sequence[Point], *, bandwidth: float, peaks: Sequence[tuple[str, float]]
 ) -> alt.TopLevelMixin:
-    """Multiply-adds a second against multiply-adds by byte, both logarithmic, under what memory and processor allow.
+    """Draw measured points under the limits of memory bandwidth and arithmetic, on logarithmic axes.
 
     Args:
-        canvas: What it is drawn on.
-        points: What was measured, at least one: `x` multiply-adds by byte, `y` multiply-adds a second.
-        bandwidth: Bytes a second.
-        peaks: Name and multiply-adds a second of each kind of product.
+        canvas: The canvas.
+        points: At least one: x is multiply-adds per byte, y is multiply-adds per second.
+        bandwidth: Bytes per second.
+        peaks: Name and multiply-adds per second of each data type.
     """
     top = max([point.y for point in points] + [peak for _, peak in peaks])
     left = min([point.x for point in points] + [top / bandwidth / 4]) / 2
@@ -127,29 +133,29 @@ def roofline(
     across = alt.X(
         "x:Q",
         scale=alt.Scale(type="log", domain=[left, right], nice=False),
-        title="multiply-adds for each byte read",
+        title="multiply-adds per byte read",
         axis=alt.Axis(values=_powers(left, right), format="~s"),
     )
     up = alt.Y(
         "y:Q",
         scale=alt.Scale(type="log", domain=[low, top * 2], nice=False),
-        title="multiply-adds a second",
+        title="multiply-adds per second",
         axis=alt.Axis(values=_powers(low, top * 2), format="~s"),
     )
-    lines = alt.Chart(data(roofs)).mark_line(stroke=light("soft"), strokeWidth=1.6, clip=True)
-    names = alt.Chart(data([{"x": right, "y": peak, "label": f"{name} peak"} for name, peak in peaks]))
-    texts = names.mark_text(align="right", dy=-8, color=light("soft"), fontSize=11)
+    lines = alt.Chart(inline_data(roofs)).mark_line(stroke=light("muted"), strokeWidth=1.6, clip=True)
+    names = alt.Chart(inline_data([{"x": right, "y": peak, "label": f"{name} peak"} for name, peak in peaks]))
+    texts = names.mark_text(align="right", dy=-8, color=light("muted"), fontSize=11)
     rows = [{"name": point.name, "x": point.x, "y": point.y, "shape": point.shape} for point in points]
-    marks = alt.Chart(data(rows)).mark_point(size=130, stroke=light("paper"), strokeWidth=1)
-    shapes = alt.Scale(domain=["decode", "prefill"], range=["circle", "triangle-up"])
+    marks = alt.Chart(inline_data(rows)).mark_point(size=130, stroke=light("background"), strokeWidth=1)
+    marks_by_phase = alt.Scale(domain=["decode", "prefill"], range=["circle", "triangle-up"])
     return alt.layer(
         lines.encode(x=across, y=up, detail="roof:N"),
         texts.encode(x=across, y=up, text="label:N"),
         marks.encode(
             x=across,
             y=up,
-            color=colour({point.name: point.tone for point in points}),
-            shape=alt.Shape("shape:N", scale=shapes, legend=None),
+            color=color_encoding({point.name: point.color for point in points}),
+            shape=alt.Shape("shape:N", scale=marks_by_phase, legend=None),
         ),
         width=canvas.width,
         height=300,
@@ -157,7 +163,7 @@ def roofline(
 
 
 def _powers(low: float, high: float) -> list[float]:
-    """The powers of ten between two numbers."""
+    """Return the powers of ten between two numbers."""
     return [10.0**power for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
 
 
@@ -182,7 +188,7 @@ def labels(names: Sequence[str], places: Sequence[tuple[float, float]], width: f
     found: dict[int, Label] = {}
     taken = [(x - _POINT, x + _POINT, at) for x, at in places]
     for index in sorted(range(len(names)), key=lambda index: places[index][1]):
-        (x, at), length = places[index], len(names[index]) * CHARACTER
+        (x, at), length = places[index], len(names[index]) * CHARACTER_WIDTH
         side: Literal["left", "right"] = "right" if x + _GAP + length <= width else "left"
         start = x + _GAP if side == "right" else x - _GAP - length
         for other_start, other_end, other_at in sorted(taken, key=lambda each: each[2]):
@@ -195,10 +201,10 @@ def labels(names: Sequence[str], places: Sequence[tuple[float, float]], width: f
 
 def _texts(rows: Sequence[dict[str, Any]], across: alt.X) -> list[alt.Chart]:
     """Labels on either side of their points, each on a halo that parts it from the lines under it."""
-    paper, ink = light("paper"), light("ink")
+    paper, ink = light("background"), light("text")
     halos, texts = [], []
     for side in ("right", "left"):
-        mine = alt.Chart(data([row for row in rows if row["side"] == side]))
+        mine = alt.Chart(inline_data([row for row in rows if row["side"] == side]))
         align: Literal["left", "right"] = "left" if side == "right" else "right"
         dx = _GAP if side == "right" else -_GAP
         halos.append(mine.mark_text(align=align, dx=dx, color=paper, stroke=paper, strokeWidth=5, strokeJoin="round"))
@@ -207,7 +213,7 @@ def _texts(rows: Sequence[dict[str, Any]], across: alt.X) -> list[alt.Chart]:
 
 
 def _padded(values: Sequence[float], part: float) -> tuple[float, float]:
-    """An axis' ends, with room around what stands on it."""
+    """Return the ends of an axis with a margin around its values."""
     low, high = min(values), max(values)
     room = (high - low or abs(high) or 1.0) * part
     return low - room, high + room

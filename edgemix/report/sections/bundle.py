@@ -1,4 +1,4 @@
-"""What the bundle is: its members, their weights, what quantisation cost, and what another budget would have."""
+"""The bundle's members and weights, their quantization and pruning losses, and the losses at other budgets."""
 
 from __future__ import annotations
 
@@ -9,48 +9,48 @@ import altair as alt
 
 from edgemix.report import formatting
 from edgemix.report.blocks import Block, Cell, Figure, Note, Section, Table, legend, row
-from edgemix.report.charts import shapes
-from edgemix.report.charts.drawing import data, draw
+from edgemix.report.charts import basic
+from edgemix.report.charts.drawing import draw, inline_data
 from edgemix.report.charts.palette import light
 
 if TYPE_CHECKING:
     from edgemix.bundle.manifest import BudgetFigures, MemberEntry
     from edgemix.report.charts.drawing import Canvas
-    from edgemix.report.data import Material
+    from edgemix.report.data import ReportData
 
 
-def bundle_section(material: Material) -> Section:
-    """From the manifest alone."""
-    manifest = material.manifest
+def bundle_section(data: ReportData) -> Section:
+    """Return the section that the manifest alone fills."""
+    manifest = data.manifest
     members = len(manifest.members)
-    student = "" if manifest.student is None else ", and the student that was distilled from them"
-    blocks: list[Block] = [_members(material)]
+    student = "" if manifest.student is None else ", and the student that was distilled from their mixture"
+    blocks: list[Block] = [_members(data)]
     blocks += [
-        Note(f"{formatting.name(entry.name)} was let past a gate that it failed (--force).")
+        Note(f"{formatting.name(entry.name)} failed a parity gate and was exported with --force.")
         for entry in manifest.graphs
         if entry.forced
     ]
     if members > 1:
-        blocks.append(_weights(material))
-    if quantised := [entry for entry in manifest.graphs if entry.quantization is not None]:
-        blocks.append(_quantisation(material, quantised))
+        blocks.append(_weights(data))
+    if quantized := [entry for entry in manifest.graphs if entry.quantization is not None]:
+        blocks.append(_quantization(data, quantized))
     if any(entry.pruning is not None for entry in manifest.graphs):
-        blocks.append(_pruning(material))
+        blocks.append(_pruning(data))
     if manifest.budget is not None:
         blocks.append(_budget(manifest.budget))
-    blocks.append(_torch(material))
+    blocks.append(_torch_parity(data))
     return Section(
         "bundle",
         "What is in the bundle",
         f"{'One member' if members == 1 else f'{members} members'}{student}. "
-        f"Target {manifest.target}, made by edgemix {manifest.edgemix}.",
+        f"Target: {manifest.target}; exported by edgemix {manifest.edgemix}.",
         tuple(blocks),
     )
 
 
-def _members(material: Material) -> Table:
+def _members(data: ReportData) -> Table:
     rows = []
-    for entry in material.manifest.graphs:
+    for entry in data.manifest.graphs:
         source = entry.source
         model = formatting.name(f"{source.model} + {source.adapter}" if source.adapter else source.model)
         eighth = (
@@ -58,12 +58,12 @@ def _members(material: Material) -> Table:
         )
         rows.append(
             row(
-                _named(material, entry),
+                _name_cell(data, entry),
                 entry.format + eighth,
                 model,
                 formatting.name(source.model_type),
                 formatting.name(source.license or "not stated"),
-                formatting.size(material.size_of([entry])),
+                formatting.size(data.size_of([entry])),
                 formatting.count(source.parameters),
                 f"{entry.config.context:,}",
             )
@@ -72,32 +72,32 @@ def _members(material: Material) -> Table:
     return Table("Members", columns, tuple(rows), left=5)
 
 
-def _weights(material: Material) -> Figure:
-    weights = material.manifest.weights
+def _weights(data: ReportData) -> Figure:
+    weights = data.manifest.weights
     sets = {"default": weights.default} | {f"for {formatting.name(name)}": own for name, own in weights.domains.items()}
-    rows = [{"bar": bar, "name": name, "share": own[name]} for bar, own in sets.items() for name in material.members]
-    tones = {name: material.tones[name] for name in material.members}
+    rows = [{"bar": bar, "name": name, "share": own[name]} for bar, own in sets.items() for name in data.members]
+    colors = {name: data.colors[name] for name in data.members}
     title = "Weights of the members in the mixture"
-    how = {"uniform": "All members weigh the same.", "given": "The recipe gave the weights."}
+    how = {"uniform": "All members have the same weight.", "given": "The weights are given in the recipe."}
     return Figure(
         "weights",
         title,
-        draw("weights", title, partial(shapes.shares, rows=rows, tones=tones)),
-        how.get(weights.method, "Fitted to validation text: to all of it, and to each domain alone."),
-        legend(tones),
+        draw("weights", title, partial(basic.stacked_bar_chart, rows=rows, colors=colors)),
+        how.get(weights.method, "Fitted to validation text: to all domains together, and to each domain alone."),
+        legend(colors),
         table=Table(
             "Weights",
-            ("Weights", *material.members),
-            tuple(row(bar, *(f"{own[name]:.3f}" for name in material.members)) for bar, own in sets.items()),
-            folded=True,
+            ("Weights", *data.members),
+            tuple(row(bar, *(f"{own[name]:.3f}" for name in data.members)) for bar, own in sets.items()),
+            collapsed=True,
         ),
     )
 
 
-def _quantisation(material: Material, quantised: list[MemberEntry]) -> Figure:
+def _quantization(data: ReportData, quantized: list[MemberEntry]) -> Figure:
     rows: list[dict[str, Any]] = []
     table = []
-    for entry in quantised:
+    for entry in quantized:
         found = entry.quantization
         if found is None:
             continue
@@ -105,7 +105,7 @@ def _quantisation(material: Material, quantised: list[MemberEntry]) -> Figure:
         decoding = "" if found.decode_kl is None else f"{found.decode_kl:.4f}"
         table.append(
             row(
-                _named(material, entry),
+                _name_cell(data, entry),
                 f"{found.kl:.4f}",
                 f"{found.kl_limit:g}",
                 decoding,
@@ -113,12 +113,12 @@ def _quantisation(material: Material, quantised: list[MemberEntry]) -> Figure:
                 f"{found.perplexity_ratio:.4f}",
             )
         )
-    mixed = material.manifest.quantization
+    mixed = data.manifest.quantization
     if mixed is not None:
         rows.append({"name": "mixture", "kl": mixed.kl, "limit": None})
         table.append(
             row(
-                Cell("mixture", "ink"),
+                Cell("mixture", "text"),
                 f"{mixed.kl:.4f}",
                 "",
                 "",
@@ -126,73 +126,75 @@ def _quantisation(material: Material, quantised: list[MemberEntry]) -> Figure:
                 f"{mixed.perplexity_ratio:.4f}",
             )
         )
-    tones = material.tones | {"mixture": "ink"}
-    title = "What quantisation costs"
+    colors = data.colors | {"mixture": "text"}
+    title = "Quantization loss"
     return Figure(
-        "quantisation",
+        "quantization",
         title,
         draw(
-            "quantisation",
+            "quantization",
             title,
-            partial(_divergences, rows=rows, tones={row["name"]: tones[row["name"]] for row in rows}),
+            partial(_divergences, rows=rows, colors={row["name"]: colors[row["name"]] for row in rows}),
         ),
-        "KL divergence of the stored graph from the fp32 graph, in nats a token. The tick is the gate's limit: beyond "
-        "it no bundle is made."
-        + ("" if mixed is None else " Of what its members lose, the mixture loses no more than their weighted mean."),
+        "KL divergence between the fp32 graph and the stored graph, in nats per token. The tick is the parity gate's "
+        "limit; a graph above it is not exported."
+        + ("" if mixed is None else " The mixture's loss is at most the weighted mean of its members' losses."),
         table=Table(
             "Stored graphs against fp32",
-            ("", "KL (nats)", "Limit", "KL decoding", "Flipped tokens", "Perplexity ratio"),
+            ("", "KL (nats)", "Limit", "KL, decoding", "Top-1 disagreement", "Perplexity ratio"),
             tuple(table),
-            folded=True,
+            collapsed=True,
         ),
     )
 
 
-def _divergences(canvas: Canvas, rows: list[dict[str, Any]], tones: dict[str, str]) -> alt.TopLevelMixin:
+def _divergences(canvas: Canvas, rows: list[dict[str, Any]], colors: dict[str, str]) -> alt.TopLevelMixin:
     labelled = [{**each, "label": f"{each['kl']:.4f}"} for each in rows]
     highest = max(max(each["kl"], each["limit"] or 0.0) for each in rows)
     scale = alt.Scale(domain=[0, highest * 1.1 or 1.0], nice=False)
-    base = alt.Chart(data(labelled), width=canvas.width, height=shapes.BAND * len(rows)).encode(
-        y=shapes.bands(canvas, "name", [each["name"] for each in rows])
+    base = alt.Chart(inline_data(labelled), width=canvas.width, height=basic.ROW_HEIGHT * len(rows)).encode(
+        y=basic.category_axis(canvas, "name", [each["name"] for each in rows])
     )
-    bars = base.mark_bar(size=8).encode(x=alt.X("kl:Q", scale=scale, title="nats a token"), color=shapes.colour(tones))
-    limits = base.transform_filter("isValid(datum.limit)").mark_tick(color=light("soft"), thickness=2, size=18)
-    text = base.mark_text(align="left", dx=6, fontSize=11, color=light("soft")).encode(x="kl:Q", text="label:N")
+    bars = base.mark_bar(size=8).encode(
+        x=alt.X("kl:Q", scale=scale, title="nats per token"), color=basic.color_encoding(colors)
+    )
+    limits = base.transform_filter("isValid(datum.limit)").mark_tick(color=light("muted"), thickness=2, size=18)
+    text = base.mark_text(align="left", dx=6, fontSize=11, color=light("muted")).encode(x="kl:Q", text="label:N")
     return alt.layer(bars, limits.encode(x="limit:Q"), text)
 
 
-def _pruning(material: Material) -> Table:
+def _pruning(data: ReportData) -> Table:
     rows = tuple(
         row(
-            _named(material, entry),
+            _name_cell(data, entry),
             formatting.count(found.parameters_before),
             formatting.count(found.parameters_after),
             formatting.share(found.sparsity),
             f"{found.kl:.4f}",
             f"{found.perplexity_ratio:.4f}",
         )
-        for entry in material.manifest.graphs
+        for entry in data.manifest.graphs
         if (found := entry.pruning) is not None
     )
     columns = ("", "Parameters before", "After", "Zeros", "KL (nats)", "Perplexity ratio")
-    return Table("Pruned, against the model before it", columns, rows)
+    return Table("Pruning, against the unpruned model", columns, rows)
 
 
 def _budget(budget: BudgetFigures) -> Figure:
-    title = "What other budgets would lose"
+    title = "Loss at other budgets"
     limits = ([] if budget.bytes is None else [formatting.size(budget.bytes)]) + (
-        [] if budget.seconds is None else [f"{formatting.seconds(budget.seconds)} a token"]
+        [] if budget.seconds is None else [f"{formatting.seconds(budget.seconds)} per token"]
     )
     rows = [{"x": point.bytes / 1e6, "y": point.loss, "chosen": point == budget.chosen} for point in budget.curve]
     return Figure(
         "budget",
         title,
         draw("budget", title, partial(_curve, rows=rows)),
-        "Estimated KL divergence of the mixture from fp32, by the bundle's size. The limit was "
-        f"{formatting.listed(limits)}; the full dot was chosen.",
+        "Estimated KL divergence between the fp32 mixture and the stored one, by the bundle's size. The limit was "
+        f"{formatting.join(limits)}; the large dot is the chosen one.",
         table=Table(
             title,
-            ("Size", "Seconds a token", "Estimated KL (nats)", ""),
+            ("Size", "Time per token", "Estimated KL (nats)", ""),
             tuple(
                 row(
                     formatting.size(point.bytes),
@@ -203,28 +205,28 @@ def _budget(budget: BudgetFigures) -> Figure:
                 for point in budget.curve
             ),
             left=0,
-            folded=True,
+            collapsed=True,
         ),
     )
 
 
 def _curve(canvas: Canvas, rows: list[dict[str, Any]]) -> alt.TopLevelMixin:
-    base = alt.Chart(data(rows), width=canvas.width, height=200).encode(
-        x=alt.X("x:Q", title="MB", scale=alt.Scale(zero=False)), y=alt.Y("y:Q", title="nats a token")
+    base = alt.Chart(inline_data(rows), width=canvas.width, height=200).encode(
+        x=alt.X("x:Q", title="MB", scale=alt.Scale(zero=False)), y=alt.Y("y:Q", title="nats per token")
     )
     line = base.mark_line(color=light("m0"))
-    points = base.mark_point(size=40, fill=light("paper"), stroke=light("m0"), strokeWidth=1.5)
+    points = base.mark_point(size=40, fill=light("background"), stroke=light("m0"), strokeWidth=1.5)
     chosen = base.transform_filter("datum.chosen").mark_point(size=130, fill=light("m0"))
     return alt.layer(line, points, chosen)
 
 
-def _torch(material: Material) -> Table:
+def _torch_parity(data: ReportData) -> Table:
     rows = []
-    for entry in material.manifest.graphs:
+    for entry in data.manifest.graphs:
         worst = max(entry.parity.prefill, entry.parity.decode, entry.parity.padded_batch)
         rows.append(
             row(
-                _named(material, entry),
+                _name_cell(data, entry),
                 entry.config.exporter,
                 f"{worst:.1e}",
                 f"{entry.parity.limit:.0e}",
@@ -232,8 +234,8 @@ def _torch(material: Material) -> Table:
             )
         )
     columns = ("", "Exporter", "Largest difference (nats)", "Limit", "Forced")
-    return Table("Graphs against torch, before quantisation", columns, tuple(rows), left=2, folded=True)
+    return Table("fp32 graphs against PyTorch, before quantization", columns, tuple(rows), left=2, collapsed=True)
 
 
-def _named(material: Material, entry: MemberEntry) -> Cell:
-    return Cell(formatting.name(entry.name), material.tones[entry.name])
+def _name_cell(data: ReportData, entry: MemberEntry) -> Cell:
+    return Cell(formatting.name(entry.name), data.colors[entry.name])

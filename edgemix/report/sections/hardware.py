@@ -1,4 +1,4 @@
-"""Where the time goes: how far from what the machine allows, and in which operators and layers."""
+"""The roofline of each model, and time by operator and by layer."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from typing import TYPE_CHECKING, Literal
 
 from edgemix.report import formatting
 from edgemix.report.blocks import Block, Cell, Figure, Note, Section, Table, legend, row
-from edgemix.report.charts import shapes
+from edgemix.report.charts import basic
 from edgemix.report.charts.drawing import draw, figure
 from edgemix.report.charts.scatter import Point, roofline
 from edgemix.report.sections.speed import MISSING
 
 if TYPE_CHECKING:
-    from edgemix.report.data import Material
+    from edgemix.report.data import ReportData
     from edgemix.results.profile import Breakdown, Machine, Profile, Roof, Subject
 
     Phase = Literal["prefill", "decode"]
 
 OPERATORS = 8
-"""Operator types that have a bar of their own; the others share one."""
-_PHASES: dict[Phase, str] = {"decode": "a token", "prefill": "a prompt"}
+"""Operator types with a bar each; all others share one."""
+_PHASES: dict[Phase, str] = {"decode": "Decode", "prefill": "Prefill"}
 
 
-def hardware_section(material: Material) -> Section:
-    """What a profile says of machine and graphs."""
+def hardware_section(data: ReportData) -> Section:
+    """Return the section with a profile's roofline, operators and layers."""
     title = "Where the time goes"
-    profile = material.profile
+    profile = data.profile
     if profile is None:
         note = Note(MISSING.format(what="the roofline and the operators' times"), missing=True)
         return Section("hardware", title, "Not measured.", (note,))
@@ -38,10 +38,10 @@ def hardware_section(material: Material) -> Section:
     ]
     blocks: list[Block] = []
     if roofs and profile.machine.bandwidth:
-        blocks.append(_roofline(material, profile.machine, profile.machine.bandwidth, roofs))
+        blocks.append(_roofline(data, profile.machine, profile.machine.bandwidth, roofs))
     if profile.breakdowns:
-        blocks += [figure for phase in _PHASES if (figure := _operators(material, profile, phase))]
-        if figure := _layers(material, profile):
+        blocks += [figure for phase in _PHASES if (figure := _operators(data, profile, phase))]
+        if figure := _layers(data, profile):
             blocks.append(figure)
     if not blocks:
         blocks.append(Note("The profile has neither a roofline nor operators' times.", missing=True))
@@ -51,21 +51,21 @@ def hardware_section(material: Material) -> Section:
 def _lead(roofs: list[tuple[Subject, Roof]]) -> str:
     decoding = [(subject, roof) for subject, roof in roofs if roof.phase == "decode"]
     if not decoding:
-        return "Of one call of a graph, by ONNX Runtime's own profiler."
+        return "One call of each graph, measured by ONNX Runtime's profiler."
     subject, roof = max(decoding, key=lambda pair: pair[1].floor / pair[1].seconds)
     return (
-        f"Decoding is bound by {'memory' if roof.bound == 'memory' else 'arithmetic'}: "
-        f"{formatting.name(subject.name)} takes {formatting.seconds(roof.seconds)} a token, and the machine could not "
-        f"do it in less than {formatting.seconds(roof.floor)}."
+        f"Decoding is bound by {'memory bandwidth' if roof.bound == 'memory' else 'arithmetic'}: "
+        f"{formatting.name(subject.name)} takes {formatting.seconds(roof.seconds)} per token; this machine's lower "
+        f"bound is {formatting.seconds(roof.floor)}."
     )
 
 
-def _roofline(material: Material, machine: Machine, bandwidth: float, roofs: list[tuple[Subject, Roof]]) -> Figure:
+def _roofline(data: ReportData, machine: Machine, bandwidth: float, roofs: list[tuple[Subject, Roof]]) -> Figure:
     title = "Roofline"
     points = [
         Point(
             formatting.name(subject.name),
-            material.tone_of(subject),
+            data.color_of(subject),
             roof.operations / roof.bytes,
             roof.operations / roof.seconds,
             roof.phase,
@@ -79,7 +79,7 @@ def _roofline(material: Material, machine: Machine, bandwidth: float, roofs: lis
     ]
     table = tuple(
         row(
-            Cell(formatting.name(subject.name), material.tone_of(subject)),
+            Cell(formatting.name(subject.name), data.color_of(subject)),
             roof.phase,
             f"{roof.tokens:,}",
             formatting.size(roof.bytes),
@@ -90,20 +90,21 @@ def _roofline(material: Material, machine: Machine, bandwidth: float, roofs: lis
         )
         for subject, roof in roofs
     )
-    columns = ("", "Phase", "Tokens", "Bytes", "Multiply-adds", "Took", "Least possible", "Of the roof")
+    columns = ("", "Phase", "Tokens", "Bytes", "Multiply-adds", "Time", "Lower bound", "Of the roofline")
     return Figure(
         "roofline",
         title,
         draw("roofline", title, partial(roofline, points=points, bandwidth=bandwidth, peaks=peaks)),
-        "Circles are decoding a token, triangles reading a prompt. The sloping line is what memory allows, the level "
-        f"ones what the processor does: {', '.join(limits)}, as measured there. Both axes are logarithmic.",
-        legend({point.name: point.tone for point in points}),
-        table=Table("How far from the roof", columns, table, left=2),
+        "Circles are decoding, triangles are prefill. The sloping line is the limit of memory bandwidth, the "
+        f"horizontal lines are the limits of arithmetic, as measured on this machine: {', '.join(limits)}. Both axes "
+        "are logarithmic.",
+        legend({point.name: point.color for point in points}),
+        table=Table("Time against the roofline", columns, table, left=2),
     )
 
 
-def _operators(material: Material, profile: Profile, phase: Phase) -> Figure | None:
-    """The operator types that take longest, of all graphs."""
+def _operators(data: ReportData, profile: Profile, phase: Phase) -> Figure | None:
+    """Return a bar chart of the operator types that take longest over all graphs."""
     total: dict[str, float] = {}
     for graph in profile.breakdowns:
         for operator in graph.operators:
@@ -121,12 +122,12 @@ def _operators(material: Material, profile: Profile, phase: Phase) -> Figure | N
                 getattr(operator, phase) * 1e3
             )
         rows += [{"bar": bar, "name": formatting.name(graph.graph), "value": value} for bar, value in times.items()]
-    title = f"Time of {_PHASES[phase]} by operator"
+    title = f"{_PHASES[phase]} time by operator"
     length = profile.breakdowns[0].prompt
-    unit = "milliseconds of a call" + (f" of {length:,} tokens" if phase == "prefill" else " of one token")
+    unit = "milliseconds per " + (f"call of {length:,} tokens" if phase == "prefill" else "token")
     table = tuple(
         row(
-            Cell(formatting.name(graph.graph), _tone(material, graph)),
+            Cell(formatting.name(graph.graph), _color(data, graph)),
             formatting.name(operator.type),
             f"{operator.count:,}",
             formatting.seconds(getattr(operator, phase)),
@@ -137,15 +138,15 @@ def _operators(material: Material, profile: Profile, phase: Phase) -> Figure | N
     )
     return figure(
         f"operators-{phase}",
-        Table(title, ("Graph", "Operator", "Nodes", "Time", "Of the call"), table, left=2, folded=True),
-        partial(shapes.bars, rows=rows, tones=_tones(material, profile), title=unit),
-        "By ONNX Runtime's profiler, which itself takes some time.",
-        _tones(material, profile),
+        Table(title, ("Graph", "Operator", "Nodes", "Time", "Share"), table, left=2, collapsed=True),
+        partial(basic.grouped_bar_chart, rows=rows, colors=_colors(data, profile), title=unit),
+        "Measured by ONNX Runtime's profiler, which adds some overhead.",
+        _colors(data, profile),
     )
 
 
-def _layers(material: Material, profile: Profile) -> Figure | None:
-    """Time by layer of a graph's decode call."""
+def _layers(data: ReportData, profile: Profile) -> Figure | None:
+    """Return a line chart of time by layer in a decode call."""
     rows = [
         {"name": formatting.name(graph.graph), "x": at, "y": layer.decode * 1e3}
         for graph in profile.breakdowns
@@ -153,10 +154,10 @@ def _layers(material: Material, profile: Profile) -> Figure | None:
     ]
     if not rows:
         return None
-    title = "Time of a token by layer"
+    title = "Decode time by layer"
     table = tuple(
         row(
-            Cell(formatting.name(graph.graph), _tone(material, graph)),
+            Cell(formatting.name(graph.graph), _color(data, graph)),
             formatting.name(layer.name),
             formatting.seconds(layer.decode),
             formatting.seconds(layer.prefill),
@@ -165,27 +166,27 @@ def _layers(material: Material, profile: Profile) -> Figure | None:
         for layer in graph.layers
     )
     drawing = partial(
-        shapes.lines,
+        basic.line_chart,
         rows=rows,
-        tones=_tones(material, profile),
+        colors=_colors(data, profile),
         x="layer",
         y="milliseconds",
         log_x=False,
-        measured=False,
+        ticks_at_points=False,
         height=160,
     )
     return figure(
         "layers",
-        Table(title, ("Graph", "Part", "A token", "A prompt"), table, left=2, folded=True),
+        Table(title, ("Graph", "Part", "Decode", "Prefill"), table, left=2, collapsed=True),
         drawing,
-        "Embedding, head and the rest are among the figures.",
-        _tones(material, profile),
+        "The table also lists embedding, head and all other nodes.",
+        _colors(data, profile),
     )
 
 
-def _tone(material: Material, graph: Breakdown) -> str:
-    return material.tones.get(graph.graph, "soft")
+def _color(data: ReportData, graph: Breakdown) -> str:
+    return data.colors.get(graph.graph, "muted")
 
 
-def _tones(material: Material, profile: Profile) -> dict[str, str]:
-    return {formatting.name(graph.graph): _tone(material, graph) for graph in profile.breakdowns}
+def _colors(data: ReportData, profile: Profile) -> dict[str, str]:
+    return {formatting.name(graph.graph): _color(data, graph) for graph in profile.breakdowns}

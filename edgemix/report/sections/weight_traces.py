@@ -1,4 +1,4 @@
-"""Who speaks where: adaptive weights along passages, as lines and as coloured text."""
+"""Adaptive weights along passages of text, as lines and as colored text."""
 
 from __future__ import annotations
 
@@ -9,51 +9,52 @@ from typing import TYPE_CHECKING, Any
 import altair as alt
 
 from edgemix.report import formatting
-from edgemix.report.blocks import Block, ColouredText, Figure, Note, Section, Stretch, Table, legend, row
-from edgemix.report.charts.drawing import data, draw
+from edgemix.report.blocks import Block, ColoredText, Figure, Note, Section, Span, Table, legend, row
+from edgemix.report.charts.basic import color_encoding
+from edgemix.report.charts.drawing import draw, inline_data
 from edgemix.report.charts.palette import light
-from edgemix.report.charts.shapes import colour
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from edgemix.report.charts.drawing import Canvas
-    from edgemix.report.data import Material
+    from edgemix.report.data import ReportData
     from edgemix.results.evaluation import Passage
 
 LEVELS = 4
 MAX_TOKENS = 4000
-"""Tokens that are shown of all passages together."""
+"""Tokens that all passages together show at most."""
 
 
-def text_section(material: Material) -> Section:
-    """What is known of the weights along texts."""
-    title = "Who speaks where"
-    if not material.passages:
-        return Section("voices", title, "Not measured.", (Note(_why_not(material), missing=True),))
+def weight_traces_section(data: ReportData) -> Section:
+    """Return the section with the members' weights along texts."""
+    title = "Member weights along the text"
+    if not data.passages:
+        return Section("weight-traces", title, "Not measured.", (Note(_missing_reason(data), missing=True),))
     left, blocks = MAX_TOKENS, list[Block]()
-    for index, passage in enumerate(material.passages):
-        shown = _shortened(passage, left)
+    for index, passage in enumerate(data.passages):
+        shown = _truncate(passage, left)
         if len(shown.pieces) < 2:
-            blocks.append(Note("Further passages are left out: the report shows no more than so many tokens."))
+            blocks.append(Note(f"Further passages are left out: the report shows at most {MAX_TOKENS:,} tokens."))
             break
         left -= len(shown.pieces)
-        blocks += [_lines(material, shown, f"voices-{index}"), _coloured(material, shown, f"text-{index}")]
+        blocks += [_weight_figure(data, shown, f"weight-trace-{index}"), _colored_text(data, shown, f"text-{index}")]
     return Section(
-        "voices",
+        "weight-traces",
         title,
-        "Adaptive weights follow the text: a member that foresaw the last tokens well weighs more for the next ones.",
+        "Adaptive weights follow the text: a member that predicted the last tokens well has more weight for the next "
+        "ones.",
         tuple(blocks),
     )
 
 
-def _why_not(material: Material) -> str:
-    if len(material.members) == 1:
-        return "A bundle of several members would show which of them speaks where; this one has one member."
-    return "Give texts to see which member speaks where in them: edgemix report BUNDLE TEXT..."
+def _missing_reason(data: ReportData) -> str:
+    if len(data.members) == 1:
+        return "Member weights need a bundle of several members; this one has one member."
+    return "Give texts to see which member has the most weight where: edgemix report BUNDLE TEXT..."
 
 
-def _shortened(passage: Passage, tokens: int) -> Passage:
+def _truncate(passage: Passage, tokens: int) -> Passage:
     if len(passage.pieces) <= tokens:
         return passage
     return type(passage)(
@@ -70,14 +71,14 @@ def _title(passage: Passage) -> str:
     return f"From {formatting.name(passage.name)}"
 
 
-def _lines(material: Material, passage: Passage, id_: str) -> Figure:
+def _weight_figure(data: ReportData, passage: Passage, id_: str) -> Figure:
     title = f"Weights along {'a stream of the texts' if passage.origins else formatting.name(passage.name)}"
     rows = [
         {"token": at, "name": name, "weight": weight}
         for name, weights in passage.weights.items()
         for at, weight in enumerate(weights)
     ]
-    tones = {name: material.tones[name] for name in passage.weights}
+    colors = {name: data.colors[name] for name in passage.weights}
     marks = [{"token": at, "label": formatting.name(name)} for at, name in passage.origins]
     sources = dict(passage.origins) or {0: passage.name}
     starts = [*sources, len(passage.pieces)]
@@ -92,45 +93,45 @@ def _lines(material: Material, passage: Passage, id_: str) -> Figure:
     return Figure(
         id_,
         _title(passage),
-        draw(id_, title, partial(_weights, rows=rows, tones=tones, marks=marks, tokens=len(passage.pieces))),
-        "At each dotted line another text goes on." if marks else "",
-        legend(tones),
+        draw(id_, title, partial(_weight_chart, rows=rows, colors=colors, marks=marks, tokens=len(passage.pieces))),
+        "Each dotted line is a switch to another text." if marks else "",
+        legend(colors),
         table=Table(
-            "Mean weights", ("Text", "Tokens", *map(formatting.name, passage.weights)), table, left=2, folded=True
+            "Mean weights", ("Text", "Tokens", *map(formatting.name, passage.weights)), table, left=2, collapsed=True
         ),
     )
 
 
-def _weights(
+def _weight_chart(
     canvas: Canvas,
     rows: Sequence[Mapping[str, Any]],
-    tones: Mapping[str, str],
+    colors: Mapping[str, str],
     marks: Sequence[Mapping[str, Any]],
     tokens: int,
 ) -> alt.TopLevelMixin:
     scale = alt.Scale(domain=[0, max(tokens - 1, 1)], nice=False)
-    base = alt.Chart(data(rows), width=canvas.width, height=170 if marks else 110).encode(
+    base = alt.Chart(inline_data(rows), width=canvas.width, height=170 if marks else 110).encode(
         x=alt.X("token:Q", scale=scale, title="token", axis=alt.Axis(grid=False)),
         y=alt.Y("weight:Q", scale=alt.Scale(domain=[0, 1]), title=None, axis=alt.Axis(format="%", values=[0, 0.5, 1])),
-        color=colour(tones),
+        color=color_encoding(colors),
     )
     layers: list[alt.Chart] = [
         base.mark_area(opacity=0.14, interpolate="step").encode(y=alt.Y("weight:Q", stack=None)),
         base.mark_line(strokeWidth=1.6, interpolate="step"),
     ]
     if marks:
-        at = alt.Chart(data(marks)).encode(x=alt.X("token:Q", scale=scale))
-        layers.append(at.mark_rule(color=light("soft"), strokeWidth=1, strokeDash=[2, 3]))
+        at = alt.Chart(inline_data(marks)).encode(x=alt.X("token:Q", scale=scale))
+        layers.append(at.mark_rule(color=light("muted"), strokeWidth=1, strokeDash=[2, 3]))
         if not canvas.narrow or len(marks) <= 4:
             layers.append(
-                at.mark_text(align="left", dx=4, dy=-8, fontSize=11, color=light("soft")).encode(
+                at.mark_text(align="left", dx=4, dy=-8, fontSize=11, color=light("muted")).encode(
                     y=alt.value(0), text="label:N"
                 )
             )
     return alt.layer(*layers)
 
 
-def _coloured(material: Material, passage: Passage, id_: str) -> ColouredText:
+def _colored_text(data: ReportData, passage: Passage, id_: str) -> ColoredText:
     members = list(passage.weights)
     origins = dict(passage.origins)
     leads = []
@@ -140,25 +141,25 @@ def _coloured(material: Material, passage: Passage, id_: str) -> ColouredText:
         weights = [passage.weights[name][at] for name in members]
         leader = max(range(len(members)), key=weights.__getitem__)
         leads.append((part, leader, level(weights[leader], len(members))))
-    stretches, at = [], 0
+    spans, at = [], 0
     for (_, leader, strength), group in groupby(leads):
         length = len(list(group))
         text = "".join(passage.pieces[at : at + length])
-        stretches.append(
-            Stretch(
+        spans.append(
+            Span(
                 text.rstrip("\n") if at + length in origins else text,
                 formatting.name(members[leader]),
-                material.tones[members[leader]],
+                data.colors[members[leader]],
                 strength,
                 formatting.name(origins[at]) if at in origins else "",
             )
         )
         at += length
-    return ColouredText(id_, _title(passage), tuple(stretches))
+    return ColoredText(id_, _title(passage), tuple(spans))
 
 
 def level(weight: float, members: int) -> int:
-    """How strongly the leading member's colour shows: 0 where all weigh the same, `LEVELS` where it is alone."""
+    """Return how strongly the leading member's color shows: 0 for equal weights, `LEVELS` for a weight of one."""
     if members == 1:
         return LEVELS
     above = (weight - 1 / members) / (1 - 1 / members)

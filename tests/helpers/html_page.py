@@ -1,4 +1,4 @@
-"""Reads a page as a browser would: its elements, what it refers to, and whether every element is closed."""
+"""Parse an HTML page into its elements, and find unclosed elements and repeated attributes."""
 
 from __future__ import annotations
 
@@ -10,34 +10,42 @@ _VOID = {"meta", "link"}
 
 @dataclass
 class Element:
+    """An element with all text inside it."""
+
     tag: str
     attributes: dict[str, str]
     text: str = ""
 
 
 @dataclass
-class Reading(HTMLParser):
-    """What is in a page."""
+class HtmlPage(HTMLParser):
+    """A parsed page.
+
+    Attributes:
+        elements: All elements in document order.
+        errors: Violations of HTML's syntax.
+        open: The elements that are not closed yet.
+    """
 
     elements: list[Element] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
     open: list[Element] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__(convert_charrefs=True)
 
     @classmethod
-    def of(cls, page: str) -> Reading:
-        reading = cls()
-        reading.feed(page)
-        reading.close()
-        reading.faults += [f"<{element.tag}> is never closed" for element in reading.open]
-        return reading
+    def parse(cls, text: str) -> HtmlPage:
+        page = cls()
+        page.feed(text)
+        page.close()
+        page.errors += [f"<{element.tag}> is never closed" for element in page.open]
+        return page
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         names = [name for name, _ in attrs]
         if len(set(names)) < len(names):
-            self.faults.append(f"<{tag}> has an attribute twice")
+            self.errors.append(f"<{tag}> has an attribute twice")
         self.elements.append(Element(tag, {name: value or "" for name, value in attrs}))
         if tag not in _VOID:
             self.open.append(self.elements[-1])
@@ -49,7 +57,7 @@ class Reading(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         if not self.open or self.open[-1].tag != tag:
-            self.faults.append(f"</{tag}> closes {self.open[-1].tag if self.open else 'nothing'}")
+            self.errors.append(f"</{tag}> closes {self.open[-1].tag if self.open else 'nothing'}")
         else:
             self.open.pop()
 
@@ -58,4 +66,5 @@ class Reading(HTMLParser):
             element.text += data
 
     def all(self, tag: str) -> list[Element]:
+        """Return all elements of a tag."""
         return [element for element in self.elements if element.tag == tag]

@@ -1,4 +1,4 @@
-"""The page: whole, well formed, self-contained, and nobody's markup but its own."""
+"""The page is complete, well formed and self-contained, and escapes all text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import msgspec
 import pytest
-from helpers.reading import Reading
+from helpers.html_page import HtmlPage
 from helpers.samples import FIGURES, bare, evaluation, manifest, passages, profile
 
 from edgemix.report import build_report
@@ -18,84 +18,84 @@ EVIL = "<script>alert(1)</script>"
 
 
 @pytest.fixture(scope="module")
-def reading(whole):
-    return Reading.of(whole.html)
+def parsed(whole):
+    return HtmlPage.parse(whole.html)
 
 
-def test_it_is_well_formed(reading):
-    assert reading.faults == []
-    ids = [element.attributes["id"] for element in reading.elements if "id" in element.attributes]
+def test_the_page_is_well_formed(parsed):
+    assert parsed.errors == []
+    ids = [element.attributes["id"] for element in parsed.elements if "id" in element.attributes]
     assert len(set(ids)) == len(ids)
 
 
-def test_every_figure_is_there_at_two_widths_with_a_title(reading):
-    assert {figure.attributes["id"] for figure in reading.all("figure")} == FIGURES
-    drawings = reading.all("svg")
+def test_every_figure_has_two_widths_and_a_title(parsed):
+    assert {figure.attributes["id"] for figure in parsed.all("figure")} == FIGURES
+    drawings = parsed.all("svg")
     for width in ("wide", "narrow"):
         assert sum(drawing.attributes["class"] == width for drawing in drawings) == len(FIGURES)
-    titles = {title.attributes.get("id"): title.text for title in reading.all("title")}
+    titles = {title.attributes.get("id"): title.text for title in parsed.all("title")}
     assert all(titles[drawing.attributes["aria-labelledby"]] for drawing in drawings)
     assert all(drawing.attributes["role"] == "img" for drawing in drawings)
 
 
-def test_it_needs_nothing_else(whole, reading):
-    assert not reading.all("script")
-    for element in reading.elements:
+def test_the_page_loads_no_other_resource(whole, parsed):
+    assert not parsed.all("script")
+    for element in parsed.elements:
         assert not any(name.startswith("on") for name in element.attributes)
         for name in ("src", "href", "xlink:href", "action", "data", "srcset"):
             assert element.attributes.get(name, "#").startswith(("#", "data:,"))
     assert "://" not in whole.html
     assert "@import" not in whole.html
     references = re.findall(r"url\(#([^)]*)\)", whole.html)
-    ids = {element.attributes.get("id") for element in reading.elements}
+    ids = {element.attributes.get("id") for element in parsed.elements}
     assert set(references) <= ids
     assert len(re.findall(r"url\(", whole.html)) == len(references)
 
 
-def test_it_says_what_there_is_to_say(reading):
-    (header,) = reading.all("header")
-    assert "0.847 bits per byte of these texts, 5.2% fewer than its best member, math" in header.text
-    assert "66.9 tokens a second with 2 threads" in header.text
-    (main,) = reading.all("main")
+def test_a_complete_report_misses_nothing(parsed):
+    (header,) = parsed.all("header")
+    assert "0.847 bits per byte on these texts, 5.2% fewer than its best member, math" in header.text
+    assert "66.9 tokens per second with 2 threads" in header.text
+    (main,) = parsed.all("main")
     assert "The rate of a batch of 16 was not steady." in main.text
     assert "not measured" not in main.text.lower()
 
 
-def test_text_in_drawings_is_text(reading):
-    said = {element.text for element in reading.all("text")}
-    assert {"math", "mixture, plain", "DynamicQuantizeMatMul", "bits per byte (fewer is better)"} <= said
+def test_labels_in_charts_are_text_elements(parsed):
+    labels = {element.text for element in parsed.all("text")}
+    assert {"math", "mixture, plain", "DynamicQuantizeMatMul", "bits per byte (lower is better)"} <= labels
 
 
-def test_a_dark_tone_replaces_every_light_one(whole, reading):
-    """What has a colour in a drawing has a rule in the style sheet: nothing stays as it was on light paper."""
-    style = reading.all("style")[0].text
+def test_every_light_color_has_a_dark_one(whole, parsed):
+    """Every fill and stroke in a chart has a rule in the style sheet that replaces it in dark mode."""
+    style = parsed.all("style")[0].text
     used = {
         (name, element.attributes[name])
-        for element in reading.elements
+        for element in parsed.elements
         for name in ("fill", "stroke")
         if element.attributes.get(name, "none") not in {"none", "transparent"}
     }
     assert used
-    for name, tone in used:
-        assert f'svg [{name}="{tone}"]{{{name}:var(' in style
+    for name, color in used:
+        assert f'svg [{name}="{color}"]{{{name}:var(' in style
 
 
-def test_names_and_texts_are_never_markup():
+def test_names_and_texts_are_escaped():
     evil_texts = tuple(f"{EVIL}{at}" for at in range(3))
-    told = profile()
-    told = msgspec.structs.replace(
-        told,
-        machine=msgspec.structs.replace(told.machine, processor=EVIL),
-        subjects=tuple(msgspec.structs.replace(each, name=EVIL + each.name, format=EVIL) for each in told.subjects),
+    full = profile()
+    evil_profile = msgspec.structs.replace(
+        full,
+        machine=msgspec.structs.replace(full.machine, processor=EVIL),
+        subjects=tuple(msgspec.structs.replace(each, name=EVIL + each.name, format=EVIL) for each in full.subjects),
         breakdowns=tuple(
             msgspec.structs.replace(
                 each,
                 graph=EVIL + each.graph,
                 operators=tuple(msgspec.structs.replace(op, type=EVIL + op.type) for op in each.operators),
             )
-            for each in told.breakdowns
+            for each in full.breakdowns
         ),
-        variants=tuple(msgspec.structs.replace(each, provider=EVIL) for each in told.variants),
+        variants=tuple(msgspec.structs.replace(each, provider=EVIL) for each in full.variants),
         notes=(EVIL,),
     )
     entries = manifest()
@@ -118,21 +118,21 @@ def test_names_and_texts_are_never_markup():
         entries,
         evaluation=evaluation(texts=evil_texts),
         passages=passages(texts=evil_texts),
-        profile=told,
+        profile=evil_profile,
     )
 
-    reading = Reading.of(page.html)
-    assert reading.faults == []
-    assert not reading.all("script")
-    assert not reading.all("img")
-    assert not any(name.startswith("on") for element in reading.elements for name in element.attributes)
-    assert reading.all("h1")[0].text == EVIL
-    said = [element.text for element in reading.all("text")]
-    assert any(EVIL in text for text in said)
-    assert any(EVIL in element.text for element in reading.all("th"))
+    parsed = HtmlPage.parse(page.html)
+    assert parsed.errors == []
+    assert not parsed.all("script")
+    assert not parsed.all("img")
+    assert not any(name.startswith("on") for element in parsed.elements for name in element.attributes)
+    assert parsed.all("h1")[0].text == EVIL
+    labels = [element.text for element in parsed.all("text")]
+    assert any(EVIL in text for text in labels)
+    assert any(EVIL in element.text for element in parsed.all("th"))
 
 
-def test_what_is_no_text_is_replaced():
+def test_unprintable_characters_are_replaced():
     pieces = ("a\x1b[31m", "\x00", "\ud800", "\u202e", "\r\n", "\tπ")
     weights = {name: (1 / 3,) * len(pieces) for name in ("math", "code", "wiki")}
     passage = Passage("x\x07", pieces, weights)
@@ -140,12 +140,12 @@ def test_what_is_no_text_is_replaced():
     page = build_report("b\udcff", manifest(), passages=(passage,)).html
 
     assert page.encode()
-    words = next(element for element in Reading.of(page).elements if element.attributes.get("class") == "words")
-    assert words.text == "a\ufffd[31m\ufffd\ufffd\ufffd\r\n\tπ"
+    tokens = next(element for element in HtmlPage.parse(page).elements if element.attributes.get("class") == "tokens")
+    assert tokens.text == "a\ufffd[31m\ufffd\ufffd\ufffd\r\n\tπ"
     assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f]", page)
 
 
-def test_long_texts_are_bounded():
+def test_long_texts_are_truncated():
     pieces = ("word ",) * 9_000
     weights = {name: (1 / 3,) * len(pieces) for name in ("math", "code", "wiki")}
 
@@ -155,16 +155,16 @@ def test_long_texts_are_bounded():
     assert "Further passages are left out" in page
 
 
-def test_what_is_missing_is_named():
+def test_missing_inputs_are_named():
     page = build_report("experts", manifest())
 
     assert len(page.missing) == 4
     assert sum("Give texts" in each for each in page.missing) == 2
     assert sum("Give a profile" in each for each in page.missing) == 2
-    reading = Reading.of(page.html)
-    assert {figure.attributes["id"] for figure in reading.all("figure")} == {"weights", "quantisation", "budget"}
+    parsed = HtmlPage.parse(page.html)
+    assert {figure.attributes["id"] for figure in parsed.all("figure")} == {"weights", "quantization", "budget"}
     assert (
-        "A mixture of 3 members in int8-dynamic and a student in int4: 473 MB for cpu." in reading.all("header")[0].text
+        "A mixture of 3 members in int8-dynamic and a student in int4: 473 MB for cpu." in parsed.all("header")[0].text
     )
 
 
@@ -172,20 +172,20 @@ def test_a_bundle_of_one_member():
     names = ("alone",)
     page = build_report("one", manifest(names, student=False, budget=False), profile=bare(profile(names)))
 
-    assert Reading.of(page.html).faults == []
+    assert HtmlPage.parse(page.html).errors == []
     assert "this one has one member" in " ".join(page.missing)
 
 
-def test_more_members_than_colours():
+def test_more_members_than_colors():
     names = tuple(f"expert-{at}" for at in range(11))
 
     page = build_report("many", manifest(names), profile=bare(profile(names)))
 
-    assert Reading.of(page.html).faults == []
+    assert HtmlPage.parse(page.html).errors == []
 
 
-def test_a_member_that_calls_a_token_impossible():
-    """Endless bits per byte: it has no place in a chart, and the table says inf."""
+def test_infinite_bits_per_byte():
+    """A member that assigns a token no probability is left out of charts, and the table says inf."""
     found = evaluation()
 
     worst = found.rows[0]
@@ -198,33 +198,33 @@ def test_a_member_that_calls_a_token_impossible():
     assert "NaN" not in page
 
 
-def test_few_figures_in_a_profile():
+def test_a_minimal_profile():
     page = build_report("experts", manifest(), profile=bare(profile()))
 
-    shown = {figure.attributes["id"] for figure in Reading.of(page.html).all("figure")}
-    assert shown == {"tpot", "weights", "quantisation", "budget"}
+    shown = {figure.attributes["id"] for figure in HtmlPage.parse(page.html).all("figure")}
+    assert shown == {"tpot", "weights", "quantization", "budget"}
     assert "neither a roofline nor operators' times" in " ".join(page.missing)
 
 
-def test_one_prompt_length_is_shown_as_a_distribution():
-    told = profile()
+def test_a_single_prompt_length_is_shown_as_a_distribution():
+    full = profile()
     subjects = tuple(
-        msgspec.structs.replace(each, prefill=told.subjects[0].prefill[:1]) for each in bare(told).subjects
+        msgspec.structs.replace(each, prefill=full.subjects[0].prefill[:1]) for each in bare(full).subjects
     )
 
-    page = build_report("experts", manifest(), profile=msgspec.structs.replace(bare(told), subjects=subjects))
+    page = build_report("experts", manifest(), profile=msgspec.structs.replace(bare(full), subjects=subjects))
 
-    assert "Time to first token, of a prompt of 16 tokens" in page.shown
+    assert "Time to first token, for a prompt of 16 tokens" in page.shown
 
 
-def test_what_is_known_comes_first():
-    headings = [heading.text for heading in Reading.of(build_report("experts", manifest()).html).all("h2")]
+def test_sections_with_data_come_first():
+    headings = [heading.text for heading in HtmlPage.parse(build_report("experts", manifest()).html).all("h2")]
 
     assert headings[0] == "What is in the bundle"
-    assert headings[-1] == "How this was made"
+    assert headings[-1] == "How this was measured"
 
 
-def test_figures_of_every_size_can_be_drawn():
+def test_very_small_and_very_large_figures_are_drawn():
     tiny, huge = (Quantiles(value, value, value, 0.0, 1) for value in (1e-9, 1e9))
     odd = bare(profile())
     subjects = tuple(
@@ -239,4 +239,4 @@ def test_figures_of_every_size_can_be_drawn():
     page = build_report("experts", manifest(), profile=msgspec.structs.replace(odd, subjects=subjects)).html
 
     assert "NaN" not in page
-    assert Reading.of(page).faults == []
+    assert HtmlPage.parse(page).errors == []

@@ -1,29 +1,37 @@
-"""Files: written atomically, hashed, listed, and locked."""
+"""Write files atomically, hash, list and lock them."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemix.bundle.manifest import (
-    FileEntry,
-)
+import msgspec
+
 from edgemix.errors import InputError, storage_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from filelock import FileLock
+
     from edgemix.progress import ProgressTask
 
-
 _CHUNK = 1 << 20
+_LOCK_TIMEOUT = 0.1
+"""Seconds; long enough to try again where a run that ends deletes its lock file in the same moment."""
+
+
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file's size in bytes and its sha256 in hexadecimal."""
+
+    size: int
+    sha256: str
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace the file at `path` by one with `data`, in one step and safe from a power cut.
+    """Replace the file at `path` with `data` in one step; a power cut leaves the old file or the new one.
 
     Raises:
         EdgemixError: It cannot be written; the old file is untouched.
@@ -42,7 +50,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, where the system can do that (not on Windows)."""
+    """Flush a folder's entries to the disk, where the system can do that (not on Windows)."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -52,7 +60,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def hash_file(path: Path, task: ProgressTask | None = None) -> FileEntry:
-    """Size and sha256 of a file, read in small pieces; `task` advances by the bytes read.
+    """Compute the size and sha256 of a file, read in small pieces; `task` advances by the bytes read.
 
     Raises:
         EdgemixError: The file cannot be read.
@@ -68,63 +76,35 @@ def hash_file(path: Path, task: ProgressTask | None = None) -> FileEntry:
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """Every file under a folder, links to folders not followed; none if it does not exist."""
+    """Yield every file under a folder, without following links to folders; none if the folder does not exist."""
     for parent, _, names in os.walk(folder):
         yield from (Path(parent) / name for name in names)
 
 
-class Lock:
-    """One process at a time; the system frees it when its holder dies, so it is never stale."""
+def acquire_lock(path: Path) -> FileLock:
+    """Take the lock file at `path` for this process, creating its folder if need be.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._descriptor: int | None = None
+    The system frees the lock when the process that holds it dies, so it is never stale. The holder may delete the file,
+    or the folder around it, before the release.
 
-    def acquire(self) -> None:
-        """Take the lock, making its folder if need be.
+    Raises:
+        InputError: Another process holds it.
+    """
+    from filelock import FileLock, Timeout  # 25 ms to import, which only writers need
 
-        Raises:
-            InputError: Another process holds it.
-        """
-        while self._descriptor is None:
-            self._path.parent.mkdir(exist_ok=True)
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
-            if not _try_lock(descriptor):
-                os.close(descriptor)
-                raise InputError(
-                    f"another run is writing to the same place: {self._path} is locked",
-                    "Wait for it to end, or name another output.",
-                )
-            # The holder before may have removed the file, its work being done, between the open and the lock.
-            if self._path.exists() and os.path.samestat(os.fstat(descriptor), self._path.stat()):
-                self._descriptor = descriptor
-            else:
-                os.close(descriptor)
-
-    def release(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-
-def _try_lock(descriptor: int) -> bool:
-    if sys.platform == "win32":
-        import msvcrt
-
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-    import fcntl
-
+    path.parent.mkdir(exist_ok=True)
+    lock = FileLock(path, timeout=_LOCK_TIMEOUT, poll_interval=0.01, thread_local=False, fallback_to_soft=False)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        lock.acquire()
+    except Timeout:
+        raise InputError(
+            f"another run is writing to the same place: {path} is locked",
+            "Wait for it to end, or name another output.",
+        ) from None
+    return lock
 
 
 def sync_file(path: Path) -> None:
+    """Flush a file's content to the disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from edgemix.bundle.graph_io import GraphConfig
+from edgemix.files import FileEntry
 from edgemix.formats import Format, Target
 
 if TYPE_CHECKING:
@@ -43,13 +44,6 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     A field that was renamed keeps its old key in the JSON (`name=`), so that bundles of every schema stay readable.
     """
-
-
-class FileEntry(_Record, frozen=True):
-    """One file of the bundle: its size in bytes and its sha256 in hexadecimal."""
-
-    size: int
-    sha256: str
 
 
 class ModelSource(_Record, frozen=True):

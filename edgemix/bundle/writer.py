@@ -25,10 +25,12 @@ from edgemix.bundle.paths import resolve
 from edgemix.bundle.stages import Stages
 from edgemix.bundle.verify import verify_bundle
 from edgemix.errors import EdgemixError, InputError, storage_errors
-from edgemix.files import Lock, files_in, hash_file, sync_file, sync_folder, write_atomically
+from edgemix.files import acquire_lock, files_in, hash_file, sync_file, sync_folder, write_atomically
 from edgemix.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
+    from filelock import FileLock
+
     from edgemix.bundle.manifest import Manifest
 
 
@@ -59,7 +61,7 @@ class BundleWriter:
         self.folder = self._staging / "bundle"
         self.scratch = self._staging / "scratch"
         self.stages = Stages(self._staging)
-        self._lock = Lock(self._staging / "lock")
+        self._lock: FileLock | None = None
 
     def __enter__(self) -> Self:
         """Take the lock.
@@ -69,7 +71,7 @@ class BundleWriter:
         """
         self._check_output()
         with storage_errors(f"writing beside {self.output}"):
-            self._lock.acquire()
+            self._lock = acquire_lock(self._staging / "lock")
             try:
                 self._recover()
                 for folder in (self.folder, self.scratch):
@@ -82,7 +84,9 @@ class BundleWriter:
     def __exit__(self, *exception: object) -> None:
         if not self.stages.any():
             shutil.rmtree(self._staging, ignore_errors=True)
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def finish(self, manifest: Manifest, progress: Progress = NO_PROGRESS) -> Manifest:
         """Complete `manifest` with the files' checksums, check the bundle, and move it to its place in one step.

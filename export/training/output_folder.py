@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from edgemix.errors import InputError, storage_errors
-from edgemix.files import Lock, files_in, write_atomically
+from edgemix.files import acquire_lock, files_in, write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,9 +39,8 @@ def alone(output: Path) -> Iterator[None]:
         InputError: Another run is at it, or the folder cannot be written.
     """
     path = output.with_name(f".{output.name}.lock")
-    lock = Lock(path)
     with storage_errors(f"writing beside {output}"):
-        lock.acquire()
+        lock = acquire_lock(path)
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from edgemix.errors import InputError
 from edgemix.export.finetuning.finetune import finetune, finetune_model
 from edgemix.export.models.loading import locate, merge_adapter
-from edgemix.files import Lock
+from edgemix.files import acquire_lock
 from edgemix.progress import NO_PROGRESS
 
 TEXT = [f"the {animal} sat on the {place}, and all was well with the {animal}.\n" * 12
@@ -146,8 +146,7 @@ def test_windows_are_no_longer_than_the_context(tokenizer, tmp_path):
 
 def test_a_second_run_keeps_away(model, tokenizer, tmp_path):
     """Two runs at one output trained on over each other's checkpoints."""
-    lock = Lock(tmp_path / ".expert.lock")
-    lock.acquire()
+    lock = acquire_lock(tmp_path / ".expert.lock")
     with pytest.raises(InputError, match="another run"):
         finetune_model(model, tokenizer, tmp_path / "expert", TEXT, **OPTIONS)
     lock.release()

@@ -27,7 +27,7 @@ from edgemix.export.pruning.prune import LENGTH, Texts, prune, prune_model, prun
 from edgemix.export.pruning.report import compare, sparsity
 from edgemix.export.pruning.structure import Sizes
 from edgemix.export.stages import graphs, models
-from edgemix.files import Lock
+from edgemix.files import acquire_lock
 from edgemix.progress import NO_PROGRESS
 from edgemix.recipe.compression import Pruning
 from edgemix.recipe.schema import Data, MemberRecipe, Recipe
@@ -308,8 +308,7 @@ def test_a_stopped_run_goes_on(folder, tmp_path):
 def test_what_is_there_is_kept_and_a_second_run_keeps_away(folder, tmp_path):
     with pytest.raises(InputError, match="is there already"):
         prune(str(folder), tmp_path, {"prose": PROSE}, Pruning(ffn=0.33))
-    lock = Lock(tmp_path / ".out.lock")
-    lock.acquire()
+    lock = acquire_lock(tmp_path / ".out.lock")
     with pytest.raises(InputError, match="another run"):
         prune(str(folder), tmp_path / "out", {"prose": PROSE}, Pruning(ffn=0.33))
     lock.release()

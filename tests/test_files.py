@@ -1,0 +1,62 @@
+"""Lock files: one process at a time, never stale, deletable by their holder."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from edgemix.errors import InputError
+from edgemix.files import acquire_lock
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from edgemix.files import acquire_lock
+lock = acquire_lock(Path(sys.argv[1]))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_lock_is_held_once_and_released(tmp_path: Path) -> None:
+    path = tmp_path / "folder/lock"
+    lock = acquire_lock(path)
+    with pytest.raises(InputError, match=r"another run.*is locked"):
+        acquire_lock(path)
+    acquire_lock(tmp_path / "folder/other").release()
+    lock.release()
+    acquire_lock(path).release()
+
+
+def test_a_killed_process_leaves_no_stale_lock(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        with pytest.raises(InputError, match="another run"):
+            acquire_lock(path)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    acquire_lock(path).release()
+
+
+def test_the_holder_may_delete_the_locks_folder(tmp_path: Path) -> None:
+    path = tmp_path / "folder/lock"
+    first = acquire_lock(path)
+    shutil.rmtree(path.parent)
+    second = acquire_lock(path)  # another run begins before the first one releases
+    first.release()
+    with pytest.raises(InputError, match="another run"):
+        acquire_lock(path)
+    second.release()
+    assert path.exists()

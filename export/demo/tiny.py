@@ -14,7 +14,7 @@ from edgemix.bundle.stages import stage_key
 from edgemix.errors import storage_errors
 from edgemix.export.data.text import windows
 from edgemix.export.training.checkpoints import Checkpoint
-from edgemix.export.training.loop import Budget, fingerprint, train
+from edgemix.export.training.loop import TrainingBudget, fingerprint, train
 from edgemix.export.training.token_loss import token_loss
 from edgemix.progress import NO_PROGRESS, Progress
 
@@ -80,7 +80,7 @@ def train_member(
         token_loss(model),
         dict(model.named_parameters()),
         text,
-        budget=Budget(steps),
+        budget=TrainingBudget(steps),
         batch=_BATCH,
         learning_rate=learning_rate,
         seed=seed,

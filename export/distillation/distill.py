@@ -30,11 +30,11 @@ from edgemix.export.models.architecture import context_length
 from edgemix.export.models.loading import load_tokenizer, locate
 from edgemix.export.pruning.sparsity import sparsify, zeros_kept
 from edgemix.export.training.checkpoints import Checkpoint
-from edgemix.export.training.loop import Budget, Validation, train
-from edgemix.export.training.lora import fast_attention
+from edgemix.export.training.loop import TrainingBudget, Validation, train
+from edgemix.export.training.lora import eager_attention
 from edgemix.export.training.losses import Objective
-from edgemix.export.training.output_folder import alone, prepare, seal, sealed
-from edgemix.export.training.token_loss import bfloat16_pays
+from edgemix.export.training.output_folder import check_output, exclusive, seal, sealed
+from edgemix.export.training.token_loss import has_fast_bfloat16
 from edgemix.files import write_atomically
 from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.recipe.compression import Student
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
     from edgemix.export.distillation.teacher import Teacher
     from edgemix.export.distillation.texts import Texts
-    from edgemix.export.training.checkpoints import State
+    from edgemix.export.training.checkpoints import TrainingState
     from edgemix.recipe.schema import Recipe
 
 MINUTES = 30.0
@@ -117,24 +117,27 @@ def distil(
     recipe = msgspec.structs.replace(recipe, student=recipe.student or Student())
     if problems := check(recipe):
         raise RecipeError("\n".join(["the recipe has mistakes:", *problems]))
-    prepare(output)
+    check_output(output)
     begun = torch.distributed.is_available() and torch.distributed.is_initialized()
-    workers = accelerate.Accelerator()
-    first = workers.is_main_process
+    accelerator = accelerate.Accelerator()
+    first = accelerator.is_main_process
     progress = progress if first else NO_PROGRESS
     folder = output.with_name(f".{output.name}.distilling")
     try:
-        with alone(output) if first else nullcontext(), open_teacher(recipe, bundle, workers.device, progress) as found:
+        with (
+            exclusive(output) if first else nullcontext(),
+            open_teacher(recipe, bundle, accelerator.device, progress) as found,
+        ):
             teacher, weights = found
-            report = _Distillation(recipe, weights, teacher, folder, workers=workers, progress=progress).run()
+            report = _Distillation(recipe, weights, teacher, folder, accelerator=accelerator, progress=progress).run()
             if first:
                 with storage_errors(f"writing {output}"):
                     (folder / _MODEL).rename(output)
                     shutil.rmtree(folder)
-            workers.wait_for_everyone()
+            accelerator.wait_for_everyone()
     finally:
-        if not begun and workers.num_processes > 1:
-            workers.end_training()
+        if not begun and accelerator.num_processes > 1:
+            accelerator.end_training()
     return report
 
 
@@ -182,7 +185,7 @@ class _Distillation:
         weights: Member name -> share.
         teacher: The mixture of these.
         folder: Where all work lies.
-        workers: The processes that share it; None for this one alone.
+        accelerator: The processes that share it; None for this one alone.
         progress: Hears of every stage.
     """
 
@@ -193,21 +196,21 @@ class _Distillation:
         teacher: Teacher,
         folder: Path,
         *,
-        workers: accelerate.Accelerator | None = None,
+        accelerator: accelerate.Accelerator | None = None,
         progress: Progress = NO_PROGRESS,
     ) -> None:
         if recipe.student is None:
             raise InputError("the recipe has no student", "Add student: to it.")
         self._recipe, self._student = recipe, recipe.student
         self._weights, self._teacher = weights, teacher
-        self._folder, self._workers, self._progress = folder, workers, progress
-        self._first = workers is None or workers.is_main_process
-        self._device = workers.device if workers else default_device()
+        self._folder, self._accelerator, self._progress = folder, accelerator, progress
+        self._first = accelerator is None or accelerator.is_main_process
+        self._device = accelerator.device if accelerator else default_device()
         self._minutes = (
             MINUTES if self._student.minutes is None and self._student.steps is None else self._student.minutes
         )
         self._length = min(self._student.length, teacher.context)
-        places = workers.num_processes if workers else 1
+        places = accelerator.num_processes if accelerator else 1
         self._step_tokens = self._student.batch * self._student.accumulate * places * self._length
         self._tokenizer = load_tokenizer(locate(recipe.members[0].model, recipe.folder))
         self._objective = Objective(
@@ -224,7 +227,7 @@ class _Distillation:
         watched = self._ask_of_held_out(texts)
         model, decoding = self._begin(key, texts, watched)
         cache = self._cache("training", texts.training).fill(
-            seconds=self._teacher_seconds(model, watched, key), workers=self._workers, progress=self._progress
+            seconds=self._teacher_seconds(model, watched, key), accelerator=self._accelerator, progress=self._progress
         )
         spent = cache.spent + watched.spent
         before, state = self._train(model, cache, watched, key, spent, watch=bool(len(texts.held_out)))
@@ -274,7 +277,7 @@ class _Distillation:
         """The teacher's word on text to be watched on."""
         # Too little text to hold some out: what is learned from is watched.
         watched = self._cache("held-out", texts.held_out if len(texts.held_out) else texts.training[:8])
-        return watched.fill(workers=self._workers, title="teacher, held-out text", progress=self._progress)
+        return watched.fill(accelerator=self._accelerator, title="teacher, held-out text", progress=self._progress)
 
     def _teacher_seconds(self, model: PreTrainedModel, watched: TeacherCache, key: str) -> float | None:
         """How long the teacher may speak on text to learn from: None where minutes are not limited.
@@ -290,11 +293,11 @@ class _Distillation:
         except (FileNotFoundError, msgspec.DecodeError):
             speed = len(watched.windows) * self._length / max(watched.spent, 1e-6)
             batch = min(len(watched.windows), self._student.batch)
-            places = self._workers.num_processes if self._workers else 1
+            places = self._accelerator.num_processes if self._accelerator else 1
             learning = places * learning_speed(model, self._lesson(model, watched), batch, self._length)
             least, most = TEACHER_SHARES
             share = min(max(learning / (learning + READINGS * speed), least), most)
-            if self._workers:  # by the first one's clock
+            if self._accelerator:  # by the first one's clock
                 found = torch.tensor(share, dtype=torch.float64, device=self._device)
                 share = float(accelerate.utils.broadcast(found))
             if self._first:
@@ -309,7 +312,7 @@ class _Distillation:
             plain = Objective("forward", temperature=self._student.temperature)
 
             def distance(model: PreTrainedModel) -> float:
-                bfloat16 = bfloat16_pays(model.device)
+                bfloat16 = has_fast_bfloat16(model.device)
                 loss = distillation_loss(model, plain, self._teacher.vocabulary, bfloat16=bfloat16)
                 return mean_loss(model, loss, watched)
 
@@ -327,8 +330,8 @@ class _Distillation:
                 shutil.rmtree(folder, ignore_errors=True)
                 save_member(beginning.model, self._tokenizer, folder)
                 seal(folder)
-        if self._workers:
-            self._workers.wait_for_everyone()
+        if self._accelerator:
+            self._accelerator.wait_for_everyone()
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         decoding = vars(model.config).pop("edgemix_decoding", None)
         if context_length(model.config) < self._length:
@@ -356,32 +359,32 @@ class _Distillation:
             teacher=self._teacher if student.samples else None,
             samples=student.samples,
             k=student.top_k,
-            bfloat16=bfloat16_pays(model.device),
+            bfloat16=has_fast_bfloat16(model.device),
         )
 
     def _train(
         self, model: PreTrainedModel, cache: TeacherCache, watched: TeacherCache, key: str, spent: float, *, watch: bool
-    ) -> tuple[float, State]:
+    ) -> tuple[float, TrainingState]:
         """Let the model learn, in evaluation mode (dropout would blur what the teacher says)."""
         student, lesson, seconds = self._student, self._lesson(model, cache), None
         if self._minutes is not None:
             seconds = 60 * max(self._minutes - spent / 60, self._minutes * (1 - TEACHER_SHARES[1]) / 2)
         model.requires_grad_()
         pruned = student.prune is not None and student.prune.zeros
-        with fast_attention(model, self._length), zeros_kept(model) if pruned else nullcontext():
+        with eager_attention(model, self._length), zeros_kept(model) if pruned else nullcontext():
             before = lesson.measure(watched)
             state = train(
                 lesson,
                 dict(model.named_parameters()),
                 np.arange(len(cache.windows))[:, None],
-                budget=Budget(student.steps, seconds),
+                budget=TrainingBudget(student.steps, seconds),
                 batch=student.batch,
                 learning_rate=student.learning_rate,
                 accumulate=student.accumulate,
                 eight_bit=student.eight_bit_optimizer,
                 validation=Validation(lambda: lesson.measure(watched)) if watch else None,
                 before_step=lesson.before_step,
-                workers=self._workers,
+                accelerator=self._accelerator,
                 seed=self._recipe.seed,
                 checkpoint=Checkpoint(self._folder / "training", key),
                 title="distil",

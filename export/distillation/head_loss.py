@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional
 
 from edgemix.export.training.losses import TopK, divergence_from_top_k, divergence_of_events
-from edgemix.export.training.token_loss import plain_head
+from edgemix.export.training.token_loss import linear_head
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,7 +57,7 @@ def distillation_loss(
         vocabulary: The tokenizer's; logits beyond it are padding.
         bfloat16: Run matrix products in bfloat16 (torch.autocast).
     """
-    head = plain_head(model)
+    head = linear_head(model)
     if head is None:
 
         def whole(ids: Tensor, teacher: TopK) -> Tensor:

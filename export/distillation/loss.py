@@ -12,7 +12,7 @@ import torch
 
 from edgemix.export.distillation.head_loss import distillation_loss
 from edgemix.export.distillation.samples import write_windows
-from edgemix.export.training.lora import fast_attention
+from edgemix.export.training.lora import eager_attention
 from edgemix.export.training.losses import TopK
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def learning_speed(model: PreTrainedModel, lesson: Lesson, batch: int, length: i
     """
     numbers, seconds = torch.arange(batch, device=model.device)[:, None], math.inf
     model.requires_grad_()
-    with fast_attention(model, length):
+    with eager_attention(model, length):
         for _ in range(_TRIALS):  # the first ones also make buffers, and another process may take a core for a moment
             started = time.monotonic()
             loss = lesson(numbers)

@@ -26,7 +26,7 @@ from edgemix.export.models.tokenizers import check_shared, tokenizer_json, token
 from edgemix.export.stages.weights import fit
 from edgemix.export.training.loop import fingerprint
 from edgemix.export.training.losses import TopK, top_k_of_probabilities
-from edgemix.export.training.token_loss import bfloat16_pays, plain_head
+from edgemix.export.training.token_loss import has_fast_bfloat16, linear_head
 from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.recipe.text_sources import read_documents
 from edgemix.runtime import Mixture
@@ -131,7 +131,7 @@ class TorchTeacher:
         self.vocabulary = vocabulary
         self.context = 0
         self._device = device
-        self._dtype = torch.bfloat16 if bfloat16_pays(device) else torch.float32
+        self._dtype = torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
         self._models: dict[str, _Placed] = {}
         for member in members:
             self._models[member.name] = self._placed(member, four_bit)
@@ -176,7 +176,7 @@ class TorchTeacher:
         model = model.to(self._dtype).to(self._device).eval()
         read = [member.source.sha256, fingerprint(member.model)]  # which may have been pruned since it was read
         key = stage_key(member=read, precision=[str(self._dtype), four_bit])
-        return _Placed(model, plain_head(model), key)
+        return _Placed(model, linear_head(model), key)
 
     def _logits(self, placed: _Placed, ids: Tensor) -> Iterator[Tensor]:
         """Logits [some rows, width] after each token of windows [windows, length], row after row."""
@@ -209,7 +209,7 @@ def teacher_in_export(
         device: Where torch models run.
     """
     heavy = [entry for entry in mixture.manifest.members if weights.get(entry.name, 0) > 0]
-    if not bfloat16_pays(device) or not all(entry.format in _FAITHFUL for entry in heavy):
+    if not has_fast_bfloat16(device) or not all(entry.format in _FAITHFUL for entry in heavy):
         return RuntimeTeacher(mixture, weights)
     teacher = TorchTeacher((load(entry.name) for entry in heavy), mixture.vocabulary, device)
     teacher.weigh(weights)

@@ -62,7 +62,7 @@ class TeacherCache:
         self,
         *,
         seconds: float | None = None,
-        workers: Accelerator | None = None,
+        accelerator: Accelerator | None = None,
         title: str = "teacher",
         progress: Progress = NO_PROGRESS,
     ) -> TeacherCache:
@@ -70,7 +70,7 @@ class TeacherCache:
 
         Args:
             seconds: Stop when so much time has been spent on the shards that there are, those of earlier runs included.
-            workers: Processes that take turns at the shards.
+            accelerator: Processes that take turns at the shards.
             title: The stage's name for `progress`.
             progress: Hears of the windows.
 
@@ -80,7 +80,7 @@ class TeacherCache:
         Raises:
             EdgemixError: The disk refuses, or the teacher fails.
         """
-        place, places = (workers.process_index, workers.num_processes) if workers else (0, 1)
+        place, places = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
         shards = -(-len(self.windows) // _SHARD)
         with storage_errors(f"writing {self._folder}"):
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -92,8 +92,8 @@ class TeacherCache:
                 found = self._seconds(shard)
                 spent += self._ask(shard) if found is None else found
                 task.advance(places * len(self._numbers(shard)))
-        if workers:
-            workers.wait_for_everyone()
+        if accelerator:
+            accelerator.wait_for_everyone()
         there = next((shard for shard in range(shards) if self._seconds(shard) is None), shards)
         filled = copy.copy(self)
         filled.windows = self.windows[: there * _SHARD]

@@ -16,10 +16,10 @@ from edgemix.export.models.architecture import context_length
 from edgemix.export.models.loading import load_tokenizer, locate
 from edgemix.export.training.checkpoints import Checkpoint
 from edgemix.export.training.loop import fingerprint, train
-from edgemix.export.training.lora import FreshAdapter, adapted, fast_attention
-from edgemix.export.training.output_folder import alone, prepare, written
+from edgemix.export.training.lora import FreshAdapter, attach_adapters, eager_attention
+from edgemix.export.training.output_folder import atomic_folder, check_output, exclusive
 from edgemix.export.training.qlora import is_in_four_bits, load_base
-from edgemix.export.training.token_loss import bfloat16_pays, token_loss
+from edgemix.export.training.token_loss import has_fast_bfloat16, token_loss
 from edgemix.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def finetune(
         progress: Hears of every step's loss.
         options: See `Training`.
     """
-    prepare(output)
+    check_output(output)
     location = locate(base, Path())
     with progress.stage(f"load {location.name}"):
         model = load_base(location, four_bit=four_bit, progress=progress)
@@ -122,7 +122,7 @@ def finetune_model(
         InputError: The output is there already, the model has no linear layer, or there is too little text.
         EdgemixError: The loss is no longer a number, or the disk is full.
     """
-    prepare(output)
+    check_output(output)
     training = Training(**options)
     length = min(training.length, context_length(model.config))
     if validation is None:
@@ -136,12 +136,12 @@ def finetune_model(
     checkpoint = Checkpoint(output.with_name(f".{output.name}.training"), key)
     fresh = FreshAdapter(training.rank, training.alpha or 2 * training.rank, training.seed)
     with (
-        alone(output),
-        adapted(model, [fresh], recompute=is_in_four_bits(model)) as adapters,
-        fast_attention(model, length),
+        exclusive(output),
+        attach_adapters(model, [fresh], recompute=is_in_four_bits(model)) as adapters,
+        eager_attention(model, length),
     ):
         device = adapters.device
-        loss = token_loss(model, bfloat16=bfloat16_pays(device))
+        loss = token_loss(model, bfloat16=has_fast_bfloat16(device))
         before = _mean_loss(loss, held_out, training.batch, device)
         model.train()
         state = train(
@@ -158,7 +158,7 @@ def finetune_model(
         )
         model.eval()
         after = _mean_loss(loss, held_out, training.batch, device)
-        with written(output) as folder:
+        with atomic_folder(output) as folder:
             adapters.write(0, base_name, folder)
         checkpoint.remove()
     return FinetuneReport(

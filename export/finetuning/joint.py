@@ -19,9 +19,9 @@ from edgemix.export.finetuning.options import HELD_OUT, Training, TrainingOption
 from edgemix.export.finetuning.recipe_output import RECIPE, finetuned_recipe, recipe_text
 from edgemix.export.models.architecture import context_length
 from edgemix.export.models.tokenizers import tokenizer_size
-from edgemix.export.training.checkpoints import Checkpoint, State
+from edgemix.export.training.checkpoints import Checkpoint, TrainingState
 from edgemix.export.training.loop import train
-from edgemix.export.training.output_folder import alone, prepare, written
+from edgemix.export.training.output_folder import atomic_folder, check_output, exclusive
 from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.recipe.text_sources import read_documents
 
@@ -116,7 +116,7 @@ def finetune_mixture(
             tokenizer, or there is too little text.
         EdgemixError: The loss is no longer a number, or the disk is full.
     """
-    prepare(output)
+    check_output(output)
     training = Training(**options)
     fit_weights = not separate and (recipe.fits_weights if fit_weights is None else fit_weights)
     weights = _first_weights(recipe)
@@ -131,7 +131,7 @@ def finetune_mixture(
         tokenizer = shared_tokenizer(recipe)
     vocabulary = tokenizer_size(tokenizer)
     with (
-        alone(output),
+        exclusive(output),
         open_members(recipe, training, four_bit=four_bit, vocabulary=vocabulary, progress=progress) as members,
     ):
         length = min(training.length, *(context_length(member.model.config) for member in members))
@@ -147,7 +147,7 @@ def finetune_mixture(
         after = run.measure(held_out)
         shares = dict(zip((member.name for member in members), run.weights.tolist(), strict=True))
         fitted = shares if fit_weights and not recipe.fits_weights else None
-        with written(output) as folder:
+        with atomic_folder(output) as folder:
             for member in members:
                 (folder / member.name).mkdir()
                 member.write(folder / member.name)
@@ -239,7 +239,7 @@ class _Run:
         with storage_errors(f"writing beside {output}"):
             self._checkpoints.mkdir(exist_ok=True)
 
-    def jointly(self, text: NDArray[np.int64], *, fit_weights: bool) -> State:
+    def jointly(self, text: NDArray[np.int64], *, fit_weights: bool) -> TrainingState:
         """Train all members on the mixture's loss."""
         parameters = {name: each for member in self._members for name, each in _named(member).items()}
         return self._train(
@@ -253,7 +253,7 @@ class _Run:
             after_step=self._likelihood.maximise if fit_weights else None,
         )
 
-    def separately(self, texts: Sequence[NDArray[np.int64]]) -> list[State]:
+    def separately(self, texts: Sequence[NDArray[np.int64]]) -> list[TrainingState]:
         """Train each member on its own loss, one after the other. What is done is kept by its checkpoint."""
         return [
             self._train(
@@ -295,7 +295,7 @@ class _Run:
         name: str,
         key: Sequence[object],
         after_step: Callable[[int], None] | None = None,
-    ) -> State:
+    ) -> TrainingState:
         training = self._training
         digest = hashlib.sha256(text.tobytes()).hexdigest()
         models = {id(member.model): member.model for member in self._members}.values()

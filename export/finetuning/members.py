@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from edgemix.export.models.loading import Location, load_tokenizer, locate
 from edgemix.export.models.tokenizers import check_shared
 from edgemix.export.training.loop import fingerprint
-from edgemix.export.training.lora import FreshAdapter, adapted, fast_attention
+from edgemix.export.training.lora import FreshAdapter, attach_adapters, eager_attention
 from edgemix.export.training.qlora import load_base
-from edgemix.export.training.token_loss import bfloat16_pays, token_losses
+from edgemix.export.training.token_loss import has_fast_bfloat16, token_losses
 from edgemix.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
@@ -116,9 +116,9 @@ def open_members(
             with progress.stage(f"load {location.name}"):
                 model = load_base(location, four_bit=four_bit, progress=progress)
             base = [location.name, fingerprint(model)]
-            adapters = stack.enter_context(adapted(model, begins, recompute=four_bit))
-            stack.enter_context(fast_attention(model, training.length))
-            read = token_losses(model, bfloat16=bfloat16_pays(adapters.device), vocabulary=vocabulary)
+            adapters = stack.enter_context(attach_adapters(model, begins, recompute=four_bit))
+            stack.enter_context(eager_attention(model, training.length))
+            read = token_losses(model, bfloat16=has_fast_bfloat16(adapters.device), vocabulary=vocabulary)
             for place, (index, begin) in enumerate(zip(indices, begins, strict=True)):
                 key = [*base, begin.sha256() if isinstance(begin, Location) else begin]
                 opened[index] = TunedMember(

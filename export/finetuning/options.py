@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 
 from edgemix.export.data.text import windows
-from edgemix.export.training.loop import Budget
+from edgemix.export.training.loop import TrainingBudget
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -62,9 +62,9 @@ class Training:
     seed: int = 0
 
     @property
-    def budget(self) -> Budget:
+    def budget(self) -> TrainingBudget:
         steps = DEFAULT_STEPS if self.steps is None and self.minutes is None else self.steps
-        return Budget(steps, self.minutes and self.minutes * 60)
+        return TrainingBudget(steps, self.minutes and self.minutes * 60)
 
     def windows(self, documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> NDArray[np.int64]:
         """The training text that the budget can need: int64 [windows, length].

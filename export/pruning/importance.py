@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from edgemix.export.pruning.structure import Structure
-from edgemix.export.training.token_loss import bfloat16_pays
+from edgemix.export.training.token_loss import has_fast_bfloat16
 from edgemix.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def second_moments(
 
 def forward(model: PreTrainedModel, ids: Tensor) -> None:
     """Run the layers, not the head, on token ids [batch, length]."""
-    with torch.no_grad(), torch.autocast(ids.device.type, torch.bfloat16, enabled=bfloat16_pays(ids.device)):
+    with torch.no_grad(), torch.autocast(ids.device.type, torch.bfloat16, enabled=has_fast_bfloat16(ids.device)):
         model.base_model(input_ids=ids, use_cache=False)
 
 
@@ -159,7 +159,7 @@ def _distances_without(
 def _log_probabilities(model: PreTrainedModel, window: Sequence[int]) -> Tensor:
     """fp32 [tokens, vocabulary]."""
     ids = torch.tensor([list(window)], device=model.device)
-    with torch.no_grad(), torch.autocast(ids.device.type, torch.bfloat16, enabled=bfloat16_pays(ids.device)):
+    with torch.no_grad(), torch.autocast(ids.device.type, torch.bfloat16, enabled=has_fast_bfloat16(ids.device)):
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits[0].float().log_softmax(-1)
 

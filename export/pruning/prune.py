@@ -23,8 +23,8 @@ from edgemix.export.pruning.report import PruningReport, compare, parts_of, tota
 from edgemix.export.pruning.sparsity import sparsify
 from edgemix.export.pruning.structure import Sizes, Structure
 from edgemix.export.pruning.structured import cut, kept_layers, sizes
-from edgemix.export.training.loop import Budget, fingerprint
-from edgemix.export.training.output_folder import alone, prepare, written
+from edgemix.export.training.loop import TrainingBudget, fingerprint
+from edgemix.export.training.output_folder import atomic_folder, check_output, exclusive
 from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.recipe.compression import check_pruning
 from edgemix.recipe.schema import MemberRecipe
@@ -96,9 +96,9 @@ def prune(
     Raises:
         InputError: The output is there already, or the model cannot be read.
     """
-    prepare(output)
+    check_output(output)
     scratch = output.with_name(f".{output.name}.pruning")
-    with alone(output):
+    with exclusive(output):
         member = load_member(MemberRecipe(output.name, model, adapter=adapter), Path(), progress)
         texts = prune_texts(domains, member.tokenizer, seed=seed)
         pruned = prune_model(
@@ -110,7 +110,7 @@ def prune(
             seed=seed,
             progress=progress,
         )
-        with written(output) as folder:
+        with atomic_folder(output) as folder:
             pruned.model.save_pretrained(folder)
             member.tokenizer.save_pretrained(folder)
             if member.source.license:
@@ -312,11 +312,11 @@ class _Run:
         stand.recovery_steps += state.steps
         stand.recovery_seconds += state.seconds
 
-    def _budget(self) -> Budget | None:
+    def _budget(self) -> TrainingBudget | None:
         """Of one recovery."""
         if self.steps is not None:
-            return Budget(self.steps) if self.steps else None
-        return Budget(seconds=60 * self.pruning.recover / self.pruning.steps) if self.pruning.recover else None
+            return TrainingBudget(self.steps) if self.steps else None
+        return TrainingBudget(seconds=60 * self.pruning.recover / self.pruning.steps) if self.pruning.recover else None
 
 
 def _layers(model: PreTrainedModel) -> int:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from edgemix.export.pruning.sparsity import zeros_kept
-from edgemix.export.training.loop import Budget, train
-from edgemix.export.training.lora import fast_attention
+from edgemix.export.training.loop import TrainingBudget, train
+from edgemix.export.training.lora import eager_attention
 from edgemix.export.training.self_divergence import self_divergence
-from edgemix.export.training.token_loss import bfloat16_pays
+from edgemix.export.training.token_loss import has_fast_bfloat16
 from edgemix.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from edgemix.export.training.checkpoints import Checkpoint, State
+    from edgemix.export.training.checkpoints import Checkpoint, TrainingState
 
 BATCH = 8
 LEARNING_RATE = 2e-4
@@ -31,13 +31,13 @@ def recover(
     teacher: PreTrainedModel,
     windows: NDArray[np.int64],
     *,
-    budget: Budget,
+    budget: TrainingBudget,
     learning_rate: float = LEARNING_RATE,
     seed: int = 0,
     checkpoint: Checkpoint | None = None,
     title: str = "recover",
     progress: Progress = NO_PROGRESS,
-) -> State:
+) -> TrainingState:
     """Train all of `model` but embeddings and head, in place; weights that are zero stay zero.
 
     Args:
@@ -59,9 +59,9 @@ def recover(
     for parameter in trained.values():
         parameter.requires_grad_(True)
     try:
-        with zeros_kept(model), fast_attention(model, windows.shape[1]):
+        with zeros_kept(model), eager_attention(model, windows.shape[1]):
             return train(
-                self_divergence(teacher, model, bfloat16=bfloat16_pays(model.device)),
+                self_divergence(teacher, model, bfloat16=has_fast_bfloat16(model.device)),
                 trained,
                 windows,
                 budget=budget,

@@ -1,4 +1,4 @@
-"""Training under way, on disk: parameters, the optimiser's moments and a few numbers, which a killed run takes up."""
+"""Training checkpoints: parameters, optimizer moments and counters in one file, from which a killed run resumes."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class State:
-    """Where training stands.
+class TrainingState:
+    """Counters and losses of a training run.
 
     Attributes:
-        steps: Optimiser steps taken.
-        seconds: Time that they took, over all runs.
-        loss: Running mean of the training loss, nats a token.
-        measured: How often the validation loss was due, the start not counted; `best` is the lowest so far, `lowest`
-            that without the start, `stale` counts those since.
+        steps: Optimizer steps taken.
+        seconds: Time spent training, in seconds, over all runs.
+        loss: Running mean of the training loss, in nats per token.
+        measured: Number of the last validation: 0 before the first step, -1 before any.
+        best: Lowest validation loss so far.
+        lowest: Lowest validation loss after the first step.
+        stale: Validations since `lowest` was reached.
     """
 
     steps: int = 0
@@ -43,11 +45,11 @@ class State:
 
 
 class Checkpoint:
-    """Training under way, in one safetensors file that is replaced atomically.
+    """A checkpoint in one safetensors file, which is replaced atomically.
 
     Args:
         path: The file.
-        key: Digest of everything that the run depends on; a checkpoint with another key is not taken up.
+        key: Digest of everything that the run depends on; a checkpoint with another key is ignored.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -56,21 +58,21 @@ class Checkpoint:
 
     def save(
         self,
-        state: State,
+        state: TrainingState,
         parameters: Mapping[str, Tensor],
         optimizer: torch.optim.Optimizer,
         best: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write parameters, optimiser moments, the best parameters where there are some, and state.
+        """Write parameters, optimizer moments, state, and the best parameters if there are any.
 
         Raises:
-            EdgemixError: The disk refuses.
+            EdgemixError: The file cannot be written.
         """
         tensors = {f"parameter/{name}": parameter.detach() for name, parameter in parameters.items()}
         tensors |= {f"best/{name}": parameter for name, parameter in (best or {}).items()}
         for name, parameter in parameters.items():
             moments = optimizer.state.get(parameter, {})
-            # bitsandbytes counts steps in an integer, and shares its tables of values between parameters.
+            # bitsandbytes counts steps in an integer and shares its value tables between parameters.
             tensors |= {f"moment/{kind}/{name}": torch.as_tensor(each).clone() for kind, each in moments.items()}
         metadata = {"edgemix": json.dumps({"key": self._key, "state": asdict(state)})}
         with storage_errors(f"writing {self._path}"):
@@ -83,17 +85,17 @@ class Checkpoint:
         parameters: Mapping[str, Tensor],
         optimizer: torch.optim.Optimizer,
         best: dict[str, Tensor] | None = None,
-    ) -> State | None:
-        """Load what `save` wrote into parameters, optimiser and `best`; None if there is nothing that fits."""
+    ) -> TrainingState | None:
+        """Load a saved checkpoint into `parameters`, `optimizer` and `best`; return None if no valid one exists."""
         if not self._path.is_file():
             return None
         try:
             with safetensors.safe_open(self._path, "pt") as file:
-                written = json.loads((file.metadata() or {})["edgemix"])
-                if written["key"] != self._key:
+                metadata = json.loads((file.metadata() or {})["edgemix"])
+                if metadata["key"] != self._key:
                     return None
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            state = State(**written["state"])
+            state = TrainingState(**metadata["state"])
         except (safetensors.SafetensorError, ValueError, KeyError, TypeError):
             return None
         for name, parameter in parameters.items():
@@ -101,11 +103,11 @@ class Checkpoint:
                 parameter.copy_(tensors[f"parameter/{name}"])
             if best is not None and f"best/{name}" in tensors:
                 best[name] = tensors[f"best/{name}"].to(parameter.device)
-        for place, each in tensors.items():
-            part, _, rest = place.partition("/")
+        for key, tensor in tensors.items():
+            part, _, rest = key.partition("/")
             kind, _, name = rest.partition("/")
             if part == "moment":
-                optimizer.state[parameters[name]][kind] = _moment(each, kind, parameters[name].device)
+                optimizer.state[parameters[name]][kind] = _moment(tensor, kind, parameters[name].device)
         return state
 
     def remove(self) -> None:
@@ -113,7 +115,7 @@ class Checkpoint:
 
 
 def _moment(value: Tensor, kind: str, device: torch.device) -> Tensor | int:
-    """An optimiser's moment as it was before `Checkpoint.save`."""
+    """Convert a saved optimizer moment back to the type that the optimizer holds."""
     if kind != "step":
         return value.to(device)
     return value if value.is_floating_point() else int(value)

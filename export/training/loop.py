@@ -1,7 +1,7 @@
-"""The training loop: AdamW under a budget of steps or time, kept by checkpoints that a killed run goes on from.
+"""The training loop: AdamW within a budget of steps or time, with checkpoints from which a killed run resumes.
 
-Everything random at a step depends on the seed and the step's number alone, so a run of so many steps ends the same
-whether it was interrupted or not.
+Everything random in a step depends only on the seed and the step's number, so a run with a step budget gives the same
+result whether it was interrupted or not.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import numpy as np
 import torch
 
 from edgemix.errors import EdgemixError, InputError
-from edgemix.export.training.checkpoints import Checkpoint, State
+from edgemix.export.training.checkpoints import Checkpoint, TrainingState
 from edgemix.progress import NO_PROGRESS, Progress
 
 if torch.distributed.is_available():
-    # Its functions have the process group of the moment as their default: imported later, by the first optimiser, they
-    # keep the group alive after its end, and its threads abort the process now and then.
+    # Its functions take the current process group as a default argument. Imported later, by the first optimizer, they
+    # would keep the group alive after its end, and its threads sometimes abort the process.
     import torch.distributed.nn
 
 if TYPE_CHECKING:
@@ -38,21 +38,21 @@ if TYPE_CHECKING:
 
     Loss = Callable[[Tensor], Tensor]
 
-WARM_UP = 0.06
-"""Share of the budget in which the learning rate rises."""
+WARMUP_FRACTION = 0.06
+"""Fraction of the budget over which the learning rate rises."""
 
 _SECONDS_BETWEEN_CHECKPOINTS = 60.0
-_SHARE_OF_CHECKPOINTS = 0.02
-"""Most of the time that may go into writing checkpoints."""
-_LARGEST_GRADIENT = 1.0
+_MAX_CHECKPOINT_TIME = 0.02
+"""Largest fraction of the time spent writing checkpoints."""
+_MAX_GRADIENT_NORM = 1.0
 
 
 @dataclass(frozen=True)
-class Budget:
-    """How long to train: so many optimiser steps, so many seconds, or whichever ends first.
+class TrainingBudget:
+    """How long to train: optimizer steps, seconds, or whichever limit is reached first.
 
     Raises:
-        InputError: Neither is given, or one is not above zero.
+        InputError: No limit is given, or a limit is not above zero.
     """
 
     steps: int | None = None
@@ -64,22 +64,22 @@ class Budget:
             raise InputError("training needs a number of steps or minutes above zero")
 
     def used(self, steps: int, seconds: float) -> float:
-        """Share of the budget that is used up, 1 or more at its end."""
-        shares = [steps / self.steps] if self.steps else []
+        """Return the fraction of the budget that is used; 1 or more when it is exhausted."""
+        fractions = [steps / self.steps] if self.steps else []
         if self.seconds:
-            shares.append(seconds / self.seconds)
-        return max(shares)
+            fractions.append(seconds / self.seconds)
+        return max(fractions)
 
 
 @dataclass(frozen=True)
 class Validation:
-    """A loss on text that is held out, measured before the first step and while training goes on. What measured best is
-    what training ends with.
+    """A loss on held-out text, measured before the first step and during training. Training ends with the parameters
+    that had the lowest one.
 
     Attributes:
-        measure: The loss with the parameters as they are.
-        times: How often, over the whole budget, the start not counted.
-        patience: Training ends early after so many measurements in a row without a new best one.
+        measure: Returns the loss with the current parameters.
+        times: Number of measurements over the whole budget, not counting the one before the first step.
+        patience: Number of measurements in a row without a new lowest loss after which training stops early.
     """
 
     measure: Callable[[], float]
@@ -92,7 +92,7 @@ def train(
     parameters: Mapping[str, Tensor],
     windows: NDArray[np.int64],
     *,
-    budget: Budget,
+    budget: TrainingBudget,
     batch: int,
     learning_rate: float,
     betas: tuple[float, float] = (0.9, 0.999),
@@ -102,45 +102,45 @@ def train(
     validation: Validation | None = None,
     before_step: Callable[[float], None] | None = None,
     after_step: Callable[[int], None] | None = None,
-    workers: Accelerator | None = None,
+    accelerator: Accelerator | None = None,
     seed: int = 0,
     checkpoint: Checkpoint | None = None,
     title: str = "train",
     progress: Progress = NO_PROGRESS,
-) -> State:
-    """Minimise `loss` over `parameters` with AdamW; the learning rate rises, then falls to zero as a half cosine.
+) -> TrainingState:
+    """Minimize `loss` over `parameters` with AdamW. The learning rate rises linearly, then falls as a half cosine to 0.
 
     Args:
-        loss: Rows of `windows` (token ids [batch, length]) on the parameters' device -> mean loss, a scalar.
-        parameters: Name -> what is trained, all on one device.
-        windows: int64 [windows, length]; every epoch takes them in another order.
-        budget: When to stop. Time includes that of the runs before an interruption.
-        batch: Windows whose loss is computed at once.
-        learning_rate: At its highest.
-        betas: AdamW's; so is `epsilon`.
-        epsilon: Small against the gradients.
-        accumulate: Batches whose gradients make a step.
+        loss: Maps rows of `windows`, int64 [batch, length] on the parameters' device, to their mean loss, a scalar.
+        parameters: Trained tensors by name, all on one device.
+        windows: int64 [windows, length], shuffled anew each epoch.
+        budget: When to stop. Time includes runs before an interruption.
+        batch: Windows per forward pass.
+        learning_rate: Peak learning rate.
+        betas: AdamW's coefficients of the running averages.
+        epsilon: AdamW's term added to the denominator.
+        accumulate: Batches whose gradients are accumulated for one step.
         eight_bit: Keep the moments in 8 bits (bitsandbytes).
-        validation: Tells which parameters are best, and when there is no more to gain.
-        before_step: Told before each step what share of the budget is used.
-        after_step: Told with each step, Ctrl-C held back, how many were taken; may change `parameters` that have no
-            gradient, which are kept with the others.
-        workers: Processes that take a batch each and share their gradients; they must all call this, on equal
-            parameters, and see the checkpoint at the same path. The first one writes it.
-        seed: Of the order of the windows and of dropout.
-        checkpoint: Where to go on from and where to keep the state: every minute or so, when interrupted, at the end.
-        title: The stage's name for `progress`.
-        progress: Hears of every step's loss.
+        validation: Selects the best parameters and stops training early.
+        before_step: Called before each step with the fraction of the budget that is used.
+        after_step: Called with the number of steps taken, while Ctrl-C is deferred. It may change `parameters` that
+            have no gradient; they are checkpointed with the others.
+        accelerator: Processes that take a batch each and average their gradients. All must call this function with
+            equal parameters and see the checkpoint at the same path; the main process writes it.
+        seed: Seed of the windows' order and of dropout.
+        checkpoint: Resumed from if it exists; written about every minute, when interrupted, and at the end.
+        title: Title of the progress stage.
+        progress: Progress callback.
 
     Raises:
-        EdgemixError: The loss is no longer a number, or a checkpoint cannot be written.
-        KeyboardInterrupt: As it came, once the checkpoint is written.
+        EdgemixError: The loss is not finite, or a checkpoint cannot be written.
+        KeyboardInterrupt: Ctrl-C was pressed; the checkpoint has been written.
     """
     device = next(iter(parameters.values())).device
     optimizer = _optimizer(parameters, device, learning_rate, betas, epsilon, eight_bit=eight_bit)
     best: dict[str, Tensor] = {}
-    state = (checkpoint.restore(parameters, optimizer, best) if checkpoint else None) or State()
-    run = _Run(
+    state = (checkpoint.restore(parameters, optimizer, best) if checkpoint else None) or TrainingState()
+    run = _TrainingLoop(
         loss=loss,
         parameters=parameters,
         windows=windows,
@@ -151,14 +151,14 @@ def train(
         validation=validation,
         before_step=before_step,
         after_step=after_step,
-        workers=workers if workers and workers.num_processes > 1 else None,
+        accelerator=accelerator if accelerator and accelerator.num_processes > 1 else None,
         seed=seed,
         optimizer=optimizer,
         device=device,
         state=state,
         best=best,
     )
-    if workers and not workers.is_main_process:
+    if accelerator and not accelerator.is_main_process:
         checkpoint = None
     with progress.stage(title, 1.0) as task, torch.random.fork_rng([device] if device.type == "cuda" else []):
         done = 0.0
@@ -176,12 +176,12 @@ def train(
                     started = time.monotonic()
                     checkpoint.save(state, parameters, optimizer, best)
                     saved = time.monotonic()
-                    pause = max(_SECONDS_BETWEEN_CHECKPOINTS, (saved - started) / _SHARE_OF_CHECKPOINTS)
+                    pause = max(_SECONDS_BETWEEN_CHECKPOINTS, (saved - started) / _MAX_CHECKPOINT_TIME)
         except KeyboardInterrupt:
             if checkpoint:
-                with _uninterrupted():
+                with _defer_interrupts():
                     checkpoint.save(state, parameters, optimizer, best)
-                progress.log(f"{title}: stopped after {state.steps} steps; the same call goes on from there")
+                progress.log(f"{title}: stopped after {state.steps} steps; the same call resumes from there")
             raise
         if checkpoint:
             checkpoint.save(state, parameters, optimizer, best)
@@ -192,51 +192,53 @@ def train(
 
 
 @dataclass
-class _Run:
-    """`train` under way: its arguments, and what changes from step to step.
+class _TrainingLoop:
+    """The arguments of `train`, and the state that changes from step to step.
 
     Attributes:
-        workers: None for one process.
-        best: The parameters that measured best so far; empty before the first measurement.
+        accelerator: None for a single process.
+        best: Parameters with the lowest validation loss so far; empty before the first validation.
     """
 
     loss: Loss
     parameters: Mapping[str, Tensor]
     windows: NDArray[np.int64]
-    budget: Budget
+    budget: TrainingBudget
     batch: int
     learning_rate: float
     accumulate: int
     validation: Validation | None
     before_step: Callable[[float], None] | None
     after_step: Callable[[int], None] | None
-    workers: Accelerator | None
+    accelerator: Accelerator | None
     seed: int
     optimizer: torch.optim.Optimizer
     device: torch.device
-    state: State
+    state: TrainingState
     best: dict[str, Tensor]
 
     def used(self) -> float:
-        """Share of the budget that is used up, by the first worker's clock: all must stop at the same step."""
+        """Return the fraction of the budget used, by the main process's clock: all must stop at the same step."""
         used = self.budget.used(self.state.steps, self.state.seconds)
-        if self.workers is None:
+        if self.accelerator is None:
             return used
         return float(accelerate.utils.broadcast(torch.tensor(used, dtype=torch.float64, device=self.device)))
 
     def step(self, used: float) -> None:
-        """One step of the optimiser; parameters, moments and state change together, or not at all."""
+        """Take one optimizer step. Parameters, moments and state change together or not at all."""
         state, started = self.state, time.monotonic()
         if self.before_step:
             self.before_step(used)
-        place, places = (self.workers.process_index, self.workers.num_processes) if self.workers else (0, 1)
-        order = _order(len(self.windows), state.steps, self.batch * self.accumulate * places, self.seed)
-        ids = torch.from_numpy(self.windows[order[place::places]]).to(self.device)
-        torch.manual_seed(self.seed + state.steps * places + place)
+        rank, world_size = (
+            (self.accelerator.process_index, self.accelerator.num_processes) if self.accelerator else (0, 1)
+        )
+        indices = _batch_indices(len(self.windows), state.steps, self.batch * self.accumulate * world_size, self.seed)
+        ids = torch.from_numpy(self.windows[indices[rank::world_size]]).to(self.device)
+        torch.manual_seed(self.seed + state.steps * world_size + rank)
         value = self._gradients(ids.split(self.batch))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * rate(used, state.steps)
-        with _uninterrupted():
+            group["lr"] = self.learning_rate * learning_rate_factor(used, state.steps)
+        with _defer_interrupts():
             self.optimizer.step()
             if self.after_step:
                 self.after_step(state.steps + 1)
@@ -246,12 +248,12 @@ class _Run:
         self.optimizer.zero_grad()
 
     def validate(self) -> None:
-        """Measure if that is due, and keep the parameters if they are the best so far."""
+        """Measure the validation loss if it is due, and keep the parameters if it is the lowest so far."""
         state, started = self.state, time.monotonic()
         if self.validation is None or (due := int(self.used() * self.validation.times + 1e-9)) <= state.measured:
             return
         measured = self.validation.measure()
-        with _uninterrupted():
+        with _defer_interrupts():
             state.measured = due
             if due:  # first steps may lead away from a good start
                 state.stale = 0 if measured < state.lowest else state.stale + 1
@@ -262,7 +264,7 @@ class _Run:
             state.seconds += time.monotonic() - started
 
     def _gradients(self, batches: Sequence[Tensor]) -> float:
-        """The mean loss over batches and workers; its gradients, clipped, are in the parameters."""
+        """Return the mean loss over batches and processes; its clipped gradients are in the parameters."""
         total = 0.0
         for batch in batches:
             value = self.loss(batch)
@@ -272,25 +274,25 @@ class _Run:
                 )
             (value / len(batches) if len(batches) > 1 else value).backward()
             total += float(value.detach()) / len(batches)
-        if self.workers:
+        if self.accelerator:
             for parameter in self.parameters.values():
-                parameter.grad = self.workers.reduce(parameter.grad, "mean")
-            total = float(self.workers.reduce(torch.tensor(total, device=self.device), "mean"))
-        torch.nn.utils.clip_grad_norm_(self.parameters.values(), _LARGEST_GRADIENT)
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+            total = float(self.accelerator.reduce(torch.tensor(total, device=self.device), "mean"))
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), _MAX_GRADIENT_NORM)
         return total
 
 
-def rate(used: float, steps: int) -> float:
-    """The learning rate's share of its highest value, by the share of the budget used.
+def learning_rate_factor(used: float, steps: int) -> float:
+    """Return the learning rate as a fraction of its peak, given the fraction of the budget used.
 
-    Linear warm-up over `WARM_UP` (from the first step's tenth, as no time is used before it), then a half cosine.
+    Linear warm-up over `WARMUP_FRACTION` (0.1 at the first step, before which no time is used), then a half cosine.
     """
-    rise = min(1.0, max(used / WARM_UP, 0.1 * (steps + 1)))
-    return rise * 0.5 * (1 + math.cos(math.pi * min(used, 1.0)))
+    warmup = min(1.0, max(used / WARMUP_FRACTION, 0.1 * (steps + 1)))
+    return warmup * 0.5 * (1 + math.cos(math.pi * min(used, 1.0)))
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """A digest that tells models apart without reading all of their weights."""
+    """Return a digest that distinguishes models without reading all of their weights."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         some = parameter.detach().flatten()[:64].float().cpu().numpy().tobytes()
@@ -320,22 +322,22 @@ def _optimizer(
         betas=betas,
         eps=epsilon,
         weight_decay=0.0,
-        fused=device.type == "cpu",  # one pass over memory, a fifth of the time
+        fused=device.type == "cpu",  # one pass over memory: a fifth of the time
     )
 
 
-def _order(windows: int, step: int, batch: int, seed: int) -> NDArray[np.int64]:
-    """The indices of a step's windows: epochs follow each other without a gap, each a permutation."""
-    places = np.arange(step * batch, (step + 1) * batch)
-    return np.array([_epoch(windows, int(place) // windows, seed)[place % windows] for place in places], np.int64)
+def _batch_indices(windows: int, step: int, batch: int, seed: int) -> NDArray[np.int64]:
+    """Return the window indices of a step: int64 [batch]. Epochs are permutations that follow without a gap."""
+    positions = np.arange(step * batch, (step + 1) * batch)
+    return np.array([_epoch_permutation(windows, int(at) // windows, seed)[at % windows] for at in positions], np.int64)
 
 
 @lru_cache(maxsize=2)
-def _epoch(windows: int, epoch: int, seed: int) -> NDArray[np.int64]:
+def _epoch_permutation(windows: int, epoch: int, seed: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(windows)
 
 
-def _note(state: State) -> str:
+def _note(state: TrainingState) -> str:
     if not state.steps:
         return ""
     best = "" if math.isinf(state.best) else f", best on held-out text {state.best:.3f}"
@@ -343,9 +345,9 @@ def _note(state: State) -> str:
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the block is done, so that parameters and moments are never half updated."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread gets it
+def _defer_interrupts() -> Iterator[None]:
+    """Defer Ctrl-C until the block is done, so that parameters and moments are never half updated."""
+    if threading.current_thread() is not threading.main_thread():  # signals arrive in the main thread only
         yield
         return
     held: list[Any] = []

@@ -1,4 +1,4 @@
-"""LoRA adapters (Hu et al., arXiv 2106.09685) in a model: put in, trained, written as PEFT folders, taken out again."""
+"""Attach LoRA adapters (Hu et al., arXiv 2106.09685) to a model, train them, and write them as PEFT folders."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-_SHORT = 512
-"""Longest windows for which attention's scores, of size length x length, are kept as they are."""
+_MAX_EAGER_LENGTH = 512
+"""Longest windows, in tokens, for which attention scores [length, length] are materialized."""
 
 
 @dataclass(frozen=True)
 class FreshAdapter:
-    """An adapter that changes nothing yet, on all linear projections.
+    """A new adapter on all linear projections, whose updates are initially zero.
 
     Attributes:
         rank: Rank of each update.
-        alpha: The updates are scaled by alpha / rank.
-        seed: Of its random half.
+        alpha: Updates are scaled by alpha / rank.
+        seed: Seed of the randomly initialized factor.
     """
 
     rank: int
@@ -43,10 +43,10 @@ class FreshAdapter:
 
 
 class Adapters:
-    """Several adapters in one model, which shares its frozen weights between them; one is at work at a time.
+    """Several adapters of one model, which share its frozen weights; one is active at a time.
 
     Attributes:
-        device: Where the model is.
+        device: The model's device.
     """
 
     def __init__(self, model: peft.PeftModel, names: Sequence[str]) -> None:
@@ -57,25 +57,25 @@ class Adapters:
         self.activate(0)
 
     def activate(self, index: int) -> None:
-        """Let this adapter work from now on; all of them stay trainable."""
+        """Make an adapter the active one; all of them stay trainable."""
         if index == self._active:
             return
         self._active = index
         self._model.set_adapter(self._names[index])
         for parameters in self._parameters:
-            for parameter in parameters.values():  # the switch froze those of the others
+            for parameter in parameters.values():  # set_adapter freezes the inactive ones
                 parameter.requires_grad_()
 
     def parameters(self, index: int) -> dict[str, nn.Parameter]:
-        """An adapter's weights by name; no two adapters share a name."""
+        """Return an adapter's weights by name; no two adapters share a name."""
         return self._parameters[index]
 
     def write(self, index: int, base_name: str, folder: Path) -> None:
         """Write an adapter as a PEFT folder: adapter_config.json and adapter_model.safetensors.
 
         Args:
-            index: Which.
-            base_name: What it calls its base model; no path of this machine.
+            index: Index of the adapter.
+            base_name: Base model name to record; never a local path.
             folder: An empty folder.
         """
         name = self._names[index]
@@ -84,26 +84,26 @@ class Adapters:
         config.inference_mode = True
         if not isinstance(config.target_modules, str):
             config.target_modules = sorted(config.target_modules)
-        # Without the last argument, peft looks the base model up on the hub.
+        # Without save_embedding_layers=False, peft looks the base model up on the hub.
         weights = peft.get_peft_model_state_dict(self._model, adapter_name=name, save_embedding_layers=False)
         weights = {key: each.detach().cpu().contiguous() for key, each in weights.items()}
         config.save_pretrained(str(folder))
         (folder / "adapter_model.safetensors").write_bytes(safetensors.torch.save(weights, {"format": "pt"}))
 
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """For torch's checkpointing: a layer is run again for its gradients with the adapter that works now."""
-        return nullcontext(), self._again(self._active or 0)
+        """Return the contexts of torch's activation checkpointing: layers are recomputed with the active adapter."""
+        return nullcontext(), self._reactivate(self._active or 0)
 
     @contextmanager
-    def _again(self, index: int) -> Iterator[None]:
+    def _reactivate(self, index: int) -> Iterator[None]:
         self.activate(index)
         yield
 
     def _find(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters that training an adapter changes.
+        """Yield the trainable parameters of an adapter.
 
         Raises:
-            InputError: It has others than LoRA's: whole layers, biases, tokens.
+            InputError: It trains more than LoRA matrices: whole layers, biases, token embeddings.
         """
         self._model.set_adapter(name)
         for key, parameter in self._model.named_parameters():
@@ -117,19 +117,19 @@ class Adapters:
 
 
 @contextmanager
-def adapted(
+def attach_adapters(
     model: PreTrainedModel, adapters: Sequence[FreshAdapter | Location], *, recompute: bool = False
 ) -> Iterator[Adapters]:
-    """The model with adapters, on the GPU if there is one; they are taken out again afterwards.
+    """Attach adapters to a model, on the GPU if there is one, and remove them when the block ends.
 
     Args:
-        model: A causal language model; comes back as it was, frozen.
-        adapters: Fresh ones, or PEFT folders to go on from.
-        recompute: Keep no activations but between layers, and run each layer again for its gradients: a third more
-            work, a fraction of the memory (Chen et al., arXiv 1604.06174).
+        model: A causal language model; restored and frozen at the end.
+        adapters: New adapters, or PEFT folders to continue training from.
+        recompute: Checkpoint activations between layers and recompute each layer for its gradients: a third more
+            computation, a fraction of the memory (Chen et al., arXiv 1604.06174).
 
     Raises:
-        InputError: The model has no linear layer, an adapter does not fit it, or a rank is more than any layer's.
+        InputError: The model has no linear layer, an adapter does not fit it, or a rank exceeds every layer's.
     """
     device = model.device
     names = [f"member{index}" for index in range(len(adapters))]
@@ -141,12 +141,12 @@ def adapted(
                 wrapped = add_adapter(wrapped, adapter, name, trainable=True)
             else:
                 wrapped = _add_fresh(wrapped, name, adapter, fan_in_fan_out=fan_in_fan_out)
-        made = Adapters(wrapped.to("cuda" if torch.cuda.is_available() else device), names)
+        attached = Adapters(wrapped.to("cuda" if torch.cuda.is_available() else device), names)
         if recompute and model.supports_gradient_checkpointing:
-            # transformers 5.23 calls it by another name, and warns of the old one
+            # transformers 5.23 renamed the method, and warns about the old name.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False, "context_fn": made.contexts})
-        yield made
+            enable({"use_reentrant": False, "context_fn": attached.contexts})
+        yield attached
     finally:
         if recompute and model.supports_gradient_checkpointing:
             (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
@@ -158,8 +158,8 @@ def adapted(
 def _add_fresh(
     model: PreTrainedModel | peft.PeftModel, name: str, adapter: FreshAdapter, *, fan_in_fan_out: bool
 ) -> peft.PeftModel:
-    if 0 < (most := _highest_rank(model)) < adapter.rank:
-        raise InputError(f"the rank {adapter.rank} is more than that of any layer of this model, {most}")
+    if 0 < (highest := _max_rank(model)) < adapter.rank:
+        raise InputError(f"the rank {adapter.rank} is more than that of any layer of this model, {highest}")
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank,
@@ -178,8 +178,10 @@ def _add_fresh(
     return model
 
 
-def _highest_rank(model: PreTrainedModel | peft.PeftModel) -> int:
-    """Of a linear layer's updates; 0 without such a layer. More changes nothing, and may take all memory there is."""
+def _max_rank(model: PreTrainedModel | peft.PeftModel) -> int:
+    """Return the highest possible rank of a linear layer's update, 0 without linear layers. A higher one adds nothing,
+    and may take all memory there is.
+    """
     shapes = [
         module.weight.shape if isinstance(module, Conv1D) else (module.in_features, module.out_features)
         for module in model.modules()
@@ -189,12 +191,12 @@ def _highest_rank(model: PreTrainedModel | peft.PeftModel) -> int:
 
 
 @contextmanager
-def fast_attention(model: PreTrainedModel, length: int) -> Iterator[None]:
-    """Plain products: with them a step of short windows takes a seventh less time on CPUs than with torch's fused
-    attention, whose backward pass is slow there.
+def eager_attention(model: PreTrainedModel, length: int) -> Iterator[None]:
+    """Use eager attention for short windows on CPUs, where torch's fused attention has a slow backward pass: a step
+    takes a seventh less time.
     """
     before = model.config._attn_implementation
-    if model.device.type != "cpu" or length > _SHORT:
+    if model.device.type != "cpu" or length > _MAX_EAGER_LENGTH:
         yield
         return
     model.set_attn_implementation("eager")

@@ -1,4 +1,4 @@
-"""A folder that long work writes: refused before the work if it is there, one run at a time, complete or not there."""
+"""Output folders of long runs: checked before the work, written by one run at a time, and complete or absent."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 _SEAL = "edgemix-sizes.json"
 
 
-def prepare(output: Path) -> None:
-    """Refuse before any work what would destroy something after it, and make the folder that `output` goes in.
+def check_output(output: Path) -> None:
+    """Refuse an output that exists already, before any work, and create its parent folder.
 
     Raises:
-        InputError: The output is there already, or its folder cannot be made.
+        InputError: The output exists already, or its parent folder cannot be created.
     """
     with storage_errors(f"making a folder for {output}"):
         if output.exists():
@@ -32,11 +32,11 @@ def prepare(output: Path) -> None:
 
 
 @contextmanager
-def alone(output: Path) -> Iterator[None]:
-    """Keep a second run away from the same output, whose checkpoints it would overwrite.
+def exclusive(output: Path) -> Iterator[None]:
+    """Lock an output against a second run, which would overwrite its checkpoints.
 
     Raises:
-        InputError: Another run is at it, or the folder cannot be written.
+        InputError: Another run holds the lock, or the folder cannot be written.
     """
     path = output.with_name(f".{output.name}.lock")
     with storage_errors(f"writing beside {output}"):
@@ -49,11 +49,11 @@ def alone(output: Path) -> Iterator[None]:
 
 
 @contextmanager
-def written(output: Path) -> Iterator[Path]:
-    """A new folder to write to, which becomes `output` in one step when the block ends well.
+def atomic_folder(output: Path) -> Iterator[Path]:
+    """Yield a new folder to write to, which is renamed to `output` when the block succeeds.
 
     Raises:
-        EdgemixError: The disk refuses, inside the block too.
+        EdgemixError: The folder cannot be written, also from within the block.
     """
     staging = output.with_name(f".{output.name}.partial")
     with storage_errors(f"writing {output}"):
@@ -64,12 +64,12 @@ def written(output: Path) -> Iterator[Path]:
 
 
 def seal(folder: Path) -> None:
-    """Note the sizes of a folder's files, for `sealed`: where the power fails, a file may lose its end."""
+    """Record the sizes of a folder's files for `sealed`: a power failure may truncate a file."""
     write_atomically(folder / _SEAL, json.dumps(_sizes(folder)).encode())
 
 
 def sealed(folder: Path) -> bool:
-    """Whether a folder is there, with all files as they were when it was sealed."""
+    """Return whether a folder exists with all files of the sizes recorded by `seal`."""
     try:
         return bool(json.loads((folder / _SEAL).read_bytes()) == _sizes(folder))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""How far a model has moved from what it was, by its next-token distributions: the loss of every recovery."""
+"""Divergence of a modified model from the original, by next-token distributions: the loss of recovery training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from edgemix.export.training.token_loss import plain_head
+from edgemix.export.training.token_loss import linear_head
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,14 +21,14 @@ _ROWS = 256
 def self_divergence(
     teacher: PreTrainedModel, student: PreTrainedModel, *, bfloat16: bool
 ) -> Callable[[Tensor], Tensor]:
-    """A function from token ids [batch, length] to the mean KL(teacher || student) of the next token, nats.
+    """Return a function from token ids [batch, length] to the mean KL(teacher || student) per token, in nats.
 
     Args:
-        teacher: The model as it was.
-        student: What was made of it, with the very same head, whose gradient nobody wants.
+        teacher: The original model.
+        student: The modified model, with the same, frozen head.
         bfloat16: Run matrix products in bfloat16 (torch.autocast).
     """
-    head = plain_head(teacher)
+    head = linear_head(teacher)
 
     def loss(ids: Tensor) -> Tensor:
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=bfloat16):
@@ -50,8 +50,8 @@ def self_divergence(
 
 
 class _HeadDivergence(torch.autograd.Function):  # type: ignore[misc]
-    """Mean KL between the distributions that one head makes of two hidden states [rows, hidden], some rows at a time;
-    only the second model's, the first argument, gets a gradient: (q - p) @ weight.
+    """Mean KL between the distributions that one head computes from two hidden states [rows, hidden], in chunks of
+    rows. Only the student's hidden states, the first argument, get a gradient: (q - p) @ weight.
     """
 
     @staticmethod
@@ -62,9 +62,9 @@ class _HeadDivergence(torch.autograd.Function):  # type: ignore[misc]
             rows = slice(start, start + _ROWS)
             q = functional.linear(hidden[rows], weight, bias).float().log_softmax(-1)
             p = functional.linear(expected[rows], weight, bias).float().log_softmax(-1)
-            likely = p.exp()
-            total += (likely * (p - q)).sum()
-            gradient[rows] = (q.exp_() - likely).to(weight.dtype) @ weight
+            probabilities = p.exp()
+            total += (probabilities * (p - q)).sum()
+            gradient[rows] = (q.exp_() - probabilities).to(weight.dtype) @ weight
         ctx.save_for_backward(gradient.div_(len(hidden)))
         return total / len(hidden)
 

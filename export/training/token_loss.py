@@ -1,4 +1,4 @@
-"""The cross-entropy of next tokens, without holding logits as wide as the vocabulary for a whole batch."""
+"""Cross-entropy of next tokens, without materializing the logits of a whole batch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ROWS = 128
-"""Tokens whose logits are alive at once: 25 MB in fp32 for a vocabulary of 49,152, which stays in the cache."""
+"""Tokens whose logits are in memory at once: 25 MB in fp32 for a vocabulary of 49,152, which stays in the cache."""
 
 
 def token_loss(model: PreTrainedModel, *, bfloat16: bool = False) -> Callable[[Tensor], Tensor]:
-    """A function from token ids [batch, length] to the mean of `token_losses`."""
+    """Return a function from token ids [batch, length] to the mean of `token_losses`, a scalar."""
     losses = token_losses(model, bfloat16=bfloat16)
     return lambda ids: losses(ids).mean()
 
@@ -26,18 +26,18 @@ def token_loss(model: PreTrainedModel, *, bfloat16: bool = False) -> Callable[[T
 def token_losses(
     model: PreTrainedModel, *, bfloat16: bool = False, vocabulary: int | None = None
 ) -> Callable[[Tensor], Tensor]:
-    """A function from token ids [batch, length] to the negative log-probability of every token after a row's first:
-    fp32 [batch * (length - 1)], nats, row by row.
+    """Return a function from token ids [batch, length] to the negative log-probability of every token after a row's
+    first: fp32 [batch * (length - 1)], in nats, row by row.
 
-    Where the head is frozen and nothing but a linear layer (checked on the model itself), losses and their slopes are
-    made together, some rows at a time: the logits are computed once and never kept.
+    Where the head is a frozen linear layer (checked on the model itself), losses and gradients are computed together,
+    in chunks of rows: the logits are computed once and never kept.
 
     Args:
         model: A causal language model, in evaluation mode while this function runs.
         bfloat16: Run matrix products in bfloat16 (torch.autocast).
-        vocabulary: How many logits count: those of the tokenizer's tokens; None takes padding as well.
+        vocabulary: Number of logits to use, the tokenizer's size; None includes padding.
     """
-    head = plain_head(model)
+    head = linear_head(model)
     if head is None or head.weight.requires_grad:
 
         def losses(ids: Tensor) -> Tensor:
@@ -60,16 +60,16 @@ def token_losses(
     return in_precision
 
 
-def bfloat16_pays(device: torch.device) -> bool:
-    """Whether `device` multiplies bfloat16 matrices in hardware: 2 to 4 times the speed of fp32; without, slower."""
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Return whether `device` multiplies bfloat16 matrices in hardware, at 2 to 4 times the speed of fp32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def plain_head(model: PreTrainedModel) -> nn.Linear | None:
-    """The output layer, if logits are just what it makes of the last hidden state."""
+def linear_head(model: PreTrainedModel) -> nn.Linear | None:
+    """Return the output layer if it computes the logits from the last hidden state alone, else None."""
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear) or model.base_model is model:
         return None
@@ -83,29 +83,29 @@ def plain_head(model: PreTrainedModel) -> nn.Linear | None:
 
 
 class _FrozenHeadLosses(torch.autograd.Function):  # type: ignore[misc]
-    """Each row's cross-entropy of softmax(hidden @ weight.T + bias); only `hidden` gets a gradient,
-    (p - onehot) @ weight, which is kept in the place of the logits until its rows' factors are known.
+    """Cross-entropy of each row of softmax(hidden @ weight.T + bias). Only `hidden` gets a gradient,
+    (p - onehot) @ weight, which is saved instead of the logits and scaled in the backward pass.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        gradients = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         losses = torch.empty(len(hidden), device=hidden.device)
         for start in range(0, len(hidden), _ROWS):
             rows = slice(start, start + _ROWS)
             logits = functional.linear(hidden[rows], weight, bias).float()
-            wanted = targets[rows, None]
+            columns = targets[rows, None]
             norm = logits.logsumexp(-1, keepdim=True)
-            losses[rows] = (norm - logits.gather(1, wanted)).squeeze(1)
-            if slopes is not None:
+            losses[rows] = (norm - logits.gather(1, columns)).squeeze(1)
+            if gradients is not None:
                 errors = logits.sub_(norm).exp_()
-                errors.scatter_add_(1, wanted, errors.new_full(wanted.shape, -1.0))
-                slopes[rows] = errors.to(weight.dtype) @ weight
-        if slopes is not None:
-            ctx.save_for_backward(slopes)
+                errors.scatter_add_(1, columns, errors.new_full(columns.shape, -1.0))
+                gradients[rows] = errors.to(weight.dtype) @ weight
+        if gradients is not None:
+            ctx.save_for_backward(gradients)
         return losses
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        (slopes,) = ctx.saved_tensors
-        return (slopes * outputs[0][:, None]).to(slopes.dtype), None, None, None
+        (gradients,) = ctx.saved_tensors
+        return (gradients * outputs[0][:, None]).to(gradients.dtype), None, None, None

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from edgemix.export.data.text import windows
 from edgemix.export.demo.tiny import save_member, train_tokenizer
-from edgemix.export.training.loop import Budget, train
+from edgemix.export.training.loop import TrainingBudget, train
 from edgemix.export.training.token_loss import token_loss
 from edgemix.recipe.compression import Student
 from edgemix.recipe.schema import Data, MemberRecipe, Recipe
@@ -70,4 +70,11 @@ def recipe_in(folder: Path, **student: Any) -> Recipe:
 def _train(model: LlamaForCausalLM, tokenizer: Any, texts: list[str], steps: int) -> None:
     ids = np.array(windows(texts, tokenizer, LENGTH, seed=0), np.int64)
     model.train()
-    train(token_loss(model), dict(model.named_parameters()), ids, budget=Budget(steps), batch=16, learning_rate=5e-3)
+    train(
+        token_loss(model),
+        dict(model.named_parameters()),
+        ids,
+        budget=TrainingBudget(steps),
+        batch=16,
+        learning_rate=5e-3,
+    )

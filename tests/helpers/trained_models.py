@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from edgemix.export.training.loop import Budget, train
+from edgemix.export.training.loop import TrainingBudget, train
 from edgemix.export.training.token_loss import token_loss
 
 if TYPE_CHECKING:
@@ -59,5 +59,5 @@ def _trained() -> LlamaForCausalLM:
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
     parameters = dict(model.named_parameters())
-    train(token_loss(model), parameters, text(1, 2000), budget=Budget(120), batch=32, learning_rate=4e-3)
+    train(token_loss(model), parameters, text(1, 2000), budget=TrainingBudget(120), batch=32, learning_rate=4e-3)
     return model.eval().requires_grad_(False)

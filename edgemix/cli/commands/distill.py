@@ -51,12 +51,12 @@ def distill(
     """
     import msgspec
 
-    from edgemix.export.training.output_folder import prepare
+    from edgemix.export.training.output_folder import check_output
     from edgemix.recipe.compression import Student
     from edgemix.recipe.load import load_recipe
 
     loaded = load_recipe(recipe)  # mistakes shall not wait for torch
-    prepare(student)
+    check_output(student)
     given = {name: value for name, value in (("minutes", minutes), ("steps", steps)) if value is not None}
     wanted = msgspec.structs.replace(loaded.student or Student(), **given)
     with console.progress.stage("import torch"):

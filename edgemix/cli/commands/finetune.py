@@ -108,10 +108,10 @@ def finetune(
     if is_recipe:
         _finetune_recipe(console, Path(base), output, domains, separate=separate, **options)
         return
-    from edgemix.export.training.output_folder import prepare
+    from edgemix.export.training.output_folder import check_output
 
     documents = [document for file in (domains or {}).values() for document in file]
-    prepare(output)  # mistakes shall not wait for torch
+    check_output(output)  # mistakes shall not wait for torch
     with console.progress.stage("import torch"):
         from edgemix.export.finetuning.finetune import finetune as train
 
@@ -126,11 +126,11 @@ def finetune(
 def _finetune_recipe(
     console: Console, path: Path, output: Path, texts: dict[str, list[str]] | None, **options: Any
 ) -> None:
-    from edgemix.export.training.output_folder import prepare
+    from edgemix.export.training.output_folder import check_output
     from edgemix.recipe.load import load_recipe
 
     recipe = load_recipe(path)  # mistakes shall not wait for torch
-    prepare(output)
+    check_output(output)
     with console.progress.stage("import torch"):
         from edgemix.export.finetuning.joint import finetune_mixture
 

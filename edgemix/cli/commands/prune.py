@@ -98,7 +98,7 @@ def prune(
     heads make it faster everywhere; zeros make it smaller on disk. What is left is distilled from the whole model. A
     run that was stopped goes on when it is started again.
     """
-    from edgemix.export.training.output_folder import prepare
+    from edgemix.export.training.output_folder import check_output
     from edgemix.recipe.compression import Pruning, check_pruning
 
     pruning = Pruning(**shares)
@@ -106,7 +106,7 @@ def prune(
         raise click.UsageError("Nothing to cut: give --layers, --ffn, --heads, --sparsity or --pattern 2:4.")
     check_pruning(pruning)
     domains = read_files(texts, template)
-    prepare(output)  # mistakes shall not wait for torch
+    check_output(output)  # mistakes shall not wait for torch
     with console.progress.stage("import torch"):
         from edgemix.export.pruning.prune import prune as run
         from edgemix.export.pruning.report import SPEED

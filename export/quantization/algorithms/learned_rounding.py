@@ -26,9 +26,9 @@ from edgemix.export.graphs.weights import SMALLEST
 from edgemix.export.quantization.algorithms.block_table import BlockTable
 from edgemix.export.quantization.algorithms.blocks import Blocks, cut
 from edgemix.export.quantization.algorithms.rtn import rtn
-from edgemix.export.training.loop import Budget, train
+from edgemix.export.training.loop import TrainingBudget, train
 from edgemix.export.training.self_divergence import self_divergence
-from edgemix.export.training.token_loss import bfloat16_pays
+from edgemix.export.training.token_loss import has_fast_bfloat16
 from edgemix.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def distill_blocks(
     student = copy.deepcopy(model).requires_grad_(False)
     linears = [_Linear(name, module, (bits or {}).get(name, BITS), block) for name, module in _linears(student).items()]
     parameters = {f"{linear.name}.{kind}": tensor for linear in linears for kind, tensor in linear.movable.items()}
-    loss = self_divergence(model, student, bfloat16=bfloat16_pays(model.device))
+    loss = self_divergence(model, student, bfloat16=has_fast_bfloat16(model.device))
 
     def quantised_loss(ids: Tensor) -> Tensor:
         for linear in linears:
@@ -94,7 +94,7 @@ def distill_blocks(
         quantised_loss,
         parameters,
         windows,
-        budget=Budget(steps),
+        budget=TrainingBudget(steps),
         batch=BATCH,
         learning_rate=_RATE,
         betas=(0.9, 0.95),

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from edgemix.errors import InputError
 from edgemix.export.models.layout import Layer, Layout, Part, layout
-from edgemix.export.training.token_loss import bfloat16_pays
+from edgemix.export.training.token_loss import has_fast_bfloat16
 from edgemix.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def output_gradients(
             stack.callback(part.module.register_full_backward_hook(hook(name)).remove)
         stack.enter_context(torch.enable_grad())
         for ids in (window[None] for batch in _batches(windows, model.device) for window in batch):
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16_pays(model.device)):
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bfloat16(model.device)):
                 logits = model(input_ids=ids, use_cache=False).logits[0].float()
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
             functional.cross_entropy(logits, drawn, reduction="sum").backward()
@@ -272,7 +272,7 @@ def _first_states(
 
 
 def _run(layer: Layer, state: Tensor, arguments: _Arguments) -> Tensor:
-    with torch.no_grad(), torch.autocast(state.device.type, torch.bfloat16, enabled=bfloat16_pays(state.device)):
+    with torch.no_grad(), torch.autocast(state.device.type, torch.bfloat16, enabled=has_fast_bfloat16(state.device)):
         made = layer.module(state, *arguments.positional, **arguments.named)
     return (made if isinstance(made, torch.Tensor) else made[0]).to(state.dtype)
 

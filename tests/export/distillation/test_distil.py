@@ -27,7 +27,7 @@ from edgemix.export.distillation.texts import read_texts
 from edgemix.export.models.loading import load_model, load_tokenizer, locate
 from edgemix.export.pipeline import export_bundle
 from edgemix.export.pruning.sparsity import linears
-from edgemix.export.training.loop import Budget
+from edgemix.export.training.loop import TrainingBudget
 from edgemix.export.training.losses import Objective
 from edgemix.progress import NO_PROGRESS
 from edgemix.recipe.compression import Pruning
@@ -163,7 +163,7 @@ def test_minutes_are_shared_between_teacher_and_student(setting, tmp_path, monke
 
     def train(*arguments, budget, **options):
         budgets.append(budget)
-        return module_train(*arguments, budget=Budget(3), **options)
+        return module_train(*arguments, budget=TrainingBudget(3), **options)
 
     budgets, module_train = [], module.train
     length = recipe_in(setting).student.length

@@ -63,7 +63,7 @@ def same_top(one, other, **tolerance):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_torch_members_are_mixed_linearly(members, temperature, monkeypatch):
-    monkeypatch.setattr("edgemix.export.distillation.teacher.bfloat16_pays", lambda device: False)
+    monkeypatch.setattr("edgemix.export.distillation.teacher.has_fast_bfloat16", lambda device: False)
     teacher = teacher_of(members, {"a": 3.0, "b": 2.0})
     ids = windows(5)
     expected = top_k(mixture_of(members, ids, WEIGHTS).log(), 7, temperature)
@@ -129,7 +129,7 @@ def test_torch_models_teach_in_an_export_where_they_are_faster_and_say_the_same(
     by_name = {member.name: member for member in members}
 
     def chosen(pays):
-        monkeypatch.setattr("edgemix.export.distillation.teacher.bfloat16_pays", lambda device: pays)
+        monkeypatch.setattr("edgemix.export.distillation.teacher.has_fast_bfloat16", lambda device: pays)
         return teacher_in_export(loaded, WEIGHTS, by_name.__getitem__, torch.device("cpu"))
 
     assert isinstance(chosen(pays=False), RuntimeTeacher)

@@ -95,7 +95,7 @@ def test_ctrl_c_leaves_a_checkpoint_that_the_same_call_takes_up(model, tokenizer
     press = InterruptAt(7)
     with pytest.raises(KeyboardInterrupt):
         finetune_model(model, tokenizer, tmp_path / "parts", TEXT, **OPTIONS, progress=press.progress())
-    assert "goes on" in press.said[0]
+    assert "resumes" in press.said[0]
     assert [path.name for path in tmp_path.iterdir() if path.name != "whole"] == [".parts.training"]
     finetune_model(model, tokenizer, tmp_path / "parts", TEXT, **OPTIONS)
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")

@@ -22,7 +22,7 @@ from edgemix.export.quantization.algorithms.gptq import gptq
 from edgemix.export.quantization.algorithms.hqq import hqq
 from edgemix.export.quantization.algorithms.learned_rounding import distill_blocks
 from edgemix.export.quantization.algorithms.rtn import rtn
-from edgemix.export.training.loop import Budget
+from edgemix.export.training.loop import TrainingBudget
 from edgemix.runtime.graphs.decoder import Member
 
 WINDOWS = text(2, 64).tolist()
@@ -136,7 +136,7 @@ def test_recovery_lowers_the_divergence_and_keeps_every_zero():
     zeros = {name: part.weight == 0 for name, part in linears(pruned).items()}
     before = divergence(model, pruned)
     embeddings = pruned.model.embed_tokens.weight.clone()
-    state = recover(pruned, model, text(1, 500), budget=Budget(25), learning_rate=1e-3)
+    state = recover(pruned, model, text(1, 500), budget=TrainingBudget(25), learning_rate=1e-3)
     assert state.steps == 25
     assert divergence(model, pruned) < 0.6 * before
     for name, part in linears(pruned).items():
@@ -148,7 +148,7 @@ def test_recovery_lowers_the_divergence_and_keeps_every_zero():
 
 def test_the_recovery_of_a_whole_model_has_nothing_to_do():
     model = trained()
-    state = recover(copy.deepcopy(model), model, text(1, 64), budget=Budget(1))
+    state = recover(copy.deepcopy(model), model, text(1, 64), budget=TrainingBudget(1))
     assert state.loss == pytest.approx(0.0, abs=1e-4)  # in bfloat16, where that pays
 
 

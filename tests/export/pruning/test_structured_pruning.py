@@ -162,7 +162,7 @@ def test_inputs_that_were_never_seen_do_no_harm():
 
 
 def test_second_moments_are_exact(monkeypatch):
-    monkeypatch.setattr(measuring, "bfloat16_pays", lambda _: False)
+    monkeypatch.setattr(measuring, "has_fast_bfloat16", lambda _: False)
     monkeypatch.setattr(measuring, "_BATCH_TOKENS", 60)
     model = tiny_model("llama")
     module = model.model.layers[1].mlp.down_proj

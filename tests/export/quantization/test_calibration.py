@@ -19,7 +19,7 @@ WINDOWS = np.random.default_rng(0).integers(3, 160, (6, 24)).tolist()
 @pytest.fixture(autouse=True)
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp32, and several batches."""
-    monkeypatch.setattr(calibration, "bfloat16_pays", lambda _: False)
+    monkeypatch.setattr(calibration, "has_fast_bfloat16", lambda _: False)
     monkeypatch.setattr(calibration, "_TOKENS", 48)
 
 

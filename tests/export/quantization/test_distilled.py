@@ -13,7 +13,7 @@ from helpers.tiny_models import tiny_model
 from edgemix.export.quantization.algorithms.learned_rounding import distill_blocks
 from edgemix.export.quantization.algorithms.rtn import rtn
 from edgemix.export.training.checkpoints import Checkpoint
-from edgemix.export.training.loop import Budget, train
+from edgemix.export.training.loop import TrainingBudget, train
 from edgemix.export.training.token_loss import token_loss
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def trained(name: str) -> PreTrainedModel:
         token_loss(model),
         dict(model.named_parameters()),
         text(0, 512),
-        budget=Budget(40),
+        budget=TrainingBudget(40),
         batch=8,
         learning_rate=5e-3,
     )

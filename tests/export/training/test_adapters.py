@@ -4,7 +4,7 @@ from helpers.tiny_models import tiny_model
 
 from edgemix.errors import InputError
 from edgemix.export.finetuning.mixture_likelihood import MixtureLikelihood
-from edgemix.export.training.lora import FreshAdapter, adapted
+from edgemix.export.training.lora import FreshAdapter, attach_adapters
 from edgemix.export.training.token_loss import token_losses
 
 IDS = torch.randint(3, 150, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -16,7 +16,7 @@ def gradients(name, *, recompute):
     model = tiny_model(name)
     layers = [module for module in model.modules() if module.__class__.__name__.endswith(("DecoderLayer", "Block"))]
     runs = []
-    with adapted(model, FRESH, recompute=recompute) as adapters:
+    with attach_adapters(model, FRESH, recompute=recompute) as adapters:
         for index in range(3):
             for parameter in adapters.parameters(index).values():
                 torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(index))
@@ -56,7 +56,7 @@ def test_layers_run_again_with_the_adapter_that_they_had():
 def test_the_model_comes_back_as_it_was(recompute):
     model = tiny_model("llama").train()
     before = {name: each.clone() for name, each in model.state_dict().items()}
-    with adapted(model, FRESH, recompute=recompute) as adapters:
+    with attach_adapters(model, FRESH, recompute=recompute) as adapters:
         assert len({name for index in range(3) for name in adapters.parameters(index)}) == 3 * 28
     assert not model.training
     assert not model.is_gradient_checkpointing
@@ -68,7 +68,7 @@ def test_the_model_comes_back_as_it_was(recompute):
 def test_a_model_without_linear_layers_is_refused():
     model = tiny_model("llama")
     model.model.layers = torch.nn.ModuleList()
-    with pytest.raises(InputError, match="no linear layer"), adapted(model, FRESH):
+    with pytest.raises(InputError, match="no linear layer"), attach_adapters(model, FRESH):
         pass
 
 
@@ -77,6 +77,6 @@ def test_a_rank_that_no_layer_has_is_refused(name):
     """One of 100,000 took all memory, and the system killed the process without a word."""
     with (
         pytest.raises(InputError, match="the rank 65 is more than that of any layer of this model, 64"),
-        adapted(tiny_model(name), [FreshAdapter(64, 8, 0), FreshAdapter(65, 8, 0)]),
+        attach_adapters(tiny_model(name), [FreshAdapter(64, 8, 0), FreshAdapter(65, 8, 0)]),
     ):
         pass

@@ -3,18 +3,18 @@ import os
 import pytest
 
 from edgemix.errors import InputError
-from edgemix.export.training.output_folder import prepare, seal, sealed
+from edgemix.export.training.output_folder import check_output, seal, sealed
 
 
 def test_a_place_is_refused_or_made(tmp_path):
-    prepare(tmp_path / "a" / "b" / "out")
+    check_output(tmp_path / "a" / "b" / "out")
     assert [path.name for path in (tmp_path / "a").rglob("*")] == ["b"]
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"out: .*file is a file"):
-        prepare(tmp_path / "file" / "b" / "out")
+        check_output(tmp_path / "file" / "b" / "out")
     for taken in ("a", "file"):
         with pytest.raises(InputError, match="is there already"):
-            prepare(tmp_path / taken)
+            check_output(tmp_path / taken)
 
 
 def test_a_seal_breaks_with_a_files_end(tmp_path):

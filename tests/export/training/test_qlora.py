@@ -12,7 +12,7 @@ from edgemix.export.finetuning.finetune import finetune, finetune_model
 from edgemix.export.finetuning.joint import finetune_mixture
 from edgemix.export.models.loading import load_model, locate, merge_adapter
 from edgemix.export.training import qlora
-from edgemix.export.training.qlora import exact, load_base, quantize_linears, split_linears
+from edgemix.export.training.qlora import load_base, quantize_linears, split_linears, survives_nf4
 from edgemix.progress import NO_PROGRESS
 from edgemix.recipe.schema import MemberRecipe, Recipe
 
@@ -116,13 +116,13 @@ def test_gpt2s_convolutions_are_kept_in_4_bits(tokenizer, tmp_path):  # noqa: F8
     ("shape", "fits"), [((64, 128), True), ((100, 64), True), ((64, 96), False), ((64, 32), False)]
 )
 def test_rows_of_whole_blocks_survive_4_bits(shape, fits):
-    assert exact(*shape) is fits
+    assert survives_nf4(*shape) is fits
 
 
 def test_layers_that_do_not_fit_stay_as_they_are(tokenizer, tmp_path):  # noqa: F811
     """intermediate_size is 96: a row of down_proj ends inside a block, and bitsandbytes would read it wrongly."""
     model = tiny_model("llama")
-    assert {name.rpartition(".")[2] for name in split_linears(model).others} == {"down_proj"}
+    assert {name.rpartition(".")[2] for name in split_linears(model).unsupported} == {"down_proj"}
     model.save_pretrained(tmp_path / "base")
     progress, said = listener()
     small = load_base(locate("base", tmp_path), four_bit=True, progress=progress)
@@ -136,10 +136,10 @@ def test_a_wrong_library_is_found_out(base, monkeypatch):
 
     right = bitsandbytes.functional.dequantize_4bit
     monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", lambda *args: right(*args).roll(1, 0))
-    exact.cache_clear()
+    survives_nf4.cache_clear()
     with pytest.raises(InputError, match="can keep none of its linear layers"):
         load_base(locate("base", base.parent), four_bit=True)
-    exact.cache_clear()
+    survives_nf4.cache_clear()
 
 
 def test_short_memory_is_told(base, monkeypatch):

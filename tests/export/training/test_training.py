@@ -13,7 +13,7 @@ from torch import nn
 from edgemix.errors import EdgemixError, InputError
 from edgemix.export.training import loop
 from edgemix.export.training.checkpoints import Checkpoint
-from edgemix.export.training.loop import Budget, Validation, rate, train
+from edgemix.export.training.loop import TrainingBudget, Validation, learning_rate_factor, train
 from edgemix.progress import NO_PROGRESS
 
 WINDOWS = np.arange(40, dtype=np.int64).reshape(20, 2)
@@ -35,7 +35,9 @@ class Recorder:
         return sum((each**2).sum() for each in self.parameters.values()) * (1 + ids.float().mean() / 40 + noise)
 
     def train(self, steps=12, **options):
-        return train(self, self.parameters, WINDOWS, budget=Budget(steps), batch=3, learning_rate=0.1, **options)
+        return train(
+            self, self.parameters, WINDOWS, budget=TrainingBudget(steps), batch=3, learning_rate=0.1, **options
+        )
 
 
 def test_the_loss_falls_and_every_window_comes_once_an_epoch():
@@ -147,7 +149,7 @@ def test_a_loss_that_is_no_number_ends_the_run():
     parameter = nn.Parameter(torch.ones(1))
     with pytest.raises(EdgemixError, match="nan at step 0"):
         train(lambda ids: (parameter * torch.nan).sum(), {"p": parameter}, WINDOWS,
-              budget=Budget(3), batch=2, learning_rate=1.0)  # fmt: skip
+              budget=TrainingBudget(3), batch=2, learning_rate=1.0)  # fmt: skip
 
 
 def test_the_random_generator_is_left_alone():
@@ -174,7 +176,7 @@ def test_a_time_budget_ends_on_time_and_decays_all_the_way(monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", recorded_step)
     recorder = Recorder()
     state = train(
-        recorder, recorder.parameters, WINDOWS, budget=Budget(seconds=30), batch=3, learning_rate=1.0,
+        recorder, recorder.parameters, WINDOWS, budget=TrainingBudget(seconds=30), batch=3, learning_rate=1.0,
     )  # fmt: skip
     assert state.seconds == pytest.approx(30, abs=4)
     assert len(rates) == state.steps
@@ -183,25 +185,25 @@ def test_a_time_budget_ends_on_time_and_decays_all_the_way(monkeypatch):
 
 
 def test_the_budget_that_ends_first_counts():
-    budget = Budget(steps=100, seconds=60)
+    budget = TrainingBudget(steps=100, seconds=60)
     assert budget.used(50, 6) == 0.5
     assert budget.used(10, 30) == 0.5
-    assert Budget(seconds=60).used(1_000, 90) == 1.5
+    assert TrainingBudget(seconds=60).used(1_000, 90) == 1.5
 
 
 @pytest.mark.parametrize("limits", [{}, {"steps": 0}, {"seconds": -1.0}, {"seconds": float("nan")}])
 def test_a_budget_must_allow_something(limits):
     with pytest.raises(InputError):
-        Budget(**limits)
+        TrainingBudget(**limits)
 
 
 def test_the_rate_rises_then_falls():
-    rates = [rate(k / 200, k) for k in range(200)]
+    rates = [learning_rate_factor(k / 200, k) for k in range(200)]
     top = rates.index(max(rates))
     assert 8 <= top <= 14
     assert rates[0] == pytest.approx(0.1)
     assert rates[-1] < 1e-3
-    assert rate(1.2, 300) == 0
+    assert learning_rate_factor(1.2, 300) == 0
 
 
 class Quadratic:
@@ -216,8 +218,8 @@ class Quadratic:
         return ((self.parameters["p"] - target) ** 2).mean()
 
     def train(self, steps=9, **options):
-        return train(self, self.parameters, WINDOWS, **{"budget": Budget(steps), "batch": 6, "learning_rate": 0.1,
-                                                        **options})  # fmt: skip
+        defaults = {"budget": TrainingBudget(steps), "batch": 6, "learning_rate": 0.1}
+        return train(self, self.parameters, WINDOWS, **defaults | options)
 
 
 def test_accumulated_gradients_are_a_larger_batchs():
@@ -303,7 +305,7 @@ from accelerate import Accelerator
 from test_training import Quadratic, Validation
 workers = Accelerator(cpu=True)
 run = Quadratic()
-state = run.train(batch=3, workers=workers, validation=Validation(lambda: 1.0, times=3, patience=2))
+state = run.train(batch=3, accelerator=workers, validation=Validation(lambda: 1.0, times=3, patience=2))
 if workers.is_main_process:
     torch.testing.assert_close(run.parameters["p"].detach().tolist(), [float(x) for x in sys.argv[2].split()])
     print(workers.num_processes, state.steps, round(state.loss, 5))

@@ -52,7 +52,7 @@ def build_wheel(folder: Path) -> Path:
     source = folder / "source"
     for name in ("edgemix", "export", "runtime"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     subprocess.run([sys.executable, "-c", BUILD, str(folder)], cwd=source, capture_output=True, check=True)
     (wheel,) = folder.glob("*.whl")
@@ -88,6 +88,17 @@ def top_level(distribution: metadata.Distribution) -> set[Path]:
 def test_the_exporters_packages_are_not_there(bare):
     for package in ("torch", "transformers", "onnx"):
         assert "ModuleNotFoundError" in bare("-c", f"import {package}").stderr
+
+
+def test_the_license_is_in_the_wheel(bare):
+    code = (
+        "from importlib.metadata import files, metadata; print(metadata('edgemix')['License-Expression']); "
+        "print(next(file for file in files('edgemix') if file.name == 'LICENSE').read_text()[:400])"
+    )
+    result = bare("-c", code)
+
+    assert result.stdout.startswith("Apache-2.0\n"), result.stderr
+    assert "Apache License" in result.stdout
 
 
 def test_it_generates(bare, bundle):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,23 @@ if TYPE_CHECKING:
 
 MATH, CODE = "1+2=3", "def x"
 """What the two members of `bundle` say after each character of it."""
+
+TIERS = {
+    "export": ("export", "cli/test_prune.py", "test_end_to_end.py", "test_tools.py"),
+    "browser": ("report/test_browser.py",),
+    "gpu": ("test_gpu.py",),
+}
+"""The tests of each tier, by path; all others are `unit` tests, which need no torch."""
+
+collect_ignore = [] if find_spec("torch") else [*TIERS["export"], *TIERS["gpu"]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with its tier."""
+    for item in items:
+        path = item.path.relative_to(Path(__file__).parent)
+        tiers = (name for name, places in TIERS.items() if any(path.is_relative_to(place) for place in places))
+        item.add_marker(next(tiers, "unit"))
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemix.cli.console import Console
-from edgemix.cli.texts import read_files, with_line_ends
+from edgemix.cli.texts import read_files, unescape_newlines
 from edgemix.errors import EdgemixError, InputError
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def main() -> None:
         from edgemix.runtime import Mixture
         from edgemix.runtime.evaluation.evaluate import scored_documents
 
-        template = with_line_ends(arguments.template)
+        template = unescape_newlines(arguments.template)
         files = read_files(tuple(arguments.texts), template)
         if len(files) < 2 or STREAM in files or arguments.passage < 2 or arguments.max_tokens < 2:
             raise InputError(f"give two texts or more, none called {STREAM}, and at least two tokens of each")

@@ -35,7 +35,7 @@ from edgemix.bundle.manifest import MANIFEST
 from edgemix.bundle.reader import read_manifest
 from edgemix.cli.command import quiet_libraries
 from edgemix.cli.console import Console, megabytes
-from edgemix.cli.texts import read_files, with_line_ends
+from edgemix.cli.texts import read_files, unescape_newlines
 from edgemix.errors import EdgemixError, InputError
 from edgemix.formats import FORMATS
 from edgemix.progress import PrefixedProgress
@@ -260,7 +260,7 @@ def main() -> None:
     quiet_libraries()
     console = Console()
     try:
-        template = with_line_ends(arguments.template)
+        template = unescape_newlines(arguments.template)
         texts = {name: "\n".join(each) for name, each in read_files(tuple(arguments.texts), template).items()}
         calibration = {
             str(index): TextSource(str(path.resolve()), template if path.suffix == ".jsonl" else None)

@@ -22,7 +22,7 @@ import msgspec
 
 from edgemix.bundle.manifest import MANIFEST
 from edgemix.cli.console import Console
-from edgemix.cli.texts import read_files, with_line_ends
+from edgemix.cli.texts import read_files, unescape_newlines
 from edgemix.errors import EdgemixError
 from edgemix.recipe.compression import Student
 from edgemix.recipe.load import load_recipe
@@ -122,7 +122,7 @@ def main() -> None:
 
     console = Console()
     try:
-        template = with_line_ends(arguments.template)
+        template = unescape_newlines(arguments.template)
         texts = read_files(tuple(arguments.texts), template)
         arguments.output.mkdir(parents=True, exist_ok=True)
         for name, recipe in recipes(load_recipe(arguments.recipe), arguments.base, arguments.minutes).items():

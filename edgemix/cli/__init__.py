@@ -1,4 +1,4 @@
-"""The command line: it parses, calls the library and prints; nothing here knows how anything is done."""
+"""The command line: parse arguments, call the library, print the results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgemix import __version__
-from edgemix.cli.failures import redeliver, reported
+from edgemix.cli.failures import redeliver_interrupt, report_failures
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,11 +32,11 @@ COMMANDS = {
     "report": "commands.report:report",
     "demo": "commands.demo:demo",
 }
-"""Every command and where it lives (module:name); a module is imported when its command is asked for."""
+"""Command name -> module:function; a module is imported when its command is called."""
 
 
 class Edgemix(click.Group):
-    """The `edgemix` group: commands are imported when needed, and every failure ends in a message and an exit code."""
+    """The `edgemix` group: imports commands on demand, and turns every failure into a message and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(COMMANDS)
@@ -56,9 +56,9 @@ class Edgemix(click.Group):
         standalone_mode: bool = True,  # noqa: ARG002 - failures are always reported here, not by click
         **extra: Any,
     ) -> Any:
-        """Run one command and leave with its exit code."""
+        """Run one command and exit with its code."""
         arguments = list(sys.argv[1:] if args is None else args)
-        with reported(as_json="--json" in arguments):
+        with report_failures(as_json="--json" in arguments):
             code = super().main(arguments, prog_name or "edgemix", complete_var, standalone_mode=False, **extra)
             sys.exit(code or 0)
 
@@ -73,19 +73,19 @@ class Edgemix(click.Group):
 @click.version_option(__version__, prog_name="edgemix", message="%(prog)s %(version)s")
 @click.pass_context
 def edgemix(ctx: click.Context) -> None:
-    """Several language models, one small mixture that runs anywhere.
+    """Turn several language models into one small mixture that runs anywhere.
 
-    `export` turns a recipe into a bundle of ONNX graphs; every other command runs, measures or describes a bundle.
+    `export` builds a bundle of ONNX graphs from a recipe; most other commands run, measure or describe a bundle.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 
 
 def main() -> None:
-    """The `edgemix` program."""
+    """Run the `edgemix` program."""
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show a character gets a replacement, not a failure.
+        # Replace characters that the terminal cannot show, rather than fail.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    sys.unraisablehook = redeliver
+    sys.unraisablehook = redeliver_interrupt
     edgemix()

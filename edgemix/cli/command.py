@@ -1,4 +1,4 @@
-"""What every command has in common: --json, an example in its help, a console, quiet libraries, clear failures."""
+"""The decorator of all commands: adds --json, an example in the help, a console, and clear failures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgemix.cli.console import Console
-from edgemix.cli.failures import DEBUG, translated
+from edgemix.cli.failures import DEBUG, translate_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,15 +28,15 @@ _QUIET = {
 
 
 def command(
-    name: str, *, example: str, extra: str = "", kept: str = "Nothing was written."
+    name: str, *, example: str, extra: str = "", on_interrupt: str = "Nothing was written."
 ) -> Callable[[Callable[..., None]], click.Command]:
-    """Make a click command of a function that takes a `Console` first.
+    """Make a click command from a function whose first argument is a `Console`.
 
     Args:
-        name: As typed.
-        example: Command lines for the help, one a line.
-        extra: The optional dependencies, as pip names them, without which the command cannot work.
-        kept: Told after Ctrl-C: what is left of the work.
+        name: The command's name.
+        example: Command lines for the help, one per line.
+        extra: The extras of the distribution that the command needs, comma-separated.
+        on_interrupt: Message after Ctrl-C that says what is kept of the work.
     """
 
     def decorate(function: Callable[..., None]) -> click.Command:
@@ -44,7 +44,7 @@ def command(
         def run(as_json: bool, **arguments: object) -> None:
             quiet_libraries()
             console = Console(as_json=as_json)
-            with translated(name, extra=extra, kept=kept), console.guarded():
+            with translate_errors(name, extra=extra, on_interrupt=on_interrupt), console.guarded():
                 function(console, **arguments)
 
         lines = "\n".join(f"  {line}" for line in example.splitlines())
@@ -58,7 +58,7 @@ def command(
 
 
 def quiet_libraries() -> None:
-    """Keep other packages' warnings, logs and bars off the terminal; must run before they are imported."""
+    """Silence other packages' warnings, logs and progress bars; call it before they are imported."""
     if os.environ.get(DEBUG):
         return
     for variable, value in _QUIET.items():

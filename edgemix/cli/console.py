@@ -1,4 +1,4 @@
-"""Where output goes: results on stdout, as text for people or one JSON document; progress on stderr."""
+"""Output: results on stdout, as text or one JSON document; progress and notes on stderr."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class Console:
-    """One command's way to speak.
+    """The output of one command.
 
     Args:
-        as_json: True if stdout shall hold one JSON document and nothing else.
+        as_json: Whether stdout gets one JSON document and nothing else.
     """
 
     def __init__(self, *, as_json: bool = False) -> None:
@@ -30,7 +30,7 @@ class Console:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """With --json, whatever a library prints goes to stderr: stdout stays one document."""
+        """With --json, redirect what libraries print to stderr, so that stdout holds one document."""
         if not self.as_json:
             yield
             return
@@ -39,45 +39,46 @@ class Console:
 
     @cached_property
     def progress(self) -> Progress:
-        """Bars if stderr is a terminal, else a line at the end of each stage."""
-        from edgemix.cli.progress import Bars, Lines
+        """The progress callback: bars if stderr is a terminal, else a line at the end of each stage."""
+        from edgemix.cli.progress import BarProgress, LineProgress
 
         if sys.stderr.isatty():
             from rich.console import Console as RichConsole
 
-            return Bars(RichConsole(stderr=True, highlight=False))
-        return Lines()
+            return BarProgress(RichConsole(stderr=True, highlight=False))
+        return LineProgress()
 
     def document(self, value: object) -> None:
-        """Print the command's JSON document; paths and arrays are understood, and NaN becomes null."""
+        """Print the command's JSON document; paths and arrays are encoded, and NaN becomes null."""
         import msgspec
 
         encoded = msgspec.json.format(msgspec.json.encode(value, enc_hook=_plain), indent=2)
         click.echo(encoded.decode(), file=self._stdout)
 
     def line(self, text: str = "") -> None:
-        """Print a line for people; silent with --json."""
+        """Print a line, unless --json is given."""
         if not self.as_json:
             click.echo(printable(text), file=self._stdout)
 
-    def write(self, text: str, colour: int | None = None) -> None:
-        """Print a piece of generated text as it comes; silent with --json. A terminal gets nothing that steers it, and
-        the colour of that number, if one is given.
+    def write(self, text: str, color: int | None = None) -> None:
+        """Print a piece of generated text, unless --json is given.
+
+        On a terminal, control characters are replaced, and `color` is an index into the colors of table rows.
         """
         if self.as_json:
             return
         if self._stdout.isatty():
             text = printable(text)
-            text = text if colour is None else click.style(text, fg=_COLOURS[colour % len(_COLOURS)])
+            text = text if color is None else click.style(text, fg=_COLORS[color % len(_COLORS)])
         click.echo(text, file=self._stdout, nl=False)
 
     def heading(self, text: str) -> None:
-        """Print a line that stands out, for people; silent with --json."""
+        """Print a bold line, unless --json is given."""
         if not self.as_json:
             click.secho(printable(text), bold=True, file=self._stdout)
 
     def note(self, text: str) -> None:
-        """Print a line beside the results, on stderr."""
+        """Print a dim line on stderr."""
         click.secho(printable(text), err=True, dim=True)
 
     def table(
@@ -87,11 +88,16 @@ class Console:
         rows: Iterable[Sequence[str]],
         *,
         left: int = 1,
-        coloured: bool = False,
+        colored: bool = False,
     ) -> None:
-        """Print a table; the first `left` columns are names (aligned left), the others figures (aligned right).
+        """Print a table, unless --json is given.
 
-        In one that is coloured each row has the colour that `write` knows by its number.
+        Args:
+            title: The line above the table.
+            columns: The columns' headings.
+            rows: The cells, row by row.
+            left: Number of leading columns that are aligned left; the others are aligned right.
+            colored: Whether each row has a color, the one that `write` prints for the row's index.
         """
         if self.as_json:
             return
@@ -103,7 +109,7 @@ class Console:
         for index, column in enumerate(columns):
             table.add_column(Text(printable(column)), justify="left" if index < left else "right", overflow="fold")
         for number, row in enumerate(rows):
-            style = _COLOURS[number % len(_COLOURS)] if coloured else None
+            style = _COLORS[number % len(_COLORS)] if colored else None
             table.add_row(*(Text(printable(cell)) for cell in row), style=style)
         self.heading(title)
         self._rich.print(table)
@@ -116,12 +122,12 @@ class Console:
         return RichConsole(file=self._stdout, highlight=False)
 
 
-_COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red")
+_COLORS = ("cyan", "yellow", "magenta", "green", "blue", "red")
 _CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), 127, *range(128, 160)), "\ufffd")
 
 
 def printable(text: str) -> str:
-    """Text with every control character replaced, but for tabs and line ends: escape sequences steer terminals."""
+    """Replace every control character except tabs and line ends, as escape sequences control the terminal."""
     return text.translate(_CONTROLS)
 
 
@@ -130,7 +136,7 @@ def megabytes(size: int) -> str:
 
 
 def _plain(value: object) -> object:
-    """What msgspec does not encode itself."""
+    """Convert a value that msgspec does not encode: an array to a list, anything else to a string."""
     if hasattr(value, "tolist"):
         return value.tolist()
     return str(value)

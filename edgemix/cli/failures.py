@@ -1,4 +1,4 @@
-"""How failures reach the user: one message, one remedy, one exit code, and a traceback only if asked for."""
+"""Failures as the user sees them: a message, a remedy, an exit code, and a traceback only on request."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class InterruptError(EdgemixError):
 
     exit_code = INTERRUPTED
 
-    def __init__(self, kept: str = "") -> None:
-        super().__init__("interrupted", kept)
+    def __init__(self, remedy: str = "") -> None:
+        super().__init__("interrupted", remedy)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A failure as the user sees it."""
+    """A failure's kind, message, remedy and exit code."""
 
     kind: str
     message: str
@@ -45,12 +45,18 @@ class Failure:
 
 
 @contextmanager
-def translated(command: str, *, extra: str, kept: str) -> Iterator[None]:
-    """Give a command's Ctrl-C its `kept` line, and a missing optional package the `extra` that brings it."""
+def translate_errors(command: str, *, extra: str, on_interrupt: str) -> Iterator[None]:
+    """Turn Ctrl-C and a missing optional package into errors with a remedy.
+
+    Args:
+        command: The command's name.
+        extra: The extras that install its optional packages.
+        on_interrupt: The remedy after Ctrl-C.
+    """
     try:
         yield
     except KeyboardInterrupt:
-        raise InterruptError(kept) from None
+        raise InterruptError(on_interrupt) from None
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in {"", "edgemix"} or not extra:
@@ -62,14 +68,14 @@ def translated(command: str, *, extra: str, kept: str) -> Iterator[None]:
 
 
 @contextmanager
-def reported(*, as_json: bool) -> Iterator[None]:
-    """Turn any exception into a message on stderr (and a JSON object on stdout) and the process's exit code.
+def report_failures(*, as_json: bool) -> Iterator[None]:
+    """Turn any exception into a message on stderr, a JSON object on stdout with --json, and the exit code.
 
-    A closed pipe never comes here: click ends quietly, with exit code 1.
+    A closed pipe does not arrive here: click exits quietly, with exit code 1.
     """
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - the last line before the user
+    except Exception as error:  # noqa: BLE001 - the outermost handler
         if os.environ.get(DEBUG) and not isinstance(error, click.ClickException):
             traceback.print_exception(error)
         failure = describe(error)
@@ -77,16 +83,16 @@ def reported(*, as_json: bool) -> Iterator[None]:
         sys.exit(failure.exit_code)
 
 
-def redeliver(lost: sys.UnraisableHookArgs) -> None:
-    """The hook for exceptions that Python drops: Ctrl-C inside a library's finaliser shall not be lost there."""
-    if issubclass(lost.exc_type, KeyboardInterrupt):
-        threading.Timer(0.01, _thread.interrupt_main).start()  # not from here, where it would be dropped again
+def redeliver_interrupt(dropped: sys.UnraisableHookArgs) -> None:
+    """Deliver Ctrl-C again that Python dropped inside a finalizer; the hook for unraisable exceptions."""
+    if issubclass(dropped.exc_type, KeyboardInterrupt):
+        threading.Timer(0.01, _thread.interrupt_main).start()  # raised here, it would be dropped again
     elif os.environ.get(DEBUG):
-        sys.__unraisablehook__(lost)
+        sys.__unraisablehook__(dropped)
 
 
 def describe(error: Exception) -> Failure:
-    """The message, remedy and exit code for an exception."""
+    """Return the message, remedy and exit code of an exception."""
     kind, remedy, exit_code = type(error).__name__, "", 1
     match error:
         case EdgemixError():
@@ -115,7 +121,7 @@ def _usage(error: click.UsageError) -> str:
 
 
 def _print(failure: Failure, *, as_json: bool) -> None:
-    interrupted = failure.exit_code == INTERRUPTED  # not an error; and the terminal's line has "^C" in it
+    interrupted = failure.exit_code == INTERRUPTED  # not an error; the terminal's line already holds "^C"
     mark = "\n" if interrupted else click.style("error: ", fg="red", bold=True)
     with suppress(OSError):
         click.echo(mark + printable(failure.message), err=True)

@@ -1,4 +1,4 @@
-"""A bundle's mixture and its student, opened for a command that looks at both."""
+"""Load a bundle's mixture and its student, for commands that use both."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 def mixture_and_student(
     bundle: Path, provider: str, threads: int | None, verify: bool
 ) -> Iterator[tuple[Mixture, Mixture | None]]:
-    """Both, the student where there is one.
+    """Load the mixture and the student; the student is None if the bundle has none.
 
     Raises:
-        BundleError, EdgemixError: As `Mixture.load`.
+        BundleError, EdgemixError: The same as `Mixture.load`.
     """
     from edgemix.runtime import Mixture
 
     with ExitStack() as stack:
         mixture = stack.enter_context(Mixture.load(bundle, provider, threads, verify))
         student = None
-        if mixture.manifest.student is not None:  # verified with the rest of the bundle
+        if mixture.manifest.student is not None:  # its checksums are part of the bundle's
             student = stack.enter_context(Mixture.load(bundle, provider, threads, verify=False, student=True))
         yield mixture, student

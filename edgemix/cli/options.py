@@ -1,4 +1,4 @@
-"""Options and arguments that several commands share, each defined once."""
+"""Options and arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 
 import click
 
-from edgemix.cli.texts import with_line_ends
+from edgemix.cli.texts import unescape_newlines
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Number(click.FloatRange):
-    """A finite number within limits (click alone lets `nan` through)."""
+    """A finite number within limits; click's own type accepts NaN."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))
@@ -27,23 +27,23 @@ class Number(click.FloatRange):
 
 
 class Quantity(click.ParamType):
-    """A number above zero with a unit, in the unit whose factor is 1: `Quantity("size", ...)` makes 2.5e8 of `250MB`.
+    """A number above zero with a unit, converted to the base unit: `SIZE` converts `250MB` to 2.5e8.
 
     Args:
-        name: Of what is measured.
-        units: Unit in lower case -> factor; "" is a number alone, if that may be.
-        example: For messages.
+        name: What is measured, for messages.
+        units: Unit in lower case -> factor; "" is a number without a unit, if that is allowed.
+        example: A valid value, for messages.
     """
 
     def __init__(self, name: str, units: Mapping[str, float], example: str) -> None:
         self.name, self._units, self._example = name, units, example
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, float):  # already converted: click may ask twice
+        if isinstance(value, float):  # already converted: click may call twice
             return value
         match = _QUANTITY.fullmatch(str(value))
         if match is None:
-            self.fail(f"{value!r} is no {self.name} like {self._example}.", param, ctx)
+            self.fail(f"{value!r} is not a {self.name} like {self._example}.", param, ctx)
         unit = match["unit"].lower()
         if unit not in self._units:
             problem = f"has the unknown unit {match['unit']!r}" if unit else "has no unit"
@@ -65,12 +65,12 @@ DURATION = Quantity("duration", {"ms": 1e-3, "s": 1.0}, example="20ms (or 0.02s)
 
 
 class WeightsType(click.ParamType):
-    """`math=0.7,code=0.3` as a mapping, or the name of a domain as it is."""
+    """Weights: a mapping from `math=0.7,code=0.3`, or the name of a domain unchanged."""
 
     name = "weights"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, float] | str:
-        if isinstance(value, dict):  # already converted: click may ask twice
+        if isinstance(value, dict):  # already converted: click may call twice
             return value
         if "=" not in value:
             return str(value).strip() or self.fail("is empty.", param, ctx)
@@ -92,7 +92,7 @@ def bundle_argument(function: F) -> F:
 
 
 def runtime_options(function: F) -> F:
-    """How a bundle is loaded: --provider, --threads, --no-verify."""
+    """Add the options for loading a bundle: --provider, --threads, --no-verify."""
     return _all(
         function,
         (
@@ -101,7 +101,7 @@ def runtime_options(function: F) -> F:
                 type=click.Choice(["auto", "cpu", "cuda", "cuda-graphs"]),
                 default="auto",
                 show_default=True,
-                help="Where the members run; auto takes CUDA when it works.",
+                help="Execution provider; auto is CUDA if it works here.",
             ),
             click.option(
                 "--threads",
@@ -115,7 +115,7 @@ def runtime_options(function: F) -> F:
                 "verify",
                 flag_value=False,
                 default=True,
-                help="Skip the checksums, which a large bundle that you trust may not need.",
+                help="Skip the checksums; only for a bundle that you trust.",
             ),
         ),
     )
@@ -132,14 +132,14 @@ def weights_option(function: F) -> F:
 
 
 def mixing_options(function: F) -> F:
-    """Who speaks, and how the members are mixed: --student, --weights, --combine."""
+    """Add the options for mixing: --student, --weights, --combine."""
     return _all(
         function,
         (
             click.option(
                 "--student",
                 is_flag=True,
-                help="Use the student alone: faster, and in less memory; the members are not loaded.",
+                help="Use the student alone, without the members: faster, less memory.",
             ),
             weights_option,
             click.option(
@@ -147,20 +147,20 @@ def mixing_options(function: F) -> F:
                 type=click.Choice(["linear", "log-linear"]),
                 default="linear",
                 show_default=True,
-                help="Average probabilities, or their logarithms.",
+                help="Average the members' probabilities, or their logarithms.",
             ),
         ),
     )
 
 
 def check_student(student: bool, weights: object) -> None:
-    """Raise click.UsageError if weights are given for the student, which is one model."""
+    """Raise click.UsageError if both --student and --weights are given."""
     if student and weights is not None:
-        raise click.UsageError("--weights mixes the members, and --student leaves them out: give one of the two.")
+        raise click.UsageError("--weights mixes the members, and --student leaves them out: give only one.")
 
 
 def sampling_options(max_new_tokens: int) -> Callable[[F], F]:
-    """How the next token is chosen and when to stop; `max_new_tokens` is the default length."""
+    """Add the options for sampling and stopping; `max_new_tokens` is the default length."""
     return partial(
         _all,
         options=(
@@ -171,7 +171,7 @@ def sampling_options(max_new_tokens: int) -> Callable[[F], F]:
                 type=click.IntRange(min=1),
                 default=max_new_tokens,
                 show_default=True,
-                help="Stop after so many tokens.",
+                help="Stop after N tokens.",
             ),
             click.option(
                 "--temperature",
@@ -179,7 +179,7 @@ def sampling_options(max_new_tokens: int) -> Callable[[F], F]:
                 type=Number(min=0),
                 default=0.0,
                 show_default=True,
-                help="0 takes the most probable token; 1 samples as the mixture says.",
+                help="0 is greedy; 1 samples from the mixture's distribution.",
             ),
             click.option(
                 "--top-k",
@@ -187,7 +187,7 @@ def sampling_options(max_new_tokens: int) -> Callable[[F], F]:
                 type=click.IntRange(min=0),
                 default=0,
                 show_default="all",
-                help="Sample from the N best tokens.",
+                help="Sample from the N most probable tokens.",
             ),
             click.option(
                 "--top-p",
@@ -195,7 +195,7 @@ def sampling_options(max_new_tokens: int) -> Callable[[F], F]:
                 type=Number(min=0, max=1, min_open=True),
                 default=1.0,
                 show_default=True,
-                help="Sample from the best tokens that hold this probability together.",
+                help="Sample from the most probable tokens whose probabilities sum to X.",
             ),
             click.option(
                 "--min-p",
@@ -203,7 +203,7 @@ def sampling_options(max_new_tokens: int) -> Callable[[F], F]:
                 type=Number(min=0, max=1),
                 default=0.0,
                 show_default=True,
-                help="Drop tokens below this share of the best one's probability.",
+                help="Drop tokens with less than X times the highest probability.",
             ),
             click.option(
                 "--repetition-penalty",
@@ -211,23 +211,25 @@ def sampling_options(max_new_tokens: int) -> Callable[[F], F]:
                 type=Number(min=0, min_open=True),
                 default=1.0,
                 show_default=True,
-                help="Above 1, tokens seen before become less probable.",
+                help="Above 1, tokens that occurred before become less probable.",
             ),
             click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be repeated."),
-            click.option("--seed", metavar="N", type=click.IntRange(min=0), help="Makes sampling repeatable."),
+            click.option(
+                "--seed", metavar="N", type=click.IntRange(min=0), help="Seed of the sampling, for repeatable texts."
+            ),
             click.option(
                 "--speculation",
                 type=click.Choice(["auto", "lookup", "student", "off"]),
                 default="auto",
                 show_default=True,
-                help="Where drafts that the mixture verifies come from; the text is the same.",
+                help="Where speculative decoding takes its drafts from; the text does not change.",
             ),
         ),
     )
 
 
-def form_options(function: F) -> F:
-    """What the text must be: --json-schema, --regex, --choice."""
+def constraint_options(function: F) -> F:
+    """Add the options that constrain the text: --json-schema, --regex, --choice."""
     return _all(
         function,
         (
@@ -235,7 +237,7 @@ def form_options(function: F) -> F:
                 "--json-schema",
                 metavar="FILE",
                 type=click.Path(path_type=Path),
-                help="The text is JSON that follows the schema in this file.",
+                help="The text is JSON that matches the schema in FILE.",
             ),
             click.option("--regex", metavar="TEXT", help="The whole text matches this regular expression."),
             click.option(
@@ -244,7 +246,7 @@ def form_options(function: F) -> F:
                 metavar="TEXT",
                 multiple=True,
                 callback=lambda ctx, param, value: value or None,  # noqa: ARG005
-                help="The text is this one or another choice; may be repeated.",
+                help="The text is one of the choices; may be repeated.",
             ),
         ),
     )
@@ -254,9 +256,9 @@ def template_option(function: F) -> F:
     return click.option(
         "--template",
         metavar="TEXT",
-        callback=_with_line_ends,
+        callback=_unescape_newlines,
         show_default="the line's text field",
-        help='How a line of a .jsonl file becomes text, like "Q: {question}\\nA: {answer}".',
+        help='Makes text from a line of a .jsonl file, like "Q: {question}\\nA: {answer}".',
     )(function)
 
 
@@ -267,7 +269,7 @@ def window_option(function: F) -> F:
         type=click.IntRange(min=2),
         default=512,
         show_default=True,
-        help="Tokens that are read with one past; at most the context.",
+        help="Tokens per chunk of text; each chunk is scored without those before it. At most the context.",
     )(function)
 
 
@@ -277,16 +279,16 @@ def max_tokens_option(function: F) -> F:
         metavar="N",
         type=click.IntRange(min=2),
         show_default="all",
-        help="Tokens to use of each file, from its beginning.",
+        help="Use only the first N tokens of each file.",
     )(function)
 
 
-def _with_line_ends(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:  # noqa: ARG001
-    return with_line_ends(value)
+def _unescape_newlines(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:  # noqa: ARG001
+    return unescape_newlines(value)
 
 
 def _all(function: F, options: Sequence[Callable[[F], F]]) -> F:
-    """Apply options so that the help shows them in the order given."""
+    """Apply options so that the help lists them in the given order."""
     for option in reversed(options):
         function = option(function)
     return function

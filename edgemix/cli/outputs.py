@@ -1,4 +1,4 @@
-"""Files that a command will write when its work is done."""
+"""Checks of the files that a command will write."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 def check_output(path: Path) -> None:
-    """Find out whether a file can be written, before minutes of work for it.
+    """Check that a file can be written, before the work whose result it will hold.
 
     Raises:
-        InputError: It cannot be one.
-        EdgemixError: The system does not let it.
+        InputError: The path exists and is not a file, or its folder does not exist.
+        EdgemixError: The system does not allow writing there.
     """
     if path.exists() and not path.is_file():  # a device would be replaced by a file
-        raise InputError(f"{path} is no file", "Give the name of one, or of one to be made.")
+        raise InputError(f"{path} is not a file", "Give the path of a file; it may exist or not.")
     if not path.parent.is_dir():
         raise InputError(f"there is no folder {path.parent}", f"Make it: mkdir -p {path.parent}")
     probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")

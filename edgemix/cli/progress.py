@@ -1,4 +1,4 @@
-"""The two listeners to long work: bars for a terminal, plain lines for a log."""
+"""The two progress callbacks: bars for a terminal, plain lines for a log."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from edgemix.progress import ProgressTask
 
 
-EVERY = 60.0
-"""Seconds between two lines on a stage that goes on."""
+LINE_INTERVAL = 60.0
+"""Seconds between two lines about a running stage."""
 
 
-class Lines:
-    """A line on stderr when a stage ends, and one a minute until then."""
+class LineProgress:
+    """Print a line on stderr when a stage ends, and one per minute while it runs."""
 
     @contextmanager
     def stage(self, title: str, total: float | None = None) -> Iterator[ProgressTask]:
@@ -37,8 +37,8 @@ class Lines:
         click.echo(line, err=True)
 
 
-class Bars:
-    """A bar on stderr for every open stage, and a line when it ends."""
+class BarProgress:
+    """Show a bar on stderr for every running stage, and print a line when it ends."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -75,8 +75,8 @@ class Bars:
         self._console.print(Text(line), soft_wrap=True)
 
 
-class _Noted:
-    """A stage that remembers its last note."""
+class _Stage:
+    """A running stage that keeps its last note."""
 
     def __init__(self) -> None:
         self.note = ""
@@ -85,25 +85,25 @@ class _Noted:
         self.note = note or self.note
 
 
-class _Line(_Noted):
-    """A stage that tells now and then how far it is."""
+class _Line(_Stage):
+    """A stage that prints its share of work done at intervals."""
 
-    def __init__(self, lines: Lines, title: str, total: float | None) -> None:
+    def __init__(self, lines: LineProgress, title: str, total: float | None) -> None:
         super().__init__()
         self._lines, self._title, self._total = lines, title, total
-        self._done, self._told = 0.0, time.monotonic()
+        self._done, self._printed_at = 0.0, time.monotonic()
 
     def advance(self, amount: float = 1.0, note: str = "") -> None:
         super().advance(amount, note)
         self._done += amount
-        if time.monotonic() - self._told < EVERY:
+        if time.monotonic() - self._printed_at < LINE_INTERVAL:
             return
-        self._told = time.monotonic()
+        self._printed_at = time.monotonic()
         share = f"{min(self._done / self._total, 1):.0%}" if self._total else "under way"
         self._lines.log(f"{self._title}: {share}" + (f" ({self.note})" if self.note else ""))
 
 
-class _Bar(_Noted):
+class _Bar(_Stage):
     """A stage drawn as a bar."""
 
     def __init__(self, bars: Progress, task: TaskID) -> None:

@@ -1,4 +1,4 @@
-"""The texts that commands take: a prompt from wherever it is given, and files as documents."""
+"""Read the texts that commands take: a prompt, and files as documents."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import click
 from edgemix.errors import InputError
 
 
-def with_line_ends(template: str | None) -> str | None:
-    r"""A template as it was meant: shells pass a typed \n as two characters."""
+def unescape_newlines(template: str | None) -> str | None:
+    r"""Replace a typed \n, which shells pass as two characters, by a line end."""
     return None if template is None else template.replace("\\n", "\n")
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
-    """The prompt from the argument, a file or stdin (one line end at its end does not count).
+    """Return the prompt from the argument, a file or stdin, without one final line end.
 
     Raises:
-        click.UsageError: It is given twice, or not at all and stdin is a terminal.
-        InputError: It is empty or no UTF-8.
+        click.UsageError: The prompt is given twice, or not at all and stdin is a terminal.
+        InputError: The prompt is empty or not UTF-8.
     """
     if prompt is not None and file is not None:
         raise click.UsageError("Give the prompt as an argument or with --file, not both.")
@@ -37,11 +37,11 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
 
 
 def read_files(files: tuple[Path, ...], template: str | None) -> dict[str, list[str]]:
-    """Each file's documents by the file's name without its suffix (by its path where two names are the same).
+    """Return each file's documents, by the file's name without suffix, or by its path where two names are equal.
 
     Raises:
-        click.UsageError: There is a template, and no .jsonl file that it could be for.
-        InputError: A file is missing, empty, not UTF-8 or has a line that does not fit.
+        click.UsageError: A template is given without a .jsonl file, or a file is given twice.
+        InputError: A file is missing, empty, not UTF-8, or has a line that does not fit the template.
     """
     from edgemix.recipe.text_sources import TextSource, read_documents
 
@@ -59,21 +59,21 @@ def read_files(files: tuple[Path, ...], template: str | None) -> dict[str, list[
 
 
 def read_text(file: Path) -> str:
-    """The text of a file.
+    """Return the text of a file.
 
     Raises:
-        InputError: It is missing, empty or not UTF-8, or holds several texts.
+        InputError: The file is missing, empty or not UTF-8, or holds several texts.
     """
     from edgemix.recipe.text_sources import TextSource, read_documents
 
     documents = read_documents(TextSource(str(file)), Path())
     if len(documents) != 1:
-        raise InputError(f"{file} holds {len(documents)} texts, and one is needed here")
+        raise InputError(f"{file} holds {len(documents)} texts; this option takes one")
     return documents[0]
 
 
 def _checked_argument(prompt: str) -> str:
-    """The argument, which the system hands over as bytes, must be text."""
+    """Return the argument if it is valid UTF-8; the system passes it as bytes."""
     try:
         prompt.encode()
     except UnicodeEncodeError:

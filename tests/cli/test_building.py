@@ -65,8 +65,8 @@ def test_export(library, recipe, bundle):
     assert [member.name for member in built.members] == ["a"]
     assert output == Path("out")
     assert options["force"] is True
-    assert "math      0.0e+00   0.0123        0.0200    4.56       1.0123      yes" in result.stdout
-    assert "mixture             0.0066                  2.00       1.0030" in result.stdout
+    assert "math      0.0e+00   0.0123        0.0200      4.56       1.0123      yes" in result.stdout
+    assert "mixture             0.0066                    2.00       1.0030" in result.stdout
     assert "math: mobius: the graph does not load" in result.stdout
     assert "Next: edgemix generate out" in result.stdout
     told = json.loads(run("export", recipe, "-o", "out", "--json").stdout)
@@ -102,7 +102,7 @@ def test_export_within_a_budget(library, recipe, bundle):
     assert ["math", "int4", "38"] in [line[:3] for line in shown]
     assert ["math", "0.01234"] in [[*line[:1], *line[-1:]] for line in shown]
     assert ["code", "int8"] in [line[:2] for line in shown]
-    assert "Limits: 200.0 MB, 20.00 ms a token (planned 18.00, measured 19.10)" in result.stdout
+    assert "Limits: 200.0 MB, 20.00 ms per token (planned 18.00, measured 19.10)" in result.stdout
     assert ["180.0", "18.00", "0.00556", "chosen"] in shown
     assert ["400.0", "40.00", "0.00250"] in shown
     assert json.loads(run("export", recipe, "-o", "out", "--json").stdout)["budget"]["measured"] == 0.0191
@@ -114,7 +114,7 @@ def test_export_within_a_budget(library, recipe, bundle):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--budget", "lots", "'lots' is no size like 250MB"),
+        ("--budget", "lots", "'lots' is not a size like 250MB"),
         ("--budget", "0MB", "'0MB' is not above zero"),
         ("--budget", "250 parsecs", "unknown unit 'parsecs'"),
         ("--max-tpot", "20", "'20' has no unit; write it like 20ms"),
@@ -137,7 +137,7 @@ def test_export_interrupted(library, recipe):
     result = run("export", recipe, "-o", "out")
 
     assert result.exit_code == 130
-    assert "interrupted\nThere is no new bundle, but finished stages are kept" in result.stderr
+    assert "interrupted\nNo bundle was written, but finished stages are kept" in result.stderr
 
 
 @dataclass
@@ -220,7 +220,7 @@ def test_finetune_of_a_recipe(library, recipe, tmp_path):
     assert [member.name for member in built.members] == ["a"]
     assert (output, texts, given) == (Path("tuned"), None, {"law": ["one"]})
     assert (options["four_bit"], options["separate"], options["steps"]) == (True, True, 12)
-    assert "tuned jointly" in result.stdout
+    assert "fine-tuned jointly" in result.stdout
     assert "mixture                          2.7500   2.2500" in result.stdout
     assert "Next: edgemix export tuned/recipe.yaml" in result.stdout
     assert json.loads(run("finetune", recipe, "-o", "tuned", "--json").stdout)["members"][0]["weight"] == 1.0

@@ -73,7 +73,7 @@ def test_inspect_json_is_the_manifest(bundle):
 
 
 def test_verify_a_whole_bundle(bundle):
-    assert "is whole: 4 files" in run("verify", bundle).stdout
+    assert "is intact: 4 files" in run("verify", bundle).stdout
     assert json.loads(run("verify", bundle, "--json").stdout)["whole"] is True
 
 

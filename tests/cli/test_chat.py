@@ -120,9 +120,9 @@ def test_in_a_terminal(bundle):
             if _comes(ours, 2, "Ctrl-D leaves.", "> "):
                 break
         os.write(ours, b"/reset\n")
-        _wait_for(ours, "Forgotten.", "> ")
+        _wait_for(ours, "The conversation is cleared.", "> ")
         os.write(ours, b"/nonsense\n")
-        _wait_for(ours, "/reset forgets", "> ")
+        _wait_for(ours, "/reset clears", "> ")
         os.write(ours, b"\x04")
         assert process.wait(timeout=20) == 0
     finally:

@@ -13,7 +13,7 @@ from rich.console import Console as RichConsole
 
 from edgemix.cli.command import command
 from edgemix.cli.console import Console, printable
-from edgemix.cli.progress import Bars, Lines
+from edgemix.cli.progress import BarProgress, LineProgress
 
 
 def test_with_json_stdout_holds_one_document_whatever_libraries_print():
@@ -55,11 +55,11 @@ def test_a_long_stage_tells_how_far_it_is(capsys, monkeypatch):
     """In a log, distillation said nothing for 45 minutes."""
     now = 0.0
     monkeypatch.setattr("edgemix.cli.progress.time.monotonic", lambda: now)
-    with Lines().stage("distil", 200) as task:
+    with LineProgress().stage("distil", 200) as task:
         for step in range(200):
             now += 1
             task.advance(note=f"step {step + 1}")
-    with Lines().stage("teacher") as task:
+    with LineProgress().stage("teacher") as task:
         now += 61
         task.advance()
 
@@ -74,7 +74,7 @@ def test_a_long_stage_tells_how_far_it_is(capsys, monkeypatch):
 
 
 def test_plain_lines_at_the_end_of_stages(capsys):
-    progress = Lines()
+    progress = LineProgress()
     with progress.stage("outer", 2) as outer:
         with progress.stage("inner") as inner:
             inner.advance(3, "loss 1.0")
@@ -88,7 +88,7 @@ def test_plain_lines_at_the_end_of_stages(capsys):
 
 def test_bars_leave_the_same_lines_and_nothing_else():
     shown = io.StringIO()
-    progress = Bars(RichConsole(file=shown, force_terminal=True, width=80))
+    progress = BarProgress(RichConsole(file=shown, force_terminal=True, width=80))
     with progress.stage("outer", 2), progress.stage("inner [red]") as inner:
         inner.advance(3, "[loss]")
         progress.log("something [to] say")
@@ -102,7 +102,9 @@ def test_bars_leave_the_same_lines_and_nothing_else():
 @pytest.mark.parametrize("kind", ["lines", "bars"])
 def test_a_stage_that_fails_is_not_told_as_done(kind, capsys):
     shown = io.StringIO()
-    progress = Lines() if kind == "lines" else Bars(RichConsole(file=shown, force_terminal=True, width=80))
+    progress = (
+        LineProgress() if kind == "lines" else BarProgress(RichConsole(file=shown, force_terminal=True, width=80))
+    )
 
     with pytest.raises(ValueError, match="broken"), progress.stage("failing"):
         raise ValueError("broken")

@@ -22,7 +22,7 @@ def run_raising(monkeypatch):
     """Run `edgemix inspect BUNDLE` with a body that raises."""
 
     def run(error: BaseException, *arguments: str, extra: str = ""):
-        @command("inspect", example="edgemix inspect b", extra=extra, kept="The old one is kept.")
+        @command("inspect", example="edgemix inspect b", extra=extra, on_interrupt="The old one is kept.")
         @click.argument("bundle")
         def failing(console, bundle):
             raise error

@@ -156,12 +156,12 @@ def test_a_form_that_makes_no_sense_is_refused(bundle, options, message):
     assert "Traceback" not in result.stderr
 
 
-def test_attribution_tells_who_spoke(bundle):
+def test_attribution_shows_each_members_share(bundle):
     result = generate(bundle, "d", "--weights", "code=0.5,math=0.5", "--attribution")
     told = json.loads(generate(bundle, "d", "--weights", "code=0.5,math=0.5", "--attribution", "--json").stdout)
 
     assert result.stdout.startswith("ef x\n")
-    assert "Who spoke" in result.stdout
+    assert "Attribution" in result.stdout
     code = told["members"].index("code")
     assert all(shares[code] > 0.9 for shares in told["responsibilities"])
     assert len(told["member_logprobs"]) == len(told["token_ids"])

@@ -64,7 +64,7 @@ def test_without_the_harness_the_extra_is_named(bundle, monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["ls", "tasks"], "'ls' has none"), (["run", "--tasks", "x", "--output_path=y"], "give one of the two")],
+    [(["ls", "tasks"], "'ls' has none"), (["run", "--tasks", "x", "--output_path=y"], "give only one")],
 )
 def test_json_is_refused_where_it_makes_no_sense(arguments, message):
     result = run("--json", *arguments)

@@ -85,10 +85,10 @@ def test_quantities(kind, text, number):
 @pytest.mark.parametrize(
     ("kind", "text", "message"),
     [
-        (SIZE, "big", "'big' is no size like 250MB"),
-        (SIZE, "", "'' is no size"),
-        (SIZE, "1 2MB", "is no size"),
-        (SIZE, "nan", "is no size"),
+        (SIZE, "big", "'big' is not a size like 250MB"),
+        (SIZE, "", "'' is not a size"),
+        (SIZE, "1 2MB", "is not a size"),
+        (SIZE, "nan", "is not a size"),
         (SIZE, "250MBit", "unknown unit 'MBit'; write it like 250MB"),
         (SIZE, "20ms", "unknown unit 'ms'"),
         (SIZE, "-1MB", "is not above zero"),

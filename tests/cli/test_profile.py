@@ -110,15 +110,15 @@ def test_the_tables_fit_into_a_terminal(measured):
     _, result, _ = measured
 
     for title in (
-        "Decoding behind 8 tokens",
+        "Decoding after 8 tokens",
         "Time to first token",
         "Loading",
-        "Outside ONNX",
+        "Overhead outside ONNX",
         "Operators",
         "Roofline",
     ):
         assert title in result.stdout
-    for title in ("Parts of the model", "Ways to run the mixture", "texts at once"):
+    for title in ("Parts of the model", "Configurations of the mixture", "by batch size"):
         assert title in result.stdout
     tables = [line for line in result.stdout.splitlines() if not line.startswith(("mixture on", "cpu, "))]
     assert max(map(len, tables)) <= 80
@@ -193,8 +193,8 @@ def test_absurd_numbers_are_shown_and_break_nothing(saved, tmp_path, value):
     [
         (["--compare", "missing.json"], "there is no profile"),
         (["-o", "missing/profile.json"], "missing"),
-        (["-o", "."], "is no file"),
-        (["--trace", os.devnull], "is no file"),
+        (["-o", "."], "is not a file"),
+        (["--trace", os.devnull], "is not a file"),
         (["--file", "missing.txt"], "no such file"),
         (["--weights", "physics=1"], "there is no such member"),
         (["--threads", "0"], "is not in the range"),
@@ -218,7 +218,7 @@ def test_a_profile_is_not_measured(saved):
     result = run(saved, "--quick")
 
     assert result.exit_code == 2
-    assert "is a file, a profile to be shown" in result.stderr
+    assert "is a file: a saved profile" in result.stderr
 
 
 def test_there_is_no_bundle(tmp_path):

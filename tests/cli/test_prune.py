@@ -64,7 +64,7 @@ def test_prune(prune):
     for line in (
         "2 layers, 1536 channels, 3 key-value heads before",
         "34 steps, 300 s",
-        "0.0321 nats a token on 4,080 held-out tokens",
+        "0.0321 nats per token on 4,080 held-out tokens",
         "model.layers.11    1,200,000           0           0     0.0      4.8     0.0",
         "In a recipe: {name: out, model: out}",
     ):

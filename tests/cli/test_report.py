@@ -97,7 +97,7 @@ def test_what_is_wrong_is_told_before_any_work(bundle, texts, page, tmp_path, mo
     (tmp_path / "unsound.json").write_text(json.dumps(unsound))
 
     for arguments, message in [
-        ((bundle, *texts, "-o", tmp_path), "is no file"),
+        ((bundle, *texts, "-o", tmp_path), "is not a file"),
         ((bundle, *texts, "-o", tmp_path / "none" / "page.html"), "there is no folder"),
         ((bundle, *texts, "-o", page, "--profile", tmp_path / "none.json"), "there is no profile"),
         ((bundle, *texts, "-o", page, "--profile", tmp_path / "broken.json"), "is no profile that this edgemix reads"),

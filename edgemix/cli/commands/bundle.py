@@ -1,4 +1,4 @@
-"""`edgemix inspect` and `edgemix verify`: what a bundle holds, and whether it is whole."""
+"""`edgemix inspect` and `edgemix verify`: show a bundle's contents, and check that they are intact."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 @command("inspect", example="edgemix inspect mixture")
 @bundle_argument
 def inspect(console: Console, bundle: Path) -> None:
-    """Show what is in BUNDLE.
+    """Show the contents of BUNDLE.
 
-    Members, formats, sizes, sources, parity, weights. Reads the manifest only; `edgemix verify` reads every byte.
+    Lists members, formats, sizes, sources, parity and weights. Reads only the manifest; `edgemix verify` checks every
+    file.
     """
     from edgemix.bundle.reader import read_manifest
 
@@ -43,12 +44,12 @@ def inspect(console: Console, bundle: Path) -> None:
     show_manifest(console, bundle, manifest)
 
 
-@command("verify", example="edgemix verify mixture && echo whole")
+@command("verify", example="edgemix verify mixture && echo intact")
 @bundle_argument
 def verify(console: Console, bundle: Path) -> None:
-    """Check that BUNDLE is whole.
+    """Check that BUNDLE is intact.
 
-    Structure, schema, paths, the sha256 of every file, the tokenizer.
+    Checks structure, schema, paths, the SHA-256 of every file, and the tokenizer.
     """
     from edgemix.bundle.reader import read_manifest
     from edgemix.bundle.verify import verify_bundle
@@ -61,11 +62,11 @@ def verify(console: Console, bundle: Path) -> None:
     if console.as_json:
         console.document({"bundle": bundle, "whole": True, "files": len(manifest.files), "bytes": size})
         return
-    console.line(f"{bundle} is whole: {len(manifest.files)} files, {megabytes(size)} MB")
+    console.line(f"{bundle} is intact: {len(manifest.files)} files, {megabytes(size)} MB")
 
 
 def show_manifest(console: Console, bundle: Path, manifest: Manifest) -> None:
-    """Print a manifest as tables (`inspect`, and the summary of `export`)."""
+    """Print a manifest as tables, for `inspect` and `export`."""
     size = sum(entry.size for entry in manifest.files.values())
     console.table(
         f"{bundle}: {megabytes(size)} MB, for {manifest.target}, by edgemix {manifest.edgemix}",
@@ -80,13 +81,21 @@ def show_manifest(console: Console, bundle: Path, manifest: Manifest) -> None:
     if mixed is not None:
         rows.append(("mixture", "", *_distances(mixed, ""), ""))
     console.table(
-        "Parity (largest difference to torch; then the stored graph against fp32)",
-        ("Member", "Torch\n(nats)", "KL\n(nats)", "KL decoding\n(nats)", "Flips\n(%)", "Perplexity\nratio", "Forced"),
+        "Parity (largest difference from PyTorch; then the stored graph against fp32)",
+        (
+            "Member",
+            "Torch\n(nats)",
+            "KL\n(nats)",
+            "KL decoding\n(nats)",
+            "Top-1\nchanged\n(%)",
+            "Perplexity\nratio",
+            "Forced",
+        ),
         rows,
     )
     if pruned := [(entry.name, entry.pruning) for entry in manifest.graphs if entry.pruning is not None]:
         console.table(
-            "Pruning (against the model before it)",
+            "Pruning (against the unpruned model)",
             ("Member", "Parameters\nbefore (M)", "After\n(M)", "Zeros\n(%)", "KL\n(nats)", "Perplexity\nratio"),
             [_pruning(name, figures) for name, figures in pruned],
         )
@@ -98,7 +107,7 @@ def show_manifest(console: Console, bundle: Path, manifest: Manifest) -> None:
         shares = ", ".join(f"{name} {mixed.weights[name]:.3f}" for name in names)
         console.line(f"The mixture's parity was measured with other weights: {shares}")
     if manifest.ngrams:
-        console.line(f"Drafts from {manifest.ngrams:,} n-grams of its training text")
+        console.line(f"Draft model: {manifest.ngrams:,} n-grams of the training text")
     for entry in manifest.graphs:
         if entry.draft is not None:
             console.line(f"{entry.name}: drafts {entry.draft.vocabulary:,} of {entry.config.vocabulary:,} tokens")
@@ -107,7 +116,7 @@ def show_manifest(console: Console, bundle: Path, manifest: Manifest) -> None:
 
 
 def show_weights(console: Console, title: str, weights: Weights, members: Sequence[str]) -> None:
-    """Print the default weights and each domain's, a line for each set."""
+    """Print the default weights and each domain's weights, a row for each."""
     rows = {"default": weights.default, **weights.domains}
     shares = [(name, *(f"{row[member]:.3f}" for member in members)) for name, row in rows.items()]
     console.table(title, ("Weights", *members), shares)
@@ -115,7 +124,7 @@ def show_weights(console: Console, title: str, weights: Weights, members: Sequen
 
 
 def _show_budget(console: Console, manifest: Manifest, budget: BudgetFigures) -> None:
-    """Print what was chosen within a budget, and the curve that it lies on."""
+    """Print the formats that were chosen within a budget, and the losses at other budgets."""
     rows: list[tuple[str, ...]] = [
         (entry.name, entry.format, _share(entry), megabytes(_bytes(manifest, entry)), f"{loss:.5f}")
         for entry in manifest.members
@@ -123,18 +132,20 @@ def _show_budget(console: Console, manifest: Manifest, budget: BudgetFigures) ->
     ]
     chosen, limits = budget.chosen, []
     rows.append(("mixture, whole bundle", "", "", megabytes(chosen.bytes), f"{chosen.loss:.5f}"))
-    console.table("Budget", ("Member", "Format", "At 8 bits\n(%)", "MB", "Estimated KL\n(nats)"), rows, left=2)
+    console.table("Budget", ("Member", "Format", "8-bit layers\n(%)", "MB", "Estimated KL\n(nats)"), rows, left=2)
     if budget.bytes is not None:
         limits.append(f"{megabytes(budget.bytes)} MB")
     if budget.seconds is not None:
         measured = "" if budget.measured is None else f", measured {_milliseconds(budget.measured)}"
-        limits.append(f"{_milliseconds(budget.seconds)} ms a token (planned {_milliseconds(chosen.seconds)}{measured})")
+        limits.append(
+            f"{_milliseconds(budget.seconds)} ms per token (planned {_milliseconds(chosen.seconds)}{measured})"
+        )
     console.line(f"Limits: {', '.join(limits)}\n")
     curve = [
         (megabytes(point.bytes), _milliseconds(point.seconds), f"{point.loss:.5f}", "chosen" if point == chosen else "")
         for point in budget.curve
     ]
-    console.table("What other budgets would lose", ("MB", "ms a token", "Estimated KL\n(nats)", ""), curve, left=0)
+    console.table("Loss at other budgets", ("MB", "ms per token", "Estimated KL\n(nats)", ""), curve, left=0)
 
 
 def _share(entry: MemberEntry) -> str:
@@ -157,7 +168,7 @@ def _facts(manifest: Manifest, member: MemberEntry) -> tuple[str, ...]:
 
 
 def _bytes(manifest: Manifest, member: MemberEntry) -> int:
-    """Of a member's graph, on disk."""
+    """Return the bytes of a member's graph on disk."""
     folder = member.graph.rpartition("/")[0] + "/"
     return sum(entry.size for name, entry in manifest.files.items() if name.startswith(folder))
 

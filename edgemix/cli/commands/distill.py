@@ -1,4 +1,4 @@
-"""`edgemix distill`: the mixture's student as a Hugging Face folder."""
+"""`edgemix distill`: distill a mixture into a student, saved as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     example="edgemix distill recipe.yaml -o student --minutes 45\n"
     "accelerate launch -m edgemix distill recipe.yaml -o student",
     extra="export,cpu",
-    kept="What the teacher has said and the steps done are kept: run the same command to go on.",
+    on_interrupt="The teacher's distributions and the steps so far are kept: run the same command to go on.",
 )
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("-o", "--output", "student", type=click.Path(path_type=Path), required=True, help="The student's folder.")
@@ -29,25 +29,29 @@ if TYPE_CHECKING:
     "--bundle",
     type=click.Path(path_type=Path),
     show_default="the recipe's members, in torch",
-    help="Whose mixture teaches, with its weights.",
+    help="The teacher: the mixture of this bundle, with its weights.",
 )
 @click.option(
     "--minutes",
     metavar="X",
     type=Number(min=0, min_open=True),
     show_default="the recipe's",
-    help="Stop after so long, the teacher's part included; time before an interruption counts.",
+    help="Stop after X minutes, including the teacher's part and the time before an interruption.",
 )
 @click.option(
-    "--steps", metavar="N", type=click.IntRange(min=1), show_default="the recipe's", help="Optimiser steps at most."
+    "--steps",
+    metavar="N",
+    type=click.IntRange(min=1),
+    show_default="the recipe's",
+    help="Stop after N optimizer steps.",
 )
 def distill(
     console: Console, *, recipe: Path, student: Path, bundle: Path | None, minutes: float | None, steps: int | None
 ) -> None:
-    """Distil the mixture that RECIPE describes into its student.
+    """Distill the mixture that RECIPE describes into its student.
 
-    The student is cut from the members and learns the mixture's next-token distributions on the recipe's training text.
-    A run that was stopped goes on when it is started again.
+    The student's layers are taken from the members; it learns the mixture's next-token distributions on the recipe's
+    training text. An interrupted run continues when it is started again.
     """
     import msgspec
 
@@ -55,7 +59,7 @@ def distill(
     from edgemix.recipe.compression import Student
     from edgemix.recipe.load import load_recipe
 
-    loaded = load_recipe(recipe)  # mistakes shall not wait for torch
+    loaded = load_recipe(recipe)  # report mistakes before the slow import of torch
     check_output(student)
     given = {name: value for name, value in (("minutes", minutes), ("steps", steps)) if value is not None}
     wanted = msgspec.structs.replace(loaded.student or Student(), **given)
@@ -64,7 +68,7 @@ def distill(
 
     changed = msgspec.structs.replace(loaded, student=wanted)
     report = distil(changed, student, bundle=bundle, progress=console.progress)
-    if os.environ.get("RANK", "0") != "0":  # of the processes that accelerate launches, the first one tells
+    if os.environ.get("RANK", "0") != "0":  # only the first process that accelerate launches prints
         return
     if console.as_json:
         console.document({"student": student, **msgspec.to_builtins(report)})

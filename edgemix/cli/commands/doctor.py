@@ -1,4 +1,4 @@
-"""`edgemix doctor`: what this machine can do."""
+"""`edgemix doctor`: check whether this machine can run and export bundles."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 @command("doctor", example="edgemix doctor\nedgemix doctor --json")
 def doctor(console: Console) -> None:
-    """Show what this machine can do.
+    """Show whether this machine can run and export bundles.
 
-    Versions, providers, cores, instruction sets and memory.
+    Lists versions, execution providers, cores, instruction sets and memory.
 
-    The exit code is 0 also where something is missing; look at "can_run" and "can_export" in --json.
+    The exit code is 0 even if something is missing; see "can_run" and "can_export" in the output of --json.
     """
     from edgemix.runtime.machine import system
 
@@ -25,13 +25,13 @@ def doctor(console: Console) -> None:
     if console.as_json:
         import msgspec
 
-        verdicts = {"can_run": found.can_run, "can_export": found.can_export}
-        console.document({**msgspec.to_builtins(found), **verdicts})
+        summary = {"can_run": found.can_run, "can_export": found.can_export}
+        console.document({**msgspec.to_builtins(found), **summary})
         return
     console.table("Machine", ("", ""), _machine(found), left=2)
     console.table("Providers", ("Provider", "Works", "Why not"), _providers(found), left=3)
     console.table("Packages", ("Package", "Version"), _packages(found), left=2)
-    console.line(_verdict(found))
+    console.line(_summary(found))
 
 
 def _machine(found: System) -> list[tuple[str, str]]:
@@ -66,9 +66,9 @@ def _packages(found: System) -> list[tuple[str, str]]:
     ]
 
 
-def _verdict(found: System) -> str:
+def _summary(found: System) -> str:
     if not found.can_run:
-        return "Bundles cannot run here yet: pip install 'edgemix[cpu]', or 'edgemix[gpu]' for CUDA."
+        return "This machine cannot run bundles yet: pip install 'edgemix[cpu]', or 'edgemix[gpu]' for CUDA."
     if not found.can_export:
-        return "Bundles run here. To export them as well: pip install 'edgemix[export]'."
-    return "Bundles can be exported and run here."
+        return "This machine can run bundles. To export them as well: pip install 'edgemix[export]'."
+    return "This machine can export and run bundles."

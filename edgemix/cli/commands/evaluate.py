@@ -1,4 +1,4 @@
-"""`edgemix evaluate` and `edgemix fit-weights`: how well a bundle predicts texts, and the weights that do it best."""
+"""`edgemix evaluate` and `edgemix fit-weights`: measure how well a bundle predicts texts, and fit its weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ _files_argument = click.argument("files", metavar="FILE...", nargs=-1, required=
 @template_option
 @window_option
 @max_tokens_option
-@click.option("--no-speed", "speed", flag_value=False, default=True, help="Leave out the seconds that measure speed.")
+@click.option(
+    "--no-speed", "speed", flag_value=False, default=True, help="Do not measure speed, which takes some seconds."
+)
 @runtime_options
 def evaluate(
     console: Console,
@@ -51,11 +53,11 @@ def evaluate(
 ) -> None:
     """Measure how well BUNDLE predicts FILES.
 
-    Shows bits per byte and perplexity, lower is better: a row for each member, the uniform mixture, the bundle's own
-    weights and its student; a column for each file, and all together.
+    Shows bits per byte and perplexity (lower is better), with a row for each member, the uniform mixture, the mixture
+    with the bundle's own weights, and the student, and a column for each file.
 
-    Then how close each member and the student come to the mixture with the bundle's own weights: how often their most
-    probable token is the same, and how many tokens that they draft it would accept. Last, how fast each decodes here.
+    Also shows how well each member and the student agree with the mixture: how often their most probable token is the
+    same, and the share of their draft tokens that it would accept. Finally, the decoding speed on this machine.
     """
     documents = read_files(files, template)
 
@@ -78,23 +80,23 @@ def evaluate(
 
 
 def show_evaluation(console: Console, evaluation: Evaluation) -> None:
-    """Print an evaluation: the files, then a table a measure with a line for each model and each way to mix."""
+    """Print an evaluation: a table for each metric, with a row for each model and each mixture."""
     names = (*evaluation.rows[0].files, "all files")
 
     def figures(row: Row) -> tuple[Figures, ...]:
         return (*row.files.values(), row.overall)
 
-    def measure(title: str, shown: Callable[[Figures], str], rows: Iterable[Row] = evaluation.rows) -> None:
-        console.table(title, ("", *names), [(row.name, *map(shown, figures(row))) for row in rows])
+    def metric(title: str, text: Callable[[Figures], str], rows: Iterable[Row] = evaluation.rows) -> None:
+        console.table(title, ("", *names), [(row.name, *map(text, figures(row))) for row in rows])
 
     sizes = zip(names, figures(evaluation.rows[0]), strict=True)
     console.table("Files", ("", "Tokens", "Bytes"), [(name, f"{f.tokens:,}", f"{f.bytes:,}") for name, f in sizes])
-    measure("Bits per byte", lambda figures: f"{figures.bits_per_byte:.4f}")
-    measure("Perplexity (of a token)", lambda figures: f"{figures.perplexity:,.2f}")
+    metric("Bits per byte", lambda figures: f"{figures.bits_per_byte:.4f}")
+    metric("Perplexity (per token)", lambda figures: f"{figures.perplexity:,.2f}")
     models = [row for row in evaluation.rows if row.kind != "mixture"]
     if len(models) > 1:
-        measure("Greedy agreement with the mixture (%)", lambda figures: _percent(figures.agreement), models)
-        measure("Acceptance rate as the mixture's draft (%)", lambda figures: _percent(figures.acceptance), models)
+        metric("Greedy agreement with the mixture (%)", lambda figures: _percent(figures.agreement), models)
+        metric("Acceptance rate as the mixture's draft (%)", lambda figures: _percent(figures.acceptance), models)
     if any(row.decode_rate is not None for row in evaluation.rows):
         _show_speed(console, evaluation)
 
@@ -105,11 +107,11 @@ def _percent(share: float | None) -> str:
 
 def _show_speed(console: Console, evaluation: Evaluation) -> None:
     rates = [(row.name, row.decode_rate) for row in evaluation.rows if row.decode_rate is not None]
-    whole = dict(rates)[evaluation.mixture]
+    mixture_rate = dict(rates)[evaluation.mixture]
     console.table(
         "Decoding on this machine",
-        ("", "Tokens/s", "Times the mixture"),
-        [(name, f"{rate:,.1f}", f"{rate / whole:.2f}") for name, rate in rates],
+        ("", "Tokens/s", "Relative to the mixture"),
+        [(name, f"{rate:,.1f}", f"{rate / mixture_rate:.2f}") for name, rate in rates],
     )
 
 
@@ -118,7 +120,7 @@ def _show_speed(console: Console, evaluation: Evaluation) -> None:
     example="edgemix fit-weights mixture math.txt code.txt\n"
     'edgemix fit-weights mixture qa.jsonl --template "{question}\\n{answer}\\n"',
     extra="cpu",
-    kept="The bundle keeps its old weights.",
+    on_interrupt="The bundle keeps its old weights.",
 )
 @bundle_argument
 @_files_argument
@@ -129,7 +131,7 @@ def _show_speed(console: Console, evaluation: Evaluation) -> None:
     "--adaptive/--fixed",
     default=None,
     show_default="adaptive for several files",
-    help="Whether weights follow the text that is generated, or stay as fitted.",
+    help="Whether the weights adapt to the text that is generated, or stay fixed.",
 )
 @runtime_options
 def fit_weights(
@@ -147,10 +149,10 @@ def fit_weights(
 ) -> None:
     """Fit the mixture's weights to FILES.
 
-    BUNDLE gets them in one step: it has the old ones or the new ones, whatever happens. Each file is a domain, by its
-    name without suffix: `--weights NAME` then uses the best weights for it alone. Use text that no member was trained
-    on, and keep other text for `edgemix evaluate`. Fitted on several files, the weights follow the text that is
-    generated, unless --fixed is given.
+    The weights in BUNDLE are replaced atomically. Each file is a domain, named after the file without its suffix:
+    `--weights NAME` then uses the weights fitted to that file alone. Use text that no member was trained on, and keep
+    other text for `edgemix evaluate`. Weights fitted to several files then adapt to the text that is generated, unless
+    --fixed is given.
     """
     documents = read_files(files, template)
 

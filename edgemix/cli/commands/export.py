@@ -1,4 +1,4 @@
-"""`edgemix export`: recipe in, bundle out."""
+"""`edgemix export`: build a bundle from a recipe."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ if TYPE_CHECKING:
     example="edgemix init recipe.yaml\nedgemix export recipe.yaml -o mixture\n"
     "edgemix export recipe.yaml -o mixture --budget 250MB --max-tpot 20ms",
     extra="export,cpu",
-    kept="There is no new bundle, but finished stages are kept: run the same command to go on.",
+    on_interrupt="No bundle was written, but finished stages are kept: run the same command to go on.",
 )
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("-o", "--output", "bundle", type=click.Path(path_type=Path), required=True, help="The bundle's folder.")
-@click.option("--force", is_flag=True, help="Let a parity gate pass that is over its limit; the bundle records it.")
+@click.option("--force", is_flag=True, help="Export even if a parity gate fails; the bundle records it.")
 @click.option(
     "--budget",
     "size",
     metavar="SIZE",
     type=SIZE,
-    help="Choose formats, layer by layer, that lose least in a bundle of this size, like 250MB.",
+    help="Choose the formats with the least loss for a bundle of at most SIZE, like 250MB.",
 )
 @click.option(
     "--max-tpot",
     "seconds",
     metavar="TIME",
     type=DURATION,
-    help="As --budget, for the time that the mixture takes for a token here, like 20ms.",
+    help="Choose the formats with the least loss for at most TIME per output token here, like 20ms.",
 )
 def export(
     console: Console, *, recipe: Path, bundle: Path, force: bool, size: float | None, seconds: float | None
 ) -> None:
     """Build the bundle that RECIPE describes.
 
-    Members become quantised ONNX graphs, and every graph must pass its parity gate. A run that was stopped goes on
-    where it was when it is started again.
+    Members become quantized ONNX graphs, and every graph must pass its parity gate. An interrupted run continues when
+    it is started again.
 
-    With --budget or --max-tpot, members that have no format of their own in RECIPE get fp16, int8, or int4 with the
-    layers that need it at 8 bits, by what that costs the mixture. The whole folder counts.
+    With --budget or --max-tpot, each member without a format in RECIPE gets fp16, int8, or int4 with its sensitive
+    layers at 8 bits, whichever loses least in the mixture. SIZE is that of the whole bundle.
     """
     from edgemix.recipe.load import load_recipe
 
-    loaded = load_recipe(recipe)  # its mistakes shall not wait for torch
+    loaded = load_recipe(recipe)  # report mistakes before the slow import of torch
     with console.progress.stage("import torch"):
         from edgemix.export.budget.plan import Budget
         from edgemix.export.pipeline import export_bundle

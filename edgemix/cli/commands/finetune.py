@@ -1,4 +1,4 @@
-"""`edgemix finetune`: a domain expert as a LoRA adapter, or adapters for all members of a recipe."""
+"""`edgemix finetune`: train a LoRA adapter for a model, or adapters for all members of a recipe."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _RECIPES = (".yaml", ".yml")
     example="edgemix finetune ./SmolLM2-135M law.txt -o adapters/law --minutes 10\n"
     "edgemix finetune recipe.yaml -o tuned",
     extra="export,cpu",
-    kept="Steps done so far are kept: run the same command to go on.",
+    on_interrupt="The steps so far are kept: run the same command to go on.",
 )
 @click.argument("base", metavar="BASE|RECIPE")
 @click.argument("texts", metavar="[TEXT...]", nargs=-1, type=click.Path(path_type=Path))
@@ -34,33 +34,33 @@ _RECIPES = (".yaml", ".yml")
     "--output",
     type=click.Path(path_type=Path),
     required=True,
-    help="The adapter's folder; for a recipe, that of the adapters and the new recipe.",
+    help="Folder of the adapter; for a recipe, of all adapters and the new recipe.",
 )
 @template_option
+@click.option("--separate", is_flag=True, help="Fine-tune each member of RECIPE alone, not jointly.")
+@click.option("--qlora", "four_bit", is_flag=True, help="Train with 4-bit base weights: slower, far less memory.")
 @click.option(
-    "--separate", is_flag=True, help="Tune each member of RECIPE alone, not through the mixture's likelihood."
+    "--rank", metavar="N", type=click.IntRange(min=1), default=16, show_default=True, help="Rank of the adapter."
 )
-@click.option("--qlora", "four_bit", is_flag=True, help="Keep models in 4 bits meanwhile: slower, far less memory.")
-@click.option("--rank", metavar="N", type=click.IntRange(min=1), default=16, show_default=True, help="Of the adapter.")
 @click.option(
     "--steps",
     metavar="N",
     type=click.IntRange(min=1),
     show_default="200 without --minutes",
-    help="Optimiser steps at most.",
+    help="Stop after N optimizer steps.",
 )
 @click.option(
     "--minutes",
     metavar="X",
     type=Number(min=0, min_open=True),
     show_default="no limit",
-    help="Stop after so long; time before an interruption counts.",
+    help="Stop after X minutes, including the time before an interruption.",
 )
 @click.option(
-    "--batch", metavar="N", type=click.IntRange(min=1), default=8, show_default=True, help="Pieces of text a step."
+    "--batch", metavar="N", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences per step."
 )
 @click.option(
-    "--length", metavar="N", type=click.IntRange(min=2), default=256, show_default=True, help="Tokens a piece."
+    "--length", metavar="N", type=click.IntRange(min=2), default=256, show_default=True, help="Tokens per sequence."
 )
 @click.option(
     "--learning-rate",
@@ -68,7 +68,7 @@ _RECIPES = (".yaml", ".yml")
     type=Number(min=0, min_open=True),
     default=5e-4,
     show_default=True,
-    help="At its highest.",
+    help="Peak learning rate.",
 )
 @click.option(
     "--seed",
@@ -76,7 +76,7 @@ _RECIPES = (".yaml", ".yml")
     type=click.IntRange(min=0, max=2**32 - 1),
     default=0,
     show_default=True,
-    help="Makes training repeatable.",
+    help="Seed, for repeatable training.",
 )
 def finetune(
     console: Console,
@@ -88,22 +88,22 @@ def finetune(
     separate: bool,
     **options: Any,
 ) -> None:
-    """Fine-tune BASE on texts, as a LoRA adapter; or the members of RECIPE, jointly.
+    """Train LoRA adapters for BASE or for RECIPE's members.
 
-    BASE is a folder, a hub id or a .gguf file; a recipe can name the adapter. A part of the text is held out to measure
-    the loss on.
+    BASE is a folder, a hub id or a .gguf file. Part of the text is held out to measure the loss. A recipe can name the
+    adapter.
 
-    The members of a RECIPE (.yaml) learn through the likelihood of their mixture: each most from the text that it
-    explains best. They read its training text, or the texts given; losses are measured on its validation text. What is
-    written is an adapter for each, and a recipe that names them.
+    The members of a RECIPE (.yaml) are trained jointly, on the likelihood of their mixture: each learns most from the
+    text that it predicts best. They are trained on the recipe's training text, or on the texts given; losses are
+    measured on its validation text. Writes an adapter for each member, and a recipe that names them.
 
-    A run that was stopped goes on when it is started again.
+    An interrupted run continues when it is started again.
     """
     is_recipe = Path(base).suffix.lower() in _RECIPES
     if separate and not is_recipe:
-        raise click.UsageError("--separate is for recipes: one model is tuned alone anyway.")
+        raise click.UsageError("--separate is for recipes: a single model is always fine-tuned alone.")
     if not texts and not is_recipe:
-        raise click.UsageError("Missing argument 'TEXT...': what BASE shall learn from.")
+        raise click.UsageError("Missing argument 'TEXT...': the training text for BASE.")
     domains = read_files(texts, template) if texts or template else None
     if is_recipe:
         _finetune_recipe(console, Path(base), output, domains, separate=separate, **options)
@@ -111,7 +111,7 @@ def finetune(
     from edgemix.export.training.output_folder import check_output
 
     documents = [document for file in (domains or {}).values() for document in file]
-    check_output(output)  # mistakes shall not wait for torch
+    check_output(output)  # report mistakes before the slow import of torch
     with console.progress.stage("import torch"):
         from edgemix.export.finetuning.finetune import finetune as train
 
@@ -129,7 +129,7 @@ def _finetune_recipe(
     from edgemix.export.training.output_folder import check_output
     from edgemix.recipe.load import load_recipe
 
-    recipe = load_recipe(path)  # mistakes shall not wait for torch
+    recipe = load_recipe(path)  # report mistakes before the slow import of torch
     check_output(output)
     with console.progress.stage("import torch"):
         from edgemix.export.finetuning.joint import finetune_mixture
@@ -142,15 +142,15 @@ def _finetune_recipe(
     columns = ("", "Weight", "Held-out loss before", "After")
     rows = [(each.name, f"{each.weight:.3f}", each.validation_before, each.validation_after) for each in report.members]
     rows.append(("mixture", "", report.validation_before, report.validation_after))
-    console.table("Nats a token", columns, [(*row[:2], *map(_loss, row[2:])) for row in rows])
+    console.table("Nats per token", columns, [(*row[:2], *map(_loss, row[2:])) for row in rows])
     console.line(f"Next: edgemix export {report.recipe} -o mixture")
 
 
 def _work(report: MixtureReport) -> list[tuple[str, str]]:
     return [
-        ("Members", "tuned jointly" if report.joint else "each tuned alone"),
+        ("Members", "fine-tuned jointly" if report.joint else "each fine-tuned alone"),
         ("Work", f"{report.steps:,} steps, {report.tokens:,} tokens, {report.seconds:.0f} s"),
-        ("Training loss", f"{report.training_loss:.4f} nats a token"),
+        ("Training loss", f"{report.training_loss:.4f} nats per token"),
     ]
 
 
@@ -162,9 +162,9 @@ def _facts(report: FinetuneReport) -> list[tuple[str, str]]:
     facts = [
         ("Adapter", f"{report.adapter}, {report.parameters / 1e6:.1f} M parameters"),
         ("Work", f"{report.steps:,} steps, {report.tokens:,} tokens, {report.seconds:.0f} s"),
-        ("Training loss", f"{report.training_loss:.4f} nats a token"),
+        ("Training loss", f"{report.training_loss:.4f} nats per token"),
     ]
     if report.validation_before is not None and report.validation_after is not None:
-        held_out = f"{report.validation_before:.4f} before, {report.validation_after:.4f} after (nats a token)"
+        held_out = f"{report.validation_before:.4f} before, {report.validation_after:.4f} after (nats per token)"
         facts.append(("Held-out loss", held_out))
     return facts

@@ -1,4 +1,4 @@
-"""`edgemix generate`: continue a text."""
+"""`edgemix generate`: continue a prompt."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edgemix.cli.command import command
 from edgemix.cli.options import (
     bundle_argument,
     check_student,
-    form_options,
+    constraint_options,
     mixing_options,
     runtime_options,
     sampling_options,
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from edgemix.runtime import Completion
 
 
-_LONG = 8_000
-"""Characters of a prompt that takes a while to read, so that progress is shown."""
+_LONG_PROMPT = 8_000
+"""Characters from which prefill takes long enough to show progress."""
 
 
 @command(
@@ -42,14 +42,14 @@ _LONG = 8_000
     'edgemix generate mixture "Once upon a time" --student\n'
     'edgemix generate mixture "Is 7 prime? " --choice yes --choice no',
     extra="cpu",
-    kept="The text so far is all there is.",
+    on_interrupt="The text so far is not stored.",
 )
 @bundle_argument
 @click.argument("prompt", required=False)
 @click.option("--file", type=click.Path(path_type=Path), help="Read the prompt from a UTF-8 file.")
 @sampling_options(max_new_tokens=128)
-@form_options
-@click.option("--attribution", is_flag=True, help="Tell which member spoke: its share in every token.")
+@constraint_options
+@click.option("--attribution", is_flag=True, help="Show each member's share in every token.")
 @mixing_options
 @runtime_options
 def generate(
@@ -65,59 +65,59 @@ def generate(
     verify: bool,
     **options: Any,
 ) -> None:
-    """Continue PROMPT with the mixture in BUNDLE, or with its student.
+    """Continue PROMPT with the mixture or student in BUNDLE.
 
-    The text appears as it comes. Without PROMPT and --file, the prompt is read from stdin. A line end at the end of a
-    file or of stdin is left out.
+    The text is streamed. Without PROMPT and --file, the prompt is read from stdin. A final line end of a file or of
+    stdin is dropped.
 
-    --json-schema, --regex and --choice hold the text to a form: the mixture's distribution over the texts of that form
-    stays as it is. With --attribution a terminal shows each piece of text in the colour of the member that had most
-    share in it, and a table tells how much everyone spoke.
+    --json-schema, --regex and --choice constrain the text: tokens that cannot lead to a valid text are excluded. With
+    --attribution, each piece of text has the color of the member with the largest share in it, on a terminal, and a
+    table shows each member's share.
     """
     check_student(student, options["weights"])
     text = read_prompt(prompt, file)
     if json_schema is not None:
         options["json_schema"] = read_text(json_schema)
-    if len(text) > _LONG:
+    if len(text) > _LONG_PROMPT:
         options["progress"] = console.progress
 
     from edgemix.runtime import Mixture
 
     with Mixture.load(bundle, provider=provider, threads=threads, verify=verify, student=student) as mixture:
         if console.as_json:
-            told = {"prompt": text, "provider": mixture.provider, "student": student, "members": mixture.members}
-            console.document(told | asdict(mixture.generate(text, **options)))
+            header = {"prompt": text, "provider": mixture.provider, "student": student, "members": mixture.members}
+            console.document(header | asdict(mixture.generate(text, **options)))
             return
         completion = None
         for chunk in mixture.stream(text, **options):
-            speaker = None if chunk.responsibilities is None else int(chunk.responsibilities.sum(axis=0).argmax())
-            console.write(chunk.text, colour=speaker)
+            top_member = None if chunk.responsibilities is None else int(chunk.responsibilities.sum(axis=0).argmax())
+            console.write(chunk.text, color=top_member)
             completion = chunk.completion
         console.line()
         if completion is not None and completion.responsibilities is not None:
             console.line()
-            show_speakers(console, mixture.members, completion.responsibilities)
+            show_attribution(console, mixture.members, completion.responsibilities)
     if completion is not None and sys.stderr.isatty():
         console.note(f"{summary(completion)}, on {mixture.provider}")
 
 
-def show_speakers(console: Console, members: Sequence[str], responsibilities: NDArray[np.float64]) -> None:
-    """How much every member spoke, from its shares [tokens, members]."""
-    speakers = responsibilities.argmax(axis=1).tolist()
-    shares = zip(members, responsibilities.mean(axis=0), map(speakers.count, range(len(members))), strict=True)
+def show_attribution(console: Console, members: Sequence[str], responsibilities: NDArray[np.float64]) -> None:
+    """Print each member's mean share, from the shares per token [tokens, members]."""
+    top_members = responsibilities.argmax(axis=1).tolist()
+    shares = zip(members, responsibilities.mean(axis=0), map(top_members.count, range(len(members))), strict=True)
     console.table(
-        "Who spoke",
-        ("", "Share (%)", "Tokens with most of it"),
+        "Attribution",
+        ("", "Share (%)", "Tokens with the largest share"),
         [(name, f"{100 * share:.1f}", str(tokens)) for name, share, tokens in shares],
-        coloured=True,
+        colored=True,
     )
 
 
 def summary(completion: Completion) -> str:
-    """One line about a finished text: its length, its speed, why it ended."""
+    """Return one line about a finished text: its length, its speed, and why it ended."""
     timings, tokens = completion.timings, len(completion.token_ids)
-    parts = [f"{tokens} tokens", f"first after {timings.ttft:.2f} s"]
+    parts = [f"{tokens} tokens", f"time to first token {timings.ttft:.2f} s"]
     if tokens > 1:
         parts.append(f"{timings.decode_rate:.1f} tokens/s")
-    ended = {"stop": "ended by itself", "length": "length reached"}
-    return ", ".join([*parts, ended[completion.finish_reason]])
+    reasons = {"stop": "stopped", "length": "maximum length reached"}
+    return ", ".join([*parts, reasons[completion.finish_reason]])

@@ -1,4 +1,4 @@
-"""`edgemix init`: a commented recipe to start from."""
+"""`edgemix init`: write a commented recipe to start from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`edgemix profile`: what a bundle costs on this machine."""
+"""`edgemix profile`: measure a bundle's latency, memory and energy on this machine."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ if TYPE_CHECKING:
     extra="cpu",
 )
 @bundle_argument
-@click.option(
-    "-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="Write the profile here, as JSON."
-)
-@click.option("--quick", is_flag=True, help="In half a minute instead of three: fewer sizes, fewer rounds.")
+@click.option("-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="Write the profile as JSON.")
+@click.option("--quick", is_flag=True, help="Half a minute instead of three: fewer sizes and repetitions.")
 @click.option(
     "--recommend",
     is_flag=True,
-    help="Measure every way to run the mixture here, and keep the best as this machine's plan.",
+    help="Measure all configurations of the mixture, and save the fastest as this machine's plan.",
 )
 @click.option(
-    "--compare", metavar="FILE", type=click.Path(path_type=Path), help="Show ratios to a profile that -o wrote."
+    "--compare", metavar="FILE", type=click.Path(path_type=Path), help="Compare with a profile that -o wrote."
 )
 @click.option(
     "--trace",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Write a timeline for Perfetto or chrome://tracing here.",
+    help="Write a trace for Perfetto or chrome://tracing.",
 )
 @click.option(
     "--report",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Write a page with all of it here; see `edgemix report`.",
+    help="Write the profile as an HTML page; see `edgemix report`.",
 )
-@click.option("--file", metavar="FILE", type=click.Path(path_type=Path), help="Continue the text of this UTF-8 file.")
+@click.option(
+    "--file", metavar="FILE", type=click.Path(path_type=Path), help="Use the text of this UTF-8 file as prompts."
+)
 @weights_option
 @runtime_options
 def profile(
@@ -70,14 +70,14 @@ def profile(
     threads: int | None,
     verify: bool,
 ) -> None:
-    """Measure what BUNDLE costs on this machine.
+    """Measure BUNDLE's speed and memory on this machine.
 
-    Each member alone, the student alone, the mixture plainly and in fewer calls: time to first token by length of the
-    prompt, time per token by length of the context, many texts at once, loading, memory, energy where the machine tells
-    it. Then where the time goes, and how far it is from what the machine can do. What does not hold still is measured
-    again, and marked with ~ where that did not help.
+    Profiles each member alone, the student alone, and the mixture with the plain loop and with speculative decoding:
+    time to first token by prompt length, time per output token by context length, throughput by batch size, loading
+    time, memory, and energy if the machine has a counter. Also shows time by operator and layer, and the roofline.
+    Measurements that are not stable are repeated, and marked with ~ if they remain so.
 
-    In the place of BUNDLE a profile that -o wrote can be given: it is shown, and nothing is measured.
+    BUNDLE can also be a profile that -o wrote: it is shown, and nothing is measured.
     """
     from edgemix.results.profile import encode_profile, read_profile
 
@@ -85,7 +85,7 @@ def profile(
     if bundle.is_file():
         if output or quick or recommend or trace or report or file or weights or threads:
             raise click.UsageError(
-                f"{bundle} is a file, a profile to be shown: it goes with --compare and --json alone."
+                f"{bundle} is a file: a saved profile can only be combined with --compare and --json."
             )
         _show(console, read_profile(bundle), other)
         return
@@ -115,7 +115,7 @@ def profile(
         write_atomically(report, page.html.encode())
     _show(console, measured.profile, other)
     for plan in measured.plans:
-        console.note(f"Mixture.load and the other commands run it so from now on, by the plan {plan}")
+        console.note(f"Mixture.load and all commands now run the bundle by the plan {plan}")
 
 
 def _measure(

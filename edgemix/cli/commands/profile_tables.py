@@ -1,4 +1,4 @@
-"""A profile, and a comparison of two, as tables for people."""
+"""Print a profile, or the comparison of two profiles, as tables."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ if TYPE_CHECKING:
     from edgemix.results.profile import Breakdown, Loading, Machine, Profile, Quantiles, Subject
     from edgemix.results.profile_comparison import Comparison, Ratio
 
-_MOST_OPERATORS = 8
-_MOST_COLUMNS = 5
-_LONGEST = 24
-"""Characters of a name."""
+_MAX_OPERATORS = 8
+_MAX_GRAPHS = 5
+_MAX_NAME_LENGTH = 24
+"""Characters of a name that are shown at most."""
 
 
-def show_profile(console: Console, found: Profile) -> None:
-    """Print a profile: the machine in a few lines, then a table a question."""
-    _show_machine(console, found)
-    _show_speed(console, found.subjects)
-    _show_lengths(console, found.subjects)
-    _show_loading(console, found)
-    _show_outside(console, found.subjects)
-    if found.breakdowns:
-        _show_operators(console, found.breakdowns[:_MOST_COLUMNS])
-    _show_roofs(console, found.subjects)
-    _show_variants(console, found)
-    for note in found.notes:
+def show_profile(console: Console, profile: Profile) -> None:
+    """Print a profile: the machine in a few lines, then a table for each kind of measurement."""
+    _show_machine(console, profile)
+    _show_speed(console, profile.subjects)
+    _show_lengths(console, profile.subjects)
+    _show_loading(console, profile)
+    _show_overhead(console, profile.subjects)
+    if profile.breakdowns:
+        _show_operators(console, profile.breakdowns[:_MAX_GRAPHS])
+    _show_roofline(console, profile.subjects)
+    _show_variants(console, profile)
+    for note in profile.notes:
         console.line(fill(f"Note: {note}.", 80, subsequent_indent="  "))
-    if found.notes:
+    if profile.notes:
         console.line()
 
 
-def _show_machine(console: Console, found: Profile) -> None:
-    machine = found.machine
+def _show_machine(console: Console, profile: Profile) -> None:
+    machine = profile.machine
     threads = f"{machine.threads} thread{'s' if machine.threads != 1 else ''} of {machine.cores} cores"
-    console.heading(f"{found.bundle} on {machine.processor}")
+    console.heading(f"{profile.bundle} on {machine.processor}")
     console.line(f"{machine.provider}, {threads}, ONNX Runtime {machine.onnxruntime}, {machine.platform}")
     if limits := _limits(machine):
-        console.line(f"At most: {limits}")
-    how = "in a hurry, " if found.quick else ""
-    weights = f"; weights: {found.weights}" if found.weights else ""
-    console.line(f"Measured {how}in {number(found.seconds)} s, {found.created}{weights}")
+        console.line(f"Peak rates: {limits}")
+    how = "with --quick " if profile.quick else ""
+    weights = f"; weights: {profile.weights}" if profile.weights else ""
+    console.line(f"Measured {how}in {number(profile.seconds)} s, {profile.created}{weights}")
     console.line()
 
 
@@ -60,19 +60,19 @@ def _limits(machine: Machine) -> str:
 
 
 def _show_speed(console: Console, subjects: Sequence[Subject]) -> None:
-    """The first question: how fast is each, with a short prompt."""
+    """Print decoding speed after the shortest context, and what speculative decoding adds."""
     timed = [subject for subject in subjects if subject.decode]
     if not timed:
         return
     energy = any(subject.energy for subject in timed)
     context = timed[0].decode[0].context
     console.table(
-        f"Decoding behind {context} tokens, ms a token",
+        f"Decoding after {context} tokens, ms per token",
         ("", "Tokens/s", "p50", "p90", "p99", "Spread", *(("J/token",) if energy else ())),
         [
             (
                 short(subject.name),
-                _marked(number(1 / tpot.p50 if tpot.p50 else math.nan), tpot),
+                _mark_unstable(number(1 / tpot.p50 if tpot.p50 else math.nan), tpot),
                 *(number(1e3 * value) for value in (tpot.p50, tpot.p90, tpot.p99)),
                 percent(tpot.spread),
                 *((number(subject.energy.joules) if subject.energy else "",) if energy else ()),
@@ -82,19 +82,18 @@ def _show_speed(console: Console, subjects: Sequence[Subject]) -> None:
         ],
     )
     for subject in timed:
-        if (told := subject.speculation) is not None:
-            taken = "none drafted" if told.acceptance is None else f"{percent(told.acceptance)} of them taken"
+        if (speculation := subject.speculation) is not None:
+            accepted = f"{percent(speculation.acceptance)} accepted" if speculation.acceptance is not None else "none"
+            console.line(f"Speculative decoding is {number(speculation.speedup)} times as fast as the plain loop.")
             console.line(
-                f"The mixture in fewer calls is {number(told.speedup)} times as fast as the plain loop. For each"
-            )
-            console.line(
-                f"token: {number(told.calls)} calls of members; {number(told.drafted)} drafted tokens, {taken}."
+                f"Per token: {number(speculation.calls)} calls of members' graphs, {number(speculation.drafted)} draft "
+                f"tokens ({accepted})."
             )
             console.line()
 
 
 def _show_lengths(console: Console, subjects: Sequence[Subject]) -> None:
-    """By length of the prompt and the context, and by texts at once."""
+    """Print time to first token by prompt length, time per token by context length, and throughput by batch size."""
 
     def table(title: str, sizes: Iterable[int], cell: Callable[[Subject, int], str]) -> None:
         columns = sorted(set(sizes))[:8]
@@ -103,88 +102,88 @@ def _show_lengths(console: Console, subjects: Sequence[Subject]) -> None:
             console.table(title, ("", *(f"{size:,}" for size in columns)), [row for row in rows if any(row[1:])])
 
     def ttft(subject: Subject, size: int) -> str:
-        return next((_marked(number(1e3 * p.ttft.p50), p.ttft) for p in subject.prefill if p.tokens == size), "")
+        return next((_mark_unstable(number(1e3 * p.ttft.p50), p.ttft) for p in subject.prefill if p.tokens == size), "")
 
     def tpot(subject: Subject, size: int) -> str:
-        return next((_marked(number(1e3 * d.tpot.p50), d.tpot) for d in subject.decode if d.context == size), "")
+        return next((_mark_unstable(number(1e3 * d.tpot.p50), d.tpot) for d in subject.decode if d.context == size), "")
 
     def rate(subject: Subject, size: int) -> str:
-        return next((_marked(number(b.rate.p50), b.rate) for b in subject.batches if b.size == size), "")
+        return next((_mark_unstable(number(b.rate.p50), b.rate) for b in subject.batches if b.size == size), "")
 
-    table("Time to first token, ms, by tokens of the prompt", _sizes(subjects, "prefill", "tokens"), ttft)
+    table("Time to first token, ms, by prompt length", _sizes(subjects, "prefill", "tokens"), ttft)
     contexts = _sizes(subjects, "decode", "context")
     if len(set(contexts)) > 1:
-        table("Time per token, ms, by tokens of context", contexts, tpot)
-    table("Tokens/s of all, by texts at once", _sizes(subjects, "batches", "size"), rate)
+        table("Time per token, ms, by context length", contexts, tpot)
+    table("Tokens/s, by batch size", _sizes(subjects, "batches", "size"), rate)
 
 
 def _sizes(subjects: Iterable[Subject], part: str, name: str) -> list[int]:
     return [getattr(each, name) for subject in subjects for each in getattr(subject, part)]
 
 
-def _show_loading(console: Console, found: Profile) -> None:
-    rows = [("everything", found.loading)]
-    rows += [(subject.name, subject.loading) for subject in found.subjects if subject.loading is not None]
+def _show_loading(console: Console, profile: Profile) -> None:
+    rows = [("all members", profile.loading)]
+    rows += [(subject.name, subject.loading) for subject in profile.subjects if subject.loading is not None]
 
     def row(name: str, loading: Loading) -> tuple[str, ...]:
-        cold = _marked(number(loading.cold.p50), loading.cold) if loading.cold else ""
+        cold = _mark_unstable(number(loading.cold.p50), loading.cold) if loading.cold else ""
         sizes = (megabytes(size) for size in (loading.files, loading.resident, loading.peak))
-        return short(name), cold, _marked(number(loading.warm.p50), loading.warm), *sizes
+        return short(name), cold, _mark_unstable(number(loading.warm.p50), loading.warm), *sizes
 
     console.table(
-        "Loading, each time in a process of its own: seconds, MB",
+        "Loading, in a new process each time: seconds, MB",
         ("", "Cold", "Warm", "Files", "Resident", "Peak"),
         [row(name, loading) for name, loading in rows],
     )
 
 
-def _show_outside(console: Console, subjects: Sequence[Subject]) -> None:
-    """What a token's time is made of."""
+def _show_overhead(console: Console, subjects: Sequence[Subject]) -> None:
+    """Print the time per token that is spent outside ONNX Runtime."""
     rows = []
     for subject in subjects:
-        if (told := subject.outside) is None or not subject.decode:
+        if (overhead := subject.outside) is None or not subject.decode:
             continue
-        parts = (told.mixing, told.sampling, told.tokenizer, told.other)
+        parts = (overhead.mixing, overhead.sampling, overhead.tokenizer, overhead.other)
         share = sum(parts) / subject.decode[0].tpot.p50 if subject.decode[0].tpot.p50 else math.nan
         rows.append((short(subject.name), *(number(1e3 * part) for part in parts), percent(share)))
     if rows:
-        columns = ("", "Mixing", "Sampling", "Tokenizer", "Other", "Of a token")
-        console.table("Outside ONNX Runtime, ms a token", columns, rows)
+        columns = ("", "Mixing", "Sampling", "Tokenizer", "Other", "Share")
+        console.table("Overhead outside ONNX Runtime, ms per token", columns, rows)
 
 
 def _show_operators(console: Console, graphs: Sequence[Breakdown]) -> None:
-    """Operator types and parts of the model, the time of a token in each graph."""
+    """Print the time per token of each graph, by operator type and by part of the model."""
     columns = ("", *(short(graph.graph, 14) for graph in graphs))
     types = [{operator.type: operator.decode for operator in graph.operators} for graph in graphs]
     totals = {name: sum(each.get(name, 0.0) for each in types) for each in types for name in each}
-    shown = sorted(totals, key=lambda name: -totals[name])[:_MOST_OPERATORS]
+    shown = sorted(totals, key=lambda name: -totals[name])[:_MAX_OPERATORS]
 
     def row(name: str, figures: Iterable[float]) -> tuple[str, ...]:
         return short(name, 34), *(_with_share(figure, graph) for figure, graph in zip(figures, graphs, strict=True))
 
-    def rest(each: dict[str, float]) -> float:
+    def others(each: dict[str, float]) -> float:
         return sum(each.values()) - sum(each.get(name, 0.0) for name in shown)
 
     console.table(
-        "Operators, ms of a token (%); ONNX Runtime's profiler itself takes some",
+        "Operators, ms per token (%), with the overhead of ONNX Runtime's profiler",
         columns,
         [
             *(row(name, [each.get(name, 0.0) for each in types]) for name in shown),
-            row("others", map(rest, types)),
+            row("others", map(others, types)),
             row("between operators", [g.decode - sum(e.values()) for g, e in zip(graphs, types, strict=True)]),
         ],
     )
     parts = [_parts(graph) for graph in graphs]
     names = dict.fromkeys(name for each in parts for name in each)
     console.table(
-        "Parts of the model, ms of a token (%)",
+        "Parts of the model, ms per token (%)",
         columns,
         [row(name, [each.get(name, 0.0) for each in parts]) for name in names],
     )
 
 
 def _parts(graph: Breakdown) -> dict[str, float]:
-    """The layers together and the slowest of them, and the parts that are none."""
+    """Return the time of all layers, of the slowest layer, and of the other parts."""
     layers = [layer for layer in graph.layers if layer.name.startswith("layer ")]
     found = {layer.name: layer.decode for layer in graph.layers if layer.name == "embedding"}
     if layers:
@@ -198,7 +197,7 @@ def _with_share(seconds: float, graph: Breakdown) -> str:
     return f"{number(1e3 * seconds)}{share}" if seconds > 0 else ""
 
 
-def _show_roofs(console: Console, subjects: Sequence[Subject]) -> None:
+def _show_roofline(console: Console, subjects: Sequence[Subject]) -> None:
     rows = [
         (
             short(subject.name),
@@ -213,25 +212,25 @@ def _show_roofs(console: Console, subjects: Sequence[Subject]) -> None:
         for roof in subject.roofs
     ]
     if rows:
-        columns = ("", "Phase", "Tokens", "Bound by", "At least, ms", "Took", "Reached")
-        console.table("Roofline: how much of what the machine allows is reached", columns, rows, left=2)
+        columns = ("", "Phase", "Tokens", "Bound by", "Lower bound, ms", "Measured", "Reached")
+        console.table("Roofline", columns, rows, left=2)
 
 
-def _show_variants(console: Console, found: Profile) -> None:
-    if not found.variants:
+def _show_variants(console: Console, profile: Profile) -> None:
+    if not profile.variants:
         return
-    ordered = sorted(found.variants, key=lambda variant: variant.tpot.p50)
+    ordered = sorted(profile.variants, key=lambda variant: variant.tpot.p50)
     console.table(
-        "Ways to run the mixture, the fastest first, ms",
-        ("Threads", "Provider", "Drafts", "A token", "First token", ""),
+        "Configurations of the mixture, fastest first, ms",
+        ("Threads", "Provider", "Drafts", "Per token", "First token", ""),
         [
             (
                 str(variant.threads),
                 short(variant.provider),
                 {"off": "plain loop"}.get(variant.speculation, short(variant.speculation)),
-                _marked(number(1e3 * variant.tpot.p50), variant.tpot),
+                _mark_unstable(number(1e3 * variant.tpot.p50), variant.tpot),
                 number(1e3 * variant.ttft.p50) if variant.ttft else "",
-                "the plan" if variant.chosen else "",
+                "saved plan" if variant.chosen else "",
             )
             for variant in ordered
         ],
@@ -240,7 +239,7 @@ def _show_variants(console: Console, found: Profile) -> None:
 
 
 def show_comparison(console: Console, comparison: Comparison) -> None:
-    """Print a comparison: what is different, then every figure with its ratio, this over the other."""
+    """Print a comparison: other machines or settings, then each figure with its ratio, this over the other."""
     for line in comparison.differences:
         console.line(f"! {line}")
     if comparison.differences:
@@ -270,13 +269,13 @@ def _both(ratio: Ratio) -> tuple[str, str]:
     return f"{number(scale * ratio.this)}{unit}", f"{number(scale * ratio.other)}{unit}"
 
 
-def _marked(text: str, figure: Quantiles) -> str:
-    """A figure that is not steady has a mark."""
+def _mark_unstable(text: str, figure: Quantiles) -> str:
+    """Prefix a measurement that is not stable with ~."""
     return text if figure.steady else f"~{text}"
 
 
 def number(value: float) -> str:
-    """Three digits or so; a profile may come from anybody, so any number must fit."""
+    """Format a number with about three digits; profiles may hold any number, so very large ones must fit, too."""
     if not math.isfinite(value) or abs(value) >= 1e9:
         return f"{value:.1e}"
     if abs(value) >= 100:
@@ -296,5 +295,5 @@ def megabytes(size: int) -> str:
     return number(size / 1e6) if abs(size) < 1 << 80 else "huge"
 
 
-def short(name: str, longest: int = _LONGEST) -> str:
-    return name if len(name) <= longest else f"{name[: longest - 3]}..."
+def short(name: str, length: int = _MAX_NAME_LENGTH) -> str:
+    return name if len(name) <= length else f"{name[: length - 3]}..."

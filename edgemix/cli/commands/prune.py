@@ -1,4 +1,4 @@
-"""`edgemix prune`: a smaller model, as a Hugging Face folder."""
+"""`edgemix prune`: prune a model, and save it as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _SHARE = Number(min=0, max=0.95)
     example="edgemix prune ./SmolLM2-135M -o smaller --text prose.txt --ffn 0.25\n"
     "edgemix prune ./SmolLM2-135M -o sparse --text prose.txt --sparsity 0.5",
     extra="export,cpu",
-    kept="Cuts and recovery done so far are kept: run the same command to go on.",
+    on_interrupt="The cuts and recovery steps so far are kept: run the same command to go on.",
 )
 @click.argument("model")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The smaller model's folder.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the pruned model.")
 @click.option(
     "--text",
     "texts",
@@ -35,7 +35,7 @@ _SHARE = Number(min=0, max=0.95)
     multiple=True,
     required=True,
     type=click.Path(path_type=Path),
-    help="Text like what the model reads, .txt or .jsonl; may be repeated.",
+    help="Text like the model's inputs, .txt or .jsonl; may be repeated.",
 )
 @template_option
 @click.option("--adapter", metavar="FOLDER", help="A LoRA adapter to merge into the model first.")
@@ -48,14 +48,14 @@ _SHARE = Number(min=0, max=0.95)
     type=click.Choice(["unstructured", "2:4"]),
     default="unstructured",
     show_default=True,
-    help="Where zeros may lie: anywhere, or two of every four (a share of 0.5).",
+    help="Positions of zeros: anywhere, or two of every four weights (a share of 0.5).",
 )
 @click.option(
     "--criterion",
     type=click.Choice(["wanda", "magnitude"]),
     default="wanda",
     show_default=True,
-    help="Which weights become zero: the smallest times their input's norm, or the smallest.",
+    help="Weights to set to zero: the smallest products with their input's norm, or the smallest.",
 )
 @click.option(
     "--steps",
@@ -63,7 +63,7 @@ _SHARE = Number(min=0, max=0.95)
     type=click.IntRange(min=1, max=100),
     default=1,
     show_default=True,
-    help="Cuts, with a recovery after each.",
+    help="Number of cuts, each followed by recovery.",
 )
 @click.option(
     "--recover",
@@ -71,7 +71,7 @@ _SHARE = Number(min=0, max=0.95)
     type=Number(min=0),
     default=5.0,
     show_default=True,
-    help="Distillation from the unpruned model, over all cuts.",
+    help="Minutes of distillation from the unpruned model, over all cuts.",
 )
 @click.option(
     "--seed",
@@ -79,7 +79,7 @@ _SHARE = Number(min=0, max=0.95)
     type=click.IntRange(min=0, max=2**32 - 1),
     default=0,
     show_default=True,
-    help="Of the choice and the order of text.",
+    help="Seed for choosing and ordering text.",
 )
 def prune(
     console: Console,
@@ -92,11 +92,11 @@ def prune(
     seed: int,
     **shares: Any,
 ) -> None:
-    """Cut away what MODEL needs least.
+    """Remove what MODEL needs least.
 
-    MODEL is a folder, a hub id or a .gguf file; a recipe can name the folder that is written. Layers, channels and
-    heads make it faster everywhere; zeros make it smaller on disk. What is left is distilled from the whole model. A
-    run that was stopped goes on when it is started again.
+    MODEL is a folder, a hub id or a .gguf file; a recipe can name the folder that is written. Removing layers, channels
+    and heads makes the model faster on any hardware; zeros make it smaller on disk. The pruned model recovers by
+    distillation from the unpruned one. An interrupted run continues when it is started again.
     """
     from edgemix.export.training.output_folder import check_output
     from edgemix.recipe.compression import Pruning, check_pruning
@@ -106,7 +106,7 @@ def prune(
         raise click.UsageError("Nothing to cut: give --layers, --ffn, --heads, --sparsity or --pattern 2:4.")
     check_pruning(pruning)
     domains = read_files(texts, template)
-    check_output(output)  # mistakes shall not wait for torch
+    check_output(output)  # report mistakes before the slow import of torch
     with console.progress.stage("import torch"):
         from edgemix.export.pruning.prune import prune as run
         from edgemix.export.pruning.report import SPEED
@@ -126,9 +126,11 @@ def prune(
     if report.total.zeros:
         console.line(SPEED)
     elif report.total.parameters_after == report.total.parameters_before:
-        console.note("Nothing was cut: sizes are rounded to what kernels like, and so small a share rounds to nothing.")
+        console.note(
+            "Nothing was cut: sizes are rounded to multiples that kernels run fast, and these shares round to zero."
+        )
     if report.over_limits:
-        console.note("Over the limits of the parity gate: a recipe takes this model as it is, but it has lost much.")
+        console.note("Over the limits of the parity gate: a recipe accepts this model, but its loss is high.")
     console.line(f"In a recipe: {{name: {output.name}, model: {output}}}")
 
 
@@ -146,7 +148,7 @@ def _facts(report: PruningReport) -> list[tuple[str, str]]:
         ),
         ("Zeros", f"{100 * figures.sparsity:.1f}% of the linears' weights"),
         ("Recovery", f"{report.recovery_steps:,} steps, {report.recovery_seconds:.0f} s"),
-        ("KL", f"{figures.kl:.4f} nats a token on {figures.tokens:,} held-out tokens (limit {figures.kl_limit:g})"),
+        ("KL", f"{figures.kl:.4f} nats per token on {figures.tokens:,} held-out tokens (limit {figures.kl_limit:g})"),
         ("Perplexity", f"{figures.perplexity_ratio:.4f} times what it was (limit {figures.perplexity_ratio_limit:g})"),
     ]
     return facts

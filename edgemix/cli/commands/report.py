@@ -1,4 +1,4 @@
-"""`edgemix report`: a bundle's report as a page."""
+"""`edgemix report`: write a bundle's report as an HTML page."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     default=Path("report.html"),
     show_default=True,
-    help="Where the page goes; a file of that name is replaced.",
+    help="The page's file; an existing one is replaced.",
 )
 @click.option(
     "--profile",
     "profile_file",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="What `edgemix profile` measured of this bundle.",
+    help="A profile of this bundle, by `edgemix profile -o FILE`.",
 )
 @template_option
 @window_option
@@ -51,9 +51,11 @@ if TYPE_CHECKING:
     type=click.IntRange(min=2, max=1000),
     default=256,
     show_default=True,
-    help="Tokens of each text that are shown in the colours of who leads where.",
+    help="Tokens of each text to show, in the color of the member with the largest weight.",
 )
-@click.option("--no-speed", "speed", flag_value=False, default=True, help="Leave out the seconds that measure speed.")
+@click.option(
+    "--no-speed", "speed", flag_value=False, default=True, help="Do not measure speed, which takes some seconds."
+)
 @runtime_options
 def report(
     console: Console,
@@ -71,11 +73,11 @@ def report(
     threads: int | None,
     verify: bool,
 ) -> None:
-    """Write a page that shows what BUNDLE is worth.
+    """Write a report on BUNDLE: quality, speed, size and members.
 
-    One HTML file that needs nothing else: no network, no script. With TEXTS it shows quality against size and speed,
-    bits per byte by text, and which member speaks where; with a profile latency distributions, the roofline and where
-    the time goes; without either what the bundle is. The page names what is missing.
+    The report is one self-contained HTML file, without network or scripts. With TEXTS it shows quality against size and
+    speed, bits per byte by text, and the members' weights along the texts; with a profile, latency distributions, the
+    roofline, and time by operator and layer; without either, the bundle's contents. The page names missing inputs.
     """
     check_output(output)
     documents = read_files(texts, template) if texts or template else {}

@@ -1,4 +1,4 @@
-"""`edgemix lm-eval`: lm-evaluation-harness's own command line, with bundles among its models."""
+"""`edgemix lm-eval`: the command line of lm-evaluation-harness, with bundles as models."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
     "    --include_path tasks --model_args bundle=mixture,student=true\n"
     "edgemix lm-eval run --help",
     extra="cpu,lm-eval",
-    kept="What --use_cache names is kept, and nothing else.",
+    on_interrupt="Only the cache that --use_cache names is kept.",
 )
 @click.argument("arguments", metavar="run|ls|validate ...", nargs=-1, required=True, type=click.UNPROCESSED)
 def lm_eval(console: Console, *, arguments: tuple[str, ...]) -> None:
     """Run EleutherAI's lm-evaluation-harness on bundles.
 
-    From `run` on, everything is the harness's own command line, which knows the model `edgemix`. Its model_args are
-    bundle=FOLDER, weights=DOMAIN, weights=adaptive or "weights=math:0.5;code:0.5", combine=log-linear, student=true,
-    provider=cpu, threads=N and max_length=N. With --json, which comes first, the results are one JSON document.
+    All arguments from `run` on are those of the harness's own command line, which gets a model named `edgemix`. Its
+    model_args are bundle=FOLDER, weights=DOMAIN, weights=adaptive or "weights=math:0.5;code:0.5", combine=log-linear,
+    student=true, provider=cpu, threads=N and max_length=N. With --json before `run`, the results are one JSON document.
     """
     if console.as_json:
         check_json(arguments)
 
-    import lm_eval.evaluator  # noqa: F401 - all that the extra brings is there, or named
+    import lm_eval.evaluator  # noqa: F401 - fails early if a package of the extra is missing
     from lm_eval.__main__ import cli_evaluate
 
     from edgemix.cli.lm_eval import model  # noqa: F401 - registers the model
@@ -56,37 +56,37 @@ def lm_eval(console: Console, *, arguments: tuple[str, ...]) -> None:
             console.document(read_results(Path(folder)))
 
 
-lm_eval.allow_interspersed_args = False  # what follows `run` is not for click
+lm_eval.allow_interspersed_args = False  # the harness parses what follows `run`
 
 
 def check_json(arguments: tuple[str, ...]) -> None:
-    """Raise click.UsageError where results cannot be printed as JSON: they are read from where it puts them."""
+    """Raise click.UsageError if --json cannot be combined with the harness's arguments."""
     if arguments[0] != "run":
         raise click.UsageError(f"--json prints the results of `run`, and {arguments[0]!r} has none.")
     if any(argument.startswith(("--o", "-o")) for argument in arguments):
-        raise click.UsageError("--json prints what --output_path would write: give one of the two.")
+        raise click.UsageError("--json prints what --output_path would write: give only one.")
 
 
 def read_results(folder: Path) -> object:
-    """What the harness wrote."""
+    """Return the results file that the harness wrote."""
     for path in folder.rglob("results_*.json"):
-        return json.loads(path.read_bytes())  # with NaN, which the standard does not know
+        return json.loads(path.read_bytes())  # may hold NaN, which strict parsers refuse
     raise EdgemixError("lm-evaluation-harness ended without results")
 
 
 @contextmanager
 def program(*arguments: str) -> Iterator[None]:
-    """Let the process's arguments be these, for a library that reads them there."""
-    own, sys.argv = sys.argv, list(arguments)
+    """Replace sys.argv, for a library that reads its arguments there."""
+    saved, sys.argv = sys.argv, list(arguments)
     try:
         yield
     finally:
-        sys.argv = own
+        sys.argv = saved
 
 
 @contextmanager
 def harness_failures() -> Iterator[None]:
-    """Report what the harness raises as its failure, not as a bug of edgemix."""
+    """Report exceptions of the harness as failures, not as bugs of edgemix."""
     try:
         yield
     except EdgemixError:

@@ -146,7 +146,7 @@ def test_bad_arguments(tasks, arguments, code, message):
         ({"bundle": "b", "weight": "math"}, "unknown field `weight`"),
         ({"bundle": "b", "threads": "many"}, "threads"),
         ({"bundle": "b", "student": "maybe"}, "student"),
-        ({"bundle": "b", "student": "true", "weights": "math"}, "Give one of the two"),
+        ({"bundle": "b", "student": "true", "weights": "math"}, "Give only one"),
         ({"bundle": "b", "max_length": 1}, "max_length"),
     ],
 )
@@ -157,27 +157,30 @@ def test_bad_model_args(harness, arguments, message):
 
 @needs_lm_eval
 def test_model_args_as_texts(harness, tmp_path):
-    arguments = harness.ModelArguments.of(
+    arguments = harness.ModelArguments.parse(
         {"bundle": tmp_path, "weights": " math:0.5; code : 1e-1;", "threads": "2", "batch_size": "8", "student": False}
     )
-    assert (arguments.bundle, arguments.threads, arguments.batch) == (tmp_path, 2, 8)
-    assert arguments.choice == {"math": 0.5, "code": 0.1}
-    assert harness.ModelArguments.of({"bundle": "b", "weights": "adaptive", "batch_size": "auto:4"}).batch == 1
-    assert harness.ModelArguments.of({"bundle": "b", "weights": "math"}).choice == "math"
+    assert (arguments.bundle, arguments.threads, arguments.texts_per_batch) == (tmp_path, 2, 8)
+    assert arguments.weight_choice == {"math": 0.5, "code": 0.1}
+    assert (
+        harness.ModelArguments.parse({"bundle": "b", "weights": "adaptive", "batch_size": "auto:4"}).texts_per_batch
+        == 1
+    )
+    assert harness.ModelArguments.parse({"bundle": "b", "weights": "math"}).weight_choice == "math"
 
 
 @needs_lm_eval
 @pytest.mark.parametrize("weights", ["math:half", ":1", "math:1;math:2", "math:1;code"])
 def test_weights_that_are_no_pairs(harness, weights):
     with pytest.raises(InputError, match="NAME:NUMBER"):
-        _ = harness.ModelArguments.of({"bundle": "b", "weights": weights}).choice
+        _ = harness.ModelArguments.parse({"bundle": "b", "weights": weights}).weight_choice
 
 
 @needs_lm_eval
 @pytest.mark.parametrize(("size"), ["0", "-1", "many"])
 def test_batch_sizes_that_are_none(harness, size):
     with pytest.raises(InputError, match="--batch_size"):
-        _ = harness.ModelArguments.of({"bundle": "b", "batch_size": size}).batch
+        _ = harness.ModelArguments.parse({"bundle": "b", "batch_size": size}).texts_per_batch
 
 
 @needs_lm_eval

@@ -205,7 +205,7 @@ def test_mistakes_are_told_before_anything_is_measured(bundle, monkeypatch, tmp_
         raise AssertionError("it was measured for nothing")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("edgemix.runtime.profiling.profiler._loads", measure)
+    monkeypatch.setattr("edgemix.runtime.profiling.loading.Loads", measure)
 
     result = run(bundle, *arguments)
 

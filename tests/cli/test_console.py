@@ -1,4 +1,4 @@
-"""Where output goes, and how long work is shown."""
+"""The console's output, and the progress of long work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from edgemix.cli.progress import BarProgress, LineProgress
 def test_with_json_stdout_holds_one_document_whatever_libraries_print():
     @command("noisy", example="edgemix noisy")
     def noisy(console):
-        print("a library speaks")
+        print("a library prints")
         console.line("for people")
         console.table("Title", ("a",), [("b",)])
         console.document({"array": np.arange(2), "nan": float("nan")})
@@ -27,7 +27,7 @@ def test_with_json_stdout_holds_one_document_whatever_libraries_print():
     result = CliRunner().invoke(noisy, ["--json"])
 
     assert json.loads(result.stdout) == {"array": [0, 1], "nan": None}
-    assert result.stderr == "a library speaks\n"
+    assert result.stderr == "a library prints\n"
 
 
 def test_figures_are_aligned_right(capsys):
@@ -43,7 +43,7 @@ def test_figures_are_aligned_right(capsys):
     ]
 
 
-def test_text_cannot_steer_the_terminal(capsys):
+def test_control_characters_do_not_reach_the_terminal(capsys):
     Console().table("\x1b[2Jtitle", ("a",), [("\x1b]0;cell\x07",)])
     Console().line("\x1b[2Jline")
 
@@ -51,11 +51,11 @@ def test_text_cannot_steer_the_terminal(capsys):
     assert printable("tab\t, line\r\n") == "tab\t, line\r\n"
 
 
-def test_a_long_stage_tells_how_far_it_is(capsys, monkeypatch):
-    """In a log, distillation said nothing for 45 minutes."""
+def test_a_long_stage_prints_its_share_of_work_done(capsys, monkeypatch):
+    """Regression: in a log, distillation printed nothing for 45 minutes."""
     now = 0.0
     monkeypatch.setattr("edgemix.cli.progress.time.monotonic", lambda: now)
-    with LineProgress().stage("distil", 200) as task:
+    with LineProgress().stage("distill", 200) as task:
         for step in range(200):
             now += 1
             task.advance(note=f"step {step + 1}")
@@ -64,10 +64,10 @@ def test_a_long_stage_tells_how_far_it_is(capsys, monkeypatch):
         task.advance()
 
     assert capsys.readouterr().err.splitlines() == [
-        "distil: 30% (step 60)",
-        "distil: 60% (step 120)",
-        "distil: 90% (step 180)",
-        "distil: 200.0 s (step 200)",
+        "distill: 30% (step 60)",
+        "distill: 60% (step 120)",
+        "distill: 90% (step 180)",
+        "distill: 200.0 s (step 200)",
         "teacher: under way",
         "teacher: 61.0 s",
     ]
@@ -100,7 +100,7 @@ def test_bars_leave_the_same_lines_and_nothing_else():
 
 
 @pytest.mark.parametrize("kind", ["lines", "bars"])
-def test_a_stage_that_fails_is_not_told_as_done(kind, capsys):
+def test_a_stage_that_fails_is_not_reported_as_done(kind, capsys):
     shown = io.StringIO()
     progress = (
         LineProgress() if kind == "lines" else BarProgress(RichConsole(file=shown, force_terminal=True, width=80))

@@ -62,9 +62,9 @@ def test_message_and_exit_code(run_raising, error, code, message):
 def test_json_error_object(run_raising, error, code, message):
     result = run_raising(error, "--json")
 
-    told = json.loads(result.stdout)["error"]
-    assert result.exit_code == told["code"] == code
-    assert told["message"] in message
+    output = json.loads(result.stdout)["error"]
+    assert result.exit_code == output["code"] == code
+    assert output["message"] in message
     assert result.stderr.startswith(message)
 
 
@@ -84,7 +84,7 @@ def test_a_missing_module_of_edgemix_is_a_bug(run_raising):
     assert "This is a bug" in result.stderr
 
 
-def test_the_traceback_is_there_when_asked_for(run_raising, monkeypatch):
+def test_debug_prints_the_traceback(run_raising, monkeypatch):
     monkeypatch.setenv(DEBUG, "1")
 
     result = run_raising(ZeroDivisionError("by zero"))
@@ -93,8 +93,8 @@ def test_the_traceback_is_there_when_asked_for(run_raising, monkeypatch):
     assert "Traceback (most recent call last)" in result.stderr
 
 
-def test_ctrl_c_that_python_would_drop_is_delivered_again():
-    """Ctrl-C while a library's finaliser ran was printed as a traceback, and the command went on."""
+def test_ctrl_c_that_python_drops_is_delivered_again():
+    """Ctrl-C while a library's finalizer ran was printed as a traceback, and the command went on."""
     code = (
         "import edgemix.cli, edgemix.cli.commands.doctor, time\n"
         "class Finalised:\n"
@@ -111,7 +111,7 @@ def test_ctrl_c_that_python_would_drop_is_delivered_again():
     assert result.stderr.strip() == "interrupted"
 
 
-def test_a_closed_pipe_is_no_error(run_raising):
+def test_a_closed_pipe_prints_no_error(run_raising):
     result = run_raising(BrokenPipeError(errno.EPIPE, "Broken pipe"))
 
     assert result.exit_code == 1

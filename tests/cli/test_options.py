@@ -1,4 +1,4 @@
-"""Options: nonsense is refused by name, before anything is loaded."""
+"""Options: invalid values are refused with the option's name, before a bundle is loaded."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(*arguments: str, **settings):
         ("--weights", " "),
     ],
 )
-def test_nonsense_is_a_usage_error(option, value):
+def test_invalid_values_are_usage_errors(option, value):
     result = run("generate", "no-such-bundle", "hello", option, value)
 
     assert result.exit_code == 2
@@ -98,12 +98,12 @@ def test_quantities(kind, text, number):
         (DURATION, "20MB", "unknown unit 'MB'"),
     ],
 )
-def test_no_quantities(kind, text, message):
+def test_invalid_quantities(kind, text, message):
     with pytest.raises(click.BadParameter, match=message):
         kind.convert(text, None, None)
 
 
-def test_the_line_ends_in_a_template_may_be_typed():
+def test_a_typed_line_end_in_a_template():
     @click.command()
     @click.pass_context
     def show(context, template):

@@ -1,4 +1,4 @@
-"""Prompts and files: where they come from, and what is refused."""
+"""Reading prompts and files."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def generate(*arguments: str, stdin: bytes = b""):
         (["hello", "--file", "missing.txt"], b"", "error: Give the prompt as an argument or with --file, not both."),
     ],
 )
-def test_bad_prompts(arguments, stdin, message):
+def test_invalid_prompts(arguments, stdin, message):
     result = generate(*arguments, stdin=stdin)
 
     assert result.exit_code == 2
     assert result.stderr.startswith(message)
 
 
-def test_a_good_prompt_goes_on_to_the_bundle():
+def test_a_valid_prompt_is_accepted():
     result = generate(stdin="Grüße\n".encode())
 
     assert result.exit_code == 2
     assert result.stderr.startswith("error: no-such-bundle: there is no such bundle")
 
 
-def test_a_file_that_is_no_text(tmp_path):
+def test_files_that_are_not_text(tmp_path):
     (tmp_path / "image.txt").write_bytes(b"\x89PNG")
     (tmp_path / "empty.txt").write_bytes(b"")
 
@@ -54,7 +54,7 @@ def test_a_file_that_is_no_text(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="arguments are text there")
-def test_an_argument_that_is_no_text():
+def test_an_argument_that_is_not_utf8():
     command = [sys.executable, "-m", "edgemix", "generate", "no-such-bundle", b"abc\xff"]
     result = subprocess.run(command, capture_output=True, check=False)
 

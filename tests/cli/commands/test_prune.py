@@ -1,4 +1,4 @@
-"""`prune`: what it hands to the library, and what it prints of its answer."""
+"""`prune`: the arguments that reach the library, and the output."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(*arguments: object):
 
 
 def report(after=2_400_000, zeros=1_000_000, kl=0.0321):
-    """Of two layers, the second of which went unless all parameters stay."""
+    """Return a report of two layers; the second is removed unless all parameters stay."""
     parts = (
         PartReport("model.layers.0", 1_200_000, 1_200_000, zeros, 4_800_000, 950_000),
         PartReport("model.layers.11", 1_200_000, after - 1_200_000, 0, 4_800_000, 0),
@@ -34,7 +34,7 @@ def report(after=2_400_000, zeros=1_000_000, kl=0.0321):
 
 @pytest.fixture
 def prune(monkeypatch, tmp_path):
-    """Run the command with a library that answers with a report; gives its arguments, too."""
+    """Run the command with a library that returns or raises `answer`; returns the result and the calls."""
     text = tmp_path / "prose.txt"
     text.write_text("some prose")
 
@@ -76,17 +76,17 @@ def test_prune(prune):
 
 def test_prune_in_json(prune):
     result, _ = prune(report(), "--sparsity", 0.5, "--json")
-    told = json.loads(result.stdout)
-    assert (told["output"], told["figures"]["kl"]) == ("out", 0.0321)
-    assert "Zeros save space, not time" in told["speed"]
+    output = json.loads(result.stdout)
+    assert (output["output"], output["figures"]["kl"]) == ("out", 0.0321)
+    assert "Zeros save space, not time" in output["speed"]
 
 
-def test_much_was_lost(prune):
+def test_a_high_loss_is_reported(prune):
     assert "Over the limits of the parity gate" in prune(report(kl=0.6), "--sparsity", 0.5)[0].stderr
 
 
-def test_a_share_that_rounds_to_nothing_is_told(prune):
-    """The tables alone looked like those of a model that had been cut."""
+def test_a_share_that_rounds_to_zero_is_reported(prune):
+    """Regression: the tables alone looked like those of a pruned model."""
     assert "Nothing was cut" in prune(report(zeros=0), "--ffn", 0.001)[0].stderr
     assert "Nothing was cut" not in prune(report(1_200_000, zeros=0), "--layers", 0.5)[0].stderr
     assert "Nothing was cut" not in prune(report(), "--sparsity", 0.5)[0].stderr

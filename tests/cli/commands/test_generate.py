@@ -1,4 +1,4 @@
-"""`generate`: text on stdout, everything else elsewhere."""
+"""`generate`: only the text on stdout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def generate(bundle, *arguments: str, stdin: bytes | None = None):
     return CliRunner().invoke(edgemix, ["generate", str(bundle), *arguments], input=stdin)
 
 
-def test_the_prompt_may_come_from_anywhere(bundle, tmp_path):
+def test_the_prompt_is_read_from_argument_file_or_stdin(bundle, tmp_path):
     (tmp_path / "prompt.txt").write_text("1\n")
 
     for result in (
@@ -50,13 +50,13 @@ def test_options_reach_the_mixture(bundle, options, text):
 def test_json_is_one_object_at_the_end(bundle):
     result = generate(bundle, "1", "--json")
 
-    told = json.loads(result.stdout)
-    assert (told["prompt"], told["provider"], told["student"]) == ("1", "cpu", False)
-    assert told["text"] == "+2=3"
-    assert bytes(told["token_ids"][:-1]) == b"+2=3"
-    assert told["finish_reason"] == "stop"
-    assert len(told["log_probabilities"]) == 5
-    assert all(math.isfinite(figure) for figure in told["timings"].values())
+    output = json.loads(result.stdout)
+    assert (output["prompt"], output["provider"], output["student"]) == ("1", "cpu", False)
+    assert output["text"] == "+2=3"
+    assert bytes(output["token_ids"][:-1]) == b"+2=3"
+    assert output["finish_reason"] == "stop"
+    assert len(output["log_probabilities"]) == 5
+    assert all(math.isfinite(figure) for figure in output["timings"].values())
 
 
 def test_the_student_alone(student_bundle):
@@ -94,7 +94,7 @@ def test_a_rate_that_is_not_a_number_is_null_in_json(bundle):
         (["1", "--stop", ""], "a stop string must not be empty"),
     ],
 )
-def test_what_only_the_mixture_knows(bundle, arguments, message):
+def test_errors_of_the_mixture(bundle, arguments, message):
     result = generate(bundle, *arguments)
 
     assert result.exit_code == 2
@@ -122,14 +122,14 @@ def test_the_program_itself(bundle):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such pipes")
-def test_a_reader_that_leaves_is_no_error(bundle):
+def test_a_reader_that_closes_the_pipe(bundle):
     command = f"'{sys.executable}' -m edgemix generate '{bundle}' x -n 2000 | head -c 1"
     result = subprocess.run(["sh", "-c", command], capture_output=True, check=False)
 
     assert result.stderr == b""
 
 
-def test_a_text_of_a_given_form(bundle, tmp_path):
+def test_constrained_text(bundle, tmp_path):
     schema = tmp_path / "schema.json"
     schema.write_text(
         '{"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": false}'
@@ -148,7 +148,7 @@ def test_a_text_of_a_given_form(bundle, tmp_path):
         (["--json-schema", "nowhere.json"], "nowhere.json"),
     ],
 )
-def test_a_form_that_makes_no_sense_is_refused(bundle, options, message):
+def test_invalid_constraints_are_refused(bundle, options, message):
     result = generate(bundle, "1", *options)
 
     assert result.exit_code == 2
@@ -158,10 +158,10 @@ def test_a_form_that_makes_no_sense_is_refused(bundle, options, message):
 
 def test_attribution_shows_each_members_share(bundle):
     result = generate(bundle, "d", "--weights", "code=0.5,math=0.5", "--attribution")
-    told = json.loads(generate(bundle, "d", "--weights", "code=0.5,math=0.5", "--attribution", "--json").stdout)
+    output = json.loads(generate(bundle, "d", "--weights", "code=0.5,math=0.5", "--attribution", "--json").stdout)
 
     assert result.stdout.startswith("ef x\n")
     assert "Attribution" in result.stdout
-    code = told["members"].index("code")
-    assert all(shares[code] > 0.9 for shares in told["responsibilities"])
-    assert len(told["member_logprobs"]) == len(told["token_ids"])
+    code = output["members"].index("code")
+    assert all(shares[code] > 0.9 for shares in output["responsibilities"])
+    assert len(output["member_logprobs"]) == len(output["token_ids"])

@@ -1,4 +1,4 @@
-"""`init` and the ways that `export` refuses a recipe before it imports anything heavy."""
+"""`init`, and the errors of `export` before it imports torch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_init_with_models(tmp_path):
     assert "hub/id" in written
 
 
-def test_init_in_a_folder_that_is_not_there(tmp_path):
+def test_init_in_a_missing_folder(tmp_path):
     result = run("init", tmp_path / "nowhere" / "r.yaml")
 
     assert result.exit_code == 1

@@ -26,7 +26,7 @@ def run(*arguments: object):
 
 @pytest.fixture(scope="module")
 def measured(student_bundle, tmp_path_factory):
-    """One run with all that it can write: the folder with its files, what it printed, and the plan that it left."""
+    """One run with all output files: the folder, the result, and the saved plan."""
     folder = tmp_path_factory.mktemp("profile")
     with pytest.MonkeyPatch.context() as patch:
         hurry(patch)
@@ -71,7 +71,7 @@ def test_everything_that_generates_is_measured(measured, student_bundle):
     assert any("energy" in note for note in found.notes) or found.subjects[0].energy
 
 
-def test_a_page_shows_it(measured):
+def test_the_report_shows_the_profile(measured):
     page = (measured[0] / "report.html").read_text("utf-8")
 
     assert page.startswith("<!DOCTYPE html>")
@@ -79,7 +79,7 @@ def test_a_page_shows_it(measured):
     assert "mixture, plain" in page
 
 
-def test_a_page_without_what_draws_it_is_refused_at_once(student_bundle, tmp_path, monkeypatch):
+def test_a_report_without_its_extra_is_refused_before_measuring(student_bundle, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "edgemix.report.build", None)
     result = run(student_bundle, "--report", tmp_path / "report.html")
 
@@ -87,7 +87,7 @@ def test_a_page_without_what_draws_it_is_refused_at_once(student_bundle, tmp_pat
     assert "edgemix[report]" in result.stderr
 
 
-def test_the_best_way_is_the_plan_from_then_on(measured):
+def test_the_fastest_configuration_is_saved_as_the_plan(measured):
     folder, result, plan = measured
     found = read_profile(folder / "profile.json")
     (chosen,) = [variant for variant in found.variants if variant.chosen]
@@ -98,7 +98,7 @@ def test_the_best_way_is_the_plan_from_then_on(measured):
     assert "by the plan" in result.stderr
 
 
-def test_the_trace_is_one_for_perfetto(measured):
+def test_the_trace_has_perfettos_format(measured):
     events = json.loads((measured[0] / "trace.json").read_bytes())["traceEvents"]
 
     processes = {event["args"]["name"] for event in events if event["name"] == "process_name"}
@@ -124,7 +124,7 @@ def test_the_tables_fit_into_a_terminal(measured):
     assert max(map(len, tables)) <= 80
 
 
-def test_nothing_is_left_behind(measured):
+def test_no_temporary_files_remain(measured):
     assert list((measured[0] / "temporary").iterdir()) == []
     files = {"profile.json", "trace.json", "report.html", "cache", "temporary"}
     assert {path.name for path in measured[0].iterdir()} == files
@@ -136,11 +136,11 @@ def test_json(bundle, monkeypatch, tmp_path):
 
     result = run(bundle, "--quick", "--json", "--file", tmp_path / "text.txt", "--threads", 1)
 
-    told = json.loads(result.stdout)
+    output = json.loads(result.stdout)
     assert result.exit_code == 0
-    assert told["machine"]["threads"] == 1
-    assert told["variants"] == []
-    assert [subject["name"] for subject in told["subjects"]] == ["math", "code", "mixture, plain", "mixture"]
+    assert output["machine"]["threads"] == 1
+    assert output["variants"] == []
+    assert [subject["name"] for subject in output["subjects"]] == ["math", "code", "mixture, plain", "mixture"]
 
 
 def test_a_profile_is_shown_and_compared_without_measuring(saved, tmp_path):
@@ -154,15 +154,15 @@ def test_a_profile_is_shown_and_compared_without_measuring(saved, tmp_path):
     lines = [line.split() for line in shown.stdout.splitlines()]
     assert ["math", "TTFT,", "64", "tokens", "80.0", "ms", "40.0", "ms", "2.00", "worse"] in lines
 
-    told = json.loads(run(tmp_path / "after.json", "--compare", saved, "--json").stdout)
-    assert told["profile"]["bundle"] == "mixture"
-    assert {ratio["verdict"] for ratio in told["comparison"]["ratios"]} == {"worse", "same"}
+    output = json.loads(run(tmp_path / "after.json", "--compare", saved, "--json").stdout)
+    assert output["profile"]["bundle"] == "mixture"
+    assert {ratio["verdict"] for ratio in output["comparison"]["ratios"]} == {"worse", "same"}
     assert json.loads(run(saved, "--json").stdout) == json.loads(saved.read_bytes())
 
 
 @pytest.mark.parametrize("value", [0.0, -1e300, 1.7e308, 5e-324])
-def test_absurd_numbers_are_shown_and_break_nothing(saved, tmp_path, value):
-    """A profile may come from anybody."""
+def test_absurd_numbers_are_shown(saved, tmp_path, value):
+    """A profile is a file that may hold any number."""
 
     def absurd(thing):
         match thing:
@@ -200,9 +200,9 @@ def test_absurd_numbers_are_shown_and_break_nothing(saved, tmp_path, value):
         (["--threads", "0"], "is not in the range"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_measured(bundle, monkeypatch, tmp_path, arguments, message):
+def test_mistakes_are_reported_before_measuring(bundle, monkeypatch, tmp_path, arguments, message):
     def measure(*_, **__):
-        raise AssertionError("it was measured for nothing")
+        raise AssertionError("nothing should be measured")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("edgemix.runtime.profiling.loading.Loads", measure)
@@ -221,14 +221,14 @@ def test_a_profile_is_not_measured(saved):
     assert "is a file: a saved profile" in result.stderr
 
 
-def test_there_is_no_bundle(tmp_path):
+def test_a_missing_bundle(tmp_path):
     result = run(tmp_path / "missing")
 
     assert result.exit_code == 2
     assert "missing" in result.stderr
 
 
-def test_what_is_not_steady_is_marked(saved):
+def test_unstable_measurements_are_marked(saved):
     unsteady = msgspec.structs.replace(sample_profile(), subjects=())
     loading = msgspec.structs.replace(unsteady.loading, warm=quantiles(0.5, steady=False))
     saved.write_bytes(encode_profile(msgspec.structs.replace(unsteady, loading=loading)))
@@ -236,7 +236,7 @@ def test_what_is_not_steady_is_marked(saved):
     assert "~0.50" in run(saved).stdout
 
 
-def test_an_interruption_leaves_nothing(bundle, monkeypatch, tmp_path):
+def test_an_interrupted_profile_writes_nothing(bundle, monkeypatch, tmp_path):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 

@@ -72,7 +72,7 @@ def test_inspect_json_is_the_manifest(bundle):
     assert {key: shown[key] for key in stored} == stored
 
 
-def test_verify_a_whole_bundle(bundle):
+def test_verify_an_intact_bundle(bundle):
     assert "is intact: 4 files" in run("verify", bundle).stdout
     assert json.loads(run("verify", bundle, "--json").stdout)["whole"] is True
 

@@ -81,7 +81,7 @@ def test_python_m_edgemix():
     assert (result.returncode, result.stdout) == (0, f"edgemix {edgemix.__version__}\n")
 
 
-def test_every_command_is_click(monkeypatch):
+def test_every_command_has_the_name_it_is_listed_by(monkeypatch):
     context = click.Context(group)
 
     assert all(group.get_command(context, name).name == name for name in COMMANDS)

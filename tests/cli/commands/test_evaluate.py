@@ -16,7 +16,7 @@ from edgemix.cli import edgemix
 
 @pytest.fixture
 def texts(tmp_path):
-    """Two files, each the words of one member."""
+    """Two files, each with the text of one member."""
     (tmp_path / "sums.txt").write_text("1+2=3")
     (tmp_path / "words.jsonl").write_text('{"word": "def x"}\n{"word": "ef"}\n')
     return [str(tmp_path / "sums.txt"), str(tmp_path / "words.jsonl"), "--template", "{word}"]
@@ -26,7 +26,7 @@ def run(*arguments: object):
     return CliRunner().invoke(edgemix, list(map(str, arguments)))
 
 
-def test_the_table_has_a_row_a_mixture_and_a_column_a_file(bundle, texts):
+def test_tables_have_a_row_per_model_and_a_column_per_file(bundle, texts):
     result = run("evaluate", bundle, *texts)
 
     assert result.exit_code == 0
@@ -41,23 +41,23 @@ def test_the_table_has_a_row_a_mixture_and_a_column_a_file(bundle, texts):
 
 
 def test_json_figures(bundle, texts):
-    told = json.loads(run("evaluate", bundle, *texts, "--json").stdout)
+    output = json.loads(run("evaluate", bundle, *texts, "--json").stdout)
 
-    rows = {row["name"]: row for row in told["rows"]}
+    rows = {row["name"]: row for row in output["rows"]}
     assert rows["math"]["files"]["sums"]["perplexity"] == pytest.approx(1, abs=0.01)
     assert rows["code"]["files"]["words"]["bits_per_byte"] == pytest.approx(0, abs=0.01)
     assert rows["uniform"]["files"]["sums"]["bits_per_byte"] == pytest.approx(1, abs=0.01)
     assert rows["math"]["overall"]["tokens"] == 4 + 4 + 1
 
 
-def test_the_student_stands_beside_members_and_mixture(student_bundle, texts):
-    """After "1" and "+" it is as sure as math, which weighs 3/4; after "2" it is sure of the end; then it knows
-    nothing, like code, which weighs 1/4.
+def test_the_students_figures(student_bundle, texts):
+    """After "1" and "+" its prediction is that of math, whose weight is 3/4; after "2" it predicts the end; then it is
+    uniform, like code, whose weight is 1/4.
     """
-    told = json.loads(run("evaluate", student_bundle, texts[0], "--json").stdout)
+    output = json.loads(run("evaluate", student_bundle, texts[0], "--json").stdout)
 
-    rows = {row["name"]: row for row in told["rows"]}
-    assert (told["provider"], told["mixture"]) == ("cpu", "given")
+    rows = {row["name"]: row for row in output["rows"]}
+    assert (output["provider"], output["mixture"]) == ("cpu", "given")
     assert list(rows) == ["math", "code", "uniform", "given", "adaptive", "student"]
     assert rows["student"]["kind"] == "student"
     assert rows["student"]["files"]["sums"]["agreement"] == 0.5
@@ -73,16 +73,16 @@ def test_the_student_stands_beside_members_and_mixture(student_bundle, texts):
 
 
 def test_speed_can_be_left_out(student_bundle, texts):
-    told = json.loads(run("evaluate", student_bundle, texts[0], "--no-speed", "--json").stdout)
+    output = json.loads(run("evaluate", student_bundle, texts[0], "--no-speed", "--json").stdout)
 
-    assert all(row["decode_rate"] is None for row in told["rows"])
+    assert all(row["decode_rate"] is None for row in output["rows"])
     assert "Decoding" not in run("evaluate", student_bundle, texts[0], "--no-speed").stdout
 
 
-def test_only_so_many_tokens_are_read(bundle, texts):
-    told = json.loads(run("evaluate", bundle, *texts, "--max-tokens", 3, "--json").stdout)
+def test_max_tokens_limits_the_tokens_of_a_file(bundle, texts):
+    output = json.loads(run("evaluate", bundle, *texts, "--max-tokens", 3, "--json").stdout)
 
-    assert told["rows"][0]["files"]["sums"]["tokens"] == 2
+    assert output["rows"][0]["files"]["sums"]["tokens"] == 2
 
 
 def test_fit_weights_rewrites_the_manifest_and_nothing_else(own_bundle, texts):
@@ -105,7 +105,7 @@ def test_fit_weights_of_a_read_only_bundle_fails_before_the_work(own_bundle, tex
         raise OSError(errno.EROFS, "Read-only file system")
 
     def work(*_, **__):
-        raise AssertionError("the weights were fitted for nothing")
+        raise AssertionError("weights should not be fitted")
 
     monkeypatch.setattr(Path, "touch", refuse)
     monkeypatch.setattr("edgemix.export.stages.weights.fit_weights", work)
@@ -116,7 +116,7 @@ def test_fit_weights_of_a_read_only_bundle_fails_before_the_work(own_bundle, tex
     assert "edgemix.json: read-only file system" in result.stderr
 
 
-def test_fit_weights_that_stay(own_bundle, texts):
+def test_fit_weights_fixed(own_bundle, texts):
     assert run("fit-weights", own_bundle, *texts, "--fixed").exit_code == 0
     assert not read_manifest(own_bundle).weights.adaptive
     assert run("fit-weights", own_bundle, texts[0], "--adaptive").exit_code == 0
@@ -125,10 +125,10 @@ def test_fit_weights_that_stay(own_bundle, texts):
 
 
 def test_fit_weights_json(own_bundle, texts):
-    told = json.loads(run("fit-weights", own_bundle, *texts, "--json").stdout)
+    output = json.loads(run("fit-weights", own_bundle, *texts, "--json").stdout)
 
-    assert told["weights"]["method"] == "fit"
-    assert set(told["weights"]["domains"]) == {"sums", "words"}
+    assert output["weights"]["method"] == "fit"
+    assert set(output["weights"]["domains"]) == {"sums", "words"}
 
 
 @pytest.mark.parametrize("command", ["evaluate", "fit-weights"])

@@ -25,7 +25,7 @@ def test_every_line_of_a_pipe_is_a_message(bundle):
     assert (result.exit_code, result.stdout) == (0, "ef x\nf x\n")
 
 
-def test_no_answer_is_no_part_of_the_conversation(bundle):
+def test_an_empty_answer_is_not_part_of_the_conversation(bundle):
     arguments = ["chat", str(bundle), "--weights", "code=1", "--json"]
     result = CliRunner().invoke(edgemix, arguments, input="x\nd\n")
 
@@ -60,7 +60,7 @@ def test_the_student_alone(student_bundle, bundle):
         assert message in result.stderr
 
 
-def test_a_pipe_that_is_no_text(bundle):
+def test_stdin_that_is_not_utf8(bundle):
     result = CliRunner().invoke(edgemix, ["chat", str(bundle)], input=b"a\xff\n")
 
     assert result.exit_code == 2
@@ -136,7 +136,7 @@ def _wait_for(terminal: int, *texts: str) -> None:
 
 
 def _comes(terminal: int, seconds: float, *texts: str) -> bool:
-    """Read a terminal until all `texts` have come, in that order; False if it says nothing for so many seconds."""
+    """Read a terminal until all `texts` have come, in that order; False if nothing comes for `seconds` seconds."""
     seen = ""
     while not re.search(".*".join(map(re.escape, texts)), seen, re.DOTALL):
         ready, _, _ = select.select([terminal], [], [], seconds)

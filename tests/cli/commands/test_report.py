@@ -16,7 +16,7 @@ from edgemix.results.profile import encode_profile
 
 @pytest.fixture
 def texts(tmp_path):
-    """Two files, each the words of one member."""
+    """Two files, each with the text of one member."""
     (tmp_path / "sums.txt").write_text("1+2=3" * 4)
     (tmp_path / "words.jsonl").write_text('{"word": "def x"}\n{"word": "ef"}\n')
     return [str(tmp_path / "sums.txt"), str(tmp_path / "words.jsonl"), "--template", "{word}"]
@@ -43,33 +43,33 @@ def test_a_bundle_alone_is_described(bundle, page):
 def test_texts_are_measured_and_shown(student_bundle, texts, page):
     result = run(student_bundle, *texts, "-o", page, "--json")
 
-    told = json.loads(result.stdout)
-    assert told["report"] == str(page)
-    assert {"Quality against size", "Quality against speed", "Bits per byte by text"} <= set(told["shown"])
-    assert {"A stream that alternates between the texts", "From sums", "From words"} <= set(told["shown"])
-    assert all("profile" in missing for missing in told["missing"])
+    output = json.loads(result.stdout)
+    assert output["report"] == str(page)
+    assert {"Quality against size", "Quality against speed", "Bits per byte by text"} <= set(output["shown"])
+    assert {"A stream that alternates between the texts", "From sums", "From words"} <= set(output["shown"])
+    assert all("profile" in missing for missing in output["missing"])
     shown = page.read_text("utf-8")
     assert '<span class="m0 l4" title="math">' in shown
     assert '<span class="m1 l4" title="code">' in shown
     assert "tokens per second on the machine that made this report" in shown
 
 
-def test_a_profile_is_shown_and_spares_measuring_speed(bundle, texts, page, tmp_path, monkeypatch):
+def test_with_a_profile_speed_is_not_measured(bundle, texts, page, tmp_path, monkeypatch):
     def measure(*_, **__):
-        raise AssertionError("speed was measured again")
+        raise AssertionError("speed should not be measured")
 
     monkeypatch.setattr("edgemix.runtime.evaluation.evaluate.decoding_rates", measure)
     file = tmp_path / "profile.json"
     file.write_bytes(encode_profile(profile(("math", "code"), read_manifest(bundle).checksum)))
 
-    told = json.loads(run(bundle, *texts, "--profile", file, "-o", page, "--json").stdout)
+    output = json.loads(run(bundle, *texts, "--profile", file, "-o", page, "--json").stdout)
 
-    assert told["missing"] == []
-    assert {"Roofline", "Decode time by operator", "Quality against speed"} <= set(told["shown"])
+    assert output["missing"] == []
+    assert {"Roofline", "Decode time by operator", "Quality against speed"} <= set(output["shown"])
     assert "another bundle or another version" not in page.read_text("utf-8")
 
 
-def test_a_profile_of_another_bundle_is_told(bundle, page, tmp_path):
+def test_a_profile_of_another_bundle_is_reported(bundle, page, tmp_path):
     (tmp_path / "profile.json").write_bytes(encode_profile(bare(profile())))
 
     run(bundle, "--profile", tmp_path / "profile.json", "-o", page)
@@ -77,7 +77,7 @@ def test_a_profile_of_another_bundle_is_told(bundle, page, tmp_path):
     assert "another bundle or another version of this one" in page.read_text("utf-8")
 
 
-def test_only_so_many_tokens_are_coloured(bundle, texts, page):
+def test_text_tokens_limits_the_colored_tokens(bundle, texts, page):
     run(bundle, texts[0], "--text-tokens", 3, "--no-speed", "-o", page)
 
     assert (
@@ -86,9 +86,9 @@ def test_only_so_many_tokens_are_coloured(bundle, texts, page):
     )
 
 
-def test_what_is_wrong_is_told_before_any_work(bundle, texts, page, tmp_path, monkeypatch):
+def test_mistakes_are_reported_before_any_work(bundle, texts, page, tmp_path, monkeypatch):
     def work(*_, **__):
-        raise AssertionError("the bundle was read for nothing")
+        raise AssertionError("the bundle should not be loaded")
 
     monkeypatch.setattr("edgemix.runtime.Mixture.load", work)
     (tmp_path / "broken.json").write_text("{}")
@@ -117,7 +117,7 @@ def test_what_is_wrong_is_told_before_any_work(bundle, texts, page, tmp_path, mo
 
 def test_without_altair_the_extra_is_named_before_any_work(bundle, texts, page, monkeypatch):
     def work(*_, **__):
-        raise AssertionError("the texts were read for nothing")
+        raise AssertionError("the bundle should not be loaded")
 
     monkeypatch.setattr("edgemix.runtime.Mixture.load", work)
     for name in [name for name in sys.modules if name.startswith("edgemix.report.")]:

@@ -7,18 +7,18 @@ with Mixture.load("bundle") as mixture:
 from edgemix.runtime.mixture import Mixture
 from edgemix.runtime.options import GenerateOptions, WeightChoice
 from edgemix.runtime.results import Chunk, Completion, Score, Timings
-from edgemix.runtime.serving.scheduler import Server, Ticket
+from edgemix.runtime.serving.scheduler import BatchScheduler, RequestHandle
 from edgemix.runtime.session import Session
 
 __all__ = [
+    "BatchScheduler",
     "Chunk",
     "Completion",
     "GenerateOptions",
     "Mixture",
+    "RequestHandle",
     "Score",
-    "Server",
     "Session",
-    "Ticket",
     "Timings",
     "WeightChoice",
 ]

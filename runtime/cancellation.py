@@ -18,15 +18,15 @@ T = TypeVar("T")
 _CALLED_OFF: ContextVar[threading.Event | None] = ContextVar("called_off", default=None)
 
 
-class CalledOff(BaseException):
+class Cancelled(BaseException):
     """Nobody waits for this work any more. No error: handlers of errors let it through."""
 
 
 def check() -> None:
-    """Raise CalledOff in a thread whose work was called off; costs nothing elsewhere."""
+    """Raise Cancelled in a thread whose work was called off; costs nothing elsewhere."""
     event = _CALLED_OFF.get()
     if event is not None and event.is_set():
-        raise CalledOff
+        raise Cancelled
 
 
 async def in_thread(work: Callable[[], T]) -> T:
@@ -82,7 +82,7 @@ class _Stream(threading.Thread, Generic[T]):
         _CALLED_OFF.set(self._called_off)
         last: _Failure | None = None
         try:
-            with suppress(CalledOff), closing(self._items):
+            with suppress(Cancelled), closing(self._items):
                 self._wait()
                 for item in self._items:
                     self._tell(self.queue.put_nowait, _Item(item))
@@ -113,11 +113,11 @@ class _Stream(threading.Thread, Generic[T]):
         """Wait until the next item is asked for.
 
         Raises:
-            CalledOff: It never will be.
+            Cancelled: It never will be.
         """
         while not self.wanted.acquire(timeout=1):
             if self._loop.is_closed():
-                raise CalledOff
+                raise Cancelled
         check()
 
     def _tell(self, function: Callable[..., object], *arguments: object) -> None:

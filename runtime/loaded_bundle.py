@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from edgemix.errors import EdgemixError, InputError
-from edgemix.runtime.mixing.ensemble import Blend, Blender
+from edgemix.runtime.mixing.ensemble import Ensemble, WeightResolver
 from edgemix.runtime.sequences.prefix_cache import PrefixCache
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from edgemix.bundle.manifest import Manifest
     from edgemix.bundle.ngram_table import NgramTable
-    from edgemix.runtime.graphs.decoder import Member
+    from edgemix.runtime.graphs.decoder import DecoderGraph
     from edgemix.runtime.graphs.providers import Provider
     from edgemix.runtime.machine.plan import Plan
     from edgemix.runtime.mixing.arithmetic import Combine
@@ -27,7 +27,7 @@ _ELSEWHERE: list[object] = []
 """Graphs of the process that this one was forked from: freeing them would wait for threads that are not here."""
 
 
-class OpenedBundle:
+class LoadedBundle:
     """Members that are loaded, by their bundle's manifest.
 
     Its attributes are told of in `Mixture`.
@@ -36,11 +36,11 @@ class OpenedBundle:
     def __init__(
         self,
         manifest: Manifest,
-        members: Sequence[Member],
+        members: Sequence[DecoderGraph],
         tokenizer: Tokenizer,
         provider: Provider,
         *,
-        drafter: Member | None = None,
+        drafter: DecoderGraph | None = None,
         ngrams: NgramTable | None = None,
         prefix_bytes: int = 0,
         plan: Plan | None = None,
@@ -50,9 +50,9 @@ class OpenedBundle:
         self.members = tuple(entry.name for entry in manifest.members)
         self.weights: Mapping[str, float] = dict(manifest.weights.default)
         self.vocabulary = manifest.tokenizer.vocabulary
-        self.context = min(member.context for member in members)
+        self.context = min(graph.context for graph in members)
         self.provider = provider.name
-        self._blender = Blender.of(manifest)
+        self._weight_resolver = WeightResolver.of(manifest)
         self._process = os.getpid()
         self.plan = plan
         self._loaded = tuple(members)
@@ -73,28 +73,28 @@ class OpenedBundle:
         self.close()
 
     @property
-    def drafting(self) -> Blend | None:
-        """The student as a blend of one, where it was opened beside the members."""
-        return None if self._drafter is None else Blend((self._drafter,), np.ones(1), "linear", self.vocabulary)
+    def drafting(self) -> Ensemble | None:
+        """The student as an ensemble of one, where it was opened beside the members."""
+        return None if self._drafter is None else Ensemble((self._drafter,), np.ones(1), "linear", self.vocabulary)
 
-    def blend(self, weights: WeightChoice = None, combine: Combine = "linear") -> Blend:
+    def ensemble(self, weights: WeightChoice = None, combine: Combine = "linear") -> Ensemble:
         """The members that weigh something, and how they are mixed, for callers who need more than text.
 
         Raises:
             InputError: An argument makes no sense.
         """
-        return self._blender.blend(self.graphs(), weights, combine)
+        return self._weight_resolver.ensemble(self.graphs(), weights, combine)
 
-    def whole_blend(self, weights: WeightChoice = None, combine: Combine = "linear") -> Blend:
-        """As `blend`, of all members, those that weigh nothing too."""
-        return self._blender.whole(self.graphs(), weights, combine)
+    def full_ensemble(self, weights: WeightChoice = None, combine: Combine = "linear") -> Ensemble:
+        """As `ensemble`, of all members, those that weigh nothing too."""
+        return self._weight_resolver.full_ensemble(self.graphs(), weights, combine)
 
     def check_length(self, ids: Sequence[int], what: str) -> None:
         """Raise InputError if token ids are more than the context."""
         if len(ids) > self.context:
             raise InputError(f"{what} has {len(ids)} tokens, more than the context of {self.context}", "Shorten it.")
 
-    def graphs(self) -> tuple[Member, ...]:
+    def graphs(self) -> tuple[DecoderGraph, ...]:
         """The members' graphs, opened.
 
         Raises:

@@ -20,13 +20,13 @@ from edgemix.runtime.decoding.plain import State
 from edgemix.runtime.evaluation.scoring import score_tokens
 from edgemix.runtime.graphs.loading import open_graphs
 from edgemix.runtime.graphs.providers import choose
-from edgemix.runtime.loaded_bundle import OpenedBundle
+from edgemix.runtime.loaded_bundle import LoadedBundle
 from edgemix.runtime.machine.plan import find_plan
 from edgemix.runtime.options import GenerateOptions, Settings, WeightChoice
 from edgemix.runtime.results import Chunk, Completion, Score
 from edgemix.runtime.sequences import prefix_file
 from edgemix.runtime.sequences.prefix_cache import PrefixCache
-from edgemix.runtime.serving.scheduler import Server
+from edgemix.runtime.serving.scheduler import BatchScheduler
 from edgemix.runtime.session import Session
 from edgemix.runtime.text.tokenizer import Tokenizer
 
@@ -44,7 +44,7 @@ PREFIX_BYTES = 64 << 20
 """Memory for texts that were read, by default: of SmolLM2-135M 1,400 tokens of one member."""
 
 
-class Mixture(OpenedBundle):
+class Mixture(LoadedBundle):
     """Several language models that answer as one:  P(y | x) = sum_i w_i P_i(y | x).
 
     A loaded mixture does not change, and every call has caches of its own: threads may share one mixture and call it at
@@ -313,7 +313,7 @@ class Mixture(OpenedBundle):
         Raises:
             InputError: A text is too short, or an argument makes no sense.
         """
-        blend = self.whole_blend(weights, combine)
+        ensemble = self.full_ensemble(weights, combine)
         window = self.context if window is None else window
         if not 1 <= window <= self.context:
             raise InputError(f"window must be between 1 and the context, {self.context} tokens, not {window}")
@@ -325,11 +325,11 @@ class Mixture(OpenedBundle):
             for token_ids, scored_bytes in encoded:
                 ids = np.array(token_ids, np.int64)
                 mixed, own = score_tokens(
-                    blend.members,
-                    blend.weights,
+                    ensemble.graphs,
+                    ensemble.weights,
                     ids,
                     combine=combine,
-                    experts=blend.experts,
+                    experts=ensemble.prior,
                     vocabulary=self.vocabulary,
                     window=window,
                     advance=task.advance,
@@ -347,19 +347,19 @@ class Mixture(OpenedBundle):
         """
         ids = self.tokenizer.encode(text)
         self.check_length(ids, "the text")
-        with closing(State(self.blend(weights, combine), 1)) as state:
+        with closing(State(self.ensemble(weights, combine), 1)) as state:
             mixed = state.mix(state.begin([np.array(ids, np.int64)]))
             probabilities = np.exp(mixed[0].astype(np.float64))
         return np.asarray(probabilities / probabilities.sum())
 
-    def serve(self, *, most: int = 16, waiting: int = 256) -> Server:
+    def serve(self, *, most: int = 16, waiting: int = 256) -> BatchScheduler:
         """A server that generates many texts at once, which come and go.
 
         Args:
             most: Texts that are generated at once; others wait.
             waiting: Texts that may wait; more are refused.
         """
-        return Server(self, most=most, waiting=waiting)
+        return BatchScheduler(self, most=most, waiting=waiting)
 
     def save_prefixes(self, path: str | Path) -> None:
         """Write the texts that were read to a file, for `load_prefixes` in another process.

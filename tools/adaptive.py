@@ -46,12 +46,12 @@ def alternate(mixture: Mixture, texts: Mapping[str, Sequence[str]], passage: int
 
 def ways(mixture: Mixture) -> dict[str, Way]:
     """What is compared, by name."""
-    from edgemix.runtime.mixing.adaptive import Experts, adaptive_targets
+    from edgemix.runtime.mixing.adaptive import AdaptivePrior, adaptive_targets
     from edgemix.runtime.mixing.arithmetic import linear_targets
 
     fitted = mixture.manifest.weights
     members = mixture.members
-    experts = Experts.of(members, fitted.default, fitted.domains)
+    experts = AdaptivePrior.of(members, fitted.default, fitted.domains)
 
     def fixed(shares: Mapping[str, float]) -> Way:
         return lambda own: linear_targets(own, np.array([shares.get(member, 0.0) for member in members]))

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from edgemix.runtime import Mixture
-    from edgemix.runtime.mixing.ensemble import Blend
+    from edgemix.runtime.mixing.ensemble import Ensemble
 
 NAIVE, ALONE, ALL, STACKED = "naive loop", "one member", "all together", "one graph"
 TECHNIQUES: dict[str, dict[str, bool]] = {
@@ -82,36 +82,44 @@ class Turns:
 
 
 def sides(
-    bundle: Path, mixture: Mixture, blend: Blend, peers: Mapping[str, str], *, stacked: Blend | None, threads: int
+    bundle: Path,
+    mixture: Mixture,
+    ensemble: Ensemble,
+    peers: Mapping[str, str],
+    *,
+    stacked: Ensemble | None,
+    threads: int,
 ) -> dict[str, Side]:
     """All that is compared, by name."""
     from edgemix.runtime.decoding.plain import Decoding
     from edgemix.runtime.decoding.sampling import Sampling
     from edgemix.runtime.decoding.speculative import SpeculativeDecoding
-    from edgemix.runtime.mixing.ensemble import Blend
+    from edgemix.runtime.mixing.ensemble import Ensemble
 
     common: dict[str, Any] = {"context": mixture.context, "eos": ()}
     drafters = {"student": mixture.drafting, "ngrams": mixture.ngrams}
 
-    def plainly(blend: Blend) -> Side:
+    def plainly(ensemble: Ensemble) -> Side:
         def run(ids: list[int], count: int) -> Iterable[list[int]]:
-            return _ids(Decoding(blend, [ids], Sampling(), seeds=[0], max_new_tokens=count, **common))
+            return _ids(Decoding(ensemble, [ids], Sampling(), seeds=[0], max_new_tokens=count, **common))
 
         return Side(run)
 
-    def fast(techniques: dict[str, bool], blend: Blend = blend, like: str = NAIVE) -> Side:
+    def fast(techniques: dict[str, bool], ensemble: Ensemble = ensemble, like: str = NAIVE) -> Side:
         own = {name: drafter if techniques.get(name) else None for name, drafter in drafters.items()}
         options: dict[str, Any] = {"lazy": False, "lookup": False, **techniques, **own}
 
         def run(ids: list[int], count: int) -> Iterable[list[int]]:
-            return _ids(SpeculativeDecoding(blend, ids, Sampling(), seed=0, max_new_tokens=count, **common, **options))
+            return _ids(
+                SpeculativeDecoding(ensemble, ids, Sampling(), seed=0, max_new_tokens=count, **common, **options)
+            )
 
         return Side(run, like)
 
-    best = int(blend.weights.argmax())
-    voices = np.eye(len(blend.weights))[best]
-    alone = Blend.of(blend.members, voices, "linear", mixture.vocabulary)
-    found = {NAIVE: plainly(blend)}
+    best = int(ensemble.weights.argmax())
+    one_hot = np.eye(len(ensemble.weights))[best]
+    alone = Ensemble.of(ensemble.graphs, one_hot, "linear", mixture.vocabulary)
+    found = {NAIVE: plainly(ensemble)}
     for name, techniques in TECHNIQUES.items():
         if name == ALL or all(drafters.get(technique, True) is not None for technique in techniques):
             found[name] = fast(techniques)
@@ -155,21 +163,23 @@ def take_turns(
     return found
 
 
-def throughput(mixture: Mixture, blend: Blend, prompts: list[list[int]], *, size: int, new: int) -> dict[str, Any]:
+def throughput(
+    mixture: Mixture, ensemble: Ensemble, prompts: list[list[int]], *, size: int, new: int
+) -> dict[str, Any]:
     """Tokens a second of all texts together, prompts and all: one text alone by the plain loop, a batch, and three
     times as many texts that join and leave a batch of that size, a quarter to seven quarters as long. Medians of turns.
     """
-    from edgemix.runtime.decoding.batch import ContinuousBatch, Request
+    from edgemix.runtime.decoding.batch import ContinuousBatch, GenerationRequest
     from edgemix.runtime.decoding.plain import Decoding
     from edgemix.runtime.decoding.sampling import Sampling
-    from edgemix.runtime.mixing.ensemble import Blend
+    from edgemix.runtime.mixing.ensemble import Ensemble
 
     some = [prompts[i % len(prompts)] for i in range(3 * size)]
 
     def batch(ids: list[list[int]]) -> tuple[float, float]:
         options: dict[str, Any] = {"seeds": [0] * len(ids), "context": mixture.context, "eos": ()}
         begun = time.perf_counter()
-        with closing(Decoding(blend, ids, Sampling(), max_new_tokens=new, **options)) as decoding:
+        with closing(Decoding(ensemble, ids, Sampling(), max_new_tokens=new, **options)) as decoding:
             decoding.step()
             first = time.perf_counter()
             while decoding.step():
@@ -180,12 +190,14 @@ def throughput(mixture: Mixture, blend: Blend, prompts: list[list[int]], *, size
     def continuous() -> float:
         lengths = np.linspace(new / 4, 7 * new / 4, len(some)).astype(int)
         np.random.default_rng(0).shuffle(lengths)
-        everyone = Blend(blend.members, np.full(len(blend.weights), 1 / len(blend.weights)), "linear", blend.vocabulary)
+        everyone = Ensemble(
+            ensemble.graphs, np.full(len(ensemble.weights), 1 / len(ensemble.weights)), "linear", ensemble.vocabulary
+        )
         begun, told = time.perf_counter(), 0
         with closing(ContinuousBatch(everyone, size)) as served:
             for ids, length in zip(some, lengths, strict=True):
                 generator = np.random.default_rng(0)
-                served.add(Request(blend, np.array(ids), Sampling(), generator, int(length), frozenset()))
+                served.add(GenerationRequest(ensemble, np.array(ids), Sampling(), generator, int(length), frozenset()))
             while len(served):
                 told += len(served.step())
         return told / (time.perf_counter() - begun)
@@ -345,9 +357,9 @@ def main() -> None:
         options: dict[str, Any] = {"provider": "cpu", "threads": arguments.threads, "plan": False}
         one_graph = Mixture.load(arguments.one_graph, **options) if arguments.one_graph else nullcontext()
         with Mixture.load(arguments.bundle, **options) as mixture, one_graph as stacked:
-            blend = mixture.blend(arguments.weights)
-            other = stacked and stacked.blend(arguments.weights)
-            compared = sides(arguments.bundle, mixture, blend, peers, stacked=other, threads=arguments.threads)
+            ensemble = mixture.ensemble(arguments.weights)
+            other = stacked and stacked.ensemble(arguments.weights)
+            compared = sides(arguments.bundle, mixture, ensemble, peers, stacked=other, threads=arguments.threads)
             encoded = [mixture.tokenizer.encode(prompt) for prompt, _ in prompts]
             found = take_turns(compared, encoded, new=arguments.new, rounds=arguments.rounds, console=console)
             figures = {
@@ -362,7 +374,7 @@ def main() -> None:
                 "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
                 "loading": loading(arguments.bundle, arguments.threads),
                 "throughput": arguments.batch
-                and throughput(mixture, blend, encoded, size=arguments.batch, new=arguments.new),
+                and throughput(mixture, ensemble, encoded, size=arguments.batch, new=arguments.new),
                 "sides": summary(found, compared, [domain for _, domain in prompts]),
             }
         if arguments.output:

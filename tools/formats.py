@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from edgemix.bundle.manifest import Manifest
     from edgemix.progress import Progress
     from edgemix.runtime import Mixture
-    from edgemix.runtime.graphs.decoder import Member
+    from edgemix.runtime.graphs.decoder import DecoderGraph
 
 NAME = "model"
 """What the bundles call their only member."""
@@ -129,9 +129,9 @@ def perplexity(mixture: Mixture, text: str, most: int, progress: Progress) -> fl
     scores = []
     with progress.stage("perplexity", len(windows) * (WINDOW - 1)) as task:
         for window in windows:
-            blend = mixture.blend()
+            ensemble = mixture.ensemble()
             scored, _ = score_tokens(
-                blend.members,
+                ensemble.graphs,
                 np.ones(1),
                 np.array(window, np.int64),
                 combine="linear",
@@ -143,7 +143,7 @@ def perplexity(mixture: Mixture, text: str, most: int, progress: Progress) -> fl
     return math.exp(-float(np.concatenate(scores).mean()))
 
 
-def timed(model: Member, prompt: list[int]) -> tuple[float, float]:
+def timed(model: DecoderGraph, prompt: list[int]) -> tuple[float, float]:
     """Tokens per second of reading the prompt, and of decoding greedily after it."""
     cache = model.new_cache()
     try:
@@ -167,7 +167,7 @@ def measure(found: dict[str, Measured], texts: dict[str, str], arguments: argpar
         for form, figures in found.items():
             bundle = arguments.output / form
             mixture = stack.enter_context(Mixture.load(bundle, provider="cpu", threads=arguments.threads))
-            models[form] = mixture.blend().members[0]
+            models[form] = mixture.ensemble().graphs[0]
             progress = PrefixedProgress(console.progress, form)
             for name, text in texts.items():
                 figures.perplexity[name] = perplexity(mixture, text, arguments.windows, progress)

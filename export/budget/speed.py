@@ -9,9 +9,9 @@ import numpy as np
 from edgemix.errors import EdgemixError
 from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.runtime.evaluation.decode_rate import decoding_rates
-from edgemix.runtime.graphs.decoder import Member
+from edgemix.runtime.graphs.decoder import DecoderGraph
 from edgemix.runtime.graphs.providers import choose
-from edgemix.runtime.mixing.ensemble import Blend
+from edgemix.runtime.mixing.ensemble import Ensemble
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -55,12 +55,12 @@ def decoding_times(
         EdgemixError: The provider does not work here, or the members' context is too short to measure in.
     """
     provider = choose(target)
-    members = [Member.load(graph.path, graph.config, provider, name=name) for name, graph in graphs.items()]
+    members = [DecoderGraph.load(graph.path, graph.config, provider, name=name) for name, graph in graphs.items()]
     vocabulary, context = (min(getattr(member, name) for member in members) for name in ("vocabulary", "context"))
     shares = [*np.eye(len(members)), np.full(len(members), 1 / len(members))]
-    blends = [Blend.of(members, each, "linear", vocabulary) for each in shares]
+    ensembles = [Ensemble.of(members, each, "linear", vocabulary) for each in shares]
     ids = [token % vocabulary for token in prompt]
-    seconds = [1 / rate for rate in decoding_rates(blends, ids, context=context, progress=progress)]
+    seconds = [1 / rate for rate in decoding_rates(ensembles, ids, context=context, progress=progress)]
     if not np.isfinite(seconds).all():
         raise EdgemixError(f"a context of {context} tokens is too short to measure decoding in")
     return Times(dict(zip(graphs, seconds, strict=False)), seconds[-1])

@@ -30,7 +30,7 @@ from edgemix.export.training.token_loss import has_fast_bfloat16, linear_head
 from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.recipe.text_sources import read_documents
 from edgemix.runtime import Mixture
-from edgemix.runtime.mixing.arithmetic import normalise
+from edgemix.runtime.mixing.arithmetic import normalize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from edgemix.export.models.loading import LoadedMember
     from edgemix.formats import Format
     from edgemix.recipe.schema import Recipe
-    from edgemix.runtime.mixing.ensemble import Blend
+    from edgemix.runtime.mixing.ensemble import Ensemble
 
 _ROWS = 64
 """Tokens that are mixed at once: their distributions stay in a CPU's cache."""
@@ -84,18 +84,18 @@ class RuntimeTeacher:
     """
 
     def __init__(self, mixture: Mixture, weights: Mapping[str, float]) -> None:
-        self._blend: Blend = mixture.blend(weights)
+        self._ensemble: Ensemble = mixture.ensemble(weights)
         self.vocabulary, self.context = mixture.vocabulary, mixture.context
         self.key = stage_key(
-            members=mixture.manifest.members, weights=[*self._blend.weights.tolist()], provider=mixture.provider
+            members=mixture.manifest.members, weights=[*self._ensemble.weights.tolist()], provider=mixture.provider
         )
 
     def top_k(self, ids: NDArray[np.int64], k: int, temperature: float) -> TopK:
-        return _top_of_mixture(self._logits(ids), self._blend.weights.tolist(), self.vocabulary, k, temperature)
+        return _top_of_mixture(self._logits(ids), self._ensemble.weights.tolist(), self.vocabulary, k, temperature)
 
     def _logits(self, ids: NDArray[np.int64]) -> Iterator[tuple[Tensor, ...]]:
         """Every voice's logits [some rows, width] after each token but the last of windows, row after row."""
-        members = self._blend.members
+        members = self._ensemble.graphs
         chunk = min(member.chunk for member in members)
         caches = [member.new_cache() for member in members]
         try:
@@ -252,7 +252,7 @@ def open_teacher(
     loader = MemberLoader(recipe.folder, progress)
     teacher = TorchTeacher(map(loader.load, recipe.members), tokenizer_size(tokenizer), device)
     given = recipe.weights if isinstance(recipe.weights, dict) else dict.fromkeys(names, 1.0)
-    weights = dict(zip(names, normalise(given, names).tolist(), strict=True))
+    weights = dict(zip(names, normalize(given, names).tolist(), strict=True))
     if recipe.fits_weights:
         with progress.stage("fit weights"):
             found = fit(np.concatenate([*_validation(recipe, tokenizer, teacher)], axis=1))

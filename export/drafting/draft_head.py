@@ -24,7 +24,7 @@ from edgemix.export.quantization.graph.emission import CONTRIB, add_initializer
 from edgemix.files import write_atomically
 from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.recipe.text_sources import read_documents
-from edgemix.runtime.graphs.decoder import Member
+from edgemix.runtime.graphs.decoder import DecoderGraph
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -167,8 +167,8 @@ def _written(whole: Path, graph: Path, entry: MemberEntry, tokens: NDArray[np.in
     probe = np.array(text[: min(_PROBE, entry.config.context)], np.int64)
     config = msgspec.structs.replace(entry.config, vocabulary=len(tokens))
     try:
-        found = Member.load(graph, config, tokens=tokens).forward([probe])[0]
-        expected = Member.load(whole, entry.config).forward([probe])[0][:, tokens]
+        found = DecoderGraph.load(graph, config, tokens=tokens).forward([probe])[0]
+        expected = DecoderGraph.load(whole, entry.config).forward([probe])[0][:, tokens]
     except EdgemixError as error:
         return f"with a cut one it does not run: {error.message}"
     if not np.abs(found - expected).max() <= _CLOSE * np.abs(expected).max():

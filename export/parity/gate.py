@@ -19,7 +19,7 @@ from edgemix.bundle.manifest import GraphParity, PruningFigures, QuantizationPar
 from edgemix.errors import ParityError
 from edgemix.export.models.architecture import sliding_windows
 from edgemix.progress import NO_PROGRESS, Progress
-from edgemix.runtime.graphs.decoder import Member
+from edgemix.runtime.graphs.decoder import DecoderGraph
 from edgemix.runtime.mixing.arithmetic import log_softmax
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def check_graph(model: PreTrainedModel, path: Path, config: GraphConfig) -> Grap
     longest = min(config.context, max(_LENGTH, *(window + 16 for window in windows), 0))
     rows = _random_rows((longest, longest // 2, _STEPS + 2), model.config.get_text_config().vocab_size)
     expected = [_reference(model, row) for row in rows]
-    member = Member.load(path, config, name=config.exporter)
+    member = DecoderGraph.load(path, config, name=config.exporter)
     return GraphParity(
         prefill=_worst([_difference(expected[0], member.forward(rows[:1])[0])]),
         decode=_worst(_decode_differences(member, rows[0], expected[0])),
@@ -140,8 +140,10 @@ def check_quantized(
         seed: Of the texts that the fp32 graph writes.
         progress: Told of every piece of text read.
     """
-    source = Member.load(fp32_path, msgspec.structs.replace(config, dtype="float32", member_count=1, cache_dtype=None))
-    stored = Member.load(path, config)
+    source = DecoderGraph.load(
+        fp32_path, msgspec.structs.replace(config, dtype="float32", member_count=1, cache_dtype=None)
+    )
+    stored = DecoderGraph.load(path, config)
     texts = _texts(source, windows or (), seed)
     prefill, decode = Distance(), Distance()
     with progress.stage("parity", total=sum(len(text) - 1 for text in texts)) as task:
@@ -294,7 +296,7 @@ def _logits(model: PreTrainedModel, row: Tokens) -> torch.Tensor:
     return logits[0]
 
 
-def _decode_differences(member: Member, row: Tokens, expected: _Reference) -> Iterator[float]:
+def _decode_differences(member: DecoderGraph, row: Tokens, expected: _Reference) -> Iterator[float]:
     """One token after a past, then the rest of the row, several at once."""
     cache = member.new_cache()
     past = len(row) - _LENGTH // 8
@@ -303,7 +305,7 @@ def _decode_differences(member: Member, row: Tokens, expected: _Reference) -> It
         yield _difference(expected[start:end], member.extend_all(cache, row[None, start:end])[0])
 
 
-def _batch_differences(member: Member, rows: list[Tokens], expected: list[_Reference]) -> Iterator[float]:
+def _batch_differences(member: DecoderGraph, rows: list[Tokens], expected: list[_Reference]) -> Iterator[float]:
     """Rows of unequal length: in one call, padded on the right; and from a cache, token by token."""
     beginnings = [row[:_BATCH_LENGTH] for row in rows]
     for logits, wanted in zip(member.forward(beginnings), expected, strict=True):
@@ -342,11 +344,11 @@ def own_texts(
     """At least `tokens` tokens of text that an fp32 graph writes itself, for a recipe without text. With ids below a
     `vocabulary` that others share, they can read it.
     """
-    source = Member.load(path, msgspec.structs.replace(config, dtype="float32"))
+    source = DecoderGraph.load(path, msgspec.structs.replace(config, dtype="float32"))
     return [text.tolist() for text in _sample(source, tokens, seed, vocabulary)]
 
 
-def _texts(source: Member, windows: Sequence[Sequence[int]], seed: int) -> list[Tokens]:
+def _texts(source: DecoderGraph, windows: Sequence[Sequence[int]], seed: int) -> list[Tokens]:
     """Token ids to measure on: at least `_ENOUGH_TOKENS` and about `_MOST_TOKENS`, no text longer than the context."""
     texts = [np.asarray(window[: source.context], np.int64) for window in windows if len(window) > 1]
     tokens = sum(map(len, texts))
@@ -356,7 +358,7 @@ def _texts(source: Member, windows: Sequence[Sequence[int]], seed: int) -> list[
     return texts[::stride]
 
 
-def _sample(source: Member, tokens: int, seed: int, vocabulary: int | None = None) -> list[Tokens]:
+def _sample(source: DecoderGraph, tokens: int, seed: int, vocabulary: int | None = None) -> list[Tokens]:
     """At least `tokens` tokens in `_SAMPLED_ROWS` texts that the graph writes itself."""
     generator = np.random.default_rng(seed)
     rows = generator.integers(0, vocabulary or source.vocabulary, (_SAMPLED_ROWS, 1))
@@ -369,7 +371,7 @@ def _sample(source: Member, tokens: int, seed: int, vocabulary: int | None = Non
 
 
 def _log_probability_pairs(
-    source: Member, stored: Member, voice: int, text: Tokens
+    source: DecoderGraph, stored: DecoderGraph, voice: int, text: Tokens
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], Tokens]]:
     """Both graphs' log-probabilities float32 [tokens, vocabulary] and the next tokens, a bounded piece at a time."""
     caches = source.new_cache(), stored.new_cache()
@@ -381,7 +383,7 @@ def _log_probability_pairs(
 
 
 def _decoded_pairs(
-    source: Member, stored: Member, voice: int, text: Tokens, steps: int
+    source: DecoderGraph, stored: DecoderGraph, voice: int, text: Tokens, steps: int
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], Tokens]]:
     """The same at `steps` tokens, fewer of a short text, that the stored graph reads singly after a past."""
     steps = min(steps, len(text) - 2, source.chunk)

@@ -21,7 +21,7 @@ from edgemix.errors import storage_errors
 from edgemix.export.parity.gate import Distance
 from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.runtime.evaluation.scoring import read
-from edgemix.runtime.graphs.decoder import Member
+from edgemix.runtime.graphs.decoder import DecoderGraph
 from edgemix.runtime.mixing.arithmetic import linear, log_softmax
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def keep_distributions(
         output: A safetensors file, tensors "0", "1" and so on.
         progress: Hears of the tokens read.
     """
-    member = Member.load(path, msgspec.structs.replace(config, dtype="float32"))
+    member = DecoderGraph.load(path, msgspec.structs.replace(config, dtype="float32"))
     kept = {}
     with progress.stage("fp32 distributions", sum(len(text) - 1 for text in texts)) as task:
         for number, text in enumerate(texts):
@@ -79,14 +79,14 @@ def compare_mixtures(
         texts: As they were given to `keep_distributions`.
         progress: Hears of the tokens read.
     """
-    blend, distance = mixture.blend(dict.fromkeys(mixture.members, 1.0)), Distance()
+    ensemble, distance = mixture.ensemble(dict.fromkeys(mixture.members, 1.0)), Distance()
     weights = np.array([mixture.weights[name] for name in mixture.members])
     with ExitStack() as stack, progress.stage("mixture parity", sum(len(text) - 1 for text in texts)) as task:
         files = [stack.enter_context(safe_open(kept[name], "np")) if name in kept else None for name in mixture.members]
         for number, text in enumerate(texts):
             ids = np.asarray(text[: mixture.context], np.int64)
             exact = [file and file.get_slice(str(number)) for file in files]
-            with closing(read(blend.members, ids, vocabulary=blend.vocabulary, window=len(ids))) as pieces:
+            with closing(read(ensemble.graphs, ids, vocabulary=ensemble.vocabulary, window=len(ids))) as pieces:
                 for place, logits, targets in pieces:
                     for start in range(0, len(targets), _ROWS):
                         rows = slice(start, min(start + _ROWS, len(targets)))

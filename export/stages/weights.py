@@ -20,7 +20,7 @@ from edgemix.bundle.manifest import Weights
 from edgemix.errors import InputError
 from edgemix.progress import NO_PROGRESS, PrefixedProgress, Progress
 from edgemix.runtime.evaluation.evaluate import score_documents
-from edgemix.runtime.mixing.arithmetic import normalise
+from edgemix.runtime.mixing.arithmetic import normalize
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -90,7 +90,7 @@ def given_weights(recipe: Recipe) -> Weights:
     """The weights before any fitting: the recipe's own, normalised, or uniform ones."""
     names = [member.name for member in recipe.members]
     if isinstance(recipe.weights, dict):
-        return Weights("given", dict(zip(names, normalise(recipe.weights, names).tolist(), strict=True)))
+        return Weights("given", dict(zip(names, normalize(recipe.weights, names).tolist(), strict=True)))
     return Weights("uniform", dict.fromkeys(names, 1 / len(names)))
 
 

@@ -14,10 +14,10 @@ import numpy as np
 
 from edgemix.errors import EdgemixError
 from edgemix.runtime.decoding.plain import Token, finish_reason
-from edgemix.runtime.decoding.sampling import choose_token, penalise_repetition
+from edgemix.runtime.decoding.sampling import choose_token, penalize_repetition
 from edgemix.runtime.mixing.adaptive import Posterior, evidence_from
 from edgemix.runtime.mixing.arithmetic import check_numbers, combine_log_probabilities, log_softmax
-from edgemix.runtime.mixing.attribution import Spoken
+from edgemix.runtime.mixing.attribution import TokenAttribution
 from edgemix.runtime.sequences.prefix_cache import PrefixCache
 from edgemix.runtime.text.grammar import rule_out
 
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemix.runtime.decoding.sampling import Sampling
-    from edgemix.runtime.mixing.ensemble import Blend, Listened
-    from edgemix.runtime.text.grammar import Follower
+    from edgemix.runtime.mixing.ensemble import ActiveGraph, Ensemble
+    from edgemix.runtime.text.grammar import GrammarState
 
 PIECE = 128
 """Tokens of a prompt that are read between two steps."""
 
 
 @dataclass(eq=False)
-class Request:
+class GenerationRequest:
     """A sequence to generate.
 
     Attributes:
-        blend: Of all the batch's members; weights of zero leave one out.
+        ensemble: Of all the batch's members; weights of zero leave one out.
         prompt: int64 [tokens], at least one.
         sampling: How tokens are chosen.
         generator: Where randomness comes from.
@@ -47,55 +47,57 @@ class Request:
         eos: Ids that finish it with "stop".
         follower: Where it must have a given form.
         log_probabilities: Of its tokens so far, under the mixture, nats.
-        attribution: Remember what voices said, for `spoken`.
-        said: What voices gave each of them, and weighed.
+        attribution: Remember what members said, for `spoken`.
+        said: What members gave each of them, and weighed.
     """
 
-    blend: Blend
+    ensemble: Ensemble
     prompt: NDArray[np.int64]
     sampling: Sampling
     generator: np.random.Generator
     budget: int
     eos: frozenset[int]
-    follower: Follower | None = None
+    grammar_state: GrammarState | None = None
     attribution: bool = False
     log_probabilities: list[float] = field(default_factory=list)
-    said: list[Spoken] = field(default_factory=list)
+    said: list[TokenAttribution] = field(default_factory=list)
 
-    def spoken(self, first: int = 0) -> Spoken:
-        """What voices gave its tokens so far, from one of them on."""
-        return Spoken.joined(self.said[first:])
+    def spoken(self, first: int = 0) -> TokenAttribution:
+        """What members gave its tokens so far, from one of them on."""
+        return TokenAttribution.joined(self.said[first:])
 
 
 class _Row:
     """A request that is being served."""
 
-    def __init__(self, request: Request, listened: Sequence[Listened], vocabulary: int, prefixes: PrefixCache) -> None:
+    def __init__(
+        self, request: GenerationRequest, active_graph: Sequence[ActiveGraph], vocabulary: int, prefixes: PrefixCache
+    ) -> None:
         self.request, self.prompt = request, request.prompt
-        experts = request.blend.experts
+        experts = request.ensemble.prior
         self._posterior = Posterior(experts) if experts else None
-        self.weights = request.blend.weights
+        self.weights = request.ensemble.weights
         self._known_from = evidence_from(self.prompt) if experts else len(self.prompt)
         self.own = np.full((len(self.weights), len(self.prompt)), np.nan)
-        self.readers = []
-        for each in listened:
-            reader, known = prefixes.reader(each, vocabulary, self.prompt, self._known_from)
-            self.own[list(reader.voices), : known.shape[1]] = known
-            self.readers.append(reader)
+        self.sequences = []
+        for each in active_graph:
+            sequence, known = prefixes.sequence(each, vocabulary, self.prompt, self._known_from)
+            self.own[list(sequence.members), : known.shape[1]] = known
+            self.sequences.append(sequence)
         self.seen = np.unique(self.prompt)
         self.last = -1
 
     def read_on(self) -> list[NDArray[np.float32]] | None:
-        """Read a piece of the prompt: when that was the last one, each voice's logits [vocabulary] of what follows."""
+        """Read a piece of the prompt: when that was the last one, each member's logits [vocabulary] of what follows."""
         logits: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(self.weights)
-        end = min(min(reader.read for reader in self.readers) + PIECE, len(self.prompt))
-        for reader in self.readers:
-            if reader.read >= end:  # it knew more than others
+        end = min(min(sequence.read for sequence in self.sequences) + PIECE, len(self.prompt))
+        for sequence in self.sequences:
+            if sequence.read >= end:  # it knew more than others
                 continue
-            for heard in reader.listen(self.prompt[:end], min(end, max(reader.read + 1, self._known_from))):
-                reader.note(heard, self.prompt, self.own)
-                for voice, each in zip(reader.voices, heard.logits, strict=True):
-                    logits[voice] = each[-1]
+            for chunk in sequence.forward(self.prompt[:end], min(end, max(sequence.read + 1, self._known_from))):
+                sequence.record(chunk, self.prompt, self.own)
+                for member, each in zip(sequence.members, chunk.logits, strict=True):
+                    logits[member] = each[-1]
         if end < len(self.prompt):
             return None
         if self._posterior is not None:
@@ -104,57 +106,57 @@ class _Row:
         return logits
 
     def learn(self, own: NDArray[np.float64]) -> None:
-        """Hear what voices gave the token that was chosen: float64 [voices]."""
+        """Hear what members gave the token that was chosen: float64 [members]."""
         if self._posterior is not None:
             self._posterior.hear(own)
             self.weights = self._posterior.weights
 
     def mix(self, parts: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The mixture's log-probabilities [vocabulary] from each voice's [voices, vocabulary]."""
-        heavy = np.flatnonzero(self.weights)
-        mixed = combine_log_probabilities(parts[heavy], self.weights[heavy], self.request.blend.combine)
+        """The mixture's log-probabilities [vocabulary] from each member's [members, vocabulary]."""
+        active = np.flatnonzero(self.weights)
+        mixed = combine_log_probabilities(parts[active], self.weights[active], self.request.ensemble.combine)
         check_numbers(mixed[0])
         return mixed
 
-    def penalised(self, logits: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """The mixture's log-probabilities from each voice's logits [vocabulary], tokens of the text penalised."""
+    def penalized(self, logits: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """The mixture's log-probabilities from each member's logits [vocabulary], tokens of the text penalised."""
         penalty = self.request.sampling.repetition_penalty
-        return self.mix(np.stack([log_softmax(penalise_repetition(each, self.seen, penalty)) for each in logits]))
+        return self.mix(np.stack([log_softmax(penalize_repetition(each, self.seen, penalty)) for each in logits]))
 
 
 class ContinuousBatch:
     """Generation of sequences that come and go.
 
     Args:
-        blend: Whose members serve, all with a weight above zero; requests have weights of their own.
+        ensemble: Whose members serve, all with a weight above zero; requests have weights of their own.
         most: Sequences that are generated at once; others wait their turn.
         prefixes: Texts that were read before, and where prompts are kept.
     """
 
-    def __init__(self, blend: Blend, most: int, prefixes: PrefixCache | None = None) -> None:
+    def __init__(self, ensemble: Ensemble, most: int, prefixes: PrefixCache | None = None) -> None:
         self._prefixes = PrefixCache(0) if prefixes is None else prefixes
-        self._listened = blend.listened()
-        self._vocabulary, self._most, self._voices = blend.vocabulary, most, len(blend.weights)
-        self._caches = [each.member.new_cache(0) for each in self._listened]
-        self._waiting: deque[Request] = deque()
+        self._active_graphs = ensemble.active_graphs()
+        self._vocabulary, self._most, self._voices = ensemble.vocabulary, most, len(ensemble.weights)
+        self._caches = [each.graph.new_cache(0) for each in self._active_graphs]
+        self._waiting: deque[GenerationRequest] = deque()
         self._reading: _Row | None = None
         self._rows: list[_Row] = []
         self._parts = np.empty((self._voices, 0, self._vocabulary), np.float32)
-        self._cancelled: set[Request] = set()
+        self._cancelled: set[GenerationRequest] = set()
 
     def __len__(self) -> int:
         """Requests that are not finished."""
         return len(self._waiting) + len(self._rows) + (self._reading is not None)
 
-    def add(self, request: Request) -> None:
+    def add(self, request: GenerationRequest) -> None:
         """Let a sequence in as soon as there is room."""
         self._waiting.append(request)
 
-    def cancel(self, request: Request) -> None:
+    def cancel(self, request: GenerationRequest) -> None:
         """Take a sequence out, whatever it may still have had to say."""
         self._cancelled.add(request)
 
-    def step(self) -> list[tuple[Request, Token | EdgemixError]]:
+    def step(self) -> list[tuple[GenerationRequest, Token | EdgemixError]]:
         """The next token of every sequence in the batch, and perhaps the first one of a sequence that joins it. One
         that failed is out of the batch, and its error is told.
 
@@ -177,12 +179,12 @@ class ContinuousBatch:
         self._rows = []
         self._waiting.clear()
 
-    def _join(self) -> list[tuple[Request, Token | EdgemixError]]:
+    def _join(self) -> list[tuple[GenerationRequest, Token | EdgemixError]]:
         """Read on in the prompt of the next one; when it is read, the sequence joins."""
         if self._reading is None and self._waiting and len(self._rows) < self._most:
             request = self._waiting.popleft()
             try:
-                self._reading = _Row(request, self._listened, self._vocabulary, self._prefixes)
+                self._reading = _Row(request, self._active_graphs, self._vocabulary, self._prefixes)
             except EdgemixError as error:
                 return [(request, error)]
         row = self._reading
@@ -196,22 +198,22 @@ class ContinuousBatch:
             self._drop_reading()
             return [(row.request, error)]
         self._reading = None
-        for cache, reader in zip(self._caches, row.readers, strict=True):
-            cache.append(reader.cache)
-            self._prefixes.keep(reader, row.prompt, row.own[list(reader.voices)])
+        for cache, sequence in zip(self._caches, row.sequences, strict=True):
+            cache.append(sequence.cache)
+            self._prefixes.keep(sequence, row.prompt, row.own[list(sequence.members)])
         self._rows.append(row)
         return [(row.request, token)]
 
-    def _decode(self) -> list[tuple[Request, Token | EdgemixError]]:
+    def _decode(self) -> list[tuple[GenerationRequest, Token | EdgemixError]]:
         new = np.array([[row.last] for row in self._rows])
         if self._parts.shape[1] != len(new):
             self._parts = np.empty((self._voices, len(new), self._vocabulary), np.float32)
         logits: list[NDArray[np.float32]] = []
-        for (member, _, _), cache in zip(self._listened, self._caches, strict=True):
-            logits += [each[:, : self._vocabulary] for each in member.parts(member.extend(cache, new))]
+        for (graph, _, _), cache in zip(self._active_graphs, self._caches, strict=True):
+            logits += [each[:, : self._vocabulary] for each in graph.parts(graph.extend(cache, new))]
         for each, part in zip(logits, self._parts, strict=True):
             log_softmax(each, out=part)
-        told: list[tuple[Request, Token | EdgemixError]] = []
+        told: list[tuple[GenerationRequest, Token | EdgemixError]] = []
         for place, row in enumerate(self._rows):
             try:
                 found = self._choose(row, [each[place] for each in logits], self._parts[:, place])
@@ -223,18 +225,18 @@ class ContinuousBatch:
         return told
 
     def _choose(self, row: _Row, logits: Sequence[NDArray[np.float32]], parts: NDArray[np.float32]) -> Token:
-        """A row's next token, from each voice's logits and log-probabilities [voices, vocabulary]."""
+        """A row's next token, from each member's logits and log-probabilities [members, vocabulary]."""
         request, mixed = row.request, row.mix(parts)
-        scores = mixed if request.sampling.repetition_penalty == 1 else row.penalised(logits)
-        if request.follower is not None:
-            scores = rule_out(scores, request.follower.allowed())
+        scores = mixed if request.sampling.repetition_penalty == 1 else row.penalized(logits)
+        if request.grammar_state is not None:
+            scores = rule_out(scores, request.grammar_state.allowed())
         token = choose_token(scores, request.sampling, request.generator)
-        if request.follower is not None:
-            request.follower.take([token])
+        if request.grammar_state is not None:
+            request.grammar_state.take([token])
         request.log_probabilities.append(float(mixed[token]))
         own = parts[:, token].astype(np.float64)
         if request.attribution:
-            request.said.append(Spoken(np.where(row.weights > 0, own, np.nan)[:, None], row.weights[:, None]))
+            request.said.append(TokenAttribution(np.where(row.weights > 0, own, np.nan)[:, None], row.weights[:, None]))
         row.learn(own)
         row.last = token
         row.seen = np.union1d(row.seen, [token]) if request.sampling.repetition_penalty != 1 else row.seen
@@ -254,8 +256,8 @@ class ContinuousBatch:
                 self._rows.pop()
 
     def _drop_reading(self) -> None:
-        for reader in self._reading.readers if self._reading else ():
-            reader.close()
+        for sequence in self._reading.sequences if self._reading else ():
+            sequence.close()
         self._reading = None
 
     def _forget_cancelled(self) -> None:

@@ -97,7 +97,7 @@ class _Asks:
         self.drafted, self.accepted = (1 - share) * self.drafted, (1 - share) * self.accepted
 
 
-class Pace:
+class SpeculationCostModel:
     """What steps and calls have taken so far, and how drafts have fared.
 
     Attributes:
@@ -137,7 +137,7 @@ class Pace:
         finally:
             self._writer = None
 
-    def chance(self, source: object) -> float:
+    def acceptance_probability(self, source: object) -> float:
         """Of a token of that source to be accepted, where the ones before it are."""
         return self._accepted[source].value if source in self._accepted else _HOPES.get(source, _HOPE)
 
@@ -151,26 +151,26 @@ class Pace:
         """Seconds that a call of a graph takes longer for each token that it reads more."""
         return self._calls[graph].further if graph in self._calls else 0.0
 
-    def pays(self, chance: float, seconds: float = 0.0) -> bool:
+    def worth_drafting(self, chance: float, seconds: float = 0.0) -> bool:
         """Whether a further token of a draft does, that takes so long to draft and will be accepted so likely."""
         return chance * self.seconds > seconds + self.further if self.seconds else chance > _WORTH
 
     def plan(self, chance: float, most: int, seconds: float = 0.0) -> tuple[int, float]:
         """How many tokens to draft, each accepted so likely where those before it are, and the seconds that saves."""
         count, saved = 0, 0.0
-        while count < most and self.pays(likely := chance ** (count + 1), seconds):
+        while count < most and self.worth_drafting(likely := chance ** (count + 1), seconds):
             count, saved = count + 1, saved + likely * (self.seconds or 1.0) - seconds - self.further
         return count, saved
 
-    def saves(self, sources: Iterable[object]) -> float:
+    def saving(self, sources: Iterable[object]) -> float:
         """Seconds that drafted tokens of those sources, one after the other, are likely to save in a verifying call."""
         chance, saved = 1.0, 0.0
         for source in sources:
-            chance *= self.chance(source)
+            chance *= self.acceptance_probability(source)
             saved += chance * (self.seconds or 1.0) - self.further
         return saved
 
-    def promise(self, drafter: object, most: int) -> float:
+    def expected_saving(self, drafter: object, most: int) -> float:
         """Seconds that asking a drafter for at most so many tokens is likely to save: by what came of it before, and
         as long as that was seldom, by hope.
         """
@@ -180,14 +180,14 @@ class Pace:
         gained = asks.accepted * (self.seconds or 1.0) - asks.spent - asks.drafted * self.further
         return (_TRIALS * saved + gained) / (_TRIALS + asks.times)
 
-    def asked(self, drafter: object, calls: int, drafted: int) -> None:
+    def record_request(self, drafter: object, calls: int, drafted: int) -> None:
         """Hear that a drafter was asked, how many calls it took, and how many tokens came of it."""
         asks = self._asks.setdefault(drafter, _Asks())
         asks.fade(1 - _FADE)
         asks.times, asks.drafted = asks.times + 1, asks.drafted + drafted
         asks.spent += calls * self.drafting(drafter)
 
-    def waits(self, chance: float, writer: int, others: Iterable[int]) -> bool:
+    def defer_verification(self, chance: float, writer: int, others: Iterable[int]) -> bool:
         """Whether a member that writes alone, and is right so far with that chance, does well to write another token
         before the others are asked. One call of theirs will do for both if the next token is doubtful, too; if it has
         been wrong already, its own is for nothing.
@@ -196,14 +196,14 @@ class Pace:
         theirs = sum(self.drafting(graph) or one for graph in others)
         return chance * self._doubts[self._doubtful].value * theirs > (1 - chance) * (self.drafting("alone") or one)
 
-    def doubted(self, doubtful: bool) -> None:
+    def record_uncertainty(self, doubtful: bool) -> None:
         """Hear of the next place whether the token that one member writes alone could be another one if others were
         asked. Doubts come in groups: the place before tells how likely they are.
         """
         self._doubts[self._doubtful].add(float(doubtful))
         self._doubtful = doubtful
 
-    def called(self, graph: object, tokens: int, seconds: float, *, verifies: bool = True) -> None:
+    def record_call(self, graph: object, tokens: int, seconds: float, *, verifies: bool = True) -> None:
         """Hear of a graph's call that read so many tokens, to verify them, to write alone or to draft."""
         if tokens <= _FEW:
             self._tried.add(graph)
@@ -211,7 +211,7 @@ class Pace:
             calls.now += verifies
             calls.add(tokens, seconds)
 
-    def stepped(self, seconds: float, tokens: int) -> None:
+    def record_step(self, seconds: float, tokens: int) -> None:
         """Hear of a step: seconds in all, tokens written."""
         self._steps = _FADE * self._steps + 1
         self._spent, self._gained = _FADE * self._spent + seconds, _FADE * self._gained + tokens
@@ -230,15 +230,15 @@ class Pace:
                 asks.fade(_RETURN)
         self._tried.clear()
 
-    def tried(self, source: tuple[str, int], accepted: bool) -> None:
+    def record_decision(self, source: tuple[str, int], accepted: bool) -> None:
         """Hear of a drafted token that came to a decision."""
         for name in (source, source[0]):
-            self._accepted.setdefault(name, _Mean(self.chance(name), 2.0)).add(float(accepted))
+            self._accepted.setdefault(name, _Mean(self.acceptance_probability(name), 2.0)).add(float(accepted))
             self._tried.add(name)
         if accepted and (asks := self._asks.get(source[0])) is not None:
             asks.accepted += 1
 
-    def drafted(self, source: object, seconds: float, tokens: int = 1) -> None:
+    def record_drafting(self, source: object, seconds: float, tokens: int = 1) -> None:
         """Hear how long tokens took to draft."""
         self._drafting.setdefault(source, _Mean(seconds / tokens)).add(seconds / tokens, tokens)
         self._tried.add(source)

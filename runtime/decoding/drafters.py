@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemix.bundle.ngram_table import NgramTable
-    from edgemix.runtime.decoding.cost_model import Pace
+    from edgemix.runtime.decoding.cost_model import SpeculationCostModel
     from edgemix.runtime.decoding.sampling import Sampling
-    from edgemix.runtime.sequences.state import Reader
-    from edgemix.runtime.text.grammar import Follower
+    from edgemix.runtime.sequences.state import SequenceState
+    from edgemix.runtime.text.grammar import GrammarState
 
 Source = tuple[str, int]
 """Who drafted a token, and how sure of it they were."""
@@ -61,13 +61,13 @@ class Drafter(Protocol):
         ...
 
 
-class PromptLookup:
+class PromptLookupDrafter:
     """What followed the last tokens when they came before, in the prompt or in what was written (prompt lookup
     decoding, Saxena 2023; LLMA, arXiv 2304.04487).
     """
 
-    def __init__(self, pace: Pace) -> None:
-        self._pace = pace
+    def __init__(self, cost_model: SpeculationCostModel) -> None:
+        self._cost_model = cost_model
         self._ends: dict[tuple[int, ...], int] = {}
         self._known = 0
 
@@ -78,7 +78,7 @@ class PromptLookup:
             start = self._ends.get(tuple(text[-length:].tolist()))
             if start is not None:
                 source: Source = ("lookup", length)
-                count, _ = self._pace.plan(self._pace.chance(source), most)
+                count, _ = self._cost_model.plan(self._cost_model.acceptance_probability(source), most)
                 if not count:
                     continue
                 tokens = text[start : start + count].tolist()
@@ -97,7 +97,7 @@ class PromptLookup:
         self._known = len(text)
 
 
-class NgramDrafts:
+class NgramDrafter:
     """What most often followed the last tokens in the bundle's training text, up to an end of text.
 
     Args:
@@ -106,8 +106,10 @@ class NgramDrafts:
         eos: Ids that nothing is drafted behind.
     """
 
-    def __init__(self, table: NgramTable, pace: Pace, *, eos: frozenset[int] = frozenset()) -> None:
-        self._table, self._pace, self._eos = table, pace, eos
+    def __init__(
+        self, table: NgramTable, cost_model: SpeculationCostModel, *, eos: frozenset[int] = frozenset()
+    ) -> None:
+        self._table, self._cost_model, self._eos = table, cost_model, eos
 
     def draft(self, text: NDArray[np.int64], most: int, ahead: int = 0) -> Draft:  # noqa: ARG002 - it learns nothing
         """See `Drafter`; its tokens are not drawn."""
@@ -117,8 +119,8 @@ class NgramDrafts:
         chance = 1.0
         while len(tokens) < most and (found := self._table.guess(ids)) is not None:
             source: Source = ("n-gram", _quarter(found.share))
-            chance *= self._pace.chance(source)
-            if not self._pace.pays(chance):
+            chance *= self._cost_model.acceptance_probability(source)
+            if not self._cost_model.worth_drafting(chance):
                 break
             tokens.append(found.token)
             sources.append(source)
@@ -128,21 +130,21 @@ class NgramDrafts:
         return Draft(tokens, sources)
 
 
-class FormDrafts:
+class GrammarDrafter:
     """What a text of a given form can only go on with, as its tokenizer spells it."""
 
-    def __init__(self, follower: Follower, pace: Pace) -> None:
-        self._follower, self._pace = follower, pace
+    def __init__(self, grammar_state: GrammarState, cost_model: SpeculationCostModel) -> None:
+        self._grammar_state, self._cost_model = grammar_state, cost_model
 
     def draft(self, text: NDArray[np.int64], most: int, ahead: int = 0) -> Draft:
         """See `Drafter`; its tokens are not drawn."""
         source: Source = ("form", 1)
-        expected = self._follower.expected(text[len(text) - ahead :].tolist())
-        count, _ = self._pace.plan(self._pace.chance(source), min(most, len(expected)))
+        expected = self._grammar_state.expected(text[len(text) - ahead :].tolist())
+        count, _ = self._cost_model.plan(self._cost_model.acceptance_probability(source), min(most, len(expected)))
         return Draft(expected[:count], [source] * count)
 
 
-class StudentDrafts:
+class StudentDrafter:
     """The student's own continuation, drawn (or not) as the mixture's tokens are. Of a text that is there already it
     reads the end only: drafts need not be the best, and the beginning would delay them. Nor need they be of all tokens:
     a head of the most frequent ones takes a fraction of the time (FR-Spec, arXiv 2502.14856).
@@ -158,15 +160,15 @@ class StudentDrafts:
 
     def __init__(
         self,
-        reader: Reader,
+        sequence: SequenceState,
         sampling: Sampling,
         generator: np.random.Generator,
-        pace: Pace,
+        cost_model: SpeculationCostModel,
         *,
         eos: frozenset[int] = frozenset(),
         allow: Callable[[Sequence[int]], NDArray[np.bool_]] | None = None,
     ) -> None:
-        self._reader, self._sampling, self._generator, self._pace = reader, sampling, generator, pace
+        self._sequence, self._sampling, self._generator, self._cost_model = sequence, sampling, generator, cost_model
         self._eos, self._allow = eos, allow
         self._read = np.empty(0, np.int64)
         self._start: int | None = None
@@ -175,27 +177,29 @@ class StudentDrafts:
         """Seconds that a draft of at most so many tokens behind a text is likely to save."""
         own = text[self._begin(text) :]
         behind = len(own) - 1 - self._known(own)
-        return self._pace.promise("student", most) - behind * self._pace.reading("student")
+        return self._cost_model.expected_saving("student", most) - behind * self._cost_model.reading("student")
 
     def draft(self, text: NDArray[np.int64], most: int, ahead: int = 0) -> Draft:
         """See `Drafter`, but for calls of the student."""
-        pace, reader = self._pace, self._reader
+        cost_model, sequence = self._cost_model, self._sequence
         before = text[len(text) - ahead :].tolist()
         self._start = self._begin(text)
         text = text[self._start :]
-        most = min(most, reader.context - len(text) + 1)
-        reader.forget(self._known(text))
+        most = min(most, sequence.context - len(text) + 1)
+        sequence.truncate(self._known(text))
         ids = text
         tokens: list[int] = []
         sources: list[Source] = []
         proposals: list[NDArray[np.float32]] = []
         chance, calls = 1.0, 0
-        while len(tokens) < most and pace.pays(chance * pace.chance("student"), pace.drafting("student")):
-            started, behind = time.perf_counter(), len(ids) - reader.read
+        while len(tokens) < most and cost_model.worth_drafting(
+            chance * cost_model.acceptance_probability("student"), cost_model.drafting("student")
+        ):
+            started, behind = time.perf_counter(), len(ids) - sequence.read
             allowed = self._allowed([*before, *tokens])
             if allowed is not None and not allowed.any():
                 break
-            ((_, ((logits,),)),) = reader.listen(ids, len(ids))
+            ((_, ((logits,),)),) = sequence.forward(ids, len(ids))
             calls += 1
             if allowed is not None:
                 logits = rule_out(logits, allowed)
@@ -205,13 +209,13 @@ class StudentDrafts:
                 proposals.append(self._of_all(shares))
             else:
                 place, surest = most_probable(logits)
-            token = place if reader.tokens is None else int(reader.tokens[place])
+            token = place if sequence.tokens is None else int(sequence.tokens[place])
             source: Source = ("student", _quarter(surest))
-            chance *= pace.chance(source)
+            chance *= cost_model.acceptance_probability(source)
             if len(self._read):  # a text's beginning comes once
-                pace.called("student", behind, time.perf_counter() - started, verifies=False)
+                cost_model.record_call("student", behind, time.perf_counter() - started, verifies=False)
             # Decided by how sure the student is, not by what was drawn: else draws would no longer be fair.
-            if not pace.pays(chance):
+            if not cost_model.worth_drafting(chance):
                 break
             tokens.append(token)
             sources.append(source)
@@ -220,12 +224,12 @@ class StudentDrafts:
                 break
         self._read = ids
         if calls:
-            pace.asked("student", calls, len(tokens))
+            cost_model.record_request("student", calls, len(tokens))
         return Draft(tokens, sources, proposals[: len(tokens)] if self._sampling.temperature else None)
 
     def close(self) -> None:
         """Free the cache."""
-        self._reader.close()
+        self._sequence.close()
 
     def _begin(self, text: NDArray[np.int64]) -> int:
         """Where in a text it begins to read."""
@@ -233,21 +237,21 @@ class StudentDrafts:
 
     def _known(self, text: NDArray[np.int64]) -> int:
         """How many tokens of its part of a text it has read, the last one left out: what follows is asked again."""
-        return min(len(text) - 1, self._reader.read, common_length(self._read, text))
+        return min(len(text) - 1, self._sequence.read, common_length(self._read, text))
 
     def _allowed(self, ahead: Sequence[int]) -> NDArray[np.bool_] | None:
         """Which of the student's own tokens may come behind some that are drafted; None for all."""
         if self._allow is None:
             return None
-        allowed, own = self._allow(ahead), self._reader.tokens
+        allowed, own = self._allow(ahead), self._sequence.tokens
         return allowed if own is None else allowed[own]
 
     def _of_all(self, shares: NDArray[np.float32]) -> NDArray[np.float32]:
         """Probabilities of the student's own tokens as those of all: float32 [vocabulary]."""
-        if self._reader.tokens is None:
+        if self._sequence.tokens is None:
             return shares
-        whole = np.zeros(self._reader.vocabulary, np.float32)
-        whole[self._reader.tokens] = shares
+        whole = np.zeros(self._sequence.vocabulary, np.float32)
+        whole[self._sequence.tokens] = shares
         return whole
 
 

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 from edgemix.errors import EdgemixError
 from edgemix.runtime.decoding.plain import Decoding
 from edgemix.runtime.decoding.speculative import SpeculativeDecoding
-from edgemix.runtime.text.completion import Writer
+from edgemix.runtime.text.completion import CompletionBuilder
 from edgemix.runtime.text.grammar import Grammar
 from edgemix.runtime.token_progress import told
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
 
-    from edgemix.runtime.mixing.attribution import Spoken
-    from edgemix.runtime.mixing.ensemble import Blend
+    from edgemix.runtime.mixing.attribution import TokenAttribution
+    from edgemix.runtime.mixing.ensemble import Ensemble
     from edgemix.runtime.mixture import Mixture
     from edgemix.runtime.options import Settings
     from edgemix.runtime.results import Chunk, Completion
@@ -44,9 +44,9 @@ def decode(
     """
     for index, prompt in enumerate(prompts):
         mixture.check_length(prompt, "the prompt" if len(prompts) == 1 else f"prompt {index + 1}")
-    blend = mixture.blend(settings.weights, settings.combine)
+    ensemble = mixture.ensemble(settings.weights, settings.combine)
     grammar = Grammar.of(settings.constraint, mixture.tokenizer)
-    call = _Call(mixture, blend, prompts, settings, settings.seeds(len(prompts)), grammar, kept)
+    call = _Call(mixture, ensemble, prompts, settings, settings.seeds(len(prompts)), grammar, kept)
     return call.generate(started)
 
 
@@ -74,7 +74,7 @@ class _Call:
     """Everything that a call is about, checked."""
 
     mixture: Mixture
-    blend: Blend
+    ensemble: Ensemble
     prompts: list[list[int]]
     settings: Settings
     seeds: list[int | None]
@@ -90,7 +90,7 @@ class _Call:
         decoding = self._decoding()
         with closing(decoding):
             writers = self._writers(decoding, started)
-            total = sum(map(len, self.prompts)) * len(self.blend.members)
+            total = sum(map(len, self.prompts)) * len(self.ensemble.graphs)
             with self.settings.progress.stage("prompt", total) as task, told(task.advance):
                 tokens = decoding.step()
             while tokens:
@@ -105,16 +105,16 @@ class _Call:
                     yield token.sequence, chunk
                 tokens = decoding.step()
 
-    def _writers(self, decoding: Decoding | SpeculativeDecoding, started: float) -> list[Writer]:
+    def _writers(self, decoding: Decoding | SpeculativeDecoding, started: float) -> list[CompletionBuilder]:
         mixture, settings = self.mixture, self.settings
-        voices = mixture.whole_blend(settings.weights, settings.combine).heavy if settings.attribution else None
+        members = mixture.full_ensemble(settings.weights, settings.combine).active if settings.attribution else None
 
-        def spoken(sequence: int, first: int) -> Spoken:
+        def spoken(sequence: int, first: int) -> TokenAttribution:
             said = decoding.spoken(sequence, first)
-            return said if voices is None else said.of_all(voices, len(mixture.members))
+            return said if members is None else said.of_all(members, len(mixture.members))
 
         return [
-            Writer(
+            CompletionBuilder(
                 mixture.tokenizer,
                 prompt,
                 settings.stop,
@@ -137,7 +137,7 @@ class _Call:
         drafts = speculation if settings.sampling.temperature == 0 or self.seeds[0] is None else "off"
         if len(self.prompts) == 1 and (drafts != "off" or self.kept is not None):
             return SpeculativeDecoding(
-                self.blend,
+                self.ensemble,
                 self.prompts[0],
                 settings.sampling,
                 seed=self.seeds[0],
@@ -148,17 +148,17 @@ class _Call:
                 lookup=drafts in ("auto", "lookup"),
                 ngrams=mixture.ngrams if drafts in ("auto", "lookup") else None,
                 lazy=drafts != "off" and not settings.attribution,
-                follower=self.grammar.follow() if self.grammar else None,
+                grammar_state=self.grammar.follow() if self.grammar else None,
                 prefixes=mixture.prefixes if self.kept is None else self.kept,
             )
         return Decoding(
-            self.blend,
+            self.ensemble,
             self.prompts,
             settings.sampling,
             seeds=self.seeds,
             max_new_tokens=settings.max_new_tokens,
             context=mixture.context,
             eos=mixture.manifest.tokenizer.eos,
-            followers=[self.grammar.follow() for _ in self.prompts] if self.grammar else (),
+            grammar_states=[self.grammar.follow() for _ in self.prompts] if self.grammar else (),
             attribution=settings.attribution,
         )

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from edgemix.runtime.decoding.sampling import choose_token, penalise_repetition
+from edgemix.runtime.decoding.sampling import choose_token, penalize_repetition
 from edgemix.runtime.mixing.adaptive import Posterior, evidence_from
 from edgemix.runtime.mixing.arithmetic import check_numbers, combine_log_probabilities, log_softmax
-from edgemix.runtime.mixing.attribution import Spoken
-from edgemix.runtime.sequences.state import Reader
+from edgemix.runtime.mixing.attribution import TokenAttribution
+from edgemix.runtime.sequences.state import SequenceState
 from edgemix.runtime.text.grammar import rule_out
 
 if TYPE_CHECKING:
@@ -21,43 +21,43 @@ if TYPE_CHECKING:
 
     from edgemix.runtime.decoding.sampling import Sampling
     from edgemix.runtime.graphs.decoder import Tokens
-    from edgemix.runtime.mixing.ensemble import Blend
-    from edgemix.runtime.text.grammar import Follower
+    from edgemix.runtime.mixing.ensemble import Ensemble
+    from edgemix.runtime.text.grammar import GrammarState
 
 FinishReason = Literal["stop", "length"]
 
 
 class State:
-    """A batch of sequences as every member of a blend has read them: all prompts first, then token by token."""
+    """A batch of sequences as every member of an ensemble has read them: all prompts first, then token by token."""
 
-    def __init__(self, blend: Blend, batch: int) -> None:
-        self._blend, self._heavy = blend, blend.heavy
-        self._caches = [member.new_cache(batch) for member in blend.members]
+    def __init__(self, ensemble: Ensemble, batch: int) -> None:
+        self._ensemble, self._heavy = ensemble, ensemble.active
+        self._caches = [graph.new_cache(batch) for graph in ensemble.graphs]
         self._parts = self._buffer(batch)
-        self._weights = blend.weights[self._heavy]
-        experts = blend.experts.narrowed(self._heavy) if blend.experts else None
+        self._weights = ensemble.weights[self._heavy]
+        experts = ensemble.prior.narrowed(self._heavy) if ensemble.prior else None
         self._posteriors = [Posterior(experts) for _ in range(batch)] if experts else []
 
     def begin(self, prompts: Sequence[NDArray[np.int64]]) -> list[NDArray[np.float32]]:
-        """Read prompts, of at least one token each: each voice's logits [batch, vocabulary] of what follows.
+        """Read prompts, of at least one token each: each member's logits [batch, vocabulary] of what follows.
 
-        They lie in buffers that the next call overwrites, and voices that weigh nothing are left out.
+        They lie in buffers that the next call overwrites, and members that weigh nothing are left out.
 
         Raises:
             EdgemixError: A graph fails.
         """
         if not self._posteriors:
             return self._read(prompts)
-        logits = [np.empty((len(prompts), self._blend.vocabulary), np.float32) for _ in self._heavy]
+        logits = [np.empty((len(prompts), self._ensemble.vocabulary), np.float32) for _ in self._heavy]
         own = [np.empty((len(self._heavy), len(prompt))) for prompt in prompts]
-        for listened, cache in zip(self._blend.listened(), self._caches, strict=True):
+        for active_graph, cache in zip(self._ensemble.active_graphs(), self._caches, strict=True):
             rows = cache.split([len(prompt) + 1 for prompt in prompts])  # a last token alone is read in a pair
             for row, (prompt, part) in enumerate(zip(prompts, rows, strict=True)):
-                reader = Reader(listened, self._blend.vocabulary, part)
-                for heard in reader.listen(prompt, evidence_from(prompt)):
-                    reader.note(heard, prompt, own[row])
-                    for voice, each in zip(reader.voices, heard.logits, strict=True):
-                        logits[voice][row] = each[-1]
+                sequence = SequenceState(active_graph, self._ensemble.vocabulary, part)
+                for chunk in sequence.forward(prompt, evidence_from(prompt)):
+                    sequence.record(chunk, prompt, own[row])
+                    for member, each in zip(sequence.members, chunk.logits, strict=True):
+                        logits[member][row] = each[-1]
             cache.join(rows)
         for prompt, posterior, said in zip(prompts, self._posteriors, own, strict=True):
             posterior.observe(said[:, evidence_from(prompt) :])
@@ -74,7 +74,7 @@ class State:
         return self._read(tokens[:, None])
 
     def mix(self, logits: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """The mixture's log-probabilities [batch, vocabulary], from what voices said last.
+        """The mixture's log-probabilities [batch, vocabulary], from what members said last.
 
         They may lie in a buffer that the next call overwrites.
 
@@ -87,10 +87,10 @@ class State:
         """The same from logits that somebody has changed, and that are no evidence of anything."""
         return self._mix(logits, self._buffer(len(logits[0])))
 
-    def spoken(self, row: int, token: int) -> Spoken:
-        """What voices, as `mix` heard them last, gave a token of a row, and what they weighed."""
+    def spoken(self, row: int, token: int) -> TokenAttribution:
+        """What members, as `mix` heard them last, gave a token of a row, and what they weighed."""
         weights = self._weights if self._weights.ndim == 1 else self._weights[:, row]
-        return Spoken(self._parts[:, row, token].astype(np.float64)[:, None], weights[:, None])
+        return TokenAttribution(self._parts[:, row, token].astype(np.float64)[:, None], weights[:, None])
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in ascending order."""
@@ -109,25 +109,25 @@ class State:
             cache.free()
 
     def _read(self, tokens: Tokens) -> list[NDArray[np.float32]]:
-        voices = []
-        for member, cache in zip(self._blend.members, self._caches, strict=True):
-            voices += member.parts(member.extend(cache, tokens))
-        return [voices[i][:, : self._blend.vocabulary] for i in self._heavy.tolist()]
+        members = []
+        for graph, cache in zip(self._ensemble.graphs, self._caches, strict=True):
+            members += graph.parts(graph.extend(cache, tokens))
+        return [members[i][:, : self._ensemble.vocabulary] for i in self._heavy.tolist()]
 
     def _mix(self, logits: Sequence[NDArray[np.float32]], parts: NDArray[np.float32]) -> NDArray[np.float32]:
         for each, part in zip(logits, parts, strict=True):
             log_softmax(each, out=part)
-        mixed = combine_log_probabilities(parts, self._weights, self._blend.combine)
+        mixed = combine_log_probabilities(parts, self._weights, self._ensemble.combine)
         check_numbers(mixed[..., 0])
         return mixed
 
     def _weigh(self) -> None:
-        """Each row's own weights: float64 [voices, rows]."""
+        """Each row's own weights: float64 [members, rows]."""
         self._weights = np.stack([posterior.weights for posterior in self._posteriors], axis=1)
 
     def _buffer(self, batch: int) -> NDArray[np.float32]:
-        """Room for each voice's log-probabilities; used at every step, as fresh memory costs more than arithmetic."""
-        return np.empty((len(self._heavy), batch, self._blend.vocabulary), np.float32)
+        """Room for each member's log-probabilities; used at every step, as fresh memory costs more than arithmetic."""
+        return np.empty((len(self._heavy), batch, self._ensemble.vocabulary), np.float32)
 
 
 class Token(NamedTuple):
@@ -154,7 +154,7 @@ class _Sequence:
     generator: np.random.Generator
     budget: int
     seen: NDArray[np.int64]
-    follower: Follower | None = None
+    grammar_state: GrammarState | None = None
     last: int = -1
     finished: bool = False
 
@@ -165,7 +165,7 @@ class Decoding:
     Finished sequences leave the batch. The result of a sequence does not depend on the others.
 
     Args:
-        blend: What generates.
+        ensemble: What generates.
         prompts: Token ids, at least one each.
         sampling: How tokens are chosen.
         seeds: One a prompt; None draws from the system's entropy.
@@ -173,12 +173,12 @@ class Decoding:
         context: Most tokens that are read of a sequence; what would follow ends with finish reason "length".
         eos: Ids that finish a sequence with "stop"; the id itself is the last token.
         followers: One a prompt, where texts must have a given form.
-        attribution: Remember what voices said, for `spoken`.
+        attribution: Remember what members said, for `spoken`.
     """
 
     def __init__(
         self,
-        blend: Blend,
+        ensemble: Ensemble,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         *,
@@ -186,16 +186,16 @@ class Decoding:
         max_new_tokens: int,
         context: int,
         eos: Iterable[int],
-        followers: Sequence[Follower] = (),
+        grammar_states: Sequence[GrammarState] = (),
         attribution: bool = False,
     ) -> None:
         self._sampling = sampling
         self._eos = frozenset(eos)
         self._prompts: list[NDArray[np.int64]] | None = [np.asarray(prompt, np.int64) for prompt in prompts]
-        self._state = State(blend, len(prompts))
+        self._state = State(ensemble, len(prompts))
         self._log_probabilities: list[list[float]] = [[] for _ in prompts]
         self._attribution = attribution
-        self._spoken: list[list[Spoken]] = [[] for _ in prompts]
+        self._spoken: list[list[TokenAttribution]] = [[] for _ in prompts]
         self._active = [
             _Sequence(
                 index,
@@ -203,7 +203,7 @@ class Decoding:
                 # The last token is never read, so it may lie one beyond the context.
                 budget=min(max_new_tokens, context - len(prompt) + 1),
                 seen=np.unique(prompt),
-                follower=followers[index] if followers else None,
+                grammar_state=grammar_states[index] if grammar_states else None,
             )
             for index, (prompt, seed) in enumerate(zip(self._prompts, seeds, strict=True))
         ]
@@ -222,7 +222,7 @@ class Decoding:
         if self._sampling.repetition_penalty == 1:
             chosen = self._choose(log_probabilities)
         else:
-            chosen = self._choose(self._state.mix_altered([self._penalise(each) for each in logits]))
+            chosen = self._choose(self._state.mix_altered([self._penalize(each) for each in logits]))
         if self._attribution:
             for row, (sequence, token) in enumerate(zip(self._active, chosen, strict=True)):
                 self._spoken[sequence.index].append(self._state.spoken(row, token))
@@ -235,9 +235,9 @@ class Decoding:
         """Of a sequence's tokens so far, under the mixture, before temperature and filters: float64 [tokens], nats."""
         return np.array(self._log_probabilities[sequence], np.float64)
 
-    def spoken(self, sequence: int, first: int = 0) -> Spoken:
-        """What voices that weigh something gave a sequence's tokens so far, from one of them on."""
-        return Spoken.joined(self._spoken[sequence][first:])
+    def spoken(self, sequence: int, first: int = 0) -> TokenAttribution:
+        """What members that weigh something gave a sequence's tokens so far, from one of them on."""
+        return TokenAttribution.joined(self._spoken[sequence][first:])
 
     def finish(self, sequence: int) -> None:
         """Take a sequence out, whatever it may still have had to say."""
@@ -258,14 +258,14 @@ class Decoding:
             else:
                 self._state.close()
 
-    def _penalise(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _penalize(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         penalty = self._sampling.repetition_penalty
         rows = zip(logits, self._active, strict=True)
-        return np.stack([penalise_repetition(row, sequence.seen, penalty) for row, sequence in rows])
+        return np.stack([penalize_repetition(row, sequence.seen, penalty) for row, sequence in rows])
 
     def _choose(self, scores: NDArray[np.float32]) -> list[int]:
         rows = [
-            row if sequence.follower is None else rule_out(row, sequence.follower.allowed())
+            row if sequence.grammar_state is None else rule_out(row, sequence.grammar_state.allowed())
             for row, sequence in zip(scores, self._active, strict=True)
         ]
         return [
@@ -277,8 +277,8 @@ class Decoding:
         sequence.last = token
         self._log_probabilities[sequence.index].append(log_probability)
         sequence.budget -= 1
-        if sequence.follower is not None:
-            sequence.follower.take([token])
+        if sequence.grammar_state is not None:
+            sequence.grammar_state.take([token])
         if self._sampling.repetition_penalty != 1:
             sequence.seen = np.union1d(sequence.seen, [token])
         reason = finish_reason(token, self._eos, sequence.budget)

@@ -95,17 +95,17 @@ def _filtered(log_probabilities: NDArray[np.float32], sampling: Sampling) -> NDA
     return keep_min_p(scores, sampling.min_p)
 
 
-def penalise_repetition(scores: NDArray[np.float32], seen: NDArray[np.int64], penalty: float) -> NDArray[np.float32]:
+def penalize_repetition(scores: NDArray[np.float32], seen: NDArray[np.int64], penalty: float) -> NDArray[np.float32]:
     """Scale a model's logits of tokens in `seen`: negative ones times `penalty`, others over it (Keskar et al. 2019).
 
     Log-probabilities would not do: they are all negative, and those of likely tokens too small to matter.
     """
     if penalty == 1:
         return scores
-    penalised = scores.copy()
+    penalized = scores.copy()
     old = scores[seen]
-    penalised[seen] = np.where(old < 0, old * np.float32(penalty), old / np.float32(penalty))
-    return penalised
+    penalized[seen] = np.where(old < 0, old * np.float32(penalty), old / np.float32(penalty))
+    return penalized
 
 
 def keep_top_k(scores: NDArray[np.float32], k: int) -> NDArray[np.float32]:

@@ -15,22 +15,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgemix.runtime.decoding.cost_model import Pace
+from edgemix.runtime.decoding.cost_model import SpeculationCostModel
 from edgemix.runtime.decoding.drafters import (
     LONGEST,
     NOTHING,
     Draft,
-    FormDrafts,
-    NgramDrafts,
-    PromptLookup,
+    GrammarDrafter,
+    NgramDrafter,
+    PromptLookupDrafter,
     Source,
-    StudentDrafts,
+    StudentDrafter,
 )
 from edgemix.runtime.decoding.lazy import ROUNDING, LazyState
 from edgemix.runtime.decoding.plain import Token, finish_reason
-from edgemix.runtime.decoding.sampling import distribution, draw, penalise_repetition
-from edgemix.runtime.mixing.attribution import Spoken
-from edgemix.runtime.sequences.state import Reader
+from edgemix.runtime.decoding.sampling import distribution, draw, penalize_repetition
+from edgemix.runtime.mixing.attribution import TokenAttribution
+from edgemix.runtime.sequences.state import SequenceState
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -40,23 +40,23 @@ if TYPE_CHECKING:
     from edgemix.bundle.ngram_table import NgramTable
     from edgemix.runtime.decoding.drafters import Drafter
     from edgemix.runtime.decoding.sampling import Sampling
-    from edgemix.runtime.mixing.ensemble import Blend
+    from edgemix.runtime.mixing.ensemble import Ensemble
     from edgemix.runtime.sequences.prefix_cache import PrefixCache
-    from edgemix.runtime.text.grammar import Follower
+    from edgemix.runtime.text.grammar import GrammarState
 
 
 class SpeculativeDecoding:
     """Generation of one sequence under way: every `step` gives it one token or more. Compare `engine.Decoding`.
 
     Args:
-        blend: What generates.
+        ensemble: What generates.
         prompt: Token ids, at least one.
         sampling: How tokens are chosen.
         seed: None draws from the system's entropy.
         max_new_tokens: Most tokens.
         context: Most tokens that are read.
         eos: Ids that finish the sequence with "stop".
-        student: A blend of one model that drafts.
+        student: A ensemble of one model that drafts.
         lookup: Draft from the text itself, too.
         ngrams: What usually follows what: drafts where the text itself has none.
         lazy: Ask members only where the answer depends on them.
@@ -70,7 +70,7 @@ class SpeculativeDecoding:
 
     def __init__(
         self,
-        blend: Blend,
+        ensemble: Ensemble,
         prompt: Sequence[int],
         sampling: Sampling,
         *,
@@ -78,49 +78,51 @@ class SpeculativeDecoding:
         max_new_tokens: int,
         context: int,
         eos: Iterable[int],
-        student: Blend | None = None,
+        student: Ensemble | None = None,
         lookup: bool = True,
         ngrams: NgramTable | None = None,
         lazy: bool = True,
-        follower: Follower | None = None,
+        grammar_state: GrammarState | None = None,
         prefixes: PrefixCache | None = None,
     ) -> None:
         ids = np.asarray(prompt, np.int64)
         self._sampling, self._eos, self._context = sampling, frozenset(eos), context
-        self._lazy = lazy and blend.combine == "linear"
+        self._lazy = lazy and ensemble.combine == "linear"
         self._generator = np.random.default_rng(seed)
         # The last token is never read, so it may lie one beyond the context.
         self._budget = min(max_new_tokens, context - len(ids) + 1)
-        penalised = sampling.repetition_penalty != 1
+        penalized = sampling.repetition_penalty != 1
         self._draft = NOTHING
-        self._follower = follower
+        self._grammar_state = grammar_state
         # Of a mixture that is held to a form, a member's token, drawn by its weight, is not the mixture's.
-        self._plain = sampling.plain and follower is None
-        allow = (lambda place: follower.allowed(self._draft.tokens[:place])) if follower else None
-        self._pace = Pace()
+        self._plain = sampling.plain and grammar_state is None
+        allow = (lambda place: grammar_state.allowed(self._draft.tokens[:place])) if grammar_state else None
+        self._cost_model = SpeculationCostModel()
         self._state = LazyState(
-            blend,
+            ensemble,
             ids,
-            self._penalise if penalised else None,
+            self._penalize if penalized else None,
             allow=allow,
             prefixes=prefixes,
             called=self._called,
         )
-        self._seen = np.zeros(blend.vocabulary, bool)
+        self._seen = np.zeros(ensemble.vocabulary, bool)
         self._seen[ids] = True
         self._drafters: list[Drafter] = []
-        if follower is not None and (lookup or student is not None):
-            self._drafters.append(FormDrafts(follower, self._pace))
+        if grammar_state is not None and (lookup or student is not None):
+            self._drafters.append(GrammarDrafter(grammar_state, self._cost_model))
         if lookup:
-            self._drafters.append(PromptLookup(self._pace))
+            self._drafters.append(PromptLookupDrafter(self._cost_model))
         if ngrams is not None:
-            self._drafters.append(NgramDrafts(ngrams, self._pace, eos=self._eos))
-        self._student: StudentDrafts | None = None
+            self._drafters.append(NgramDrafter(ngrams, self._cost_model, eos=self._eos))
+        self._student: StudentDrafter | None = None
         if student is not None:
-            (listened,) = student.listened()
-            reader = Reader(listened, blend.vocabulary)
-            behind = follower.allowed if follower else None
-            self._student = StudentDrafts(reader, sampling, self._generator, self._pace, eos=self._eos, allow=behind)
+            (active_graph,) = student.active_graphs()
+            sequence = SequenceState(active_graph, ensemble.vocabulary)
+            behind = grammar_state.allowed if grammar_state else None
+            self._student = StudentDrafter(
+                sequence, sampling, self._generator, self._cost_model, eos=self._eos, allow=behind
+            )
         self._word: tuple[int, int, Source] | None = None
         self._begun = self._finished = False
         self.drafted = self.accepted = 0
@@ -137,13 +139,13 @@ class SpeculativeDecoding:
         self._draft = self._find_draft() if self._begun else NOTHING
         state.open(self._draft.tokens)
         if not self._lazy:
-            state.ask_all()
+            state.evaluate_all()
         tokens = self._decide()
         state.accept(tokens)
-        if self._follower:
-            self._follower.take(tokens)
+        if self._grammar_state:
+            self._grammar_state.take(tokens)
         if self._begun and state.asked > asked:
-            self._pace.stepped(time.perf_counter() - begun, len(tokens))
+            self._cost_model.record_step(time.perf_counter() - begun, len(tokens))
         self._begun = True
         return self._advance(tokens)
 
@@ -155,10 +157,10 @@ class SpeculativeDecoding:
         """Of the tokens so far, under the mixture, before temperature and filters: float64 [tokens], nats."""
         return self._state.log_probabilities()
 
-    def spoken(self, sequence: int, first: int = 0) -> Spoken:  # noqa: ARG002 - there is one
-        """What voices that weigh something gave the tokens so far, from one of them on."""
+    def spoken(self, sequence: int, first: int = 0) -> TokenAttribution:  # noqa: ARG002 - there is one
+        """What members that weigh something gave the tokens so far, from one of them on."""
         spoken = self._state.spoken()
-        return Spoken(spoken.own[:, first:], spoken.weights[:, first:])
+        return TokenAttribution(spoken.own[:, first:], spoken.weights[:, first:])
 
     def close(self) -> None:
         """Free the caches."""
@@ -185,16 +187,16 @@ class SpeculativeDecoding:
         for drafter in self._drafters:
             if (found := self._held(drafter.draft(text, most, len(ahead)), ahead)).tokens:
                 break
-        if self._student is None or self._student.promise(text, most) <= self._pace.saves(found.sources):
+        if self._student is None or self._student.promise(text, most) <= self._cost_model.saving(found.sources):
             return found
         drawn = self._held(self._student.draft(text, most, len(ahead)), ahead)
         return drawn if drawn.tokens else found
 
     def _held(self, draft: Draft, ahead: Sequence[int]) -> Draft:
         """The beginning of a draft that the text's form allows. Of drawn tokens that is all: they were drawn so."""
-        if self._follower is None or draft.proposals is not None:
+        if self._grammar_state is None or draft.proposals is not None:
             return draft
-        valid = max(0, self._follower.valid([*ahead, *draft.tokens]) - len(ahead))
+        valid = max(0, self._grammar_state.valid([*ahead, *draft.tokens]) - len(ahead))
         return Draft(draft.tokens[:valid], draft.sources[:valid])
 
     def _decide(self) -> list[int]:
@@ -213,40 +215,44 @@ class SpeculativeDecoding:
         """Where others must be asked, let the member of most weight write on first, as a draft: they then read all of
         it at once (collaborative decoding via speculation, arXiv 2502.01662). It is itself drafted for.
         """
-        state, pace = self._state, self._pace
+        state, cost_model = self._state, self._cost_model
         place, chance, doubtful, self._word = 0, 1.0, False, None
         begun: tuple[int, float] | None = None
         most = self._most
         while True:
-            token, certainty = state.favourite(place)
-            if not state.rest:
+            token, certainty = state.argmax_with_margin(place)
+            if not state.remaining_weight:
                 break
             if certainty < math.inf:
-                pace.doubted(certainty <= 1)
+                cost_model.record_uncertainty(certainty <= 1)
             source: Source = ("alone", min(4, int(4 * certainty)) if certainty < 1 else 4)
             doubtful |= certainty <= 1
-            chance *= pace.chance(source) if certainty <= 1 else 1.0
+            chance *= cost_model.acceptance_probability(source) if certainty <= 1 else 1.0
             drafted = self._draft.tokens[place : place + 1]
             if drafted == [token]:
                 if certainty <= 1:  # from here on it is this member's word
-                    pace.tried(self._draft.sources[place], accepted=True)
+                    cost_model.record_decision(self._draft.sources[place], accepted=True)
                     self._draft.sources[place] = source
                 if token in self._eos:
                     break
             else:
                 ends = token in self._eos or place >= most
-                if not doubtful or ends or not pace.waits(chance, state.speaker, state.listeners):
+                if (
+                    not doubtful
+                    or ends
+                    or not cost_model.defer_verification(chance, state.first_evaluated, state.not_evaluated)
+                ):
                     self._word = (place, token, source) if certainty <= 1 else None
                     break
                 if drafted:
-                    pace.tried(self._draft.sources[place], accepted=False)
+                    cost_model.record_decision(self._draft.sources[place], accepted=False)
                     self.drafted += 1
                     self._shorten(place)
                 begun = begun or (place, time.perf_counter())
                 self._lengthen(token, source)
             place += 1
         if begun:
-            pace.drafted("alone", time.perf_counter() - begun[1], place - begun[0])
+            cost_model.record_drafting("alone", time.perf_counter() - begun[1], place - begun[0])
 
     def _shorten(self, place: int) -> None:
         """Take the draft back from a place on."""
@@ -257,14 +263,14 @@ class SpeculativeDecoding:
         """Add a token to the draft, and what may come behind it, for those who were asked to go on with."""
         tokens, sources, _ = self._draft
         ahead = [*tokens, token]
-        with self._pace.alone(self._state.speaker):
+        with self._cost_model.alone(self._state.first_evaluated):
             behind = self._find_draft(ahead)
         self._state.lengthen([token, *behind.tokens])
         self._draft = Draft([*ahead, *behind.tokens], [*sources, source, *behind.sources])
 
     def _called(self, graph: int, tokens: int, seconds: float, verifies: bool) -> None:
         if self._begun:  # before, it is the prompt that is read, and much is done for the first time
-            self._pace.called(graph, tokens, seconds, verifies=verifies)
+            self._cost_model.record_call(graph, tokens, seconds, verifies=verifies)
 
     def _choose(self, place: int) -> tuple[int, bool]:
         """The token of a place of the window, and whether it is the draft's."""
@@ -272,9 +278,9 @@ class SpeculativeDecoding:
         if (forced := self._state.forced(place)) is not None:
             return forced, drafted and forced == self._draft.tokens[place]
         if not self._sampling.temperature:
-            token = self._state.leader(place)
+            token = self._state.certain_argmax(place)
             if self._word and self._word[0] == place:  # what a member would have gone on with, had it not asked
-                self._pace.tried(self._word[2], token == self._word[1])
+                self._cost_model.record_decision(self._word[2], token == self._word[1])
             accepted = drafted and token == self._draft.tokens[place]
         elif not drafted:
             return self._draw(place), False
@@ -282,7 +288,7 @@ class SpeculativeDecoding:
             token, accepted = self._try(place, self._draft.tokens[place])
         if drafted:
             self.drafted, self.accepted = self.drafted + 1, self.accepted + accepted
-            self._pace.tried(self._draft.sources[place], accepted)
+            self._cost_model.record_decision(self._draft.sources[place], accepted)
         return token, accepted
 
     def _draw(self, place: int) -> int:
@@ -290,23 +296,23 @@ class SpeculativeDecoding:
         state = self._state
         if not self._lazy or not self._plain:
             return draw(distribution(state.scores(place), self._sampling), self._generator)
-        voice = int(self._generator.choice(len(state.weights), p=state.weights / state.weights.sum()))
-        state.ask_voice(voice)
-        return draw(state.voice(voice, place), self._generator)
+        member = int(self._generator.choice(len(state.weights), p=state.weights / state.weights.sum()))
+        state.evaluate_member(member)
+        return draw(state.member_probabilities(member, place), self._generator)
 
     def _try(self, place: int, token: int) -> tuple[int, bool]:
         """Take a drafted token with probability min(1, p / q), or draw from what p has more than q."""
         state, proposals, generator = self._state, self._draft.proposals, self._generator
         bar = generator.random() * (1.0 if proposals is None else float(proposals[place][token]))
         if self._lazy and self._plain:
-            while state.rest:
-                if not state.silent:
-                    least = float(state.mass(place)[token])
+            while state.remaining_weight:
+                if not state.nothing_evaluated:
+                    least = float(state.partial_probabilities(place)[token])
                     if bar < least - ROUNDING:
                         return token, True
-                    if bar > least + state.rest + ROUNDING:
+                    if bar > least + state.remaining_weight + ROUNDING:
                         break
-                state.ask_next()
+                state.evaluate_next()
         shares = distribution(state.scores(place), self._sampling)
         if bar < shares[token]:
             return token, True
@@ -318,12 +324,12 @@ class SpeculativeDecoding:
             return token, True
         return draw(shares, generator), False
 
-    def _penalise(self, logits: NDArray[np.float32], place: int) -> NDArray[np.float32]:
+    def _penalize(self, logits: NDArray[np.float32], place: int) -> NDArray[np.float32]:
         seen = self._seen
         if place:
             seen = seen.copy()
             seen[self._draft.tokens[:place]] = True
-        return penalise_repetition(logits, np.flatnonzero(seen), self._sampling.repetition_penalty)
+        return penalize_repetition(logits, np.flatnonzero(seen), self._sampling.repetition_penalty)
 
     def _advance(self, tokens: list[int]) -> list[Token]:
         self._seen[tokens] = True

@@ -16,41 +16,41 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgemix.progress import Progress
-    from edgemix.runtime.mixing.ensemble import Blend
+    from edgemix.runtime.mixing.ensemble import Ensemble
 
 PROMPT, STEPS, ROUNDS = 64, 24, 3
-"""Most tokens of the prompt, tokens decoded after the first, and how often each blend has its turn."""
+"""Most tokens of the prompt, tokens decoded after the first, and how often each ensemble has its turn."""
 
 
 def decoding_rates(
-    blends: Sequence[Blend], prompt: Sequence[int], *, context: int, progress: Progress = NO_PROGRESS
+    ensembles: Sequence[Ensemble], prompt: Sequence[int], *, context: int, progress: Progress = NO_PROGRESS
 ) -> list[float]:
-    """Tokens a second of greedy decoding at batch 1, prefill not counted, for each blend.
+    """Tokens a second of greedy decoding at batch 1, prefill not counted, for each ensemble.
 
-    The blends take turns, so that a machine that slows down does so for all, and the first turn is a warm-up. What
+    The ensembles take turns, so that a machine that slows down does so for all, and the first turn is a warm-up. What
     counts is the median over the tokens of the others: another process that takes a core for a moment does not matter.
 
     Args:
-        blends: Who decodes.
+        ensembles: Who decodes.
         prompt: Token ids that all continue, at least one; its first `PROMPT` are taken.
         context: Most tokens of a sequence. One that leaves no room to decode gives NaN.
         progress: Hears of the turns.
     """
     start = prompt[: max(1, min(PROMPT, context - STEPS))]
-    seconds: list[list[float]] = [[] for _ in blends]
-    with progress.stage("speed", (ROUNDS + 1) * len(blends)) as task:
+    seconds: list[list[float]] = [[] for _ in ensembles]
+    with progress.stage("speed", (ROUNDS + 1) * len(ensembles)) as task:
         for turn in range(ROUNDS + 1):
-            for blend, found in zip(blends, seconds, strict=True):
-                timed = _decode(blend, start, context)
+            for ensemble, found in zip(ensembles, seconds, strict=True):
+                timed = _decode(ensemble, start, context)
                 found.extend(timed if turn > 0 else [])
                 task.advance()
     return [1 / statistics.median(found) if found else math.nan for found in seconds]
 
 
-def _decode(blend: Blend, prompt: Sequence[int], context: int) -> list[float]:
+def _decode(ensemble: Ensemble, prompt: Sequence[int], context: int) -> list[float]:
     """Seconds that each token took, after the first."""
     decoding = Decoding(
-        blend, [prompt], Sampling(), seeds=[0], max_new_tokens=STEPS + 1, context=context, eos=()
+        ensemble, [prompt], Sampling(), seeds=[0], max_new_tokens=STEPS + 1, context=context, eos=()
     )  # without an end of text, every turn is as long
     seconds = []
     with closing(decoding):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemix.runtime.mixing.ensemble import Blend
+    from edgemix.runtime.mixing.ensemble import Ensemble
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +58,12 @@ class Comparison:
 
 
 def compare_tokens(
-    blend: Blend, ids: NDArray[np.int64], *, scored_bytes: int, window: int, advance: Callable[[float], None]
+    ensemble: Ensemble, ids: NDArray[np.int64], *, scored_bytes: int, window: int, advance: Callable[[float], None]
 ) -> Comparison:
     """Read a text with several models, and hold each against their mixture.
 
     Args:
-        blend: The models with their weights; one that is no member weighs nothing, and is compared all the same.
+        ensemble: The models with their weights; one that is no member weighs nothing, and is compared all the same.
         ids: int64 [tokens], at least two, all within the vocabulary.
         scored_bytes: UTF-8 bytes of all tokens but the first.
         window: Most tokens that are read with one past, see `scoring.read`.
@@ -72,11 +72,11 @@ def compare_tokens(
     Raises:
         EdgemixError: A graph fails, or computes something that is not a number.
     """
-    shape = len(blend.weights), len(ids) - 1
+    shape = len(ensemble.weights), len(ids) - 1
     found = Comparison(np.empty(shape), np.empty(shape, np.bool_), np.empty(shape), scored_bytes, shape[1:])
-    row = np.empty((len(blend.weights), blend.vocabulary), np.float32)
-    shares = blend.weights.astype(np.float32)
-    with closing(read(blend.members, ids, vocabulary=blend.vocabulary, window=window)) as pieces:
+    row = np.empty((len(ensemble.weights), ensemble.vocabulary), np.float32)
+    shares = ensemble.weights.astype(np.float32)
+    with closing(read(ensemble.graphs, ids, vocabulary=ensemble.vocabulary, window=window)) as pieces:
         for place, logits, targets in pieces:
             # A token at a time: its distributions stay within the processor's cache.
             for t, target in enumerate(targets):

@@ -14,9 +14,9 @@ from edgemix.progress import NO_PROGRESS, PrefixedProgress
 from edgemix.results.evaluation import Evaluation, Figures, Row
 from edgemix.runtime.evaluation.decode_rate import decoding_rates
 from edgemix.runtime.evaluation.draft_agreement import Comparison, compare_tokens
-from edgemix.runtime.mixing.adaptive import Experts, adaptive_targets
+from edgemix.runtime.mixing.adaptive import AdaptivePrior, adaptive_targets
 from edgemix.runtime.mixing.arithmetic import linear_targets
-from edgemix.runtime.mixing.ensemble import Blend
+from edgemix.runtime.mixing.ensemble import Ensemble
 from edgemix.runtime.options import ADAPTIVE
 
 if TYPE_CHECKING:
@@ -59,15 +59,19 @@ def evaluate(
     if not files:
         raise InputError("there is no text to evaluate on")
     opened = [mixture] if student is None else [mixture, student]
-    models = tuple(model for each in opened for model in each.blend(dict.fromkeys(each.members, 1.0)).members)
+    models = tuple(model for each in opened for model in each.ensemble(dict.fromkeys(each.members, 1.0)).graphs)
     context = min(each.context for each in opened)
     lines = _lines(mixture, student)
     own = next(line for line in reversed(lines) if line.name == _own_name(mixture))  # not a member of that name
-    blend = Blend(models, own.shares, "linear", mixture.vocabulary)
+    ensemble = Ensemble(models, own.shares, "linear", mixture.vocabulary)
     taken = {name: scored_documents(mixture, name, documents, max_tokens) for name, documents in files.items()}
     read = {
         name: _compare(
-            blend, mixture, documents, window=min(window or WINDOW, context), progress=PrefixedProgress(progress, name)
+            ensemble,
+            mixture,
+            documents,
+            window=min(window or WINDOW, context),
+            progress=PrefixedProgress(progress, name),
         )
         for name, documents in taken.items()
     }
@@ -76,8 +80,8 @@ def evaluate(
     if speed:
         prompt = mixture.tokenizer.encode(next(iter(taken.values()))[0])
         timed = [index for index, line in enumerate(lines) if line.kind != "mixture" or line is own]
-        blends = [Blend.of(models, lines[i].shares, "linear", mixture.vocabulary) for i in timed]
-        for i, rate in zip(timed, decoding_rates(blends, prompt, context=context, progress=progress), strict=True):
+        ensembles = [Ensemble.of(models, lines[i].shares, "linear", mixture.vocabulary) for i in timed]
+        for i, rate in zip(timed, decoding_rates(ensembles, prompt, context=context, progress=progress), strict=True):
             rows[i] = replace(rows[i], decode_rate=rate)
     return Evaluation(tuple(rows), own.name)
 
@@ -120,7 +124,7 @@ class _Line:
     name: str
     kind: RowKind
     shares: NDArray[np.float64]
-    experts: Experts | None = None
+    experts: AdaptivePrior | None = None
 
     def row(self, members: Sequence[str], files: Mapping[str, Comparison], pooled: Comparison) -> Row:
         weights = {} if self.kind == "student" else dict(zip(members, self.shares.tolist(), strict=False))
@@ -164,7 +168,7 @@ def _lines(mixture: Mixture, student: Mixture | None) -> list[_Line]:
             shares = np.zeros(len(one_hot))
             shares[: len(members)] = [weights[member] for member in members]
             lines.append(_Line(name, "mixture", shares))
-        experts = Experts.of(members, fitted.default, fitted.domains)
+        experts = AdaptivePrior.of(members, fitted.default, fitted.domains)
         shares = np.zeros(len(one_hot))
         shares[: len(members)] = experts.weights
         lines.append(_Line(ADAPTIVE, "mixture", shares, experts))
@@ -202,14 +206,14 @@ def scored_documents(mixture: Mixture, name: str, documents: Sequence[str], max_
 
 
 def _compare(
-    blend: Blend, mixture: Mixture, documents: Sequence[str], *, window: int, progress: Progress
+    ensemble: Ensemble, mixture: Mixture, documents: Sequence[str], *, window: int, progress: Progress
 ) -> Comparison:
     encoded = [mixture.tokenizer.encode_for_scoring(document) for document in documents]
     with progress.stage("scoring", sum(len(ids) - 1 for ids, _ in encoded)) as task:
         return Comparison.of(
             [
                 compare_tokens(
-                    blend, np.array(ids, np.int64), scored_bytes=scored_bytes, window=window, advance=task.advance
+                    ensemble, np.array(ids, np.int64), scored_bytes=scored_bytes, window=window, advance=task.advance
                 )
                 for ids, scored_bytes in encoded
             ]

@@ -13,14 +13,14 @@ from edgemix.errors import InputError
 from edgemix.runtime.mixing.adaptive import Posterior
 from edgemix.runtime.mixing.arithmetic import check_numbers, linear_targets, log_linear, log_softmax
 from edgemix.runtime.sequences.prefix_cache import common_length
-from edgemix.runtime.sequences.state import Reader
+from edgemix.runtime.sequences.state import SequenceState
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
     from numpy.typing import NDArray
 
-    from edgemix.runtime.mixing.ensemble import Blend
+    from edgemix.runtime.mixing.ensemble import Ensemble
 
 
 class Continuation(NamedTuple):
@@ -48,21 +48,21 @@ class ContinuationScore(NamedTuple):
 
 
 def score_continuations(
-    blend: Blend, continuations: Sequence[Continuation]
+    ensemble: Ensemble, continuations: Sequence[Continuation]
 ) -> Generator[tuple[int, ContinuationScore]]:
     """Score continuations: yields the index of one with its score, those that begin alike one after the other.
 
     Closing it frees the caches, which are of one text. A score is what `Mixture.score` says of those tokens.
 
     Args:
-        blend: The members, and how they are mixed.
+        ensemble: The members, and how they are mixed.
         continuations: Each as long as the context at most, not counting its last token, which is never read.
 
     Raises:
         InputError: Something is empty or too long.
         EdgemixError: A graph fails, or computes something that is not a number.
     """
-    context = min(member.context for member in blend.members)
+    context = min(graph.context for graph in ensemble.graphs)
     for index, (before, ids) in enumerate(continuations):
         if not len(before) or not len(ids):
             raise InputError(f"continuation {index + 1} needs at least one token, and one before it")
@@ -73,7 +73,7 @@ def score_continuations(
             )
     # Big-endian bytes are in the order of the numbers, and take less memory than those do.
     order = sorted(range(len(continuations)), key=lambda i: np.array(_text(continuations[i]), ">u4").tobytes())
-    listener = _Listener(blend)
+    listener = _Listener(ensemble)
     try:
         for index in order:
             one = continuations[index]
@@ -87,18 +87,20 @@ def _text(continuation: Continuation) -> list[int]:
 
 
 class _Listener:
-    """A blend that listens to one text after the other."""
+    """A ensemble that listens to one text after the other."""
 
-    def __init__(self, blend: Blend) -> None:
-        heavy = blend.heavy
-        self._readers = [Reader(listened, blend.vocabulary) for listened in blend.listened()]
-        self._chunk = min(member.chunk for member in blend.members)
-        self._combine = blend.combine
-        self._weights = blend.weights[heavy]
-        self._experts = blend.experts.narrowed(heavy) if blend.experts else None
-        self._parts = np.empty((len(heavy), blend.vocabulary), np.float32)
+    def __init__(self, ensemble: Ensemble) -> None:
+        active = ensemble.active
+        self._sequences = [
+            SequenceState(active_graph, ensemble.vocabulary) for active_graph in ensemble.active_graphs()
+        ]
+        self._chunk = min(graph.chunk for graph in ensemble.graphs)
+        self._combine = ensemble.combine
+        self._weights = ensemble.weights[active]
+        self._experts = ensemble.prior.narrowed(active) if ensemble.prior else None
+        self._parts = np.empty((len(active), ensemble.vocabulary), np.float32)
         self._text = np.empty(0, np.int64)
-        self._own = np.empty((len(heavy), 0))
+        self._own = np.empty((len(active), 0))
 
     def score(self, text: NDArray[np.int64], start: int) -> ContinuationScore:
         """Score the tokens of a text from a place on."""
@@ -107,15 +109,15 @@ class _Listener:
         own[:, :common] = self._own[:, :common]
         # Weights that follow the text hear all of it, and what was heard before still counts.
         first = start if self._experts is None else min(start, max(common, 1))
-        for reader in self._readers:
-            reader.forget(min(common, first - 1))
+        for sequence in self._sequences:
+            sequence.truncate(min(common, first - 1))
         posterior = None if self._experts is None else Posterior(self._experts)
         if posterior is not None:
             posterior.observe(own[:, 1:first])
         scored = ContinuationScore(np.empty(len(text) - start), np.empty(len(text) - start, np.bool_))
-        for place, voices in self._listen(text, first):
+        for place, members in self._listen(text, first):
             target = text[place]
-            for part, logits in zip(self._parts, voices, strict=True):
+            for part, logits in zip(self._parts, members, strict=True):
                 log_softmax(logits, out=part)
             own[:, place] = self._parts[:, target]
             check_numbers(own[:, place])
@@ -130,22 +132,22 @@ class _Listener:
 
     def close(self) -> None:
         """Free the caches."""
-        for reader in self._readers:
-            reader.close()
+        for sequence in self._sequences:
+            sequence.close()
 
     def _listen(self, text: NDArray[np.int64], first: int) -> Iterator[tuple[int, list[NDArray[np.float32]]]]:
-        """Each place of a text from the first one on, with every voice's logits [vocabulary] of what comes there."""
+        """Each place of a text from the first one on, with every member's logits [vocabulary] of what comes there."""
         for begin in range(first, len(text), self._chunk):
             end = min(begin + self._chunk, len(text))
-            voices: list[NDArray[np.float32]] = []
-            for reader in self._readers:
-                (heard,) = reader.listen(text[: end - 1], begin)  # one call is enough
-                voices += heard.logits
+            members: list[NDArray[np.float32]] = []
+            for sequence in self._sequences:
+                (chunk,) = sequence.forward(text[: end - 1], begin)  # one call is enough
+                members += chunk.logits
             for place in range(begin, end):
-                yield place, [logits[place - begin] for logits in voices]
+                yield place, [logits[place - begin] for logits in members]
 
     def _mix(self, own: NDArray[np.float64], target: np.int64, weights: NDArray[np.float64]) -> tuple[float, np.intp]:
-        """The mixture's log-probability of a token, of which voices said `own`, and its most probable token."""
+        """The mixture's log-probability of a token, of which members said `own`, and its most probable token."""
         if self._combine == "linear":
             mass = weights.astype(np.float32) @ np.exp(self._parts)
             return float(linear_targets(own[:, None], weights)[0]), mass.argmax()

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemix.runtime.graphs.decoder import Member
-    from edgemix.runtime.mixing.adaptive import Experts
+    from edgemix.runtime.graphs.decoder import DecoderGraph
+    from edgemix.runtime.mixing.adaptive import AdaptivePrior
     from edgemix.runtime.mixing.arithmetic import Combine
 
 
@@ -30,7 +30,7 @@ class Piece(NamedTuple):
 
     Attributes:
         place: Where its tokens' successors lie among the scored tokens, which are all but the text's first.
-        logits: Each model's, voice by voice: float32 [tokens, vocabulary]; the next piece overwrites them.
+        logits: Each model's, member by member: float32 [tokens, vocabulary]; the next piece overwrites them.
         targets: int64 [tokens], the tokens' successors.
     """
 
@@ -39,7 +39,7 @@ class Piece(NamedTuple):
     targets: NDArray[np.int64]
 
 
-def read(models: Sequence[Member], ids: NDArray[np.int64], *, vocabulary: int, window: int) -> Generator[Piece]:
+def read(models: Sequence[DecoderGraph], ids: NDArray[np.int64], *, vocabulary: int, window: int) -> Generator[Piece]:
     """Read a text with several models, a bounded piece at a time.
 
     A text longer than `window` is read in windows of that many tokens that share nothing: each begins with an empty
@@ -64,9 +64,9 @@ def read(models: Sequence[Member], ids: NDArray[np.int64], *, vocabulary: int, w
             for at in range(start, end, chunk):
                 place = slice(at, min(at + chunk, end))
                 logits = [
-                    voice[:, :vocabulary]
+                    member[:, :vocabulary]
                     for model, cache in zip(models, caches, strict=True)
-                    for voice in model.parts(model.extend_all(cache, [ids[place]])[0])
+                    for member in model.parts(model.extend_all(cache, [ids[place]])[0])
                 ]
                 yield Piece(place, logits, ids[place.start + 1 : place.stop + 1])
     finally:
@@ -75,12 +75,12 @@ def read(models: Sequence[Member], ids: NDArray[np.int64], *, vocabulary: int, w
 
 
 def score_tokens(
-    members: Sequence[Member],
+    members: Sequence[DecoderGraph],
     weights: NDArray[np.float64],
     ids: NDArray[np.int64],
     *,
     combine: Combine,
-    experts: Experts | None = None,
+    experts: AdaptivePrior | None = None,
     vocabulary: int,
     window: int,
     advance: Callable[[float], None],
@@ -89,7 +89,7 @@ def score_tokens(
 
     Args:
         members: All members; each is evaluated, whatever it weighs.
-        weights: float64 [voices], sum one.
+        weights: float64 [members], sum one.
         ids: As `read`; so are `vocabulary` and `window`.
         combine: How the members are mixed.
         experts: What the weights follow the text by, through all of it; None for weights that stay.
@@ -101,7 +101,7 @@ def score_tokens(
         EdgemixError: A graph fails, or computes something that is not a number.
 
     Returns:
-        The mixture's, float64 [tokens - 1], and each voice's, float64 [voices, tokens - 1], in nats.
+        The mixture's, float64 [tokens - 1], and each member's, float64 [members, tokens - 1], in nats.
     """
     mixed = np.empty(len(ids) - 1, np.float64)
     own = np.empty((len(weights), len(ids) - 1), np.float64)
@@ -124,8 +124,8 @@ def _geometric_targets(
     logits: Sequence[NDArray[np.float32]], weights: NDArray[np.float64], targets: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """The targets' log-probabilities under `log_linear`, a token at a time so as not to copy all logits."""
-    heavy = np.flatnonzero(weights).tolist()
+    active = np.flatnonzero(weights).tolist()
     scored = np.empty(len(targets), np.float64)
     for t, target in enumerate(targets):
-        scored[t] = log_linear(np.stack([logits[i][t] for i in heavy]), weights[heavy])[target]
+        scored[t] = log_linear(np.stack([logits[i][t] for i in active]), weights[active])[target]
     return scored

@@ -94,20 +94,20 @@ def _follow(mixture: Mixture, reading: _Reading, window: int, advance: Callable[
     """Read a text, and find the weights along it."""
     bos = mixture.tokenizer.entry.bos
     ids = reading.ids if bos is None else [bos, *reading.ids]
-    blend = mixture.whole_blend(ADAPTIVE)
-    if blend.experts is None:
+    ensemble = mixture.full_ensemble(ADAPTIVE)
+    if ensemble.prior is None:
         raise ValueError("adaptive weights come with experts")
     _, own = score_tokens(
-        blend.members,
-        blend.weights,
+        ensemble.graphs,
+        ensemble.weights,
         np.array(ids, np.int64),
-        combine=blend.combine,
-        vocabulary=blend.vocabulary,
+        combine=ensemble.combine,
+        vocabulary=ensemble.vocabulary,
         window=min(window, mixture.context),
         advance=advance,
     )
-    _, path = adaptive_targets(own, blend.experts)
-    along = np.concatenate([blend.weights[:, None], path], axis=1)[:, -len(reading.ids) :]
+    _, path = adaptive_targets(own, ensemble.prior)
+    along = np.concatenate([ensemble.weights[:, None], path], axis=1)[:, -len(reading.ids) :]
     decoder = IncrementalDecoder(mixture.tokenizer, ids[: -len(reading.ids)])
     return Passage(
         reading.name,

@@ -31,7 +31,7 @@ def numbers() -> Iterator[int]:
     return iter(range(1, MOST + 1))
 
 
-class CapturedCall:
+class CudaGraph:
     """Calls of one shape on one cache.
 
     Args:

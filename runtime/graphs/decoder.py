@@ -13,8 +13,8 @@ import numpy as np
 
 from edgemix.bundle import graph_io
 from edgemix.errors import BundleError, EdgemixError, InputError
-from edgemix.runtime.cancellation import check as check_called_off
-from edgemix.runtime.graphs.cuda_graphs import CapturedCall, numbers
+from edgemix.runtime.cancellation import check as check_cancelled
+from edgemix.runtime.graphs.cuda_graphs import CudaGraph, numbers
 from edgemix.runtime.graphs.growing_cache import GrowingCache
 from edgemix.runtime.graphs.kv_cache import CacheLayout, KVCache, Slot
 from edgemix.runtime.graphs.providers import (
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemix.bundle.graph_io import GraphConfig
-    from edgemix.runtime.graphs.prepacked_weights import PackedWeights
+    from edgemix.runtime.graphs.prepacked_weights import PrepackedWeights
     from edgemix.runtime.graphs.providers import Provider
 
     Tokens = Sequence[Sequence[int]] | Sequence[NDArray[np.int64]] | NDArray[np.int64]
@@ -74,7 +74,7 @@ def _unwatched(name: str, tokens: int) -> AbstractContextManager[object]:  # noq
 
 @dataclass(slots=True)
 class _Call:
-    """A binding for ids [batch, new], with the buffer [batch, kept, vocabulary] or [batch, kept, voices, vocabulary]
+    """A binding for ids [batch, new], with the buffer [batch, kept, vocabulary] or [batch, kept, members, vocabulary]
     that their logits are written to, what it reads `kept` from, and for a provider that captures, whether it has run
     before and what it is recorded with.
     """
@@ -84,18 +84,18 @@ class _Call:
     new: int
     kept: Any
     again: bool = False
-    captured: CapturedCall | None = None
+    captured: CudaGraph | None = None
 
 
-class Member:
+class DecoderGraph:
     """One decoder graph, loaded: a member, or several that share their base's weights.
 
     It holds no state between calls: several threads may use one member at once, each with its own cache. Logits of
-    several voices end with the axes [voices, vocabulary] in the place of [vocabulary]; `parts` takes them apart.
+    several members end with the axes [members, vocabulary] in the place of [vocabulary]; `parts` takes them apart.
 
     Attributes:
         config: What the manifest says of the graph.
-        voices: For how many members it speaks.
+        members: For how many members it speaks.
         vocabulary: Width of the logits, padding included.
         tokens: int64 [vocabulary], the ids that its logits are of, ascending; None where those are 0, 1, 2, ...
         context: Most tokens that a sequence can have.
@@ -124,15 +124,15 @@ class Member:
         self._logits_dtype = _FLOATS[logits.type]
         self.vocabulary: int = logits.shape[-1]
         self.context = config.context
-        self.voices = config.member_count
-        self.chunk = int(np.clip(LOGITS_BYTES // (4 * self.vocabulary * self.voices), 16, MAX_CHUNK))
+        self.member_count = config.member_count
+        self.chunk = int(np.clip(LOGITS_BYTES // (4 * self.vocabulary * self.member_count), 16, MAX_CHUNK))
         slots = tuple(
-            Slot(tensor.name, graph_io.present_of(tensor.name), self.voices * tensor.shape[1], tensor.shape[3])
+            Slot(tensor.name, graph_io.present_of(tensor.name), self.member_count * tensor.shape[1], tensor.shape[3])
             for tensor in self._inputs.values()
             if tensor.name.startswith(graph_io.PAST_PREFIX)
         )
         dtype = _CACHE_TYPES[self._inputs[graph_io.past_key(0)].type]
-        self.layout = CacheLayout(slots, dtype, provider, config.context, self.voices)
+        self.layout = CacheLayout(slots, dtype, provider, config.context, self.member_count)
 
     @classmethod
     def load(
@@ -143,9 +143,9 @@ class Member:
         threads: int | None = None,
         *,
         name: str = "",
-        packed: tuple[PackedWeights, str] | None = None,
+        packed: tuple[PrepackedWeights, str] | None = None,
         tokens: NDArray[np.int64] | None = None,
-    ) -> Member:
+    ) -> DecoderGraph:
         """Open a graph.
 
         Args:
@@ -167,7 +167,7 @@ class Member:
         session = open_session(graph, provider, threads=threads, packed=packed)
         return cls(session, config, provider, name or graph.parent.name, tokens=tokens)
 
-    def watched(self, watch: Watch) -> Member:
+    def watched(self, watch: Watch) -> DecoderGraph:
         """The same graph, whose every call of ONNX Runtime is made within `watch(name, tokens)`."""
         member = copy.copy(self)
         member._watch = watch
@@ -240,8 +240,8 @@ class Member:
         return [row[:count] for row, count in zip(logits, counts, strict=True)]
 
     def parts(self, logits: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-        """Each voice's logits [..., vocabulary]."""
-        return [logits] if self.voices == 1 else [logits[..., voice, :] for voice in range(self.voices)]
+        """Each member's logits [..., vocabulary]."""
+        return [logits] if self.member_count == 1 else [logits[..., member, :] for member in range(self.member_count)]
 
     def _run(
         self,
@@ -257,7 +257,7 @@ class Member:
         """
         batch, new = ids.shape
         kept = min(keep, new) if keep and self._can_keep else new
-        check_called_off()
+        check_cancelled()
         try:
             with exclusive(self.provider):
                 cache.reserve(new)
@@ -300,7 +300,7 @@ class Member:
         if isinstance(cache, SharedCache) and (number := next(self._numbers, None)) is not None:
             shapes = {name: values.shape for name, values in inputs.items()}
             shapes[graph_io.ATTENTION_MASK] = (cache.batch, cache.widest(call.new))
-            call.captured = CapturedCall(call.binding, self.provider, shapes, call.logits, number)
+            call.captured = CudaGraph(call.binding, self.provider, shapes, call.logits, number)
 
     def _call(self, cache: KVCache, batch: int, new: int, kept: int) -> _Call:
         """The binding for a call of this size: those of few rows are all kept, with one buffer, and of others the last
@@ -309,10 +309,10 @@ class Member:
         few, key = batch * new <= FEW, (batch, new, kept)
         call: _Call | None = cache.calls.get(key)
         if call is None:
-            shape = (batch, kept, *(() if self.voices == 1 else (self.voices,)), self.vocabulary)
+            shape = (batch, kept, *(() if self.member_count == 1 else (self.member_count,)), self.vocabulary)
             size = math.prod(shape)
             if few:
-                most = FEW * self.voices * self.vocabulary  # memory that is never touched costs nothing
+                most = FEW * self.member_count * self.vocabulary  # memory that is never touched costs nothing
                 logits = cache.calls.setdefault(None, np.empty(most, self._logits_dtype))[:size].reshape(shape)
             else:
                 logits = np.empty(shape, self._logits_dtype)
@@ -369,10 +369,10 @@ class Member:
             )
 
     def _misshapen(self, pasts: Iterable[str]) -> Iterable[str]:
-        logits, voices = self._outputs[graph_io.LOGITS], self.config.member_count
-        said = (self.config.vocabulary,) if voices == 1 else (voices, self.config.vocabulary)
+        logits, member_count = self._outputs[graph_io.LOGITS], self.config.member_count
+        said = (self.config.vocabulary,) if member_count == 1 else (member_count, self.config.vocabulary)
         if len(logits.shape) != 2 + len(said) or tuple(logits.shape[2:]) != said:
-            known = "vocabulary" if voices == 1 else f"{voices} voices, vocabulary"
+            known = "vocabulary" if member_count == 1 else f"{member_count} members, vocabulary"
             yield f"its logits are {logits.shape}, the manifest says {known} {self.config.vocabulary}"
         if logits.type not in _FLOATS:
             yield f"its logits are {logits.type}"

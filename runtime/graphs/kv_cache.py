@@ -40,14 +40,14 @@ class CacheLayout:
         dtype: Their element type.
         provider: Where they live.
         context: Most tokens that a sequence can have.
-        voices: For how many members the graph speaks: to it, each sequence is so many, with a part of its heads each.
+        members: For how many members the graph speaks: to it, each sequence is so many, with a part of its heads each.
     """
 
     slots: tuple[Slot, ...]
     dtype: np.dtype[Any]
     provider: Provider
     context: int
-    voices: int = 1
+    member_count: int = 1
 
 
 class KVCache(ABC):

@@ -11,8 +11,8 @@ import numpy as np
 
 from edgemix.bundle.paths import resolve
 from edgemix.bundle.reader import draft_tokens, graph_digest
-from edgemix.runtime.graphs.decoder import Member
-from edgemix.runtime.graphs.prepacked_weights import PackedWeights
+from edgemix.runtime.graphs.decoder import DecoderGraph
+from edgemix.runtime.graphs.prepacked_weights import PrepackedWeights
 from edgemix.runtime.graphs.providers import default_threads
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def open_graphs(
     bundle: Path, manifest: Manifest, provider: Provider, threads: int | None, *, student: bool, packed: Path | None
-) -> tuple[list[Member], Member | None]:
+) -> tuple[list[DecoderGraph], DecoderGraph | None]:
     """Every graph of the members, in their order, and what the student drafts with.
 
     Args:
@@ -41,16 +41,16 @@ def open_graphs(
     # Several members may share a graph, as its voices.
     entries = [next(voices) for _, voices in groupby(manifest.members, key=lambda entry: entry.graph)]
     drafter = manifest.student if student else None
-    kept = PackedWeights.of_this_machine(packed) if packed else None
+    kept = PrepackedWeights.of_this_machine(packed) if packed else None
 
-    def open_one(entry: MemberEntry) -> Member:
+    def open_one(entry: MemberEntry) -> DecoderGraph:
         path, config, tokens = entry.graph, entry.config, None
         if entry is drafter and entry.draft is not None:
             path, config = entry.draft.graph, msgspec.structs.replace(config, vocabulary=entry.draft.vocabulary)
             tokens = np.array(draft_tokens(bundle, manifest, entry.draft), np.int64)
         place = (kept, graph_digest(manifest, path)) if kept else None
         graph = resolve(bundle, path)
-        return Member.load(graph, config, provider, threads, name=entry.name, packed=place, tokens=tokens)
+        return DecoderGraph.load(graph, config, provider, threads, name=entry.name, packed=place, tokens=tokens)
 
     with ThreadPoolExecutor(default_threads()) as workers:
         opened = list(workers.map(open_one, [*entries, *([drafter] if drafter else [])]))

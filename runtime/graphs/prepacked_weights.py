@@ -36,7 +36,7 @@ _SMALLEST = 1024
 """Bytes of a tensor that is not in the graph's own file."""
 
 
-class PackedWeights:
+class PrepackedWeights:
     """A folder with packed graphs, each in one of its own that goes by all that the layout depends on.
 
     It is trusted: whoever can write there decides what runs. It must not lie in the bundle, whose files are all listed.

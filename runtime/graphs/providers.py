@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemix.runtime.graphs.prepacked_weights import PackedWeights
+    from edgemix.runtime.graphs.prepacked_weights import PrepackedWeights
 
 LOG = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def open_session(
     provider: Provider,
     *,
     threads: int | None = None,
-    packed: tuple[PackedWeights, str] | None = None,
+    packed: tuple[PrepackedWeights, str] | None = None,
     profile: Path | None = None,
 ) -> Any:
     """An `onnxruntime.InferenceSession` of a graph file.

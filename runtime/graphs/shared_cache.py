@@ -54,8 +54,8 @@ class SharedCache(KVCache):
     def bind(self, binding: Any) -> None:
         device, dtype = self.layout.provider.device, self.layout.dtype
         for slot, buffer in zip(self.layout.slots, self._buffers, strict=True):
-            voices = self.layout.voices
-            shape = [self.batch * voices, slot.heads // voices, self.capacity, slot.head_size]
+            member_count = self.layout.member_count
+            shape = [self.batch * member_count, slot.heads // member_count, self.capacity, slot.head_size]
             row_bytes = slot.heads * self.capacity * slot.head_size * dtype.itemsize
             address = buffer.data_ptr() + self._first_row * row_bytes
             binding.bind_input(slot.past, device, 0, dtype, shape, address)

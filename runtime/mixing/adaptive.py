@@ -39,11 +39,11 @@ def evidence_from(prompt: NDArray[np.int64]) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Experts:
+class AdaptivePrior:
     """The ways to weigh members that a posterior chooses among.
 
     Attributes:
-        table: float64 [experts, voices], each row on the simplex.
+        table: float64 [experts, members], each row on the simplex.
         prior: float64 [experts], above zero, sum one.
         share: Probability of a change of the expert after a token.
     """
@@ -55,7 +55,7 @@ class Experts:
     @classmethod
     def of(
         cls, members: Sequence[str], weights: Mapping[str, float], domains: Mapping[str, Mapping[str, float]]
-    ) -> Experts:
+    ) -> AdaptivePrior:
         """Each member by its weight; and, where there are domains, each one's weights, which share a half."""
         single = np.array([weights.get(name, 0.0) for name in members], np.float64)
         table, prior = np.eye(len(members))[single > 0], single[single > 0]
@@ -67,36 +67,36 @@ class Experts:
 
     @property
     def weights(self) -> NDArray[np.float64]:
-        """The members' before any text: float64 [voices]."""
+        """The members' before any text: float64 [members]."""
         return np.asarray(self.prior @ self.table)
 
-    def narrowed(self, voices: NDArray[np.int64]) -> Experts:
-        """For some voices only, which must be all that any expert gives weight to."""
-        return Experts(self.table[:, voices], self.prior, self.share)
+    def narrowed(self, members: NDArray[np.int64]) -> AdaptivePrior:
+        """For some members only, which must be all that any expert gives weight to."""
+        return AdaptivePrior(self.table[:, members], self.prior, self.share)
 
 
 class Posterior:
     """What is believed of experts while a text goes on.
 
     Attributes:
-        weights: float64 [voices], the members' for the next token.
+        weights: float64 [members], the members' for the next token.
     """
 
-    def __init__(self, experts: Experts) -> None:
+    def __init__(self, experts: AdaptivePrior) -> None:
         self._experts = experts
         self._belief = experts.prior
         self.weights = experts.weights
         self._said: list[NDArray[np.float64]] = []
 
     def hear(self, own: NDArray[np.float64]) -> None:
-        """Learn from one more token, float64 [voices]: `PERIOD` of them are weighed at once."""
+        """Learn from one more token, float64 [members]: `PERIOD` of them are weighed at once."""
         self._said.append(own)
         if len(self._said) == PERIOD:
             self.observe(np.stack(self._said, axis=1))
             self._said = []
 
     def observe(self, own: NDArray[np.float64]) -> None:
-        """Learn from tokens, given each voice's log-probabilities of them: float64 [voices, tokens], nats."""
+        """Learn from tokens, given each member's log-probabilities of them: float64 [members, tokens], nats."""
         experts, belief = self._experts, self._belief
         peak = own.max(axis=0)
         # A token that is impossible for all tells nothing.
@@ -110,17 +110,17 @@ class Posterior:
 
 
 def adaptive_targets(
-    own: NDArray[np.float64], experts: Experts, *, period: int = 1
+    own: NDArray[np.float64], experts: AdaptivePrior, *, period: int = 1
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """A text's log-probabilities under weights that follow it.
 
     Args:
-        own: float64 [voices, tokens], each voice's log-probabilities of the text's tokens, nats.
+        own: float64 [members, tokens], each member's log-probabilities of the text's tokens, nats.
         experts: Where the weights begin.
         period: Tokens between two changes.
 
     Returns:
-        Log-probabilities float64 [tokens], and the weights that each was predicted with, float64 [voices, tokens].
+        Log-probabilities float64 [tokens], and the weights that each was predicted with, float64 [members, tokens].
     """
     posterior, tokens = Posterior(experts), own.shape[1]
     path = np.empty_like(own)

@@ -31,7 +31,7 @@ def check_combine(combine: str) -> None:
         raise InputError(f"combine={combine!r} is unknown", f"Choose one of: {', '.join(get_args(Combine))}.")
 
 
-def normalise(weights: Mapping[str, float], members: Sequence[str]) -> NDArray[np.float64]:
+def normalize(weights: Mapping[str, float], members: Sequence[str]) -> NDArray[np.float64]:
     """Weights as float64 [members] on the simplex; a member that is not named weighs nothing.
 
     Raises:
@@ -133,7 +133,7 @@ def _column(weights: NDArray[np.float64], like: NDArray[np.float32]) -> NDArray[
 
 def linear_targets(own: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
     """Log sum_i w_i P_i of the targets, float64 [tokens], from each member's log P_i, float64 [members, tokens]."""
-    heavy = weights > 0
-    weighted = own[heavy] + np.log(weights[heavy])[:, None]
+    active = weights > 0
+    weighted = own[active] + np.log(weights[active])[:, None]
     result: NDArray[np.float64] = np.logaddexp.reduce(weighted, axis=0)
     return result

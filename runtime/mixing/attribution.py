@@ -16,31 +16,31 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-class Spoken(NamedTuple):
-    """What voices gave the tokens of a text.
+class TokenAttribution(NamedTuple):
+    """What members gave the tokens of a text.
 
     Attributes:
-        own: float64 [voices, tokens], log-probabilities, nats.
-        weights: float64 [voices, tokens], theirs when the token was chosen.
+        own: float64 [members, tokens], log-probabilities, nats.
+        weights: float64 [members, tokens], theirs when the token was chosen.
     """
 
     own: NDArray[np.float64]
     weights: NDArray[np.float64]
 
     @classmethod
-    def joined(cls, parts: Sequence[Spoken]) -> Spoken:
+    def joined(cls, parts: Sequence[TokenAttribution]) -> TokenAttribution:
         """Of stretches of a text, one after the other."""
         own, weights = zip(*parts, strict=True)
         return cls(np.concatenate(own, axis=1), np.concatenate(weights, axis=1))
 
-    def of_all(self, voices: NDArray[np.int64], count: int) -> Spoken:
-        """The same for so many members, of which `voices` were listened to; the others' log-probabilities are NaN."""
+    def of_all(self, members: NDArray[np.int64], count: int) -> TokenAttribution:
+        """The same for so many members, of which `members` were listened to; the others' log-probabilities are NaN."""
         own, weights = np.full((count, self.own.shape[1]), np.nan), np.zeros((count, self.own.shape[1]))
-        own[voices], weights[voices] = self.own, self.weights
-        return Spoken(own, weights)
+        own[members], weights[members] = self.own, self.weights
+        return TokenAttribution(own, weights)
 
     def responsibilities(self) -> NDArray[np.float64]:
-        """float64 [tokens, voices], each row's sum one; zero for a voice without weight."""
+        """float64 [tokens, members], each row's sum one; zero for a member without weight."""
         with np.errstate(divide="ignore"):
             joint = np.where(self.weights > 0, self.own + np.log(self.weights), -np.inf)
         shares = np.exp(joint - joint.max(axis=0))

@@ -1,4 +1,4 @@
-"""Which members speak, and how they are mixed."""
+"""Which members a mixture evaluates, and with which weights."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from edgemix.errors import InputError
-from edgemix.runtime.mixing.adaptive import Experts
-from edgemix.runtime.mixing.arithmetic import check_combine, normalise
+from edgemix.runtime.mixing.adaptive import AdaptivePrior
+from edgemix.runtime.mixing.arithmetic import check_combine, normalize
 from edgemix.runtime.options import ADAPTIVE, FIXED
 
 if TYPE_CHECKING:
@@ -19,82 +19,91 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemix.bundle.manifest import Manifest, Weights
-    from edgemix.runtime.graphs.decoder import Member
+    from edgemix.runtime.graphs.decoder import DecoderGraph
     from edgemix.runtime.mixing.arithmetic import Combine
     from edgemix.runtime.options import WeightChoice
 
 
-class Listened(NamedTuple):
-    """A graph, and those of its voices that weigh something.
+class ActiveGraph(NamedTuple):
+    """A graph, and those of its members whose weight is above zero.
 
     Attributes:
-        own: Their numbers among the graph's voices.
-        places: Their numbers among all voices that weigh something.
+        graph: The graph, of one or several members.
+        local_indices: Their indices among the graph's members.
+        ensemble_indices: Their indices among all active members of the ensemble.
     """
 
-    member: Member
-    own: tuple[int, ...]
-    places: tuple[int, ...]
+    graph: DecoderGraph
+    local_indices: tuple[int, ...]
+    ensemble_indices: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Blend:
-    """Members and how they are mixed.
+class Ensemble:
+    """Members, their weights, and how their distributions are mixed.
 
     Attributes:
-        members: Graphs that speak for a member with a weight above zero; the others need not be evaluated.
-        weights: float64 [voices of all of them], sum one; where they follow the text, those before any.
-        combine: See `mixing`.
-        vocabulary: The tokenizer's; logits beyond it are cut off.
-        experts: What the weights follow the text by; None for weights that stay.
+        graphs: Graphs that hold the members, in order; a graph may hold several.
+        weights: float64 [members], sum one; where they follow the text, those before any text.
+        combine: See `arithmetic`.
+        vocabulary: Size of the tokenizer's vocabulary; logits beyond it are cut off.
+        prior: What adaptive weights choose among; None for fixed weights.
     """
 
-    members: tuple[Member, ...]
+    graphs: tuple[DecoderGraph, ...]
     weights: NDArray[np.float64]
     combine: Combine
     vocabulary: int
-    experts: Experts | None = None
+    prior: AdaptivePrior | None = None
 
     @classmethod
     def of(
         cls,
-        members: Sequence[Member],
+        graphs: Sequence[DecoderGraph],
         weights: NDArray[np.float64],
         combine: Combine,
         vocabulary: int,
-        experts: Experts | None = None,
-    ) -> Blend:
-        """The blend of those members that weigh something, from weights (and experts) of all members' voices."""
-        starts = np.cumsum([0, *(member.voices for member in members)])
+        prior: AdaptivePrior | None = None,
+    ) -> Ensemble:
+        """Return the ensemble without graphs all of whose members have weight zero.
+
+        Args:
+            graphs: All graphs.
+            weights: float64 [members of all graphs].
+            combine: See `arithmetic`.
+            vocabulary: Size of the tokenizer's vocabulary.
+            prior: Over the members of all graphs.
+        """
+        starts = np.cumsum([0, *(graph.member_count for graph in graphs)])
         spans = [range(first, end) for first, end in pairwise(starts.tolist())]
-        heavy = [(member, span) for member, span in zip(members, spans, strict=True) if weights[list(span)].any()]
-        kept = np.array([voice for _, span in heavy for voice in span], np.int64)
-        narrowed = experts.narrowed(kept) if experts else None
-        return cls(tuple(member for member, _ in heavy), weights[kept], combine, vocabulary, narrowed)
+        active = [(graph, span) for graph, span in zip(graphs, spans, strict=True) if weights[list(span)].any()]
+        kept = np.array([member for _, span in active for member in span], np.int64)
+        narrowed = prior.narrowed(kept) if prior else None
+        return cls(tuple(graph for graph, _ in active), weights[kept], combine, vocabulary, narrowed)
 
     @property
-    def heavy(self) -> NDArray[np.int64]:
-        """The voices that weigh something."""
+    def active(self) -> NDArray[np.int64]:
+        """Indices of the members whose weight is above zero."""
         return np.flatnonzero(self.weights)
 
-    def listened(self) -> list[Listened]:
-        """Every graph with its voices that weigh something; their `places` are numbers in `heavy`."""
-        found, first, place = [], 0, 0
-        for member in self.members:
-            own = tuple(np.flatnonzero(self.weights[first : first + member.voices]).tolist())
-            found.append(Listened(member, own, tuple(range(place, place + len(own)))))
-            first, place = first + member.voices, place + len(own)
+    def active_graphs(self) -> list[ActiveGraph]:
+        """Return every graph with its active members; their `ensemble_indices` are positions in `active`."""
+        found, first, index = [], 0, 0
+        for graph in self.graphs:
+            local = tuple(np.flatnonzero(self.weights[first : first + graph.member_count]).tolist())
+            found.append(ActiveGraph(graph, local, tuple(range(index, index + len(local)))))
+            first, index = first + graph.member_count, index + len(local)
         return found
 
 
 @dataclass(frozen=True, slots=True)
-class Blender:
-    """Makes blends from what callers say of weights.
+class WeightResolver:
+    """Resolves the weights that a call names to an ensemble.
 
     Attributes:
-        names: The members', in the manifest's order.
-        weights: The bundle's.
-        vocabulary: The tokenizer's.
+        names: The members' names, in the manifest's order.
+        weights: The bundle's weights.
+        vocabulary: Size of the tokenizer's vocabulary.
     """
 
     names: tuple[str, ...]
@@ -102,26 +111,26 @@ class Blender:
     vocabulary: int
 
     @classmethod
-    def of(cls, manifest: Manifest) -> Blender:
-        """Those of a bundle."""
+    def of(cls, manifest: Manifest) -> WeightResolver:
+        """Return the resolver of a bundle."""
         names = tuple(entry.name for entry in manifest.members)
         return cls(names, manifest.weights, manifest.tokenizer.vocabulary)
 
-    def whole(self, graphs: Sequence[Member], weights: WeightChoice, combine: Combine) -> Blend:
-        """All members, those that weigh nothing too.
+    def full_ensemble(self, graphs: Sequence[DecoderGraph], weights: WeightChoice, combine: Combine) -> Ensemble:
+        """Return the ensemble of all members, those of weight zero included.
 
         Raises:
-            InputError: An argument makes no sense.
+            InputError: The weights are none of this bundle's, or do not go with `combine`.
         """
         check_combine(combine)
-        experts = self.experts(combine) if self.resolve(weights, combine) == ADAPTIVE else None
-        shares = experts.weights if experts else self.shares(weights)
-        return Blend(tuple(graphs), shares, combine, self.vocabulary, experts)
+        prior = self.prior(combine) if self.resolve(weights, combine) == ADAPTIVE else None
+        shares = prior.weights if prior else self.fixed_weights(weights)
+        return Ensemble(tuple(graphs), shares, combine, self.vocabulary, prior)
 
-    def blend(self, graphs: Sequence[Member], weights: WeightChoice, combine: Combine) -> Blend:
-        """The members that weigh something; raises as `whole`."""
-        whole = self.whole(graphs, weights, combine)
-        return Blend.of(whole.members, whole.weights, combine, self.vocabulary, whole.experts)
+    def ensemble(self, graphs: Sequence[DecoderGraph], weights: WeightChoice, combine: Combine) -> Ensemble:
+        """Return the ensemble of the graphs that have an active member; raises as `full_ensemble`."""
+        full = self.full_ensemble(graphs, weights, combine)
+        return Ensemble.of(full.graphs, full.weights, combine, self.vocabulary, full.prior)
 
     def resolve(self, weights: WeightChoice, combine: Combine = "linear") -> WeightChoice:
         """Return the choice that None stands for: adaptive weights where the bundle's are, as far as the mixture is
@@ -131,17 +140,25 @@ class Blender:
             return weights
         return ADAPTIVE if self.weights.adaptive and combine == "linear" else FIXED
 
-    def experts(self, combine: Combine) -> Experts:
-        """What adaptive weights choose among."""
+    def prior(self, combine: Combine) -> AdaptivePrior:
+        """Return what adaptive weights choose among.
+
+        Raises:
+            InputError: The mixture is not linear.
+        """
         if combine != "linear":
             raise InputError(
                 f'weights="{ADAPTIVE}" are those of the linear mixture, not of {combine!r}',
                 'Leave combine out, or choose combine="linear".',
             )
-        return Experts.of(self.names, self.weights.default, self.weights.domains)
+        return AdaptivePrior.of(self.names, self.weights.default, self.weights.domains)
 
-    def shares(self, weights: WeightChoice) -> NDArray[np.float64]:
-        """float64 [members], sum one, of weights that stay."""
+    def fixed_weights(self, weights: WeightChoice) -> NDArray[np.float64]:
+        """Return float64 [members], sum one, of weights that do not follow the text.
+
+        Raises:
+            InputError: They name a domain or a member that the bundle does not have, or are all zero.
+        """
         domains = self.weights.domains
         if weights == FIXED and FIXED not in domains:
             weights = None
@@ -152,4 +169,4 @@ class Blender:
                     f"Domains: {', '.join(domains)}." if domains else "It has no domains: give weights by member name.",
                 )
             weights = domains[weights]
-        return normalise(self.weights.default if weights is None else weights, self.names)
+        return normalize(self.weights.default if weights is None else weights, self.names)

@@ -13,7 +13,7 @@ import numpy as np
 
 from edgemix.errors import EdgemixError, storage_errors
 from edgemix.results.profile import Breakdown, Layer, Operator
-from edgemix.runtime.graphs.decoder import Member
+from edgemix.runtime.graphs.decoder import DecoderGraph
 from edgemix.runtime.graphs.providers import eager, open_session
 from edgemix.runtime.profiling.graphs import EMBEDDING, HEAD, OTHER, mark_of_name, spread
 
@@ -69,7 +69,7 @@ def profiled_calls(
     with storage_errors("writing ONNX Runtime's profile"), tempfile.TemporaryDirectory(prefix="edgemix-") as folder:
         session = open_session(path, provider, threads=threads, profile=Path(folder) / "calls")
         try:
-            member = Member(session, entry.config, provider, entry.name)
+            member = DecoderGraph(session, entry.config, provider, entry.name)
             tokens = [np.asarray(prompt[: member.chunk], np.int64)]
             for _ in range(PREFILLS):
                 cache = member.new_cache()

@@ -20,7 +20,7 @@ from edgemix.results.profile import Machine, Profile
 from edgemix.runtime.graphs.providers import choose, default_threads
 from edgemix.runtime.machine.plan import write_plan
 from edgemix.runtime.machine.system import describe
-from edgemix.runtime.mixing.ensemble import Blender
+from edgemix.runtime.mixing.ensemble import WeightResolver
 from edgemix.runtime.mixture import Mixture
 from edgemix.runtime.options import ADAPTIVE
 from edgemix.runtime.profiling import loading, operators
@@ -176,7 +176,7 @@ def profile(request: Request, progress: Progress = NO_PROGRESS) -> Measured:
     manifest = read_manifest(request.bundle)
     verify_bundle(request.bundle, manifest, checksums=request.verify)
     if request.weights != ADAPTIVE:
-        Blender.of(manifest).shares(request.weights)  # before anything takes its time
+        WeightResolver.of(manifest).fixed_weights(request.weights)  # before anything takes its time
     provider, threads = choose(request.provider), request.threads or default_threads()
     pace = QUICK if request.quick else THOROUGH
     work = _Work(request, manifest, provider, threads, pace, begun, progress)
@@ -334,7 +334,7 @@ def _roofs(work: _Work, contender: Contender, found: Subject) -> Iterator[Roof]:
     machine = work.machine
     works = [
         Work.of(read_graph(resolve(work.request.bundle, entry.graph)), member, entry.format)
-        for entry, member in zip(contender.entries, contender.blend.members, strict=True)
+        for entry, member in zip(contender.entries, contender.ensemble.graphs, strict=True)
     ]
     if found.prefill:
         longest = found.prefill[-1]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgemix.results.profile import Machine
-    from edgemix.runtime.graphs.decoder import Member
+    from edgemix.runtime.graphs.decoder import DecoderGraph
     from edgemix.runtime.profiling.graphs import Graph
 
 _IN_INT8 = frozenset({"int8", "int8-dynamic", "int4"})
@@ -39,16 +39,16 @@ class Work:
     int8: bool
 
     @classmethod
-    def of(cls, graph: Graph, member: Member, format_: str) -> Work:
+    def of(cls, graph: Graph, decoder: DecoderGraph, format_: str) -> Work:
         """The work in a member's graph."""
-        slots = member.layout.slots
+        slots = decoder.layout.slots
         numbers = sum(slot.heads * slot.head_size for slot in slots)
         size = slots[0].head_size if slots else 0
         return cls(
             weights=graph.weight_bytes(),
-            state=numbers * member.layout.dtype.itemsize,
-            products=member.voices * graph.multiply_adds(),
-            attention=2 * member.voices * graph.query_heads * size or numbers,
+            state=numbers * decoder.layout.dtype.itemsize,
+            products=decoder.member_count * graph.multiply_adds(),
+            attention=2 * decoder.member_count * graph.query_heads * size or numbers,
             int8=format_ in _IN_INT8,
         )
 

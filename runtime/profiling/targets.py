@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from edgemix.bundle.manifest import Manifest, MemberEntry
     from edgemix.bundle.ngram_table import NgramTable
     from edgemix.results.profile import SubjectKind
-    from edgemix.runtime.mixing.ensemble import Blend
+    from edgemix.runtime.mixing.ensemble import Ensemble
     from edgemix.runtime.mixture import Mixture
     from edgemix.runtime.options import Speculation, WeightChoice
     from edgemix.runtime.profiling.energy import Meter
@@ -57,7 +57,7 @@ class Contender:
     Attributes:
         name, kind, format, files: As in the profile's `Subject`.
         entries: Of the graphs that it asks.
-        blend: What it mixes.
+        ensemble: What it mixes.
         speculation: How; "off" for the plain loop.
         context: Most tokens of a sequence.
         student: What drafts, where that is loaded; `ngrams`, where the bundle has them.
@@ -68,10 +68,10 @@ class Contender:
     format: str
     files: int
     entries: tuple[MemberEntry, ...]
-    blend: Blend
+    ensemble: Ensemble
     speculation: Speculation
     context: int
-    student: Blend | None = None
+    student: Ensemble | None = None
     ngrams: NgramTable | None = None
 
     @property
@@ -83,11 +83,11 @@ class Contender:
         if self.plain:
             seeds = [0] * len(prompts)
             return Decoding(
-                self.blend, prompts, Sampling(), seeds=seeds, max_new_tokens=new, context=self.context, eos=()
+                self.ensemble, prompts, Sampling(), seeds=seeds, max_new_tokens=new, context=self.context, eos=()
             )
         (prompt,) = prompts
         return SpeculativeDecoding(
-            self.blend,
+            self.ensemble,
             prompt,
             Sampling(),
             seed=None,
@@ -136,40 +136,41 @@ def contenders(mixture: Mixture, weights: WeightChoice = None, *, student: Mixtu
     """
     manifest = mixture.manifest
     found = [
-        _alone(mixture, entry, "member", mixture.blend(dict.fromkeys([entry.name], 1.0))) for entry in manifest.members
+        _alone(mixture, entry, "member", mixture.ensemble(dict.fromkeys([entry.name], 1.0)))
+        for entry in manifest.members
     ]
     if mixture.drafting is not None and manifest.student is not None:
-        alone = mixture.drafting if student is None else student.blend()
+        alone = mixture.drafting if student is None else student.ensemble()
         found.append(_alone(mixture, manifest.student, "student", alone))
-    blend = mixture.blend(weights)
+    ensemble = mixture.ensemble(weights)
     if len(manifest.members) > 1:
-        found.append(_mixture(mixture, PLAIN, blend, "off"))
-    return [*found, _mixture(mixture, FAST, blend, "auto")]
+        found.append(_mixture(mixture, PLAIN, ensemble, "off"))
+    return [*found, _mixture(mixture, FAST, ensemble, "auto")]
 
 
 def ways(mixture: Mixture, weights: WeightChoice = None) -> list[Contender]:
     """The mixture in every way to generate that its bundle has."""
-    blend = mixture.blend(weights)
+    ensemble = mixture.ensemble(weights)
     names: list[Speculation] = ["off", "lookup", *(("student",) if mixture.drafting else ())]
-    return [_mixture(mixture, name, blend, name) for name in (*names, *(("auto",) if mixture.drafting else ()))]
+    return [_mixture(mixture, name, ensemble, name) for name in (*names, *(("auto",) if mixture.drafting else ()))]
 
 
-def _alone(mixture: Mixture, entry: MemberEntry, kind: SubjectKind, blend: Blend) -> Contender:
+def _alone(mixture: Mixture, entry: MemberEntry, kind: SubjectKind, ensemble: Ensemble) -> Contender:
     return Contender(
         entry.name,
         kind,
         entry.format,
         _bytes(mixture.manifest, files_of(mixture.manifest, entry.name)),
         (entry,),
-        blend,
+        ensemble,
         "off",
         mixture.context,
     )
 
 
-def _mixture(mixture: Mixture, name: str, blend: Blend, speculation: Speculation) -> Contender:
+def _mixture(mixture: Mixture, name: str, ensemble: Ensemble, speculation: Speculation) -> Contender:
     manifest = mixture.manifest
-    heard = {member.name for member in blend.members}
+    heard = {member.name for member in ensemble.graphs}
     # A graph of several voices goes by the first one's name.
     entries = tuple(entry for entry in _graphs(manifest) if entry.name in heard)
     files = {file for entry in manifest.members for file in files_of(manifest, entry.name)}
@@ -180,7 +181,7 @@ def _mixture(mixture: Mixture, name: str, blend: Blend, speculation: Speculation
         formats,
         _bytes(manifest, files),
         entries,
-        blend,
+        ensemble,
         speculation,
         mixture.context,
         mixture.drafting,

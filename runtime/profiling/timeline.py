@@ -1,7 +1,7 @@
 """When what happens while a text is generated: spans on tracks, for the time outside ONNX Runtime, and for a picture.
 
-The production path carries one hook, around a graph's call (`Member.watched`). The other spans are laid around methods
-of the one decoding that is looked at.
+The production path carries one hook, around a graph's call (`DecoderGraph.watched`). The other spans are laid around
+methods of the one decoding that is looked at.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from edgemix.runtime.text.tokenizer import IncrementalDecoder
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from edgemix.runtime.mixing.ensemble import Blend
+    from edgemix.runtime.mixing.ensemble import Ensemble
     from edgemix.runtime.profiling.targets import Contender
     from edgemix.runtime.text.tokenizer import Tokenizer
 
@@ -32,7 +32,7 @@ TOKENIZER, DRAFTING = "edgemix: tokenizer", "edgemix: drafting"
 
 # Methods that are looked at: of the decoding, and of its state.
 _OF_DECODING = {"_choose": SAMPLING, "_find_draft": DRAFTING}
-_OF_STATE = {"mix": MIXING, "mass": MIXING, "voice": MIXING, "scores": MIXING}
+_OF_STATE = {"mix": MIXING, "partial_probabilities": MIXING, "member_probabilities": MIXING, "scores": MIXING}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +76,13 @@ class Timeline:
                 self._within[-1] += end - begin
             self.spans.append(Span(track, name or track.removeprefix(_OURS), begin, end, end - begin - inner, tokens))
 
-    def watch(self, blend: Blend) -> Blend:
-        """The same blend, whose every call of a graph is a span on a track of the member's name."""
+    def watch(self, ensemble: Ensemble) -> Ensemble:
+        """The same ensemble, whose every call of a graph is a span on a track of the member's name."""
 
         def call(name: str, tokens: int) -> Any:
             return self.span(name, "1 token" if tokens == 1 else f"{tokens} tokens", tokens)
 
-        return replace(blend, members=tuple(member.watched(call) for member in blend.members))
+        return replace(ensemble, graphs=tuple(graph.watched(call) for graph in ensemble.graphs))
 
     def own(self, spans: Iterable[Span] | None = None) -> dict[str, float]:
         """Track -> seconds that its spans took without those within them."""
@@ -115,7 +115,7 @@ def watch(
     timeline, written, begun = Timeline(), 0, time.perf_counter()
     watched = replace(
         contender,
-        blend=timeline.watch(contender.blend),
+        ensemble=timeline.watch(contender.ensemble),
         student=timeline.watch(contender.student) if contender.student else None,
     )
     decoder = IncrementalDecoder(tokenizer, prompt)

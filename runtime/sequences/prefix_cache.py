@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgemix.runtime.sequences.state import Reader
+from edgemix.runtime.sequences.state import SequenceState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemix.runtime.graphs.kv_cache import KVCache
-    from edgemix.runtime.mixing.ensemble import Listened
+    from edgemix.runtime.mixing.ensemble import ActiveGraph
 
 LEAST = 16
 """Tokens that must be in common for a copy to be worth it."""
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class PrefixEntry:
     """What one graph has read.
 
     Attributes:
         graph: The number by which the graph goes.
         text: int64 [tokens].
         cache: Of one row, with all of it.
-        own: float64 [voices of the graph, tokens], the text's log-probabilities, nats; NaN where nobody asked.
+        own: float64 [members of the graph, tokens], the text's log-probabilities, nats; NaN where nobody asked.
     """
 
     graph: int
@@ -53,7 +53,7 @@ class PrefixCache:
 
     def __init__(self, room: int | None, texts: int | None = None) -> None:
         self._room, self._texts, self._lock = room, texts, threading.Lock()
-        self._kept: list[Kept] = []  # the least recently used one first
+        self._kept: list[PrefixEntry] = []  # the least recently used one first
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -63,9 +63,9 @@ class PrefixCache:
         """Of key-value state that is kept."""
         return sum(kept.cache.bytes for kept in self._kept)
 
-    def reader(
-        self, listened: Listened, vocabulary: int, text: NDArray[np.int64], heard_from: int
-    ) -> tuple[Reader, NDArray[np.float64]]:
+    def sequence(
+        self, active_graph: ActiveGraph, vocabulary: int, text: NDArray[np.int64], heard_from: int
+    ) -> tuple[SequenceState, NDArray[np.float64]]:
         """A graph's reader of a text, which has read as much of it as is known; never the last token.
 
         Args:
@@ -76,10 +76,10 @@ class PrefixCache:
                 must be read again from there.
 
         Returns:
-            The reader, and what the voices that are listened to gave the tokens that it has read, and perhaps the next
-            one: float64 [voices, tokens].
+            The reader, and what the members that are listened to gave the tokens that it has read, and perhaps the next
+            one: float64 [members, tokens].
         """
-        graph, own = id(listened.member), list(listened.own)
+        graph, own = id(active_graph.graph), list(active_graph.local_indices)
         with self._lock:
             found, read, common = None, LEAST - 1, 0
             for kept in self._kept:
@@ -89,29 +89,31 @@ class PrefixCache:
                     if most > read:
                         found, read, common = kept, most, both
             if found is None:
-                return Reader(listened, vocabulary), np.empty((len(own), 0))
+                return SequenceState(active_graph, vocabulary), np.empty((len(own), 0))
             self._kept.remove(found)
             self._kept.append(found)
-            return Reader(listened, vocabulary, found.cache.copy(read)), found.own[own, : min(read + 1, common)]
+            return SequenceState(active_graph, vocabulary, found.cache.copy(read)), found.own[
+                own, : min(read + 1, common)
+            ]
 
-    def keep(self, reader: Reader, text: NDArray[np.int64], own: NDArray[np.float64]) -> None:
+    def keep(self, sequence: SequenceState, text: NDArray[np.int64], own: NDArray[np.float64]) -> None:
         """Keep what a reader has read; its cache is the reader's no more.
 
         Args:
             reader: Of one graph.
             text: int64, which begins with what it has read.
-            own: float64 [its voices, tokens], the text's log-probabilities.
+            own: float64 [its members, tokens], the text's log-probabilities.
         """
-        read, cache = reader.read, reader.cache
+        read, cache = sequence.read, sequence.cache
         if read < LEAST:
             cache.free()
             return
-        whole = np.full((reader.listened.member.voices, read), np.nan)
-        whole[list(reader.listened.own)] = own[:, :read]
+        whole = np.full((sequence.active_graph.graph.member_count, read), np.nan)
+        whole[list(sequence.active_graph.local_indices)] = own[:, :read]
         cache.calls = {}
-        self.add(Kept(id(reader.listened.member), text[:read].copy(), cache, whole))
+        self.add(PrefixEntry(id(sequence.active_graph.graph), text[:read].copy(), cache, whole))
 
-    def add(self, kept: Kept) -> None:
+    def add(self, kept: PrefixEntry) -> None:
         """Keep one more, unless it is larger than all the room; others go if there is no more."""
         if self._room is not None and kept.cache.bytes > self._room:
             kept.cache.free()
@@ -134,7 +136,7 @@ class PrefixCache:
         other._kept = [*self.each()]
         return other
 
-    def each(self) -> Iterator[Kept]:
+    def each(self) -> Iterator[PrefixEntry]:
         """All that is kept, the least recently used one first; nothing is forgotten meanwhile."""
         with self._lock:
             yield from self._kept

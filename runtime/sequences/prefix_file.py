@@ -1,9 +1,9 @@
 """Texts that were read, in a file: the next run of an app goes on with them.
 
-A magic line, a line of JSON (`_Header`), then for every text its token ids (int64), its voices' log-probabilities
-(float64 [voices, tokens]) and its key-value state (slot after slot, [heads, tokens, head_size]), all little-endian. How
-many bytes that takes follows from the graph, and is compared before any of them is read. A damaged text is refused; but
-whoever can write the file decides what the graphs have read.
+A magic line, a line of JSON (`_Header`), then for every text its token ids (int64), its members' log-probabilities
+(float64 [members, tokens]) and its key-value state (slot after slot, [heads, tokens, head_size]), all little-endian.
+How many bytes that takes follows from the graph, and is compared before any of them is read. A damaged text is refused;
+but whoever can write the file decides what the graphs have read.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import numpy as np
 from edgemix.bundle.reader import graph_digest
 from edgemix.errors import InputError, storage_errors
 from edgemix.files import write_atomically
-from edgemix.runtime.sequences.prefix_cache import Kept
+from edgemix.runtime.sequences.prefix_cache import PrefixEntry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from edgemix.bundle.manifest import Manifest
-    from edgemix.runtime.graphs.decoder import Member
+    from edgemix.runtime.graphs.decoder import DecoderGraph
     from edgemix.runtime.sequences.prefix_cache import PrefixCache
 
 _MAGIC = b"edgemix texts that were read, 1\n"
@@ -55,7 +55,7 @@ def write(
     path: Path,
     prefixes: PrefixCache,
     manifest: Manifest,
-    members: Sequence[Member],
+    members: Sequence[DecoderGraph],
     messages: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write down what is kept.
@@ -71,7 +71,7 @@ def write(
         InputError: A message is not JSON, or there are more of them than a file can have.
         EdgemixError: It cannot be written; an old file is untouched.
     """
-    names = {id(member): name for name, member in _named(manifest, members).items()}
+    names = {id(graph): name for name, graph in _named(manifest, members).items()}
     texts, content = [], []
     for kept in [*prefixes.each()][-_MOST_TEXTS:]:
         arrays = (kept.text, kept.own, *kept.cache.state(len(kept.text)))
@@ -92,7 +92,7 @@ def write(
 
 
 def read(
-    path: Path, prefixes: PrefixCache, manifest: Manifest, members: Sequence[Member]
+    path: Path, prefixes: PrefixCache, manifest: Manifest, members: Sequence[DecoderGraph]
 ) -> tuple[int, tuple[dict[str, Any], ...]]:
     """Keep what a file has, as far as there is room; texts of graphs that are not here are passed over.
 
@@ -125,22 +125,22 @@ def read(
                 raise _damaged(path)
             found = 0
             for text in texts:
-                member = graphs.get(text.graph)
-                if member is None:
+                graph = graphs.get(text.graph)
+                if graph is None:
                     file.seek(text.bytes, os.SEEK_CUR)
                     continue
-                fields = _fields(member, text.tokens)
-                if not 0 < text.tokens <= member.context or text.bytes != sum(field.nbytes for field in fields):
+                fields = _fields(graph, text.tokens)
+                if not 0 < text.tokens <= graph.context or text.bytes != sum(field.nbytes for field in fields):
                     raise _damaged(path)
                 data = file.read(text.bytes)
                 if hashlib.sha256(data).hexdigest() != text.sha256:
                     raise _damaged(path)
-                prefixes.add(_kept(data, fields, member, manifest.tokenizer.vocabulary, path))
+                prefixes.add(_kept(data, fields, graph, manifest.tokenizer.vocabulary, path))
                 found += 1
     return found, header.messages
 
 
-def _named(manifest: Manifest, members: Sequence[Member]) -> dict[str, Member]:
+def _named(manifest: Manifest, members: Sequence[DecoderGraph]) -> dict[str, DecoderGraph]:
     """Each graph by the checksum of its files."""
     graphs = dict.fromkeys(entry.graph for entry in manifest.members)
     return dict(zip((graph_digest(manifest, graph) for graph in graphs), members, strict=True))
@@ -157,13 +157,13 @@ class _Field(NamedTuple):
         return self.dtype.itemsize * math.prod(self.shape)
 
 
-def _fields(member: Member, tokens: int) -> list[_Field]:
+def _fields(graph: DecoderGraph, tokens: int) -> list[_Field]:
     """What a text of so many tokens is made of."""
-    layout = member.layout
+    layout = graph.layout
     state = [_Field(layout.dtype, (slot.heads, tokens, slot.head_size)) for slot in layout.slots]
     return [
         _Field(np.dtype(np.int64), (tokens,)),
-        _Field(np.dtype(np.float64), (member.voices, tokens)),
+        _Field(np.dtype(np.float64), (graph.member_count, tokens)),
         *state,
     ]
 
@@ -179,7 +179,7 @@ def _size(file: BinaryIO) -> int:
     return os.fstat(file.fileno()).st_size
 
 
-def _kept(data: bytes, fields: Sequence[_Field], member: Member, vocabulary: int, path: Path) -> Kept:
+def _kept(data: bytes, fields: Sequence[_Field], graph: DecoderGraph, vocabulary: int, path: Path) -> PrefixEntry:
     arrays, place = [], 0
     for field in fields:
         flat = np.frombuffer(data, field.dtype.newbyteorder("<"), math.prod(field.shape), place)
@@ -188,7 +188,7 @@ def _kept(data: bytes, fields: Sequence[_Field], member: Member, vocabulary: int
     ids, own, *state = arrays
     if ids.min() < 0 or ids.max() >= vocabulary:
         raise _damaged(path)
-    return Kept(id(member), ids, member.new_cache().holding(member.layout, state), own)
+    return PrefixEntry(id(graph), ids, graph.new_cache().holding(graph.layout, state), own)
 
 
 def _damaged(path: Path) -> InputError:

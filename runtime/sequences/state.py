@@ -1,4 +1,4 @@
-"""A graph that reads one sequence, and may lag behind what has been written."""
+"""A sequence as one graph reads it; the graph may lag behind what has been written."""
 
 from __future__ import annotations
 
@@ -13,63 +13,64 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemix.runtime.graphs.kv_cache import KVCache
-    from edgemix.runtime.mixing.ensemble import Listened
+    from edgemix.runtime.mixing.ensemble import ActiveGraph
 
 
-class Heard(NamedTuple):
-    """What follows some tokens of a text, as a graph's voices say.
+class LogitsChunk(NamedTuple):
+    """Logits of consecutive positions of a text, by the active members of one graph.
 
     Attributes:
-        start: Place of the first token that follows.
-        logits: Voice by voice, float32 [places, vocabulary]; the graph's next call overwrites them.
+        start: Index of the first token that the logits predict.
+        logits: For each active member float32 [positions, vocabulary]; the graph's next call overwrites them.
     """
 
     start: int
     logits: list[NDArray[np.float32]]
 
 
-class Reader:
-    """One graph with a cache for one sequence.
+class SequenceState:
+    """One graph with a key-value cache for one sequence.
 
     Args:
-        listened: The graph, and who of it is listened to.
-        vocabulary: The tokenizer's; logits beyond it are cut off.
-        cache: What it has read; an empty one of its own by default.
+        active_graph: The graph and its active members.
+        vocabulary: Size of the tokenizer's vocabulary; logits beyond it are cut off.
+        cache: What the graph has read; a new, empty cache by default.
 
     Attributes:
-        listened: As it was given.
-        voices: The numbers, among a blend's, of those of its voices that are listened to.
-        vocabulary: As it was given.
-        cache: What it has read.
+        active_graph: As given.
+        members: Indices of its active members in the ensemble.
+        vocabulary: As given.
+        cache: What the graph has read.
     """
 
-    def __init__(self, listened: Listened, vocabulary: int, cache: KVCache | None = None) -> None:
-        self.listened = listened
-        self._member, self._own, self.voices = listened
+    def __init__(self, active_graph: ActiveGraph, vocabulary: int, cache: KVCache | None = None) -> None:
+        self.active_graph = active_graph
+        self._graph, self._local_indices, self.members = active_graph
         self.vocabulary = vocabulary
-        self.cache = cache or self._member.new_cache()
+        self.cache = cache or self._graph.new_cache()
 
     @property
     def context(self) -> int:
-        """Most tokens that it can read."""
-        return self._member.context
+        """Most tokens that the graph can read."""
+        return self._graph.context
 
     @property
     def tokens(self) -> NDArray[np.int64] | None:
-        """The ids that its logits are of; None for all."""
-        return self._member.tokens
+        """The ids that the graph's logits are of; None for all."""
+        return self._graph.tokens
 
     @property
     def read(self) -> int:
-        """Tokens read so far."""
+        """Number of tokens read so far."""
         return int(self.cache.lengths[0])
 
-    def listen(self, ids: NDArray[np.int64], first: int) -> Iterator[Heard]:
-        """Read on to the end of a text, and hear what comes at every place from `first` on, the one behind it included.
+    def forward(self, ids: NDArray[np.int64], first: int) -> Iterator[LogitsChunk]:
+        """Read on to the end of a text, and yield the logits that predict every position from `first` on, the one
+        after the text included.
 
         Args:
-            ids: int64 [tokens], of which those read before are as they were.
-            first: A place that has not been heard of: above `read`, at most `len(ids)`.
+            ids: int64 [tokens]; those read before are unchanged.
+            first: A position that has not been predicted yet: above `read`, at most `len(ids)`.
 
         Raises:
             InputError: The text is longer than the context.
@@ -77,29 +78,29 @@ class Reader:
         """
         at, end = self.read, len(ids)
         if first == end and end - at > 1:
-            yield self._heard(end, self._member.extend(self.cache, [ids[at:]]))
+            yield self._chunk(end, self._graph.extend(self.cache, [ids[at:]]))
             return
         if first - 1 > at:
-            self._member.extend(self.cache, [ids[at : first - 1]])
-        for start in range(first - 1, end, self._member.chunk):
-            (logits,) = self._member.extend_all(self.cache, [ids[start : start + self._member.chunk]])
-            yield self._heard(start + 1, logits)
+            self._graph.extend(self.cache, [ids[at : first - 1]])
+        for start in range(first - 1, end, self._graph.chunk):
+            (logits,) = self._graph.extend_all(self.cache, [ids[start : start + self._graph.chunk]])
+            yield self._chunk(start + 1, logits)
 
-    def note(self, heard: Heard, text: NDArray[np.int64], own: NDArray[np.float64]) -> None:
-        """Write down what was given to the tokens that a text has at the places heard of.
+    def record(self, chunk: LogitsChunk, text: NDArray[np.int64], log_probabilities: NDArray[np.float64]) -> None:
+        """Write down the log-probabilities of a text's tokens that a chunk predicts.
 
         Args:
-            heard: From `listen`.
+            chunk: From `forward`.
             text: int64 [tokens].
-            own: float64 [the blend's voices, tokens], log-probabilities, nats; changed in place.
+            log_probabilities: float64 [members of the ensemble, tokens], nats; changed in place.
         """
-        known = slice(heard.start, min(heard.start + len(heard.logits[0]), len(text)))
+        known = slice(chunk.start, min(chunk.start + len(chunk.logits[0]), len(text)))
         targets = text[known]
-        for voice, logits in zip(self.voices, heard.logits, strict=True):
-            own[voice, known] = target_log_probabilities(logits[: len(targets)], targets)
+        for member, logits in zip(self.members, chunk.logits, strict=True):
+            log_probabilities[member, known] = target_log_probabilities(logits[: len(targets)], targets)
 
-    def forget(self, length: int) -> None:
-        """Take back what was read beyond so many tokens."""
+    def truncate(self, length: int) -> None:
+        """Undo the reading of tokens beyond the first `length` ones."""
         if self.read > length:
             self.cache.rollback([length])
 
@@ -107,6 +108,6 @@ class Reader:
         """Free the cache."""
         self.cache.free()
 
-    def _heard(self, start: int, logits: NDArray[np.float32]) -> Heard:
-        parts = self._member.parts(logits)
-        return Heard(start, [parts[voice][:, : self.vocabulary] for voice in self._own])
+    def _chunk(self, start: int, logits: NDArray[np.float32]) -> LogitsChunk:
+        members = self._graph.parts(logits)
+        return LogitsChunk(start, [members[index][:, : self.vocabulary] for index in self._local_indices])

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Self, Unpack
 import numpy as np
 
 from edgemix.errors import EdgemixError, InputError
-from edgemix.runtime.decoding.batch import ContinuousBatch, Request
+from edgemix.runtime.decoding.batch import ContinuousBatch, GenerationRequest
 from edgemix.runtime.options import GenerateOptions, Settings
-from edgemix.runtime.text.completion import Writer
+from edgemix.runtime.text.completion import CompletionBuilder
 from edgemix.runtime.text.grammar import Grammar
 
 if TYPE_CHECKING:
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from edgemix.runtime.results import Chunk, Completion
 
 
-class Ticket:
+class RequestHandle:
     """A text that was asked for: iterate it for chunks as they come, or wait for its completion; `async for` and
     `aresult` are the same for asyncio. One reader only.
     """
 
-    def __init__(self, server: Server, request: Request, writer: Writer) -> None:
+    def __init__(self, server: BatchScheduler, request: GenerationRequest, writer: CompletionBuilder) -> None:
         self.request, self.writer, self._server = request, writer, server
         self._chunks: queue.SimpleQueue[Chunk | Exception | None] = queue.SimpleQueue()
         self._last: Chunk | Exception | None = None
@@ -140,7 +140,7 @@ def _nobody() -> None:
     """Nobody waits for news."""
 
 
-class Server:
+class BatchScheduler:
     """Generates many texts at once with one mixture. Close it, or use it as a context manager.
 
     Args:
@@ -153,15 +153,15 @@ class Server:
         if most < 1 or waiting < 0:
             raise InputError(f"a batch of {most} texts with {waiting} waiting makes no sense")
         self._mixture, self._most, self._room = mixture, most, most + waiting
-        everyone = mixture.blend(dict.fromkeys(mixture.members, 1.0))
+        everyone = mixture.ensemble(dict.fromkeys(mixture.members, 1.0))
         self._batch = ContinuousBatch(everyone, most, mixture.prefixes)
-        self._tickets: dict[int, Ticket] = {}
+        self._tickets: dict[int, RequestHandle] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock, self._closed = threading.Lock(), False
         self._thread = threading.Thread(target=self._work, name="edgemix", daemon=True)
         self._thread.start()
 
-    def submit(self, prompt: str, **options: Unpack[GenerateOptions]) -> Ticket:
+    def submit(self, prompt: str, **options: Unpack[GenerateOptions]) -> RequestHandle:
         """Ask for the continuation of a prompt; arguments are checked at once, and the call does not wait.
 
         What it yields is what `Mixture.generate` yields for it in a batch.
@@ -177,21 +177,21 @@ class Server:
         mixture.check_length(ids, "the prompt")
         (seed,) = settings.seeds(1)
         grammar = Grammar.of(settings.constraint, mixture.tokenizer)
-        request = Request(
-            blend=mixture.whole_blend(settings.weights, settings.combine),
+        request = GenerationRequest(
+            ensemble=mixture.full_ensemble(settings.weights, settings.combine),
             prompt=np.asarray(ids, np.int64),
             sampling=settings.sampling,
             generator=np.random.default_rng(seed),
             budget=min(settings.max_new_tokens, mixture.context - len(ids) + 1),
             eos=frozenset(mixture.manifest.tokenizer.eos),
-            follower=grammar.follow() if grammar else None,
+            grammar_state=grammar.follow() if grammar else None,
             attribution=settings.attribution,
         )
 
         def log_probabilities() -> NDArray[np.float64]:
             return np.array(request.log_probabilities, np.float64)
 
-        writer = Writer(
+        writer = CompletionBuilder(
             mixture.tokenizer,
             ids,
             settings.stop,
@@ -200,7 +200,7 @@ class Server:
             log_probabilities=log_probabilities,
             spoken=request.spoken if settings.attribution else None,
         )
-        ticket = Ticket(self, request, writer)
+        ticket = RequestHandle(self, request, writer)
         with self._lock:
             if self._closed:
                 raise EdgemixError("this server is closed")
@@ -210,8 +210,8 @@ class Server:
         self._inbox.put(partial(self._batch.add, request))
         return ticket
 
-    def cancel(self, ticket: Ticket) -> None:
-        """See `Ticket.cancel`."""
+    def cancel(self, ticket: RequestHandle) -> None:
+        """See `RequestHandle.cancel`."""
         with self._lock:
             known = self._tickets.pop(id(ticket.request), None)
         if known is not None:
@@ -255,7 +255,7 @@ class Server:
             order()
         return True
 
-    def _tell(self, request: Request, token: Token | EdgemixError) -> None:
+    def _tell(self, request: GenerationRequest, token: Token | EdgemixError) -> None:
         with self._lock:
             failed = isinstance(token, EdgemixError)
             ticket = self._tickets.pop(id(request), None) if failed else self._tickets.get(id(request))

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemix.runtime.decoding.plain import FinishReason, Token
-    from edgemix.runtime.mixing.attribution import Spoken
+    from edgemix.runtime.mixing.attribution import TokenAttribution
     from edgemix.runtime.text.tokenizer import Tokenizer
 
 
-class Writer:
+class CompletionBuilder:
     """Writes one completion as its tokens come.
 
     Args:
@@ -42,7 +42,7 @@ class Writer:
         batch_tokens: int,
         started: float,
         log_probabilities: Callable[[], NDArray[np.float64]],
-        spoken: Callable[[int], Spoken] | None = None,
+        spoken: Callable[[int], TokenAttribution] | None = None,
     ) -> None:
         self._log_probabilities, self._spoken = log_probabilities, spoken
         self._decoder = IncrementalDecoder(tokenizer, prompt)

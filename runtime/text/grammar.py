@@ -107,12 +107,12 @@ class Grammar:
         """A constraint's; None where a text may be anything."""
         return None if constraint.free else cls(constraint, tokenizer)
 
-    def follow(self) -> Follower:
+    def follow(self) -> GrammarState:
         """Follow a text from its beginning."""
-        return Follower(self._matcher.deep_copy(), self._tokenizer)
+        return GrammarState(self._matcher.deep_copy(), self._tokenizer)
 
 
-class Follower:
+class GrammarState:
     """Where one text is in what it must become. Made by `Grammar.follow`."""
 
     def __init__(self, matcher: Any, tokenizer: Tokenizer) -> None:

@@ -37,7 +37,7 @@ from edgemix.export.pruning.packing import pack_weights
 from edgemix.files import hash_file
 from edgemix.runtime import Mixture
 from edgemix.runtime.graphs import sparse_weights
-from edgemix.runtime.graphs.decoder import Member
+from edgemix.runtime.graphs.decoder import DecoderGraph
 from edgemix.runtime.graphs.sparse_weights import expand, expanded_files
 
 if TYPE_CHECKING:
@@ -209,10 +209,10 @@ def test_an_old_onnxruntime_is_named(tmp_path, monkeypatch):
     graph = tmp_path / "model.onnx"
     onnx.save(onnx.load(graph), graph, save_as_external_data=True, location="model.onnx.data", size_threshold=512)
     assert pack_weights(graph)
-    Member.load(graph, config)
+    DecoderGraph.load(graph, config)
     monkeypatch.setattr("edgemix.runtime.graphs.providers.session_options", lambda threads: object())
     with pytest.raises(EdgemixError, match="cannot take weights from memory"):
-        Member.load(graph, config)
+        DecoderGraph.load(graph, config)
 
 
 def written(path: Path, size: int, segments: list[Segment], *streams: bytes) -> Path:

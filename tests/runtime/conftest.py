@@ -9,8 +9,8 @@ import pytest
 from helpers.onnx_members import VOCABULARY, ClosedForm, random_member, write_bundle, write_graph
 
 from edgemix.runtime import Mixture
-from edgemix.runtime.decoding.cost_model import Pace
-from edgemix.runtime.graphs.decoder import Member
+from edgemix.runtime.decoding.cost_model import SpeculationCostModel
+from edgemix.runtime.graphs.decoder import DecoderGraph
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def load(tmp_path: Path) -> Callable[[ClosedForm], Member]:
+def load(tmp_path: Path) -> Callable[[ClosedForm], DecoderGraph]:
     """Turns closed forms into loaded members."""
     names = iter("abcdefgh")
 
-    def load(form: ClosedForm) -> Member:
+    def load(form: ClosedForm) -> DecoderGraph:
         graph = tmp_path / next(names) / "model.onnx"
-        return Member.load(graph, write_graph(graph, form), threads=1)
+        return DecoderGraph.load(graph, write_graph(graph, form), threads=1)
 
     return load
 
@@ -63,7 +63,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, pair_forms: dict[str, ClosedF
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every draft pays, the student's two times of three, and a member that writes alone goes on."""
-    for question in ("pays", "waits"):
-        monkeypatch.setattr(Pace, question, lambda *_: True)
+    for question in ("worth_drafting", "defer_verification"):
+        monkeypatch.setattr(SpeculationCostModel, question, lambda *_: True)
     promises = itertools.cycle((1.0, 1.0, -1.0))
-    monkeypatch.setattr(Pace, "promise", lambda *_: next(promises))
+    monkeypatch.setattr(SpeculationCostModel, "expected_saving", lambda *_: next(promises))

@@ -9,7 +9,7 @@ from helpers.onnx_members import write_bundle
 
 from edgemix.errors import EdgemixError, InputError
 from edgemix.runtime import Mixture
-from edgemix.runtime.graphs.decoder import Member
+from edgemix.runtime.graphs.decoder import DecoderGraph
 
 PROMPT = "Once upon a time"
 
@@ -17,14 +17,14 @@ PROMPT = "Once upon a time"
 @pytest.fixture
 def slow(monkeypatch):
     """Graphs that take their time; counts the calls."""
-    calls, run, pause = [], Member._run, threading.Event()
+    calls, run, pause = [], DecoderGraph._run, threading.Event()
 
     def counted(*arguments, **options):
         calls.append(1)
         pause.wait(0.005)
         return run(*arguments, **options)
 
-    monkeypatch.setattr(Member, "_run", counted)
+    monkeypatch.setattr(DecoderGraph, "_run", counted)
     return calls
 
 
@@ -95,7 +95,7 @@ def test_errors_come_where_they_are_awaited(pair, monkeypatch):
             pair.astream(PROMPT, temperature=-1)
         with pytest.raises(InputError, match="temperature"):
             await pair.agenerate(PROMPT, temperature=-1)
-        monkeypatch.setattr(Member, "_run", fail)
+        monkeypatch.setattr(DecoderGraph, "_run", fail)
         with pytest.raises(EdgemixError, match="no more memory"):
             await pair.agenerate(PROMPT)
 
@@ -137,7 +137,7 @@ def test_an_error_reaches_the_one_who_awaits_a_ticket(pair, monkeypatch):
 
     async def ask():
         with pair.serve() as server:
-            monkeypatch.setattr(Member, "_run", fail)
+            monkeypatch.setattr(DecoderGraph, "_run", fail)
             with pytest.raises(EdgemixError, match="no more memory"):
                 await server.submit(PROMPT).aresult()
 
@@ -154,7 +154,7 @@ def test_a_panic_reaches_the_one_who_waits(pair, monkeypatch):
 
     async def ask():
         with pair.serve() as server:
-            monkeypatch.setattr(Member, "_run", fail)
+            monkeypatch.setattr(DecoderGraph, "_run", fail)
             for waited in (pair.agenerate(PROMPT), server.submit(PROMPT).aresult()):
                 with pytest.raises(EdgemixError, match="Panic"):
                     await waited

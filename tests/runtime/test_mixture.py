@@ -11,7 +11,7 @@ from edgemix.errors import InputError
 from edgemix.runtime import Mixture
 from edgemix.runtime.graphs.shared_cache import SharedCache
 from edgemix.runtime.options import GenerateOptions
-from edgemix.runtime.text.completion import Writer
+from edgemix.runtime.text.completion import CompletionBuilder
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
@@ -175,7 +175,7 @@ def test_closing_a_stream_frees_its_caches(pair, monkeypatch):
 def test_an_interrupted_call_leaves_the_mixture_as_it_was(pair, monkeypatch):
     before = pair.generate("x", max_new_tokens=5)
     with monkeypatch.context() as patch:
-        patch.setattr(Writer, "add", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(CompletionBuilder, "add", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             pair.generate("x", max_new_tokens=5)
     same_completions(pair.generate("x", max_new_tokens=5), before)

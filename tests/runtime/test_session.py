@@ -8,7 +8,7 @@ from helpers.onnx_members import random_member, write_bundle
 
 from edgemix.errors import EdgemixError, InputError
 from edgemix.runtime import Mixture
-from edgemix.runtime.graphs.decoder import Member
+from edgemix.runtime.graphs.decoder import DecoderGraph
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
 LONG = "Here is a long story about a fox and an owl who lived in a forest, told in every detail. " * 3
@@ -30,13 +30,13 @@ def talking(tmp_path_factory, pair_forms):
 @pytest.fixture
 def read(monkeypatch):
     """Tokens read by all graphs since it was cleared."""
-    counts, run = [], Member._run
+    counts, run = [], DecoderGraph._run
 
     def counted(member, cache, ids, *arguments, **options):
         counts.append(ids.size)
         return run(member, cache, ids, *arguments, **options)
 
-    monkeypatch.setattr(Member, "_run", counted)
+    monkeypatch.setattr(DecoderGraph, "_run", counted)
     return counts
 
 
@@ -144,7 +144,7 @@ def test_a_session_begins_with_messages(talking):
 def test_a_turn_that_fails_leaves_the_conversation_as_it_was(talking, monkeypatch):
     session = talking[0].session()
     session.send("Hello", max_new_tokens=4)
-    before, run, calls = session.messages, Member._run, []
+    before, run, calls = session.messages, DecoderGraph._run, []
 
     def fail(*arguments, **options):
         calls.append(1)
@@ -152,7 +152,7 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(talking, monkeypatc
             raise EdgemixError("no more memory")
         return run(*arguments, **options)
 
-    monkeypatch.setattr(Member, "_run", fail)
+    monkeypatch.setattr(DecoderGraph, "_run", fail)
     with pytest.raises(EdgemixError, match="memory"):
         session.send("And then?", max_new_tokens=40)
     assert session.messages == before

@@ -66,7 +66,7 @@ class MixtureLM(TemplateLM):  # type: ignore[misc]
             student=arguments.student,
             prefix_bytes=PREFIX_BYTES,
         )
-        self._blend = self._mixture.blend(self._weights, self._combine)
+        self._ensemble = self._mixture.ensemble(self._weights, self._combine)
         self.max_length: int = min(self._mixture.context, arguments.max_length or self._mixture.context)
         self.max_gen_toks = MAX_GEN_TOKS
 
@@ -167,7 +167,7 @@ class MixtureLM(TemplateLM):  # type: ignore[misc]
                 self.max_length,
             )
         with (
-            closing(score_continuations(self._blend, texts)) as scores,
+            closing(score_continuations(self._ensemble, texts)) as scores,
             progress_bar(len(texts), "loglikelihood", disable_tqdm) as bar,
         ):
             for index, score in scores:

@@ -16,7 +16,7 @@ from edgemix.bundle.graph_io import present_of
 from edgemix.errors import InputError
 from edgemix.export.quantization.graph.emission import add_initializer
 from edgemix.progress import NO_PROGRESS
-from edgemix.runtime.graphs.decoder import Member
+from edgemix.runtime.graphs.decoder import DecoderGraph
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -55,7 +55,7 @@ def cache_scales(
             f"the cache of this model's graph ({config.exporter}) cannot be int8: only GroupQueryAttention has one",
             "Leave cache: int8 out of the recipe.",
         )
-    member = Member.load(graph, config)
+    member = DecoderGraph.load(graph, config)
     largest = [np.zeros((slot.heads, slot.head_size), np.float32) for slot in member.layout.slots]
     with progress.stage("key-value scales", len(windows)) as task:
         for window in windows:

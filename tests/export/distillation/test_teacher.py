@@ -111,7 +111,7 @@ def mixture(tmp_path_factory):
 @pytest.mark.parametrize("chunk", [256, 5])
 def test_a_bundles_mixture(mixture, chunk, monkeypatch):
     loaded, forms = mixture
-    for member in loaded.blend().members:
+    for member in loaded.ensemble().graphs:
         monkeypatch.setattr(member, "chunk", chunk)
     teacher = RuntimeTeacher(loaded, WEIGHTS)
     ids = windows(3, vocabulary=258)

@@ -14,7 +14,7 @@ from helpers.tiny_models import tiny_model
 from edgemix.export.graphs.decoder import export_graph
 from edgemix.export.quantization import quantize
 from edgemix.formats import TARGETS
-from edgemix.runtime.graphs.decoder import Member
+from edgemix.runtime.graphs.decoder import DecoderGraph
 from edgemix.runtime.graphs.providers import PROVIDERS
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def test_to_the_end_of_the_context(
     quantize(graph.path, tmp_path / "model.onnx", form, target=target)
     ids, said = np.random.default_rng(0).integers(3, 160, CONTEXT), []
     for provider in (PROVIDERS["cpu"], replace(PROVIDERS["cpu"], name="recording", captures=True)):
-        member = Member.load(tmp_path / "model.onnx", graph.config, provider, threads=1)
+        member = DecoderGraph.load(tmp_path / "model.onnx", graph.config, provider, threads=1)
         cache = member.new_cache()
         logits = [member.extend(cache, [ids[:3]]).copy()]
         logits += [member.extend(cache, ids[None, at : at + 1]).copy() for at in range(3, CONTEXT - 4)]
@@ -55,7 +55,7 @@ def test_to_the_end_of_the_context(
 
 def test_as_many_logits_as_there_are(exported: dict[Target, ExportedGraph]) -> None:
     """Who asks for the logits of more tokens than a call has gets them all."""
-    session = Member.load(exported["cpu"].path, exported["cpu"].config, threads=1)._session
+    session = DecoderGraph.load(exported["cpu"].path, exported["cpu"].config, threads=1)._session
     feeds = {"input_ids": np.array([[5, 6, 7]]), "attention_mask": np.ones((1, 3), np.int64)}
     for value in session.get_inputs():
         if value.name.startswith("past_key_values"):

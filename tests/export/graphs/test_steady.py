@@ -7,7 +7,7 @@ from helpers.tiny_models import tiny_model
 
 from edgemix.export.graphs.decoder import export_graph
 from edgemix.export.quantization import quantize
-from edgemix.runtime.graphs.decoder import Member
+from edgemix.runtime.graphs.decoder import DecoderGraph
 
 CONTEXT = 128
 TEXTS = np.random.default_rng(0).integers(0, 96, (3, CONTEXT))
@@ -27,7 +27,7 @@ def member(made, request, tmp_path):
     if config.cache != "shared":
         pytest.skip(f"{config.exporter}: attention of this graph is not GroupQueryAttention, which doubling is for")
     quantize(folder / "model.onnx", tmp_path / "model.onnx", request.param, target="cpu", calibration=TEXTS.tolist())
-    return Member.load(tmp_path / "model.onnx", config)
+    return DecoderGraph.load(tmp_path / "model.onnx", config)
 
 
 def by_chunks(member, text, counts):

@@ -18,7 +18,7 @@ from edgemix.errors import ParityError
 from edgemix.export.graphs.decoder import export_graph
 from edgemix.export.parity.gate import FLIP_MARGIN, LIMITS, check_graph, check_quantized, enforce
 from edgemix.formats import FORMATS
-from edgemix.runtime.graphs.decoder import Member
+from edgemix.runtime.graphs.decoder import DecoderGraph
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,7 +87,7 @@ def test_rounding_of_an_unstable_model_is_no_fault(tmp_path: Path) -> None:
         unstable.lm_head.weight.mul_(1e4)
     row = np.arange(3, 90)
     exported = export(unstable, tmp_path)  # raises if the gate is over its limit
-    logits = Member.load(exported.path, exported.config).forward([row])[0]
+    logits = DecoderGraph.load(exported.path, exported.config).forward([row])[0]
     with torch.no_grad():
         expected = unstable(torch.from_numpy(row)[None]).logits[0]
     difference = torch.log_softmax(expected.double(), -1) - torch.log_softmax(torch.from_numpy(logits).double(), -1)

@@ -23,7 +23,7 @@ from edgemix.export.quantization.algorithms.hqq import hqq
 from edgemix.export.quantization.algorithms.learned_rounding import distill_blocks
 from edgemix.export.quantization.algorithms.rtn import rtn
 from edgemix.export.training.loop import TrainingBudget
-from edgemix.runtime.graphs.decoder import Member
+from edgemix.runtime.graphs.decoder import DecoderGraph
 
 WINDOWS = text(2, 64).tolist()
 HELD_OUT = text(9, 24).tolist()
@@ -205,11 +205,11 @@ def test_every_format_keeps_zeros_and_its_bundle_is_smaller(form, pruned, graph,
     zeros = sum(int((part.weight == 0).sum()) for part in linears(pruned).values())
     if form in ("int8", "int4"):
         assert sum(int((codes == 0).sum()) for codes in stored_linears(path)) >= zeros
-    before = Member.load(path, graph.config).forward(IDS)
+    before = DecoderGraph.load(path, graph.config).forward(IDS)
     plain = (tmp_path / "model.onnx.data").stat().st_size
     assert pack_weights(path) is not None
     assert (tmp_path / "model.onnx.data.sparse").stat().st_size < {"fp16": 0.65, "int4": 0.92}.get(form, 0.75) * plain
-    after = Member.load(path, graph.config).forward(IDS)
+    after = DecoderGraph.load(path, graph.config).forward(IDS)
     for one, other in zip(before, after, strict=True):
         np.testing.assert_array_equal(one, other)
 

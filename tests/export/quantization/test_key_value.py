@@ -17,7 +17,7 @@ from edgemix.recipe.compression import Student
 from edgemix.recipe.schema import Data, MemberRecipe, Recipe
 from edgemix.recipe.text_sources import TextSource
 from edgemix.runtime import Mixture
-from edgemix.runtime.graphs.decoder import Member
+from edgemix.runtime.graphs.decoder import DecoderGraph
 
 WINDOWS = np.random.default_rng(0).integers(0, 96, (8, 64))
 
@@ -30,7 +30,7 @@ def graphs(tmp_path_factory):
     source, output = folder / "float/model.onnx", folder / "int8/model.onnx"
     quantize(source, output, "fp32", target="cpu", cache=cache_scales(source, made.config, WINDOWS.tolist()))
     codes = msgspec.structs.replace(made.config, cache_dtype="int8")
-    return Member.load(source, made.config), Member.load(output, codes)
+    return DecoderGraph.load(source, made.config), DecoderGraph.load(output, codes)
 
 
 def test_it_says_nearly_the_same(graphs):
@@ -83,7 +83,7 @@ def test_on_cuda_too_scales_stay_in_float32(tmp_path):
     node = next(node for node in ir.load(output).graph if node.op_type == "GroupQueryAttention")
     assert [value.dtype for value in node.inputs[3:5]] == [ir.DataType.INT8] * 2
     assert [value.dtype for value in node.inputs[12:14]] == [ir.DataType.FLOAT] * 2
-    member = Member.load(output, msgspec.structs.replace(made.config, dtype="float16", cache_dtype="int8"))
+    member = DecoderGraph.load(output, msgspec.structs.replace(made.config, dtype="float16", cache_dtype="int8"))
     assert np.isfinite(member.forward(WINDOWS[:1])[0]).all()
 
 
@@ -151,7 +151,7 @@ def test_a_runtime_that_is_too_old_says_so(graphs, tmp_path, monkeypatch):
     _, member = graphs
     monkeypatch.setattr("onnxruntime.__version__", "1.25.1")
     with pytest.raises(EdgemixError, match=r"needs ONNX Runtime 1\.32 or later, and this is 1\.25\.1"):
-        Member.load(tmp_path / "model.onnx", member.config)
+        DecoderGraph.load(tmp_path / "model.onnx", member.config)
 
 
 def test_a_budget_tries_formats_with_floats(recipe, tmp_path):

@@ -25,8 +25,8 @@ def test_closed_forms():
     assert divergence(p, q, "forward").item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
     assert divergence(p, q, "reverse").item() == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
     assert divergence(p, q, "total-variation").item() == pytest.approx(0.25)
-    blend = [0.8 * 0.25 + 0.2 * 0.5, 0.8 * 0.75 + 0.2 * 0.5]
-    expected = sum(0.5 * math.log(0.5 / each) for each in blend)
+    ensemble = [0.8 * 0.25 + 0.2 * 0.5, 0.8 * 0.75 + 0.2 * 0.5]
+    expected = sum(0.5 * math.log(0.5 / each) for each in ensemble)
     assert divergence(p, q, "skewed", skew=0.2).item() == pytest.approx(expected)
     # At temperature 2, probabilities go as their square roots.
     root = 0.25**0.5 / (0.25**0.5 + 0.75**0.5)

@@ -7,7 +7,7 @@ from helpers.onnx_members import ClosedForm, random_member
 from edgemix.errors import EdgemixError
 from edgemix.runtime.decoding.plain import Decoding, State
 from edgemix.runtime.decoding.sampling import Sampling
-from edgemix.runtime.mixing.ensemble import Blend
+from edgemix.runtime.mixing.ensemble import Ensemble
 
 TOKENS = 16
 
@@ -22,8 +22,8 @@ def members(forms, load):
     return [load(form) for form in forms]
 
 
-def blend(members, weights, combine="linear"):
-    return Blend.of(members, np.array(weights), combine, TOKENS)
+def ensemble(members, weights, combine="linear"):
+    return Ensemble.of(members, np.array(weights), combine, TOKENS)
 
 
 class Text(list):
@@ -61,7 +61,7 @@ def expected_mixture(forms, weights, text):
 
 def test_greedy_decoding_follows_the_exact_mixture(forms, members):
     text = [3, 7]
-    (tokens,) = run(blend(members, [0.6, 0.4]), [text])
+    (tokens,) = run(ensemble(members, [0.6, 0.4]), [text])
     for token, log_probability in zip(tokens, tokens.log_probabilities, strict=True):
         probabilities = expected_mixture(forms, [0.6, 0.4], text)
         assert token.id == probabilities.argmax()
@@ -74,7 +74,7 @@ def test_greedy_decoding_follows_the_exact_mixture(forms, members):
 )
 def test_a_batch_gives_the_single_results(members, sampling):
     prompts = [[3, 7, 1, 1, 9], [5], [2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2], [15, 0]]
-    mixture = blend(members, [0.5, 0.5])
+    mixture = ensemble(members, [0.5, 0.5])
     together = run(mixture, prompts, sampling, seeds=[4, 5, 6, 7], eos=[12], max_new_tokens=20)
     alone = [
         run(mixture, [prompt], sampling, seeds=[seed], eos=[12], max_new_tokens=20)[0]
@@ -88,23 +88,23 @@ def test_a_batch_gives_the_single_results(members, sampling):
 
 def test_members_that_weigh_nothing_are_not_evaluated(members):
     class Untouchable:
-        voices = 1
+        member_count = 1
 
         def __getattr__(self, name):
             raise AssertionError("evaluated")
 
-    mixture = blend([members[0], Untouchable()], [1.0, 0.0])
-    assert ids(run(mixture, [[3]])[0]) == ids(run(blend([members[0]], [1.0]), [[3]])[0])
+    mixture = ensemble([members[0], Untouchable()], [1.0, 0.0])
+    assert ids(run(mixture, [[3]])[0]) == ids(run(ensemble([members[0]], [1.0]), [[3]])[0])
 
 
 @pytest.mark.parametrize("combine", ["linear", "log-linear"])
 def test_identical_members_are_the_member(forms, members, load, combine):
-    twins = blend([members[0], load(forms[0])], [0.2, 0.8], combine)
-    assert ids(run(twins, [[3, 4]])[0]) == ids(run(blend([members[0]], [1.0]), [[3, 4]])[0])
+    twins = ensemble([members[0], load(forms[0])], [0.2, 0.8], combine)
+    assert ids(run(twins, [[3, 4]])[0]) == ids(run(ensemble([members[0]], [1.0]), [[3, 4]])[0])
 
 
 def test_log_linear_is_the_normalised_geometric_mean(forms, members):
-    state = State(blend(members, [0.6, 0.4], "log-linear"), 1)
+    state = State(ensemble(members, [0.6, 0.4], "log-linear"), 1)
     product = np.exp(sum(w * form.log_probabilities([3, 7])[-1] for w, form in zip([0.6, 0.4], forms, strict=True)))
     np.testing.assert_allclose(
         np.exp(state.mix(state.begin([np.array([3, 7])]))[0]), product / product.sum(), rtol=1e-4
@@ -112,7 +112,7 @@ def test_log_linear_is_the_normalised_geometric_mean(forms, members):
 
 
 def test_finish_reasons(members):
-    mixture = blend(members, [0.5, 0.5])
+    mixture = ensemble(members, [0.5, 0.5])
     (long,) = run(mixture, [[3, 7]], max_new_tokens=5)
     assert [token.finish_reason for token in long] == [None] * 4 + ["length"]
     stop = long[2].id
@@ -124,16 +124,16 @@ def test_finish_reasons(members):
 
 def test_the_context_ends_a_text(members):
     """Every token but the last is read, so a prompt that fills the context still gets one."""
-    (tokens,) = run(blend(members, [0.5, 0.5]), [[1, 2, 3]], context=6, max_new_tokens=50)
+    (tokens,) = run(ensemble(members, [0.5, 0.5]), [[1, 2, 3]], context=6, max_new_tokens=50)
     assert len(tokens) == 4
     assert tokens[-1].finish_reason == "length"
-    (tokens,) = run(blend(members, [0.5, 0.5]), [[1, 2, 3]], context=3, max_new_tokens=50)
+    (tokens,) = run(ensemble(members, [0.5, 0.5]), [[1, 2, 3]], context=3, max_new_tokens=50)
     assert len(tokens) == 1
 
 
 def test_a_sequence_can_be_finished_from_outside(members):
     decoding = Decoding(
-        blend(members, [0.5, 0.5]), [[1], [2]], Sampling(), seeds=[0, 0], max_new_tokens=3, context=50, eos=[]
+        ensemble(members, [0.5, 0.5]), [[1], [2]], Sampling(), seeds=[0, 0], max_new_tokens=3, context=50, eos=[]
     )
     decoding.step()
     decoding.finish(0)
@@ -146,7 +146,7 @@ def test_the_repetition_penalty_covers_prompt_and_new_tokens(load):
     table = np.zeros((TOKENS, TOKENS), np.float32)
     table[:, [4, 5, 6]] = [3.0, 2.9, 2.8]
     member = load(ClosedForm(table))
-    (tokens,) = run(blend([member], [1.0]), [[5]], Sampling(repetition_penalty=4.0), max_new_tokens=2)
+    (tokens,) = run(ensemble([member], [1.0]), [[5]], Sampling(repetition_penalty=4.0), max_new_tokens=2)
     assert ids([*tokens]) == [4, 6]
 
 
@@ -161,16 +161,16 @@ def test_the_repetition_penalty_is_hugging_faces(load):
         seen = sorted(set(text))
         scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
         expected.append(int(scores.argmax()))
-    (tokens,) = run(blend([member], [1.0]), [prompt], Sampling(repetition_penalty=penalty), max_new_tokens=6)
+    (tokens,) = run(ensemble([member], [1.0]), [prompt], Sampling(repetition_penalty=penalty), max_new_tokens=6)
     assert ids([*tokens]) == expected
-    (plain,) = run(blend([member], [1.0]), [prompt], Sampling(), max_new_tokens=6)
+    (plain,) = run(ensemble([member], [1.0]), [prompt], Sampling(), max_new_tokens=6)
     assert ids([*plain]) != expected
     first = logits[6] - np.log(np.exp(logits[6].astype(np.float64)).sum())
     assert tokens.log_probabilities[0] == pytest.approx(first[expected[0]], abs=1e-4)  # of the mixture as it is
 
 
 def test_sampled_frequencies_are_the_mixture(forms, members):
-    mixture = blend(members, [0.6, 0.4])
+    mixture = ensemble(members, [0.6, 0.4])
     texts = run(mixture, [[3, 7]] * 2_000, Sampling(temperature=1.0), seeds=list(range(2_000)), max_new_tokens=1)
     counts = np.bincount([text[0].id for text in texts], minlength=TOKENS)
     expected = 2_000 * expected_mixture(forms, [0.6, 0.4], [3, 7])
@@ -180,4 +180,4 @@ def test_sampled_frequencies_are_the_mixture(forms, members):
 def test_logits_that_are_not_numbers_are_an_error(load):
     member = load(ClosedForm(np.full((TOKENS, TOKENS), np.nan, np.float32)))
     with pytest.raises(EdgemixError, match="not numbers"):
-        run(blend([member], [1.0]), [[1]])
+        run(ensemble([member], [1.0]), [[1]])

@@ -8,7 +8,7 @@ from edgemix.runtime.decoding.sampling import (
     keep_min_p,
     keep_top_k,
     keep_top_p,
-    penalise_repetition,
+    penalize_repetition,
     sample,
 )
 
@@ -61,9 +61,9 @@ def test_min_p_is_relative_to_the_most_probable():
 
 def test_repetition_penalty_makes_seen_tokens_less_probable_whatever_their_sign():
     scores = np.array([-1.0, 2.0, -3.0, 4.0], np.float32)
-    np.testing.assert_allclose(penalise_repetition(scores, np.array([0, 1]), 2.0), [-2, 1, -3, 4])
+    np.testing.assert_allclose(penalize_repetition(scores, np.array([0, 1]), 2.0), [-2, 1, -3, 4])
     np.testing.assert_array_equal(scores, [-1, 2, -3, 4])
-    assert penalise_repetition(scores, np.array([0]), 1.0) is scores
+    assert penalize_repetition(scores, np.array([0]), 1.0) is scores
 
 
 def chi_square(counts, probabilities):

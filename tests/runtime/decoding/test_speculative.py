@@ -10,16 +10,16 @@ from helpers.cut_students import write_cut_graph
 from helpers.onnx_members import ClosedForm, random_member, write_graph
 
 from edgemix.export.drafting.ngrams import count_ngrams
-from edgemix.runtime.decoding.cost_model import Pace
-from edgemix.runtime.decoding.drafters import NgramDrafts, StudentDrafts
+from edgemix.runtime.decoding.cost_model import SpeculationCostModel
+from edgemix.runtime.decoding.drafters import NgramDrafter, StudentDrafter
 from edgemix.runtime.decoding.plain import Decoding
 from edgemix.runtime.decoding.sampling import Sampling, distribution
 from edgemix.runtime.decoding.speculative import SpeculativeDecoding
-from edgemix.runtime.graphs.decoder import Member
-from edgemix.runtime.mixing.adaptive import Experts
+from edgemix.runtime.graphs.decoder import DecoderGraph
+from edgemix.runtime.mixing.adaptive import AdaptivePrior
 from edgemix.runtime.mixing.arithmetic import log_softmax
-from edgemix.runtime.mixing.ensemble import Blend
-from edgemix.runtime.sequences.state import Reader
+from edgemix.runtime.mixing.ensemble import Ensemble
+from edgemix.runtime.sequences.state import SequenceState
 
 TOKENS = 16
 PROMPT = [3, 7, 1, 1, 9]
@@ -40,7 +40,7 @@ def pupil():
 
 @pytest.fixture
 def student(load):
-    return Blend((load(pupil()),), np.ones(1), "linear", TOKENS)
+    return Ensemble((load(pupil()),), np.ones(1), "linear", TOKENS)
 
 
 @pytest.fixture
@@ -49,8 +49,8 @@ def cut(tmp_path):
     whole, graph = tmp_path / "whole.onnx", tmp_path / "cut.onnx"
     config = msgspec.structs.replace(write_graph(whole, pupil()), vocabulary=len(SOME))
     write_cut_graph(whole, graph, SOME)
-    member = Member.load(graph, config, threads=1, tokens=np.array(SOME))
-    return Blend((member,), np.ones(1), "linear", TOKENS)
+    member = DecoderGraph.load(graph, config, threads=1, tokens=np.array(SOME))
+    return Ensemble((member,), np.ones(1), "linear", TOKENS)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def ngrams(members):
     generator = np.random.default_rng(0)
     texts = []
     for member in members[:2]:
-        alone = Blend((member,), np.ones(1), "linear", TOKENS)
+        alone = Ensemble((member,), np.ones(1), "linear", TOKENS)
         for _ in range(8):
             prompt = generator.integers(0, TOKENS, 3).tolist()
             options = {"seeds": [0], "max_new_tokens": 40, "context": 100, "eos": ()}
@@ -74,9 +74,9 @@ def ngrams(members):
     return count_ngrams(texts, 100)
 
 
-def blend(members, weights, combine="linear", *, adaptive=False):
-    experts = Experts.of("abc"[: len(members)], dict(zip("abc", weights, strict=False)), {}) if adaptive else None
-    return Blend.of(members, np.array(weights), combine, TOKENS, experts)
+def ensemble(members, weights, combine="linear", *, adaptive=False):
+    experts = AdaptivePrior.of("abc"[: len(members)], dict(zip("abc", weights, strict=False)), {}) if adaptive else None
+    return Ensemble.of(members, np.array(weights), combine, TOKENS, experts)
 
 
 def plain(mixture, sampling=Sampling(), *, most=60, context=100, eos=()):  # noqa: B008
@@ -100,7 +100,7 @@ def fast(mixture, sampling=Sampling(), *, seed=0, most=60, context=100, eos=(), 
 @pytest.mark.parametrize("drafts", ["none", "lookup", "ngrams", "student", "all"])
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_greedy_text_is_the_plain_loops(members, drafters, weights, drafts, lazy):
-    mixture = blend(members, WEIGHTS[weights])
+    mixture = ensemble(members, WEIGHTS[weights])
     options = {name: drafter for name, drafter in drafters.items() if drafts in (name, "all")}
     options["lookup"] = drafts in ("lookup", "all")
     expected, log_probabilities = plain(mixture)
@@ -115,7 +115,7 @@ def test_greedy_text_is_the_plain_loops(members, drafters, weights, drafts, lazy
 @pytest.mark.parametrize("lookup", [True, False])
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_a_student_of_some_tokens_drafts_the_plain_loops_text(members, cut, weights, lookup):
-    mixture = blend(members, WEIGHTS[weights])
+    mixture = ensemble(members, WEIGHTS[weights])
     expected, log_probabilities = plain(mixture)
     tokens, found, decoding = fast(mixture, student=cut, lookup=lookup)
     assert tokens == expected
@@ -127,8 +127,8 @@ def test_a_student_of_some_tokens_drafts_the_plain_loops_text(members, cut, weig
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, top_k=3)])
 def test_what_a_student_of_some_tokens_drafts(cut, sampling):
     """Ids of all tokens, drawn by the whole student's distribution over its own."""
-    reader = Reader(cut.listened()[0], TOKENS)
-    drafts = StudentDrafts(reader, sampling, np.random.default_rng(0), Pace(), eos=frozenset([3]))
+    sequence = SequenceState(cut.active_graphs()[0], TOKENS)
+    drafts = StudentDrafter(sequence, sampling, np.random.default_rng(0), SpeculationCostModel(), eos=frozenset([3]))
     text = np.array(PROMPT)
     tokens, sources, proposals = drafts.draft(text, 6)
     assert len(tokens) == len(sources) == 6 or tokens[-1] == 3
@@ -147,27 +147,29 @@ def test_what_a_student_of_some_tokens_drafts(cut, sampling):
 @pytest.mark.usefixtures("eager")
 def test_nothing_is_drafted_where_none_of_the_students_tokens_may_come(cut):
     """It is not even asked."""
-    (drafter,), allowed = cut.members, np.zeros((2, TOKENS), bool)
+    (drafter,), allowed = cut.graphs, np.zeros((2, TOKENS), bool)
     allowed[0, [1, 7, 11]] = allowed[1, [1, 11]] = True
     calls, real = [], type(drafter)._run
     drafter._run = lambda *a, **o: calls.append(1) or real(drafter, *a, **o)
-    reader = Reader(cut.listened()[0], TOKENS)
+    sequence = SequenceState(cut.active_graphs()[0], TOKENS)
     for temperature in (0.0, 1.0):
         sampling, generator = Sampling(temperature=temperature), np.random.default_rng(0)
-        drafts = StudentDrafts(reader, sampling, generator, Pace(), allow=lambda ahead: allowed[min(len(ahead), 1)])
+        drafts = StudentDrafter(
+            sequence, sampling, generator, SpeculationCostModel(), allow=lambda ahead: allowed[min(len(ahead), 1)]
+        )
         found = drafts.draft(np.array(PROMPT), 6)
         assert found.tokens == [7]
         assert found.proposals is None or found.proposals[0][7] == 1
-        reader.forget(0)
+        sequence.truncate(0)
     assert len(calls) == 2
-    drafts = StudentDrafts(reader, Sampling(), generator, Pace(), allow=lambda _: allowed[1])
+    drafts = StudentDrafter(sequence, Sampling(), generator, SpeculationCostModel(), allow=lambda _: allowed[1])
     assert drafts.draft(np.array(PROMPT), 6).tokens == []
     assert len(calls) == 2
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_adaptive_text_is_the_plain_loops(members, student, eager, weights):
-    mixture = blend(members, WEIGHTS[weights], adaptive=True)
+    mixture = ensemble(members, WEIGHTS[weights], adaptive=True)
     expected, log_probabilities = plain(mixture)
     tokens, found, _ = fast(mixture, student=student)
     assert tokens == expected
@@ -177,7 +179,7 @@ def test_adaptive_text_is_the_plain_loops(members, student, eager, weights):
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(repetition_penalty=1.3)])
 @pytest.mark.parametrize("combine", ["linear", "log-linear"])
 def test_penalties_and_products_are_the_plain_loops(members, student, eager, sampling, combine):
-    mixture = blend(members, WEIGHTS["even"], combine)
+    mixture = ensemble(members, WEIGHTS["even"], combine)
     expected, log_probabilities = plain(mixture, sampling)
     tokens, found, _ = fast(mixture, sampling, student=student)
     assert tokens == expected
@@ -185,7 +187,7 @@ def test_penalties_and_products_are_the_plain_loops(members, student, eager, sam
 
 
 def test_it_stops_where_the_plain_loop_stops(members, student, eager):
-    mixture = blend(members, WEIGHTS["even"])
+    mixture = ensemble(members, WEIGHTS["even"])
     text = [token for token, _ in plain(mixture)[0]]
     for eos in set(text):
         assert fast(mixture, eos=[eos], student=student)[0] == plain(mixture, eos=[eos])[0]
@@ -196,11 +198,11 @@ def test_it_stops_where_the_plain_loop_stops(members, student, eager):
 
 
 def test_members_are_asked_only_where_it_matters(members):
-    heavy, even = blend(members, WEIGHTS["uneven"]), blend(members, WEIGHTS["even"])
-    calls = {name: fast(mixture, lookup=False)[2].calls for name, mixture in (("heavy", heavy), ("even", even))}
-    assert calls["heavy"] < 1.3 * 60
-    assert calls["heavy"] < calls["even"] <= 3 * 60
-    assert fast(heavy, lookup=False, lazy=False)[2].calls == 3 * 60
+    active, even = ensemble(members, WEIGHTS["uneven"]), ensemble(members, WEIGHTS["even"])
+    calls = {name: fast(mixture, lookup=False)[2].calls for name, mixture in (("active", active), ("even", even))}
+    assert calls["active"] < 1.3 * 60
+    assert calls["active"] < calls["even"] <= 3 * 60
+    assert fast(active, lookup=False, lazy=False)[2].calls == 3 * 60
 
 
 def test_repetition_is_read_in_few_calls(load, eager):
@@ -208,7 +210,7 @@ def test_repetition_is_read_in_few_calls(load, eager):
     table = np.zeros((TOKENS, TOKENS), np.float32)
     for before, after in itertools.pairwise([2, 5, 8, 11, 2]):
         table[before, after] = 20
-    tokens, _, decoding = fast(blend([load(ClosedForm(table))], [1.0]), prompt=[2], most=100, context=200)
+    tokens, _, decoding = fast(ensemble([load(ClosedForm(table))], [1.0]), prompt=[2], most=100, context=200)
     assert [token for token, _ in tokens] == [5, 8, 11, 2] * 25
     assert decoding.calls < 20
 
@@ -232,7 +234,7 @@ def joint(weights, sampling, prompt):
 def test_drawn_text_has_the_mixtures_distribution(members, drafters, cut, sampling, drafts):
     """By a chi-square test on the next two tokens: the second is where the first draft is tried."""
     weights, prompt, count = WEIGHTS["even"], [4, 6, 4, 6, 4], 900
-    mixture = blend(members, weights)
+    mixture = ensemble(members, weights)
     counts = np.zeros((TOKENS, TOKENS))
     options = {"student": {"student": drafters["student"], "cut": cut, "all": cut}.get(drafts)}
     options["lookup"] = drafts in ("lookup", "all")
@@ -253,20 +255,20 @@ def test_drawn_text_has_the_mixtures_distribution(members, drafters, cut, sampli
 
 def test_the_student_drafts_where_it_is_likely_to_save_more(members, student, monkeypatch):
     """Than what followed the last token alone when it came before."""
-    monkeypatch.setattr(Pace, "pays", lambda *_: True)
+    monkeypatch.setattr(SpeculationCostModel, "worth_drafting", lambda *_: True)
     drafted, options = {}, {"seed": 0, "max_new_tokens": 9, "context": 100, "eos": (), "student": student}
     for right in (False, True):
-        decoding = SpeculativeDecoding(blend(members, WEIGHTS["even"]), [*PROMPT, 7], Sampling(), **options)
+        decoding = SpeculativeDecoding(ensemble(members, WEIGHTS["even"]), [*PROMPT, 7], Sampling(), **options)
         for _ in range(20):
-            decoding._pace.asked("student", calls=1, drafted=1)
-            decoding._pace.tried(("student", 1), accepted=right)
+            decoding._cost_model.record_request("student", calls=1, drafted=1)
+            decoding._cost_model.record_decision(("student", 1), accepted=right)
         drafted[right] = {source for source, _ in decoding._find_draft().sources}
     assert drafted == {False: {"lookup"}, True: {"student"}}
 
 
 @pytest.mark.usefixtures("eager")
 def test_the_student_reads_the_end_of_a_long_prompt(members, student, monkeypatch):
-    mixture, reads, (drafter,) = blend(members, WEIGHTS["uneven"]), [], student.members
+    mixture, reads, (drafter,) = ensemble(members, WEIGHTS["uneven"]), [], student.graphs
     real = type(drafter)._run
     monkeypatch.setattr(
         drafter, "_run", lambda cache, ids, *a, **o: reads.append(ids.size) or real(drafter, cache, ids, *a, **o)
@@ -282,9 +284,9 @@ def test_the_student_reads_the_end_of_a_long_prompt(members, student, monkeypatc
 
 def test_a_member_that_writes_on_alone_saves_the_others_calls(members, monkeypatch):
     """It is asked for a token at a time; the others for several."""
-    mixture, counts = blend(members, [0.5, 0.3, 0.2]), []
+    mixture, counts = ensemble(members, [0.5, 0.3, 0.2]), []
     for waits in (True, False):
-        monkeypatch.setattr(Pace, "waits", lambda *_, waits=waits: waits)
+        monkeypatch.setattr(SpeculationCostModel, "defer_verification", lambda *_, waits=waits: waits)
         reads = []
         for member in members[1:]:
             real = type(member)._run
@@ -305,13 +307,13 @@ def test_a_member_that_writes_on_alone_saves_the_others_calls(members, monkeypat
 @pytest.mark.usefixtures("eager")
 def test_a_member_that_writes_on_alone_is_drafted_for(members, load, monkeypatch):
     """By a student that knows most of what it will say."""
-    monkeypatch.setattr(Pace, "promise", lambda *_: 1.0)
-    mixture, reads, (lead, *_) = blend(members, [0.5, 0.3, 0.2]), [], members
+    monkeypatch.setattr(SpeculationCostModel, "expected_saving", lambda *_: 1.0)
+    mixture, reads, (lead, *_) = ensemble(members, [0.5, 0.3, 0.2]), [], members
     real = type(lead)._run
     monkeypatch.setattr(lead, "_run", lambda *a, **o: reads.append(1) or real(lead, *a, **o))
     table = FORMS[0].table.copy()
     table[::3, 0] += 20
-    nearly = Blend((load(dataclasses.replace(FORMS[0], table=table)),), np.ones(1), "linear", TOKENS)
+    nearly = Ensemble((load(dataclasses.replace(FORMS[0], table=table)),), np.ones(1), "linear", TOKENS)
     counts = []
     for student in (None, nearly):
         tokens, *_ = fast(mixture, lookup=False, student=student)
@@ -326,70 +328,76 @@ def test_reading_a_prompt_is_not_drafting(student, monkeypatch):
     """The 20 tokens of it come once, one by one afterwards."""
     clock = itertools.count()
     monkeypatch.setattr("edgemix.runtime.decoding.drafters.time.perf_counter", lambda: float(next(clock)))
-    pace = Pace()
-    drafts = StudentDrafts(Reader(student.listened()[0], TOKENS), Sampling(), np.random.default_rng(0), pace)
+    cost_model = SpeculationCostModel()
+    drafts = StudentDrafter(
+        SequenceState(student.active_graphs()[0], TOKENS), Sampling(), np.random.default_rng(0), cost_model
+    )
     prompt = np.tile(np.array(PROMPT), 4)
     drafts.draft(prompt, 1)
-    assert pace.drafting("student") == 0
+    assert cost_model.drafting("student") == 0
     for count in range(1, 40):
         drafts.draft(np.append(prompt, np.full(count, 3)), 1)
-    assert pace.drafting("student") == pytest.approx(1, rel=0.02)
+    assert cost_model.drafting("student") == pytest.approx(1, rel=0.02)
 
 
 def test_a_member_is_told_whether_it_was_right_to_ask(members, monkeypatch):
     """Else what is believed of its word would never change while it asks each time."""
-    monkeypatch.setattr(Pace, "waits", lambda *_: False)
-    mixture, heard, tried = blend(members, [0.5, 0.3, 0.2]), [], Pace.tried
-    monkeypatch.setattr(Pace, "tried", lambda self, *a, **o: heard.append(a) or tried(self, *a, **o))
+    monkeypatch.setattr(SpeculationCostModel, "defer_verification", lambda *_: False)
+    mixture, decisions, record = ensemble(members, [0.5, 0.3, 0.2]), [], SpeculationCostModel.record_decision
+    monkeypatch.setattr(
+        SpeculationCostModel, "record_decision", lambda self, *a, **o: decisions.append(a) or record(self, *a, **o)
+    )
     decoded, *_ = fast(mixture, lookup=False)
     assert decoded == plain(mixture)[0]
-    assert {name for (name, _), _ in heard} == {"alone"}
-    assert {right for _, right in heard} == {False, True}
+    assert {name for (name, _), _ in decisions} == {"alone"}
+    assert {right for _, right in decisions} == {False, True}
 
 
 @pytest.mark.usefixtures("eager")
 def test_what_the_student_has_not_read_is_part_of_its_price(student):
-    pace = Pace()
+    cost_model = SpeculationCostModel()
     for tokens in (1, 5, 2, 9) * 6:
-        pace.called("student", tokens, 0.001 * tokens, verifies=False)
-    pace.called(0, 1, 0.01)
-    pace.stepped(0.01, 1)
-    drafts = StudentDrafts(Reader(student.listened()[0], TOKENS), Sampling(), np.random.default_rng(0), pace)
+        cost_model.record_call("student", tokens, 0.001 * tokens, verifies=False)
+    cost_model.record_call(0, 1, 0.01)
+    cost_model.record_step(0.01, 1)
+    drafts = StudentDrafter(
+        SequenceState(student.active_graphs()[0], TOKENS), Sampling(), np.random.default_rng(0), cost_model
+    )
     text = np.tile(np.array(PROMPT), 2)
     drafts.draft(text, 1)
-    assert pace.reading("student") > 0
+    assert cost_model.reading("student") > 0
     up_to_date, behind = drafts.promise(np.append(text, 3), 4), drafts.promise(np.append(text, [3] * 6), 4)
-    assert up_to_date - behind == pytest.approx(5 * pace.reading("student"))
+    assert up_to_date - behind == pytest.approx(5 * cost_model.reading("student"))
 
 
 def coins(monkeypatch, seed):
     """Whether a draft pays, and whether to wait for the others, is chance."""
     generator = np.random.default_rng(seed)
-    for question in ("pays", "waits"):
-        monkeypatch.setattr(Pace, question, lambda *_: bool(generator.random() < 0.6))
-    monkeypatch.setattr(Pace, "promise", lambda *_: generator.random() - 0.4)
+    for question in ("worth_drafting", "defer_verification"):
+        monkeypatch.setattr(SpeculationCostModel, question, lambda *_: bool(generator.random() < 0.6))
+    monkeypatch.setattr(SpeculationCostModel, "expected_saving", lambda *_: generator.random() - 0.4)
 
 
 def test_a_student_that_saves_nothing_is_left_alone(members, student, monkeypatch):
-    monkeypatch.setattr(Pace, "pays", lambda *_: True)
+    monkeypatch.setattr(SpeculationCostModel, "worth_drafting", lambda *_: True)
     for promise in (-1.0, 1.0):
-        monkeypatch.setattr(Pace, "promise", lambda *_, promise=promise: promise)
-        *_, decoding = fast(blend(members, WEIGHTS["even"]), student=student, lookup=False, lazy=False)
+        monkeypatch.setattr(SpeculationCostModel, "expected_saving", lambda *_, promise=promise: promise)
+        *_, decoding = fast(ensemble(members, WEIGHTS["even"]), student=student, lookup=False, lazy=False)
         assert (decoding.drafted > 0) == (promise > 0)
 
 
 def test_nothing_is_drafted_behind_an_end_of_text(ngrams):
-    pace = Pace()
+    cost_model = SpeculationCostModel()
     texts = [np.array(text) for text in itertools.product(range(TOKENS), repeat=2)]
-    drafted = [NgramDrafts(ngrams, pace).draft(text, 9).tokens for text in texts]
+    drafted = [NgramDrafter(ngrams, cost_model).draft(text, 9).tokens for text in texts]
     (end, *_) = (tokens[0] for tokens in drafted if len(tokens) > 1)
     for text, tokens in zip(texts, drafted, strict=True):
         expected = tokens[: tokens.index(end) + 1] if end in tokens else tokens
-        assert NgramDrafts(ngrams, pace, eos=frozenset([end])).draft(text, 9).tokens == expected
+        assert NgramDrafter(ngrams, cost_model, eos=frozenset([end])).draft(text, 9).tokens == expected
 
 
 def test_ngrams_draft_where_the_text_has_nothing_yet(members, ngrams):
-    mixture, options = blend(members, WEIGHTS["even"]), {"seed": 0, "max_new_tokens": 9, "context": 100, "eos": ()}
+    mixture, options = ensemble(members, WEIGHTS["even"]), {"seed": 0, "max_new_tokens": 9, "context": 100, "eos": ()}
     drafted = set()
     for one in range(TOKENS):
         for prompt, source in (([one, (one + 1) % TOKENS], "n-gram"), ([one, 3, 8, 3, 8, 3, 8, one], "lookup")):
@@ -401,8 +409,8 @@ def test_ngrams_draft_where_the_text_has_nothing_yet(members, ngrams):
 
 
 def test_chances_of_ngrams_decide_how_far_they_draft(ngrams):
-    pace = Pace()
-    drafts = NgramDrafts(ngrams, pace)
+    cost_model = SpeculationCostModel()
+    drafts = NgramDrafter(ngrams, cost_model)
     text = next(
         text for text in itertools.product(range(TOKENS), repeat=2) if len(drafts.draft(np.array(text), 9).tokens) > 2
     )
@@ -411,7 +419,7 @@ def test_chances_of_ngrams_decide_how_far_they_draft(ngrams):
     assert {name for name, _ in sources} == {"n-gram"}
     assert drafts.draft(np.array(text), 2).tokens == tokens[:2]
     for _ in range(30):
-        pace.tried(sources[0], accepted=False)
+        cost_model.record_decision(sources[0], accepted=False)
     assert drafts.draft(np.array(text), 9).tokens == []
 
 
@@ -419,7 +427,7 @@ def test_chances_of_ngrams_decide_how_far_they_draft(ngrams):
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_greedy_text_is_the_plain_loops_whatever_pays(members, drafters, monkeypatch, adaptive, seed):
     coins(monkeypatch, seed)
-    mixture = blend(members, WEIGHTS["even"], adaptive=adaptive)
+    mixture = ensemble(members, WEIGHTS["even"], adaptive=adaptive)
     eos = [int(plain(mixture)[0][-1][0])] if seed % 2 else ()
     expected, log_probabilities = plain(mixture, eos=eos)
     tokens, found, _ = fast(mixture, **drafters, eos=eos)

@@ -10,7 +10,7 @@ from edgemix.errors import EdgemixError
 from edgemix.runtime.evaluation import decode_rate
 from edgemix.runtime.evaluation.decode_rate import ROUNDS, STEPS, decoding_rates
 from edgemix.runtime.evaluation.draft_agreement import compare_tokens
-from edgemix.runtime.mixing.ensemble import Blend
+from edgemix.runtime.mixing.ensemble import Ensemble
 
 TOKENS = 16
 FORMS = [random_member(1, padding=3), random_member(2, cache="growing"), random_member(3, padding=7)]
@@ -19,23 +19,23 @@ WEIGHTS = np.array([0.3, 0.7, 0.0])
 
 
 @pytest.fixture
-def blend(load):
-    return Blend(tuple(load(form) for form in FORMS), WEIGHTS, "linear", TOKENS)
+def ensemble(load):
+    return Ensemble(tuple(load(form) for form in FORMS), WEIGHTS, "linear", TOKENS)
 
 
-def compare(blend, ids, window=4096):
+def compare(ensemble, ids, window=4096):
     told = []
-    found = compare_tokens(blend, np.array(ids), scored_bytes=7, window=window, advance=told.append)
+    found = compare_tokens(ensemble, np.array(ids), scored_bytes=7, window=window, advance=told.append)
     assert sum(told) == len(ids) - 1
     return found
 
 
-def test_closed_forms(blend):
+def test_closed_forms(ensemble):
     ids = np.random.default_rng(0).integers(0, TOKENS, 60).tolist()
     own = np.stack([form.log_probabilities(ids)[:-1] for form in FORMS])
     mixed = np.einsum("m,mtv->tv", WEIGHTS, np.exp(own))
 
-    found = compare(blend, ids)
+    found = compare(ensemble, ids)
 
     np.testing.assert_allclose(found.log_probabilities, own[:, range(59), ids[1:]], atol=1e-4)
     np.testing.assert_array_equal(found.agreements, own.argmax(-1) == mixed.argmax(-1))
@@ -44,19 +44,19 @@ def test_closed_forms(blend):
     assert 0 < found.agreements.mean() < 1
 
 
-def test_pieces_do_not_change_the_result(blend, monkeypatch):
+def test_pieces_do_not_change_the_result(ensemble, monkeypatch):
     ids = list(range(TOKENS)) * 2
-    whole = compare(blend, ids)
-    for member in blend.members:
+    whole = compare(ensemble, ids)
+    for member in ensemble.graphs:
         monkeypatch.setattr(member, "chunk", 5)
-    parts = compare(blend, ids)
+    parts = compare(ensemble, ids)
     np.testing.assert_allclose(parts.acceptances, whole.acceptances, atol=1e-6)
     np.testing.assert_array_equal(parts.agreements, whole.agreements)
 
 
 def test_what_is_the_mixture_is_always_accepted(load):
     same = load(FORMS[0])
-    found = compare(Blend((same, same), np.array([1.0, 0.0]), "linear", TOKENS), [1, 2, 3])
+    found = compare(Ensemble((same, same), np.array([1.0, 0.0]), "linear", TOKENS), [1, 2, 3])
     np.testing.assert_allclose(found.acceptances, 1, atol=1e-6)
     assert found.agreements.all()
 
@@ -65,7 +65,7 @@ def test_what_shares_nothing_with_the_mixture_is_never_accepted(load):
     sure = np.full((2, TOKENS, TOKENS), -90.0, np.float32)
     sure[0, :, 3] = sure[1, :, 4] = 90
     models = tuple(load(ClosedForm(table)) for table in sure)
-    found = compare(Blend(models, np.array([1.0, 0.0]), "linear", TOKENS), [3, 3, 4])
+    found = compare(Ensemble(models, np.array([1.0, 0.0]), "linear", TOKENS), [3, 3, 4])
     np.testing.assert_allclose(found.acceptances, [[1, 1], [0, 0]], atol=1e-12)
     np.testing.assert_allclose(found.log_probabilities, [[0, -180], [-180, 0]], atol=1e-4)  # not -inf
 
@@ -73,13 +73,13 @@ def test_what_shares_nothing_with_the_mixture_is_never_accepted(load):
 def test_no_numbers_are_an_error(load):
     table = np.full((TOKENS, TOKENS), np.nan, np.float32)
     with pytest.raises(EdgemixError, match="not numbers"):
-        compare(Blend((load(ClosedForm(table)),), np.array([1.0]), "linear", TOKENS), [1, 2])
+        compare(Ensemble((load(ClosedForm(table)),), np.array([1.0]), "linear", TOKENS), [1, 2])
 
 
-def test_the_first_turn_is_a_warm_up_and_the_median_token_counts(blend, monkeypatch):
+def test_the_first_turn_is_a_warm_up_and_the_median_token_counts(ensemble, monkeypatch):
     told = iter([[9.0], [9.0], [0.5, 7.0], [0.25], [0.5], [0.25, 0.2], [0.4, 0.5], [0.125, 0.25]])
     monkeypatch.setattr(decode_rate, "_decode", lambda *_: next(told))
-    assert decoding_rates([blend, blend], [1], context=100) == [2.0, 4.0]
+    assert decoding_rates([ensemble, ensemble], [1], context=100) == [2.0, 4.0]
 
 
 def test_every_turn_decodes_as_many_tokens(load, monkeypatch):
@@ -88,7 +88,7 @@ def test_every_turn_decodes_as_many_tokens(load, monkeypatch):
     calls = []
     real = type(member).extend
     monkeypatch.setattr(type(member), "extend", lambda *a, **o: calls.append(1) or real(*a, **o))
-    (rate,) = decoding_rates([Blend((member,), np.ones(1), "linear", 258)], [ord("N")], context=4096)
+    (rate,) = decoding_rates([Ensemble((member,), np.ones(1), "linear", 258)], [ord("N")], context=4096)
     assert len(calls) == (ROUNDS + 1) * (STEPS + 1)
     assert rate > 0
 
@@ -96,5 +96,5 @@ def test_every_turn_decodes_as_many_tokens(load, monkeypatch):
 @pytest.mark.parametrize(("context", "measured"), [(1, False), (3, True), (40, True)])
 def test_short_contexts(load, context, measured):
     member = load(random_member(0, context=context))
-    (rate,) = decoding_rates([Blend((member,), np.ones(1), "linear", TOKENS)], [1, 2, 3] * 20, context=context)
+    (rate,) = decoding_rates([Ensemble((member,), np.ones(1), "linear", TOKENS)], [1, 2, 3] * 20, context=context)
     assert (rate > 0) if measured else math.isnan(rate)

@@ -7,7 +7,7 @@ from helpers.onnx_members import VOCABULARY, random_member, write_bundle
 from edgemix.errors import EdgemixError, InputError
 from edgemix.runtime import Mixture
 from edgemix.runtime.evaluation.log_likelihood import Continuation, score_continuations
-from edgemix.runtime.graphs.decoder import Member
+from edgemix.runtime.graphs.decoder import DecoderGraph
 
 CONTEXT = "Which bird sits on a mat in the wood, and sees at night? "
 ANSWERS = ["An owl.", "An ox.", "A", "An owl.", "Nobody knows."]
@@ -26,16 +26,18 @@ def ids(text):
 
 def scores(mixture, pairs, **mix):
     texts = [Continuation(ids(context), ids(answer)) for context, answer in pairs]
-    found = dict(score_continuations(mixture.blend(**mix), texts))
+    found = dict(score_continuations(mixture.ensemble(**mix), texts))
     return [found[index] for index in range(len(texts))]
 
 
 @pytest.fixture
 def read(monkeypatch):
     """Counts the tokens that graphs read."""
-    counts, real = [], Member._run
+    counts, real = [], DecoderGraph._run
     monkeypatch.setattr(
-        Member, "_run", lambda self, cache, ids, *a, **o: counts.append(ids.size) or real(self, cache, ids, *a, **o)
+        DecoderGraph,
+        "_run",
+        lambda self, cache, ids, *a, **o: counts.append(ids.size) or real(self, cache, ids, *a, **o),
     )
     return counts
 

@@ -20,7 +20,7 @@ def mixture(bundle):
 def test_weights_are_those_that_each_token_was_predicted_with(mixture):
     (passage,) = follow_texts(mixture, {"sums": [MATH]})
 
-    experts = mixture.whole_blend("adaptive").experts
+    experts = mixture.full_ensemble("adaptive").prior
     _, path = adaptive_targets(mixture.score(MATH).member_log_probabilities, experts)
     assert (passage.name, "".join(passage.pieces)) == ("sums", MATH)
     np.testing.assert_allclose(passage.weights["math"], [experts.weights[0], *path[0]])
@@ -55,7 +55,7 @@ def test_a_beginning_of_text_token_is_read_and_not_shown(mixture_of):
 
     (passage,) = follow_texts(mixture, {"text": ["xyz"]})
 
-    experts = mixture.whole_blend("adaptive").experts
+    experts = mixture.full_ensemble("adaptive").prior
     _, path = adaptive_targets(mixture.score("xyz").member_log_probabilities, experts)
     assert passage.pieces == ("x", "y", "z")
     np.testing.assert_allclose(passage.weights["a"], path[0])

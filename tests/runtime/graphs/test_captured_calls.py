@@ -14,7 +14,7 @@ from helpers.onnx_members import VOCABULARY, random_member, write_bundle, write_
 from edgemix.errors import EdgemixError
 from edgemix.runtime import Mixture
 from edgemix.runtime.graphs import cuda_graphs, decoder, shared_cache
-from edgemix.runtime.graphs.decoder import FEW, Member
+from edgemix.runtime.graphs.decoder import FEW, DecoderGraph
 from edgemix.runtime.graphs.providers import PROVIDERS, eager, run_options
 
 if TYPE_CHECKING:
@@ -40,13 +40,13 @@ class Session:
 @pytest.fixture
 def shapes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, tuple[int, int]]]:
     """Of the inputs of each call that can be recorded, as they come."""
-    found, real = [], decoder.CapturedCall
+    found, real = [], decoder.CudaGraph
 
     def noted(binding, provider, shapes, *rest):
         found.append(dict(shapes))
         return real(binding, provider, shapes, *rest)
 
-    monkeypatch.setattr(decoder, "CapturedCall", noted)
+    monkeypatch.setattr(decoder, "CudaGraph", noted)
     return found
 
 
@@ -56,7 +56,7 @@ def form():
 
 
 @pytest.fixture
-def recorded(form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Member:
+def recorded(form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DecoderGraph:
     """A member whose calls are recorded; its caches grow from 8 places."""
     monkeypatch.setattr(shared_cache, "FIRST_CAPACITY", 8)
     made, kept = {}, []
@@ -68,7 +68,7 @@ def recorded(form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Member:
 
     monkeypatch.setattr(cuda_graphs, "run_options", noted)
     monkeypatch.setattr(decoder, "run_options", noted)
-    loaded = Member.load(tmp_path / "m.onnx", write_graph(tmp_path / "m.onnx", form), RECORDING, threads=1)
+    loaded = DecoderGraph.load(tmp_path / "m.onnx", write_graph(tmp_path / "m.onnx", form), RECORDING, threads=1)
     loaded._session = Session(loaded._session, made)
     return loaded
 
@@ -138,7 +138,7 @@ def test_other_graphs(kind, tmp_path, shapes):
     forms = [random_member(seed, cache="growing" if kind == "growing" else "shared") for seed in (1, 2)]
     path = tmp_path / "g.onnx"
     config = write_stack(path, forms) if kind == "stack" else write_graph(path, forms[0])
-    loaded = Member.load(path, config, RECORDING, threads=1)
+    loaded = DecoderGraph.load(path, config, RECORDING, threads=1)
     cache, ids = loaded.new_cache(), tokens(6)
     for end in range(1, 7):
         parts = loaded.parts(loaded.extend(cache, ids[None, end - 1 : end]))

@@ -135,7 +135,7 @@ def test_to_draft_the_graph_of_some_tokens_is_opened_and_no_other(folder, opened
     cut_student(folder, SOME)
     with Mixture.load(folder, provider="cpu", threads=1) as both:
         assert sorted(opened) == ["members/a/model.onnx", "members/b/model.onnx", "student/draft.onnx"]
-        (drafter,) = both.drafting.members
+        (drafter,) = both.drafting.graphs
         assert drafter.vocabulary == len(drafter.tokens) == 7
         assert both.drafting.vocabulary == VOCABULARY
         assert both.generate("O").text == "ne two!"

@@ -9,7 +9,7 @@ from helpers.onnx_members import random_member, write_graph
 
 from edgemix.errors import BundleError, InputError
 from edgemix.runtime.graphs import shared_cache
-from edgemix.runtime.graphs.decoder import Member
+from edgemix.runtime.graphs.decoder import DecoderGraph
 
 KINDS = ("shared", "growing")
 
@@ -39,8 +39,10 @@ def test_prefill_gives_the_last_logits(form, member):
 
 
 def test_prefill_makes_no_other_logits(form, member, monkeypatch):
-    cache, sizes, real = member.new_cache(), [], Member._call
-    monkeypatch.setattr(Member, "_call", lambda self, cache, *size: sizes.append(size) or real(self, cache, *size))
+    cache, sizes, real = member.new_cache(), [], DecoderGraph._call
+    monkeypatch.setattr(
+        DecoderGraph, "_call", lambda self, cache, *size: sizes.append(size) or real(self, cache, *size)
+    )
     member.extend(cache, [tokens(9)])
     assert sizes == [(1, 9, 1 if form.keeps else 9)]
     same(member.extend_all(cache, [tokens(3)])[0], form.logits([*tokens(9), *tokens(3)])[-3:])
@@ -219,7 +221,9 @@ def test_a_graph_that_is_not_as_the_manifest_says_is_refused(tmp_path, form, cha
     graph = tmp_path / "model.onnx"
     config = write_graph(graph, form)
     with pytest.raises(BundleError, match=message):
-        Member.load(graph, type(config)(**{name: getattr(config, name) for name in config.__struct_fields__} | change))
+        DecoderGraph.load(
+            graph, type(config)(**{name: getattr(config, name) for name in config.__struct_fields__} | change)
+        )
 
 
 def test_absurd_sizes_are_refused_before_they_are_allocated(tmp_path):
@@ -231,7 +235,7 @@ def test_absurd_sizes_are_refused_before_they_are_allocated(tmp_path):
             tensor.type.tensor_type.shape.dim[1].dim_value = 1 << 40
     onnx.save(model, graph)
     with pytest.raises(BundleError, match="1099511627776 heads"):
-        Member.load(graph, config)
+        DecoderGraph.load(graph, config)
 
 
 def test_an_input_that_nobody_feeds_is_refused(tmp_path, form):
@@ -241,7 +245,7 @@ def test_an_input_that_nobody_feeds_is_refused(tmp_path, form):
     model.graph.input.append(onnx.helper.make_tensor_value_info("token_type_ids", onnx.TensorProto.INT64, ["batch"]))
     onnx.save(model, graph)
     with pytest.raises(BundleError, match="token_type_ids is unknown"):
-        Member.load(graph, config)
+        DecoderGraph.load(graph, config)
 
 
 def test_rows_join_and_leave(form, member):

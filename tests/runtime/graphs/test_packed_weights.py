@@ -8,7 +8,7 @@ from helpers.onnx_members import VOCABULARY, random_member, write_bundle
 from edgemix.errors import BundleError
 from edgemix.runtime import Mixture
 from edgemix.runtime.graphs import providers
-from edgemix.runtime.graphs.prepacked_weights import PackedWeights
+from edgemix.runtime.graphs.prepacked_weights import PrepackedWeights
 
 
 @pytest.fixture
@@ -47,8 +47,10 @@ def test_the_text_is_the_same_and_the_second_time_they_are_there(bundle, tmp_pat
 def test_another_machine_packs_anew(bundle, tmp_path, monkeypatch):
     folder = tmp_path / "packed"
     text_of(bundle, packed=folder)
-    real = PackedWeights.of_this_machine(folder)._machine
-    monkeypatch.setattr(PackedWeights, "of_this_machine", classmethod(lambda cls, path: cls(path, real + " Mark II")))
+    real = PrepackedWeights.of_this_machine(folder)._machine
+    monkeypatch.setattr(
+        PrepackedWeights, "of_this_machine", classmethod(lambda cls, path: cls(path, real + " Mark II"))
+    )
     text_of(bundle, packed=folder)
     assert len(list(folder.iterdir())) == 4
 
@@ -105,7 +107,7 @@ def test_quantised_weights_are_mapped(tmp_path):
     expected = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
     for _ in range(2):
         session = providers.open_session(
-            path, providers.PROVIDERS["cpu"], packed=(PackedWeights(folder, "here"), "digest")
+            path, providers.PROVIDERS["cpu"], packed=(PrepackedWeights(folder, "here"), "digest")
         )
         np.testing.assert_array_equal(session.run(None, {"x": x})[0], expected)
     (data,) = folder.glob("*/model.onnx.data")
@@ -116,6 +118,8 @@ def test_a_graph_that_is_none_is_told_of(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(BundleError, match="cannot load"):
         providers.open_session(
-            tmp_path / "model.onnx", providers.PROVIDERS["cpu"], packed=(PackedWeights(tmp_path / "packed", "x"), "y")
+            tmp_path / "model.onnx",
+            providers.PROVIDERS["cpu"],
+            packed=(PrepackedWeights(tmp_path / "packed", "x"), "y"),
         )
     assert not list((tmp_path / "packed").iterdir())

@@ -9,8 +9,8 @@ from helpers.onnx_members import random_member, saying
 from edgemix.errors import InputError
 from edgemix.runtime.decoding.plain import Decoding
 from edgemix.runtime.decoding.sampling import Sampling
-from edgemix.runtime.mixing.adaptive import PERIOD, Experts, Posterior, adaptive_targets
-from edgemix.runtime.mixing.ensemble import Blend
+from edgemix.runtime.mixing.adaptive import PERIOD, AdaptivePrior, Posterior, adaptive_targets
+from edgemix.runtime.mixing.ensemble import Ensemble
 
 NAMES = ("a", "b", "c")
 WEIGHTS = {"a": 0.5, "b": 0.3, "c": 0.2}
@@ -23,17 +23,17 @@ def own():
 
 
 def test_it_begins_with_the_prior():
-    assert Experts.of(NAMES, WEIGHTS, {}).weights.tolist() == pytest.approx([0.5, 0.3, 0.2])
+    assert AdaptivePrior.of(NAMES, WEIGHTS, {}).weights.tolist() == pytest.approx([0.5, 0.3, 0.2])
 
 
 def test_domains_share_a_half():
-    experts = Experts.of(NAMES, WEIGHTS, {"x": {"a": 0.9, "b": 0.1}, "y": {"c": 1.0}})
+    experts = AdaptivePrior.of(NAMES, WEIGHTS, {"x": {"a": 0.9, "b": 0.1}, "y": {"c": 1.0}})
     np.testing.assert_allclose(experts.weights, [0.475, 0.175, 0.35])
     assert experts.table.shape == (5, 3)
 
 
 def test_a_member_without_weight_never_speaks():
-    experts = Experts.of(NAMES, {"a": 0.5, "b": 0.5, "c": 0.0}, {})
+    experts = AdaptivePrior.of(NAMES, {"a": 0.5, "b": 0.5, "c": 0.0}, {})
     posterior = Posterior(experts)
     posterior.observe(np.log([[0.1] * 50, [0.1] * 50, [0.9] * 50]))
     assert posterior.weights[2] == 0
@@ -41,7 +41,7 @@ def test_a_member_without_weight_never_speaks():
 
 def test_the_posterior_is_that_of_every_path_of_experts(own):
     """Fixed share is Bayes' rule over all sequences of experts, of which each may follow each."""
-    experts = Experts.of(NAMES, WEIGHTS, {"x": {"a": 0.4, "b": 0.6}})
+    experts = AdaptivePrior.of(NAMES, WEIGHTS, {"x": {"a": 0.4, "b": 0.6}})
     said, prior, share = experts.table @ np.exp(own[:, :4]), experts.prior, experts.share
     count = len(prior)
     step = (1 - share) * np.eye(count) + share * prior
@@ -59,7 +59,7 @@ def test_the_posterior_is_that_of_every_path_of_experts(own):
 def test_a_text_that_switches_is_followed():
     good, bad = np.log(0.5), np.log(0.05)
     own = np.array([[good] * 200 + [bad] * 200, [bad] * 200 + [good] * 200])
-    mixed, path = adaptive_targets(own, Experts.of(("a", "b"), {"a": 0.5, "b": 0.5}, {}))
+    mixed, path = adaptive_targets(own, AdaptivePrior.of(("a", "b"), {"a": 0.5, "b": 0.5}, {}))
     assert path[0, 150] > 0.98
     assert path[1, -50] > 0.98
     assert mixed.mean() > np.log(0.45)
@@ -67,13 +67,13 @@ def test_a_text_that_switches_is_followed():
 
 
 def test_weights_change_every_period_only(own):
-    _, path = adaptive_targets(own, Experts.of(NAMES, WEIGHTS, {}), period=PERIOD)
+    _, path = adaptive_targets(own, AdaptivePrior.of(NAMES, WEIGHTS, {}), period=PERIOD)
     changes = np.flatnonzero(np.abs(np.diff(path[0])) > 0) + 1
     assert changes.tolist() == list(range(PERIOD, 100, PERIOD))
 
 
 def test_an_impossible_token_tells_nothing():
-    posterior = Posterior(Experts.of(("a", "b"), {"a": 0.5, "b": 0.5}, {}))
+    posterior = Posterior(AdaptivePrior.of(("a", "b"), {"a": 0.5, "b": 0.5}, {}))
     posterior.observe(np.full((2, 3), -np.inf))
     assert posterior.weights.tolist() == [0.5, 0.5]
 
@@ -85,14 +85,14 @@ def test_scores_follow_the_text(pair, pair_forms):
         [form.log_probabilities(score.token_ids)[range(len(score.token_ids) - 1), score.token_ids[1:]]
          for form in pair_forms.values()]
     )  # fmt: skip
-    expected, _ = adaptive_targets(own, Experts.of(pair.members, pair.weights, pair.manifest.weights.domains))
+    expected, _ = adaptive_targets(own, AdaptivePrior.of(pair.members, pair.weights, pair.manifest.weights.domains))
     np.testing.assert_allclose(score.log_probabilities, expected, atol=1e-3)
 
 
 def test_a_batch_gives_the_single_results(load):
     members = [load(random_member(1)), load(random_member(2, cache="growing", padding=3))]
-    experts = Experts.of(("a", "b"), {"a": 0.5, "b": 0.5}, {})
-    mixture = Blend.of(members, experts.weights, "linear", TOKENS, experts)
+    experts = AdaptivePrior.of(("a", "b"), {"a": 0.5, "b": 0.5}, {})
+    mixture = Ensemble.of(members, experts.weights, "linear", TOKENS, experts)
     prompts = [[3, 7, 1, 1, 9], [5], [2] * 12, [15, 0]]
 
     def run(some):
@@ -156,4 +156,4 @@ def test_a_domain_may_be_called_fixed(mixture_of):
         weights={"a": 0.6, "b": 0.4},
         domains={"fixed": {"a": 0.0, "b": 1.0}},
     )
-    assert mixture.blend("fixed").weights.tolist() == [1.0]
+    assert mixture.ensemble("fixed").weights.tolist() == [1.0]

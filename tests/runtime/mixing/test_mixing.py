@@ -7,7 +7,7 @@ from edgemix.runtime.mixing.arithmetic import (
     linear,
     log_linear,
     log_softmax,
-    normalise,
+    normalize,
     target_log_probabilities,
 )
 
@@ -80,9 +80,9 @@ def test_target_log_probabilities_are_entries_of_log_softmax():
 
 
 def test_weights_are_normalised_and_missing_members_weigh_nothing():
-    np.testing.assert_allclose(normalise({"b": 3, "a": 1}, ["a", "b", "c"]), [0.25, 0.75, 0])
-    np.testing.assert_allclose(normalise({"a": 1e300, "b": 1e300}, ["a", "b"]), [0.5, 0.5])
-    np.testing.assert_allclose(normalise({"a": 1e-320, "b": 0}, ["a", "b"]), [1, 0])
+    np.testing.assert_allclose(normalize({"b": 3, "a": 1}, ["a", "b", "c"]), [0.25, 0.75, 0])
+    np.testing.assert_allclose(normalize({"a": 1e300, "b": 1e300}, ["a", "b"]), [0.5, 0.5])
+    np.testing.assert_allclose(normalize({"a": 1e-320, "b": 0}, ["a", "b"]), [1, 0])
 
 
 @pytest.mark.parametrize(
@@ -98,4 +98,4 @@ def test_weights_are_normalised_and_missing_members_weigh_nothing():
 )
 def test_senseless_weights_are_refused(weights, message):
     with pytest.raises(InputError, match=message):
-        normalise(weights, ["a", "b"])
+        normalize(weights, ["a", "b"])

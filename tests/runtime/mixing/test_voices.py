@@ -25,7 +25,7 @@ TEXTS = ["The owl sat on the mat.", "A fox, a hen and a dog", "x"]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     forms = {name: random_member(seed, tokens=VOCABULARY, padding=6) for seed, name in enumerate(WEIGHTS)}
-    folder = tmp_path_factory.mktemp("voices")
+    folder = tmp_path_factory.mktemp("members")
     return {
         kind: write_bundle(folder / kind, forms, weights=WEIGHTS, stacked=kind == "stacked")
         for kind in ("apart", "stacked")
@@ -43,9 +43,9 @@ def stacked(folders: dict[str, Path]) -> Mixture:
 
 
 def test_the_graph_is_opened_once(stacked: Mixture) -> None:
-    blend = stacked.blend()
-    assert len(blend.members) == 1
-    assert blend.weights.tolist() == pytest.approx(list(WEIGHTS.values()))
+    ensemble = stacked.ensemble()
+    assert len(ensemble.graphs) == 1
+    assert ensemble.weights.tolist() == pytest.approx(list(WEIGHTS.values()))
     assert stacked.members == tuple(WEIGHTS)
 
 
@@ -90,5 +90,5 @@ def test_a_manifest_with_other_voices_than_the_graph_is_refused(folders: dict[st
     config = msgspec.structs.replace(manifest.members[0].config, member_count=2)
     pair = tuple(msgspec.structs.replace(entry, config=config) for entry in fewer.members)
     write_manifest(tmp_path, wrong := msgspec.structs.replace(fewer, members=pair))
-    with pytest.raises(BundleError, match="the manifest says 2 voices"):
+    with pytest.raises(BundleError, match="the manifest says 2 members"):
         Mixture.assemble(folders["stacked"], wrong, "cpu")

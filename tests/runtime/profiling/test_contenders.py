@@ -50,8 +50,8 @@ def test_the_student_alone_is_its_whole_graph(student_bundle):
     ):
         found = {contender.name: contender for contender in contenders(mixture, student=student)}
         run = found["student"].run([[1, 2, 3]], 5, meter=Meter([]), patience=9)
-    assert [member.vocabulary for member in found["student"].blend.members] == [258]
-    assert [member.vocabulary for member in found[FAST].student.members] == [manifest.student.draft.vocabulary]
+    assert [member.vocabulary for member in found["student"].ensemble.graphs] == [258]
+    assert [member.vocabulary for member in found[FAST].student.graphs] == [manifest.student.draft.vocabulary]
     assert found["student"].files == manifest.files["student/model.onnx"].size
     assert run.tokens == 5
 
@@ -85,7 +85,7 @@ def test_a_graph_of_several_members_is_one(tmp_path, stacked):
     with Mixture.load(write_bundle(tmp_path / "b", forms, stacked=stacked), "cpu", 1) as mixture:
         found = {contender.name: contender for contender in contenders(mixture)}
 
-    assert len(found[PLAIN].entries) == len(found[PLAIN].blend.members) == (1 if stacked else 2)
+    assert len(found[PLAIN].entries) == len(found[PLAIN].ensemble.graphs) == (1 if stacked else 2)
 
 
 def test_a_run_counts_and_does_not_end_with_the_text(mixture):

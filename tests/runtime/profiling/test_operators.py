@@ -190,7 +190,7 @@ def test_an_interruption_leaves_no_trace(bundle, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("edgemix.runtime.graphs.decoder.Member.extend", interrupt)
+    monkeypatch.setattr("edgemix.runtime.graphs.decoder.DecoderGraph.extend", interrupt)
     entry = read_manifest(bundle).members[0]
 
     with pytest.raises(KeyboardInterrupt):
@@ -227,7 +227,7 @@ def sample_machine():
 def test_the_work_of_a_member(tmp_path):
     folder = write_bundle(tmp_path / "bundle", {"math": random_member(1, tokens=258)})
     with Mixture.load(folder, "cpu", 1) as mixture:
-        (member,) = mixture.blend().members
+        (member,) = mixture.ensemble().graphs
         entry = mixture.manifest.members[0]
         work = Work.of(read_graph(folder / entry.graph), member, "fp32")
 

@@ -7,7 +7,7 @@ from helpers.onnx_members import VOCABULARY, random_member, write_bundle
 
 from edgemix.errors import InputError
 from edgemix.runtime import Mixture
-from edgemix.runtime.graphs.decoder import Member
+from edgemix.runtime.graphs.decoder import DecoderGraph
 from edgemix.runtime.sequences.prefix_cache import LEAST, PrefixCache
 
 INTRODUCTION = "You are an owl, and sit on a mat in the wood. "
@@ -26,9 +26,11 @@ def load(tmp_path):
 @pytest.fixture
 def read(monkeypatch):
     """Counts the tokens that graphs read."""
-    counts, real = [], Member._run
+    counts, real = [], DecoderGraph._run
     monkeypatch.setattr(
-        Member, "_run", lambda self, cache, ids, *a, **o: counts.append(ids.size) or real(self, cache, ids, *a, **o)
+        DecoderGraph,
+        "_run",
+        lambda self, cache, ids, *a, **o: counts.append(ids.size) or real(self, cache, ids, *a, **o),
     )
     return counts
 

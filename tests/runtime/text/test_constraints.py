@@ -113,8 +113,8 @@ def test_drawn_texts_of_drafts_have_the_constrained_distribution(drafting, pair_
     seen, drafts = Counter(), Counter()
     for seed in range(draws):
         decoding = SpeculativeDecoding(
-            drafting.blend(), [*PROMPT.encode()], Sampling(temperature=0.7), seed=seed, max_new_tokens=9, context=99,
-            eos=eos, student=drafting.drafting, lookup=False, follower=grammar.follow(),
+            drafting.ensemble(), [*PROMPT.encode()], Sampling(temperature=0.7), seed=seed, max_new_tokens=9, context=99,
+            eos=eos, student=drafting.drafting, lookup=False, grammar_state=grammar.follow(),
         )  # fmt: skip
         text = []
         while new := decoding.step():
@@ -244,21 +244,21 @@ def test_forced_text_may_be_spelled_in_any_way():
     core.decoder = tokenizers.decoders.ByteLevel()
     core.add_special_tokens(["</s>"])
     tokenizer = Tokenizer(core, TokenizerEntry(sha256="0" * 64, vocabulary=6, eos=(5,), bos=None))
-    follower = Grammar(Constraint(choices=["abc"]), tokenizer).follow()
-    assert set(np.flatnonzero(follower.allowed())) == {0, 3, 4}
-    assert follower.expected() == [4]
-    assert set(np.flatnonzero(follower.allowed([0, 1]))) == {2}
-    assert [follower.valid(tokens) for tokens in ([4, 5], [0, 1, 2, 5], [3, 0], [5])] == [2, 4, 1, 0]
+    grammar_state = Grammar(Constraint(choices=["abc"]), tokenizer).follow()
+    assert set(np.flatnonzero(grammar_state.allowed())) == {0, 3, 4}
+    assert grammar_state.expected() == [4]
+    assert set(np.flatnonzero(grammar_state.allowed([0, 1]))) == {2}
+    assert [grammar_state.valid(tokens) for tokens in ([4, 5], [0, 1, 2, 5], [3, 0], [5])] == [2, 4, 1, 0]
 
 
 def test_a_follower_can_look_ahead_and_come_back(drafted):
-    follower = Grammar(Constraint(regex="abc|abd|x+"), drafted.tokenizer).follow()
+    grammar_state = Grammar(Constraint(regex="abc|abd|x+"), drafted.tokenizer).follow()
     a, b, c, d, x = b"abcdx"
-    assert set(np.flatnonzero(follower.allowed([a, b]))) == {c, d}
-    assert set(np.flatnonzero(follower.allowed())) == {a, x}
-    assert set(np.flatnonzero(follower.allowed([x]))) == {x, EOS}
-    assert follower.valid([a, b, x]) == 2
-    follower.take([a])
-    assert set(np.flatnonzero(follower.allowed())) == {b}
-    follower.take([b, d])
-    assert set(np.flatnonzero(follower.allowed())) == {EOS}
+    assert set(np.flatnonzero(grammar_state.allowed([a, b]))) == {c, d}
+    assert set(np.flatnonzero(grammar_state.allowed())) == {a, x}
+    assert set(np.flatnonzero(grammar_state.allowed([x]))) == {x, EOS}
+    assert grammar_state.valid([a, b, x]) == 2
+    grammar_state.take([a])
+    assert set(np.flatnonzero(grammar_state.allowed())) == {b}
+    grammar_state.take([b, d])
+    assert set(np.flatnonzero(grammar_state.allowed())) == {EOS}

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from markupsafe import Markup
 
 
@@ -29,11 +27,13 @@ class Cell:
         text: The cell's text.
         color: Name of the color of the dot before the text, or of the cell's background in a heat map; see `palette`.
         emphasized: Whether the text is bold in a heat map.
+        shape: The dot's shape: "circle", "square", "diamond" or "triangle-up", as Vega calls them.
     """
 
     text: str
     color: str = ""
     emphasized: bool = False
+    shape: str = "circle"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +138,6 @@ class Section:
     title: str
     lead: str
     blocks: tuple[Block, ...]
-
-
-def legend(colors: Mapping[str, str]) -> tuple[Cell, ...]:
-    """Return a legend for a mapping from names to colors."""
-    return tuple(Cell(name, color) for name, color in colors.items())
 
 
 def row(*cells: str | Cell) -> tuple[Cell, ...]:

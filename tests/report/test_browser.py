@@ -26,6 +26,15 @@ FLAGS = (
 LOOK = """<!DOCTYPE html><body><script>
 const widths = [390, 1280];
 const found = {};
+// Pairs of texts in a figure whose boxes share more than a pixel in both directions.
+const overlaps = figure => {
+  const texts = [...figure.querySelectorAll("svg text")].map(text => [text.textContent, text.getBoundingClientRect()])
+    .filter(([, box]) => box.height > 0);
+  return texts.flatMap(([one, a], at) => texts.slice(at + 1)
+    .filter(([, b]) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
+      && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1)
+    .map(([other]) => `${one} / ${other}`));
+};
 for (const width of widths) {
   const frame = document.createElement("iframe");
   frame.width = width; frame.height = 900;
@@ -42,6 +51,7 @@ for (const width of widths) {
       figures: shown.map(figure => figure.id),
       overflow: page.documentElement.scrollWidth - width,
       small: small.map(text => text.textContent),
+      overlaps: shown.flatMap(overlaps),
     };
     if (Object.keys(found).length == widths.length) {
       const result = document.createElement("pre");
@@ -58,7 +68,7 @@ for (const width of widths) {
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_every_figure_is_visible_on_phone_and_desktop(whole, tmp_path):
-    """The console stays empty, nothing is wider than the screen, and no text is too small to read."""
+    """The console stays empty, nothing is wider than the screen, and labels neither are too small nor overlap."""
     page = json.dumps(whole.html).replace("</", "<\\/")
     (tmp_path / "look.html").write_text(LOOK.replace("PAGE", page), "utf-8")
 
@@ -76,3 +86,4 @@ def test_every_figure_is_visible_on_phone_and_desktop(whole, tmp_path):
         assert set(seen["figures"]) == FIGURES, width
         assert seen["overflow"] <= 0, width
         assert seen["small"] == [], width
+        assert seen["overlaps"] == [], width

@@ -6,15 +6,15 @@ vl-convert renders Vega-Lite to SVG in this process, without a browser or networ
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree as ET
 
 import altair as alt
 import vl_convert
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from edgemix.report.blocks import Figure, legend
+from edgemix.report.blocks import Cell, Figure
 from edgemix.report.charts.palette import light
 from edgemix.report.formatting import clean
 
@@ -24,10 +24,8 @@ if TYPE_CHECKING:
     from edgemix.report.blocks import Table
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-_NAMESPACE = re.compile(r' xmlns(?::\w+)?="[^"]*"')
-_ROLE = re.compile(r' (?:role|aria-\w+|pointer-events|class)="[^"]*"')
-_ID = re.compile(r'(\bid="|url\(#)')
-_EMPTY = re.compile(r'<path d="[^"]*"(?: display="none")?/>')
+_DROPPED = {"version", "width", "height", "class", "role", "aria-hidden", "aria-roledescription"}
+"""Attributes of Vega's SVG that the page does not use; it sizes drawings by their viewBox."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,57 +46,50 @@ class Canvas:
 WIDE, NARROW = Canvas("wide", 740, narrow=False), Canvas("narrow", 350, narrow=True)
 
 
-def draw(id_: str, title: str, chart: Callable[[Canvas], alt.TopLevelMixin]) -> Markup:
-    """Render a chart as two SVG elements with a title.
-
-    Args:
-        id_: The figure's id, the prefix of all ids inside the SVG.
-        title: The text that screen readers announce.
-        chart: Builds the chart for a canvas.
-    """
-    return Markup("\n").join(_svg(id_, title, canvas, chart(canvas)) for canvas in (WIDE, NARROW))
-
-
 def figure(
     id_: str,
     table: Table,
     chart: Callable[[Canvas], alt.TopLevelMixin],
-    caption: str,
-    colors: Mapping[str, str] | None = None,
+    caption: str = "",
+    legend: Mapping[str, str] | tuple[Cell, ...] = (),
 ) -> Figure:
-    """Render a chart with the table of its numbers, under the table's title; `colors` adds a legend."""
-    drawing = draw(id_, table.title, chart)
-    return Figure(id_, table.title, drawing, caption, legend(colors or {}), table=table)
+    """Render a chart at both widths, under the title of the table with its numbers.
+
+    Args:
+        id_: The figure's id in the page.
+        table: The chart's numbers.
+        chart: Builds the chart for a canvas.
+        caption: How to read the chart.
+        legend: Name -> color of the palette, or cells with the legend's dots.
+    """
+    drawing = Markup("\n").join(_svg(id_, table.title, canvas, chart(canvas)) for canvas in (WIDE, NARROW))
+    cells = legend if isinstance(legend, tuple) else tuple(Cell(name, color) for name, color in legend.items())
+    return Figure(id_, table.title, drawing, caption, cells, table)
 
 
 def inline_data(rows: Sequence[Mapping[str, Any]]) -> alt.InlineData:
     """Return rows as a chart's data, in JSON, which Altair does not validate row by row."""
-    return alt.InlineData(json.dumps(_cleaned([dict(row) for row in rows])), format={"type": "json"})
+    return alt.InlineData(json.dumps([dict(row) for row in rows]), format={"type": "json"})
 
 
 def _svg(id_: str, title: str, canvas: Canvas, chart: alt.TopLevelMixin) -> Markup:
-    document = _cleaned({**chart.to_dict(validate=False), "config": _config(canvas)})
-    drawn = vl_convert.vegalite_to_svg(document, allowed_base_urls=[])
-    label = f"{id_}-{canvas.name}"
-    # Several drawings share a page, so ids get the drawing's name as a prefix.
-    body = _ID.sub(rf"\g<1>{label}-", _EMPTY.sub("", _ROLE.sub("", _NAMESPACE.sub("", drawn))))
-    opening, _, rest = body.partition(">")
-    size = re.search(r'viewBox="[^"]*"', opening)
-    if size is None:
-        raise ValueError("the SVG has no viewBox")
-    head = f'<svg class="{canvas.name}" role="img" aria-labelledby="{label}-title" {size[0]}>'
-    return Markup(f'{head}<title id="{label}-title">{escape(clean(title))}</title>{rest}')  # noqa: S704 - vl-convert escapes
-
-
-def _cleaned(value: Any) -> Any:
-    """Replace the characters that XML forbids in all strings of a chart's document."""
-    if isinstance(value, str):
-        return clean(value)
-    if isinstance(value, dict):
-        return {clean(key): _cleaned(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_cleaned(item) for item in value]
-    return value
+    """Render a chart as an SVG element of an HTML page: without namespaces, with ids that are unique in the page."""
+    document = {**chart.to_dict(validate=False), "config": _config(canvas)}
+    drawn = clean(vl_convert.vegalite_to_svg(document, allowed_base_urls=[]))
+    root = ET.fromstring(drawn)  # noqa: S314 - vl-convert's own output
+    prefix = f"{id_}-{canvas.name}-"
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        element.attrib = {
+            name: prefix + value if name == "id" else value.replace("url(#", f"url(#{prefix}")
+            for name, value in element.items()
+            if name not in _DROPPED
+        }
+    root.attrib |= {"class": canvas.name, "role": "img", "aria-labelledby": f"{prefix}title"}
+    heading = ET.Element("title", id=f"{prefix}title")
+    heading.text = clean(title)
+    root.insert(0, heading)
+    return Markup(ET.tostring(root, "unicode"))  # noqa: S704 - ElementTree escapes all text
 
 
 def _config(canvas: Canvas) -> dict[str, Any]:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import altair as alt
 
 from edgemix.report import formatting
-from edgemix.report.blocks import Block, Cell, Figure, Note, Section, Table, legend, row
+from edgemix.report.blocks import Block, Cell, Figure, Note, Section, Table, row
 from edgemix.report.charts import basic
-from edgemix.report.charts.drawing import draw, inline_data
+from edgemix.report.charts.drawing import figure, inline_data
 from edgemix.report.charts.palette import light
 
 if TYPE_CHECKING:
-    from edgemix.bundle.manifest import BudgetFigures, MemberEntry
+    from edgemix.bundle.manifest import BudgetFigures, MemberEntry, MixtureParity, QuantizationParity
     from edgemix.report.charts.drawing import Canvas
     from edgemix.report.data import ReportData
 
@@ -77,74 +77,48 @@ def _weights(data: ReportData) -> Figure:
     sets = {"default": weights.default} | {f"for {formatting.name(name)}": own for name, own in weights.domains.items()}
     rows = [{"bar": bar, "name": name, "share": own[name]} for bar, own in sets.items() for name in data.members]
     colors = {name: data.colors[name] for name in data.members}
-    title = "Weights of the members in the mixture"
     how = {"uniform": "All members have the same weight.", "given": "The weights are given in the recipe."}
-    return Figure(
-        "weights",
-        title,
-        draw("weights", title, partial(basic.stacked_bar_chart, rows=rows, colors=colors)),
-        how.get(weights.method, "Fitted to validation text: to all domains together, and to each domain alone."),
-        legend(colors),
-        table=Table(
-            "Weights",
-            ("Weights", *data.members),
-            tuple(row(bar, *(f"{own[name]:.3f}" for name in data.members)) for bar, own in sets.items()),
-            collapsed=True,
-        ),
+    table = Table(
+        "Weights of the members in the mixture",
+        ("Weights", *data.members),
+        tuple(row(bar, *(f"{own[name]:.3f}" for name in data.members)) for bar, own in sets.items()),
+        collapsed=True,
     )
+    caption = how.get(weights.method, "Fitted to validation text: to all domains together, and to each domain alone.")
+    return figure("weights", table, partial(basic.stacked_bar_chart, rows=rows, colors=colors), caption, colors)
 
 
 def _quantization(data: ReportData, quantized: list[MemberEntry]) -> Figure:
-    rows: list[dict[str, Any]] = []
-    table = []
-    for entry in quantized:
-        found = entry.quantization
-        if found is None:
-            continue
-        rows.append({"name": entry.name, "kl": found.kl, "limit": found.kl_limit})
-        decoding = "" if found.decode_kl is None else f"{found.decode_kl:.4f}"
-        table.append(
-            row(
-                _name_cell(data, entry),
-                f"{found.kl:.4f}",
-                f"{found.kl_limit:g}",
-                decoding,
-                formatting.share(found.top1_disagreement, 1),
-                f"{found.perplexity_ratio:.4f}",
-            )
-        )
     mixed = data.manifest.quantization
+    parities: list[tuple[str, QuantizationParity | MixtureParity]] = [
+        (entry.name, entry.quantization) for entry in quantized if entry.quantization is not None
+    ]
     if mixed is not None:
-        rows.append({"name": "mixture", "kl": mixed.kl, "limit": None})
+        parities.append(("mixture", mixed))
+    colors = data.colors | {"mixture": "text"}
+    rows, table = [], []
+    for name, parity in parities:
+        limit = getattr(parity, "kl_limit", None)
+        decoding = getattr(parity, "decode_kl", None)
+        rows.append({"name": name, "kl": parity.kl, "limit": limit})
         table.append(
             row(
-                Cell("mixture", "text"),
-                f"{mixed.kl:.4f}",
-                "",
-                "",
-                formatting.share(mixed.top1_disagreement, 1),
-                f"{mixed.perplexity_ratio:.4f}",
+                Cell(formatting.name(name), colors[name]),
+                f"{parity.kl:.4f}",
+                "" if limit is None else f"{limit:g}",
+                "" if decoding is None else f"{decoding:.4f}",
+                formatting.share(parity.top1_disagreement, 1),
+                f"{parity.perplexity_ratio:.4f}",
             )
         )
-    colors = data.colors | {"mixture": "text"}
-    title = "Quantization loss"
-    return Figure(
+    columns = ("", "KL (nats)", "Limit", "KL, decoding", "Top-1 disagreement", "Perplexity ratio")
+    return figure(
         "quantization",
-        title,
-        draw(
-            "quantization",
-            title,
-            partial(_divergences, rows=rows, colors={row["name"]: colors[row["name"]] for row in rows}),
-        ),
+        Table("Quantization loss", columns, tuple(table), collapsed=True),
+        partial(_divergences, rows=rows, colors={name: colors[name] for name, _ in parities}),
         "KL divergence between the fp32 graph and the stored graph, in nats per token. The tick is the parity gate's "
         "limit; a graph above it is not exported."
         + ("" if mixed is None else " The mixture's loss is at most the weighted mean of its members' losses."),
-        table=Table(
-            "Stored graphs against fp32",
-            ("", "KL (nats)", "Limit", "KL, decoding", "Top-1 disagreement", "Perplexity ratio"),
-            tuple(table),
-            collapsed=True,
-        ),
     )
 
 
@@ -181,32 +155,26 @@ def _pruning(data: ReportData) -> Table:
 
 
 def _budget(budget: BudgetFigures) -> Figure:
-    title = "Loss at other budgets"
     limits = ([] if budget.bytes is None else [formatting.size(budget.bytes)]) + (
         [] if budget.seconds is None else [f"{formatting.seconds(budget.seconds)} per token"]
     )
     rows = [{"x": point.bytes / 1e6, "y": point.loss, "chosen": point == budget.chosen} for point in budget.curve]
-    return Figure(
+    table = tuple(
+        row(
+            formatting.size(point.bytes),
+            "" if point.seconds is None else formatting.seconds(point.seconds),
+            f"{point.loss:.5f}",
+            "chosen" if point == budget.chosen else "",
+        )
+        for point in budget.curve
+    )
+    columns = ("Size", "Time per token", "Estimated KL (nats)", "")
+    return figure(
         "budget",
-        title,
-        draw("budget", title, partial(_curve, rows=rows)),
+        Table("Loss at other budgets", columns, table, left=0, collapsed=True),
+        partial(_curve, rows=rows),
         "Estimated KL divergence between the fp32 mixture and the stored one, by the bundle's size. The limit was "
         f"{formatting.join(limits)}; the large dot is the chosen one.",
-        table=Table(
-            title,
-            ("Size", "Time per token", "Estimated KL (nats)", ""),
-            tuple(
-                row(
-                    formatting.size(point.bytes),
-                    "" if point.seconds is None else formatting.seconds(point.seconds),
-                    f"{point.loss:.5f}",
-                    "chosen" if point == budget.chosen else "",
-                )
-                for point in budget.curve
-            ),
-            left=0,
-            collapsed=True,
-        ),
     )
 
 

@@ -6,9 +6,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from edgemix.report import formatting
-from edgemix.report.blocks import Block, Cell, Figure, Note, Section, Table, legend, row
+from edgemix.report.blocks import Block, Cell, Figure, Note, Section, Table, row
 from edgemix.report.charts import basic
-from edgemix.report.charts.drawing import draw, figure
+from edgemix.report.charts.drawing import figure
 from edgemix.report.charts.scatter import Point, roofline
 from edgemix.report.sections.speed import MISSING
 
@@ -61,7 +61,6 @@ def _lead(roofs: list[tuple[Subject, Roof]]) -> str:
 
 
 def _roofline(data: ReportData, machine: Machine, bandwidth: float, roofs: list[tuple[Subject, Roof]]) -> Figure:
-    title = "Roofline"
     points = [
         Point(
             formatting.name(subject.name),
@@ -91,15 +90,14 @@ def _roofline(data: ReportData, machine: Machine, bandwidth: float, roofs: list[
         for subject, roof in roofs
     )
     columns = ("", "Phase", "Tokens", "Bytes", "Multiply-adds", "Time", "Lower bound", "Of the roofline")
-    return Figure(
+    return figure(
         "roofline",
-        title,
-        draw("roofline", title, partial(roofline, points=points, bandwidth=bandwidth, peaks=peaks)),
+        Table("Roofline", columns, table, left=2),
+        partial(roofline, points=points, bandwidth=bandwidth, peaks=peaks),
         "Circles are decoding, triangles are prefill. The sloping line is the limit of memory bandwidth, the "
         f"horizontal lines are the limits of arithmetic, as measured on this machine: {', '.join(limits)}. Both axes "
         "are logarithmic.",
-        legend({point.name: point.color for point in points}),
-        table=Table("Time against the roofline", columns, table, left=2),
+        {point.name: point.color for point in points},
     )
 
 

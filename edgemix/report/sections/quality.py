@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from edgemix.report import formatting
 from edgemix.report.blocks import Block, Cell, Figure, Note, Section, Table, row
-from edgemix.report.charts.drawing import draw
+from edgemix.report.charts.drawing import figure
 from edgemix.report.charts.palette import HEAT_COLORS
 from edgemix.report.charts.scatter import Point, pareto_chart
 from edgemix.report.data import mixture_row, row_label
@@ -63,34 +63,43 @@ def _color(data: ReportData, row: Row, evaluation: Evaluation) -> str:
     return data.colors.get(row.name, "muted")
 
 
+def _point(data: ReportData, row: Row, evaluation: Evaluation, x: float, name: str = "") -> Point:
+    """Return a row's point in a chart of bits per byte; with two mixtures, `name` says which one it is."""
+    adaptive = row.kind == "mixture" and row.name == "adaptive"
+    return Point(
+        name or row_label(row, evaluation),
+        "muted" if row.kind == "mixture" and "plain" in name else _color(data, row, evaluation),
+        x,
+        row.overall.bits_per_byte,
+        "triangle-up" if adaptive else _SHAPES[row.kind],
+    )
+
+
+def _pareto_figure(id_: str, table: Table, points: list[Point], caption: str, *, x: str, lower_x: bool) -> Figure:
+    """Return a chart of bits per byte against `x`, under the title of the table with its numbers."""
+    finite = [point for point in points if math.isfinite(point.y)]
+    chart = partial(pareto_chart, points=finite, x=x, y="bits per byte (lower is better)", lower_x=lower_x)
+    legend = tuple(Cell(point.name, point.color, shape=point.shape) for point in finite)
+    caption += " The dashed line is the Pareto front. The vertical axis does not begin at zero."
+    return figure(id_, table, chart, caption, legend)
+
+
 def _size(data: ReportData, evaluation: Evaluation) -> Figure:
     points, rows = [], []
     for each in _shown(evaluation):
-        size, bits = data.size_of_row(each), each.overall.bits_per_byte
-        points.append(
-            Point(row_label(each, evaluation), _color(data, each, evaluation), size / 1e6, bits, _SHAPES[each.kind])
-        )
-        rows.append(
-            row(Cell(points[-1].name, points[-1].color), data.format_of(each), formatting.size(size), f"{bits:.4f}")
-        )
-    title = "Quality against size"
-    return Figure(
+        size = data.size_of_row(each)
+        point = _point(data, each, evaluation, size / 1e6)
+        points.append(point)
+        cells = data.format_of(each), formatting.size(size), f"{point.y:.4f}"
+        rows.append(row(Cell(point.name, point.color), *cells))
+    columns = ("", "Format", "Size", "Bits per byte")
+    return _pareto_figure(
         "quality-size",
-        title,
-        draw(
-            "quality-size",
-            title,
-            partial(
-                pareto_chart,
-                points=[point for point in points if math.isfinite(point.y)],
-                x="MB on disk (lower is better)",
-                y="bits per byte (lower is better)",
-                lower_x=True,
-            ),
-        ),
-        "Circles are members, the diamond is the student, squares are mixtures. The dashed line is the Pareto front. "
-        "The vertical axis does not begin at zero.",
-        table=Table(title, ("", "Format", "Size", "Bits per byte"), tuple(rows), left=2, collapsed=True),
+        Table("Quality against size", columns, tuple(rows), left=2, collapsed=True),
+        points,
+        "Circles are members, the diamond is the student, squares and the triangle are mixtures.",
+        x="MB on disk (lower is better)",
+        lower_x=True,
     )
 
 
@@ -112,32 +121,15 @@ def decode_rates(data: ReportData, evaluation: Evaluation) -> list[tuple[Row, st
 
 
 def _speed(data: ReportData, evaluation: Evaluation, rates: list[tuple[Row, str, float]]) -> Figure:
-    points = []
-    for each, name, rate in rates:
-        color = "muted" if each.kind == "mixture" and "plain" in name else _color(data, each, evaluation)
-        points.append(Point(name, color, rate, each.overall.bits_per_byte, _SHAPES[each.kind]))
-    title = "Quality against speed"
-    return Figure(
+    points = [_point(data, each, evaluation, rate, name) for each, name, rate in rates]
+    rows = tuple(row(Cell(p.name, p.color), formatting.digits(p.x), f"{p.y:.4f}") for p in points)
+    return _pareto_figure(
         "quality-speed",
-        title,
-        draw(
-            "quality-speed",
-            title,
-            partial(
-                pareto_chart,
-                points=points,
-                x="tokens per second (higher is better)",
-                y="bits per byte (lower is better)",
-                lower_x=False,
-            ),
-        ),
-        "Decoding, one text at a time. The dashed line is the Pareto front. The vertical axis does not begin at zero.",
-        table=Table(
-            title,
-            ("", "Tokens/s", "Bits per byte"),
-            tuple(row(Cell(p.name, p.color), formatting.digits(p.x), f"{p.y:.4f}") for p in points),
-            collapsed=True,
-        ),
+        Table("Quality against speed", ("", "Tokens/s", "Bits per byte"), rows, collapsed=True),
+        points,
+        "Decoding, one text at a time.",
+        x="tokens per second (higher is better)",
+        lower_x=False,
     )
 
 

@@ -48,22 +48,6 @@ def speed_section(data: ReportData) -> Section:
     )
 
 
-def _colors(data: ReportData, subjects: list[Subject]) -> dict[str, str]:
-    return {formatting.name(subject.name): data.color_of(subject) for subject in subjects}
-
-
-def _quantile_row(name: str, quantiles: Quantiles, scale: float = 1e3) -> dict[str, Any]:
-    """Return a row of `basic.quantile_chart`."""
-    return {
-        "name": name,
-        "p50": quantiles.p50 * scale,
-        "p90": quantiles.p90 * scale,
-        "p99": quantiles.p99 * scale,
-        "steady": quantiles.steady,
-        "label": formatting.digits(quantiles.p50 * scale),
-    }
-
-
 def _name_cell(data: ReportData, subject: Subject) -> Cell:
     return Cell(formatting.name(subject.name), data.color_of(subject))
 
@@ -80,133 +64,96 @@ _COLUMNS = ("Median", "90th percentile", "99th", "Spread", "Measurements")
 
 
 def _quantile_figure(
-    id_: str, rows: list[dict[str, Any]], colors: dict[str, str], table: Table, *, unit: str = "milliseconds per token"
+    id_: str, title: str, measurements: list[tuple[Cell, Quantiles]], *, unit: str = "milliseconds per token"
 ) -> Figure:
-    """Return a quantile chart under the title of the table with its numbers."""
-    caption = _QUANTILES + ("" if all(each["steady"] for each in rows) else _UNSTABLE)
-    chart = partial(basic.quantile_chart, rows=rows, colors=colors, title=unit)
-    return figure(id_, table, chart, caption)
+    """Return a quantile chart with a row for each measurement; a row's cell has its name and color."""
+    rows = [
+        {
+            "name": cell.text,
+            "p50": quantiles.p50 * 1e3,
+            "p90": quantiles.p90 * 1e3,
+            "p99": quantiles.p99 * 1e3,
+            "steady": quantiles.steady,
+            "label": formatting.digits(quantiles.p50 * 1e3),
+        }
+        for cell, quantiles in measurements
+    ]
+    table = tuple(row(cell, *_times(quantiles)) for cell, quantiles in measurements)
+    colors = {cell.text: cell.color for cell, _ in measurements}
+    return figure(
+        id_,
+        Table(title, ("", *_COLUMNS), table, collapsed=True),
+        partial(basic.quantile_chart, rows=rows, colors=colors, title=unit),
+        _QUANTILES + ("" if all(each["steady"] for each in rows) else _UNSTABLE),
+    )
+
+
+def _line_figure(
+    id_: str,
+    table: Table,
+    measurements: list[tuple[Cell, int, Quantiles]],
+    *,
+    scale: float = 1.0,
+    whiskers: bool = True,
+    **axes: Any,
+) -> Figure:
+    """Return a line chart of medians by size.
+
+    Args:
+        id_: The figure's id.
+        table: The chart's numbers.
+        measurements: A cell with name and color, a size above zero, and the measurement at that size.
+        scale: Factor of the medians.
+        whiskers: Whether to draw whiskers to the 99th percentile.
+        axes: The axes' titles `x` and `y`, and `log_y`, as in `basic.line_chart`.
+    """
+    rows: list[dict[str, Any]] = [
+        {"name": cell.text, "x": size, "y": quantiles.p50 * scale}
+        | ({"top": quantiles.p99 * scale} if whiskers else {})
+        for cell, size, quantiles in measurements
+    ]
+    colors = {cell.text: cell.color for cell, _, _ in measurements}
+    caption = "Medians; the whisker reaches the 99th percentile. " if whiskers else "Medians. "
+    caption += "Both axes are logarithmic." if axes.get("log_y") else "The horizontal axis is logarithmic."
+    return figure(id_, table, partial(basic.line_chart, rows=rows, colors=colors, **axes), caption, colors)
 
 
 def _decode(data: ReportData, subjects: list[Subject]) -> Figure:
-    context = subjects[0].decode[0].context
-    title = f"Time per output token, after {context:,} tokens of context"
-    rows = [_quantile_row(formatting.name(subject.name), subject.decode[0].tpot) for subject in subjects]
-    table = Table(
-        title,
-        ("", *_COLUMNS),
-        tuple(row(_name_cell(data, s), *_times(s.decode[0].tpot)) for s in subjects),
-        collapsed=True,
-    )
-    return _quantile_figure("tpot", rows, _colors(data, subjects), table)
+    title = f"Time per output token, after {subjects[0].decode[0].context:,} tokens of context"
+    return _quantile_figure("tpot", title, [(_name_cell(data, each), each.decode[0].tpot) for each in subjects])
 
 
 def _contexts(data: ReportData, subjects: list[Subject]) -> Figure:
-    title = "Time per output token, by context"
-    rows = [
-        {"name": formatting.name(subject.name), "x": each.context, "y": each.tpot.p50 * 1e3, "top": each.tpot.p99 * 1e3}
-        for subject in subjects
-        for each in subject.decode
-    ]
-    table = tuple(
-        row(_name_cell(data, subject), f"{each.context:,}", *_times(each.tpot))
-        for subject in subjects
-        for each in subject.decode
-    )
-    drawing = partial(
-        basic.line_chart,
-        rows=rows,
-        colors=_colors(data, subjects),
-        x="tokens of context",
-        y="milliseconds per token",
-    )
-    return figure(
-        "context",
-        Table(title, ("", "Context", *_COLUMNS), table, collapsed=True),
-        drawing,
-        "Medians; the whisker reaches the 99th percentile. The horizontal axis is logarithmic.",
-        _colors(data, subjects),
-    )
+    measured = [(_name_cell(data, subject), each.context, each.tpot) for subject in subjects for each in subject.decode]
+    rows = tuple(row(cell, f"{context:,}", *_times(tpot)) for cell, context, tpot in measured)
+    table = Table("Time per output token, by context", ("", "Context", *_COLUMNS), rows, collapsed=True)
+    return _line_figure("context", table, measured, scale=1e3, x="tokens of context", y="milliseconds per token")
 
 
 def _prefill(data: ReportData, subjects: list[Subject]) -> Figure:
     """Return time to first token by prompt length; with one length, its distribution."""
-    lengths = {each.tokens for subject in subjects for each in subject.prefill}
+    measured = [(_name_cell(data, subject), each.tokens, each.ttft) for subject in subjects for each in subject.prefill]
+    lengths = {tokens for _, tokens, _ in measured}
     if len(lengths) == 1:
-        return _first_token(data, subjects)
-    title = "Time to first token, by prompt length"
-    rows = [
-        {"name": formatting.name(subject.name), "x": each.tokens, "y": each.ttft.p50, "top": each.ttft.p99}
-        for subject in subjects
-        for each in subject.prefill
-    ]
-    table = tuple(
-        row(_name_cell(data, subject), f"{each.tokens:,}", *_times(each.ttft))
-        for subject in subjects
-        for each in subject.prefill
-    )
-    drawing = partial(
-        basic.line_chart,
-        rows=rows,
-        colors=_colors(data, subjects),
-        x="prompt tokens",
-        y="seconds",
-        log_y=True,
-    )
-    return figure(
-        "ttft",
-        Table(title, ("", "Prompt", *_COLUMNS), table, collapsed=True),
-        drawing,
-        "Medians; the whisker reaches the 99th percentile. Both axes are logarithmic.",
-        _colors(data, subjects),
-    )
-
-
-def _first_token(data: ReportData, subjects: list[Subject]) -> Figure:
-    title = f"Time to first token, for a prompt of {subjects[0].prefill[0].tokens:,} tokens"
-    rows = [_quantile_row(formatting.name(subject.name), subject.prefill[0].ttft) for subject in subjects]
-    table = tuple(row(_name_cell(data, subject), *_times(subject.prefill[0].ttft)) for subject in subjects)
-    colors = _colors(data, subjects)
-    return _quantile_figure(
-        "ttft", rows, colors, Table(title, ("", *_COLUMNS), table, collapsed=True), unit="milliseconds"
-    )
+        title = f"Time to first token, for a prompt of {lengths.pop():,} tokens"
+        return _quantile_figure("ttft", title, [(cell, ttft) for cell, _, ttft in measured], unit="milliseconds")
+    rows = tuple(row(cell, f"{tokens:,}", *_times(ttft)) for cell, tokens, ttft in measured)
+    table = Table("Time to first token, by prompt length", ("", "Prompt", *_COLUMNS), rows, collapsed=True)
+    return _line_figure("ttft", table, measured, x="prompt tokens", y="seconds", log_y=True)
 
 
 def _batches(data: ReportData, subjects: list[Subject]) -> Figure:
-    title = "Throughput by batch size"
-    rows = [
-        {"name": formatting.name(subject.name), "x": each.size, "y": each.rate.p50}
-        for subject in subjects
-        for each in subject.batches
-    ]
-    table = tuple(
-        row(
-            _name_cell(data, subject),
-            f"{each.size:,}",
-            formatting.digits(each.rate.p50),
-            formatting.digits(each.rate.p50 / each.size),
-        )
-        for subject in subjects
-        for each in subject.batches
+    measured = [(_name_cell(data, subject), each.size, each.rate) for subject in subjects for each in subject.batches]
+    rows = tuple(
+        row(cell, f"{size:,}", formatting.digits(rate.p50), formatting.digits(rate.p50 / size))
+        for cell, size, rate in measured
     )
-    drawing = partial(
-        basic.line_chart,
-        rows=rows,
-        colors=_colors(data, subjects),
-        x="batch size",
-        y="tokens per second, whole batch",
-    )
-    return figure(
-        "batches",
-        Table(title, ("", "Batch size", "Tokens/s", "Tokens/s per text"), table, collapsed=True),
-        drawing,
-        "The horizontal axis is logarithmic.",
-        _colors(data, subjects),
-    )
+    columns = ("", "Batch size", "Tokens/s", "Tokens/s per text")
+    table = Table("Throughput by batch size", columns, rows, collapsed=True)
+    return _line_figure("batches", table, measured, whiskers=False, x="batch size", y="tokens per second, whole batch")
 
 
 def _variants(profile: Profile) -> Figure:
-    title = "Configurations of the mixture, by threads and drafts"
     ordered = sorted(profile.variants, key=lambda variant: variant.tpot.p50)
     several = len({each.provider for each in ordered}) > 1
     names = [
@@ -216,11 +163,9 @@ def _variants(profile: Profile) -> Figure:
         )
         for each in ordered
     ]
-    rows = [_quantile_row(name, each.tpot) for name, each in zip(names, ordered, strict=True)]
-    table = tuple(row(name, *_times(each.tpot)) for name, each in zip(names, ordered, strict=True))
-    return _quantile_figure(
-        "variants", rows, dict.fromkeys(names, "m0"), Table(title, ("", *_COLUMNS), table, collapsed=True)
-    )
+    title = "Configurations of the mixture, by threads and drafts"
+    measured = [(Cell(name, "m0"), each.tpot) for name, each in zip(names, ordered, strict=True)]
+    return _quantile_figure("variants", title, measured)
 
 
 def _loading(profile: Profile) -> Table:

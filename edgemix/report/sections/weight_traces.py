@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import altair as alt
 
 from edgemix.report import formatting
-from edgemix.report.blocks import Block, ColoredText, Figure, Note, Section, Span, Table, legend, row
+from edgemix.report.blocks import Block, ColoredText, Figure, Note, Section, Span, Table, row
 from edgemix.report.charts.basic import color_encoding
-from edgemix.report.charts.drawing import draw, inline_data
+from edgemix.report.charts.drawing import figure, inline_data
 from edgemix.report.charts.palette import light
 
 if TYPE_CHECKING:
@@ -72,33 +72,29 @@ def _title(passage: Passage) -> str:
 
 
 def _weight_figure(data: ReportData, passage: Passage, id_: str) -> Figure:
-    title = f"Weights along {'a stream of the texts' if passage.origins else formatting.name(passage.name)}"
     rows = [
         {"token": at, "name": name, "weight": weight}
         for name, weights in passage.weights.items()
         for at, weight in enumerate(weights)
     ]
     colors = {name: data.colors[name] for name in passage.weights}
-    marks = [{"token": at, "label": formatting.name(name)} for at, name in passage.origins]
+    switches = [{"token": at, "label": formatting.name(name)} for at, name in passage.origins]
     sources = dict(passage.origins) or {0: passage.name}
-    starts = [*sources, len(passage.pieces)]
     table = tuple(
         row(
             formatting.name(sources[start]),
             f"{start:,} to {end - 1:,}",
             *(formatting.share(sum(weights[start:end]) / (end - start)) for weights in passage.weights.values()),
         )
-        for start, end in pairwise(starts)
+        for start, end in pairwise([*sources, len(passage.pieces)])
     )
-    return Figure(
+    columns = ("Text", "Tokens", *map(formatting.name, passage.weights))
+    return figure(
         id_,
-        _title(passage),
-        draw(id_, title, partial(_weight_chart, rows=rows, colors=colors, marks=marks, tokens=len(passage.pieces))),
-        "Each dotted line is a switch to another text." if marks else "",
-        legend(colors),
-        table=Table(
-            "Mean weights", ("Text", "Tokens", *map(formatting.name, passage.weights)), table, left=2, collapsed=True
-        ),
+        Table(_title(passage), columns, table, left=2, collapsed=True),
+        partial(_weight_chart, rows=rows, colors=colors, switches=switches, tokens=len(passage.pieces)),
+        "Each dotted line is a switch to another text; the table has the mean weights." if switches else "",
+        colors,
     )
 
 
@@ -106,11 +102,11 @@ def _weight_chart(
     canvas: Canvas,
     rows: Sequence[Mapping[str, Any]],
     colors: Mapping[str, str],
-    marks: Sequence[Mapping[str, Any]],
+    switches: Sequence[Mapping[str, Any]],
     tokens: int,
 ) -> alt.TopLevelMixin:
     scale = alt.Scale(domain=[0, max(tokens - 1, 1)], nice=False)
-    base = alt.Chart(inline_data(rows), width=canvas.width, height=170 if marks else 110).encode(
+    base = alt.Chart(inline_data(rows), width=canvas.width, height=170 if switches else 110).encode(
         x=alt.X("token:Q", scale=scale, title="token", axis=alt.Axis(grid=False)),
         y=alt.Y("weight:Q", scale=alt.Scale(domain=[0, 1]), title=None, axis=alt.Axis(format="%", values=[0, 0.5, 1])),
         color=color_encoding(colors),
@@ -119,10 +115,10 @@ def _weight_chart(
         base.mark_area(opacity=0.14, interpolate="step").encode(y=alt.Y("weight:Q", stack=None)),
         base.mark_line(strokeWidth=1.6, interpolate="step"),
     ]
-    if marks:
-        at = alt.Chart(inline_data(marks)).encode(x=alt.X("token:Q", scale=scale))
+    if switches:
+        at = alt.Chart(inline_data(switches)).encode(x=alt.X("token:Q", scale=scale))
         layers.append(at.mark_rule(color=light("muted"), strokeWidth=1, strokeDash=[2, 3]))
-        if not canvas.narrow or len(marks) <= 4:
+        if not canvas.narrow or len(switches) <= 4:
             layers.append(
                 at.mark_text(align="left", dx=4, dy=-8, fontSize=11, color=light("muted")).encode(
                     y=alt.value(0), text="label:N"

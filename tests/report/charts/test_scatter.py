@@ -1,11 +1,10 @@
-"""The Pareto front and the labels of points."""
+"""The Pareto front and the marks of points."""
 
 from __future__ import annotations
 
-import itertools
-
-from edgemix.report.charts.basic import CHARACTER_WIDTH
-from edgemix.report.charts.scatter import LINE, Point, labels, pareto_front
+from edgemix.report.charts.drawing import WIDE
+from edgemix.report.charts.palette import light
+from edgemix.report.charts.scatter import Point, pareto_chart, pareto_front
 
 
 def test_the_pareto_front_holds_the_undominated_points():
@@ -17,25 +16,11 @@ def test_the_pareto_front_holds_the_undominated_points():
     assert [point.name for point in pareto_front(points, lower_x=False)] == ["e"]
 
 
-def test_a_label_does_not_hide_another_point():
-    """The left point's label would cover the right point."""
-    left, right = labels(["mixture, plain", "mixture"], [(20.0, 50.0), (60.0, 50.0)], 300.0)
+def test_each_point_of_a_pareto_chart_has_its_color_and_shape():
+    points = [Point("one", "m0", 1, 3), Point("two", "text", 2, 2, "square")]
 
-    assert left.at - 50 >= LINE
-    assert right.at - 50 < LINE or right.at - left.at >= LINE
+    names = ["one", "two"]
+    marks = pareto_chart(WIDE, points, x="x", y="y", lower_x=True).to_dict(validate=False)["layer"][1]["encoding"]
 
-
-def test_labels_do_not_overlap():
-    names = ["one", "a longer one", "two", "three", "at the edge"]
-    places = [(10.0, 50.0), (12.0, 51.0), (40.0, 52.0), (10.0, 60.0), (295.0, 50.0)]
-
-    placed = labels(names, places, 300.0)
-
-    assert [label.side for label in placed] == ["right", "right", "right", "right", "left"]
-    boxes = []
-    for name, (x, _), label in zip(names, places, placed, strict=True):
-        length = len(name) * CHARACTER_WIDTH
-        left = x if label.side == "right" else x - length
-        boxes.append((left, left + length, label.at))
-    for one, other in itertools.combinations(boxes, 2):
-        assert one[1] <= other[0] or other[1] <= one[0] or abs(one[2] - other[2]) >= LINE
+    assert marks["color"]["scale"] == {"domain": names, "range": [light("m0"), light("text")]}
+    assert marks["shape"]["scale"] == {"domain": names, "range": ["circle", "square"]}

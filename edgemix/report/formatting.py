@@ -24,7 +24,9 @@ def name(text: str) -> str:
 
 
 def size(count: float) -> str:
-    """Format a number of bytes, in decimal megabytes if it is large."""
+    """Format a number of bytes, in decimal megabytes or gigabytes if it is large."""
+    if count >= 1e10:
+        return f"{count / 1e9:,.1f} GB"
     return f"{count / 1e6:,.0f} MB" if count >= 1e7 else f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count:,.0f} B"
 
 

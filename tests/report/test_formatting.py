@@ -14,6 +14,7 @@ from edgemix.report import formatting
         (formatting.seconds(0.0149), "14.9 ms"),
         (formatting.seconds(0.00002), "20.0 µs"),
         (formatting.size(418_000_000), "418 MB"),
+        (formatting.size(25_000_000_000), "25.0 GB"),
         (formatting.size(1_234_567), "1.2 MB"),
         (formatting.size(900), "900 B"),
         (formatting.count(134_515_008), "134.5 M"),

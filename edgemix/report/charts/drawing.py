@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from edgemix.report.blocks import Table
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-_DROPPED = {"version", "width", "height", "class", "role", "aria-hidden", "aria-roledescription"}
-"""Attributes of Vega's SVG that the page does not use; it sizes drawings by their viewBox."""
+_DROPPED = {"version", "class", "role", "aria-hidden", "aria-roledescription"}
+"""Attributes of Vega's SVG that the page does not use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,7 @@ def _svg(id_: str, title: str, canvas: Canvas, chart: alt.TopLevelMixin) -> Mark
             for name, value in element.items()
             if name not in _DROPPED
         }
+    del root.attrib["width"], root.attrib["height"]  # the viewBox keeps the proportions
     root.attrib |= {"class": canvas.name, "role": "img", "aria-labelledby": f"{prefix}title"}
     heading = ET.Element("title", id=f"{prefix}title")
     heading.text = clean(title)

@@ -92,7 +92,7 @@ def _roofline(data: ReportData, machine: Machine, bandwidth: float, roofs: list[
     columns = ("", "Phase", "Tokens", "Bytes", "Multiply-adds", "Time", "Lower bound", "Of the roofline")
     return figure(
         "roofline",
-        Table("Roofline", columns, table, left=2),
+        Table("Roofline", columns, table, left=2, collapsed=True),
         partial(roofline, points=points, bandwidth=bandwidth, peaks=peaks),
         "Circles are decoding, triangles are prefill. The sloping line is the limit of memory bandwidth, the "
         f"horizontal lines are the limits of arithmetic, as measured on this machine: {', '.join(limits)}. Both axes "

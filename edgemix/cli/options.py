@@ -283,6 +283,29 @@ def max_tokens_option(function: F) -> F:
     )(function)
 
 
+def training_limit_options(*, steps: str, minutes: str) -> Callable[[F], F]:
+    """Add --steps and --minutes; the arguments are their defaults, for the help."""
+    return partial(
+        _all,
+        options=(
+            click.option(
+                "--steps",
+                metavar="N",
+                type=click.IntRange(min=1),
+                show_default=steps,
+                help="Stop after N optimizer steps.",
+            ),
+            click.option(
+                "--minutes",
+                metavar="X",
+                type=Number(min=0, min_open=True),
+                show_default=minutes,
+                help="Stop after X minutes, including the time before an interruption.",
+            ),
+        ),
+    )
+
+
 def _unescape_newlines(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:  # noqa: ARG001
     return unescape_newlines(value)
 

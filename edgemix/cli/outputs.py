@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def check_output(path: Path) -> None:
+def check_output_file(path: Path) -> None:
     """Check that a file can be written, before the work whose result it will hold.
 
     Raises:

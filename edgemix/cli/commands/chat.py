@@ -53,7 +53,7 @@ def chat(
 
     from edgemix.runtime import Mixture
 
-    with Mixture.load(bundle, provider=provider, threads=threads, verify=verify, student=student) as mixture:
+    with Mixture.load(bundle, provider, threads, verify, student=student) as mixture:
         conversation = Conversation(console, mixture, system, sampling)
         if sys.stdin.isatty() and not console.as_json:
             conversation.talk()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgemix.cli.command import command
-from edgemix.cli.options import Number
+from edgemix.cli.options import training_limit_options
 
 if TYPE_CHECKING:
     from edgemix.cli.console import Console
@@ -31,20 +31,7 @@ if TYPE_CHECKING:
     show_default="the recipe's members, in torch",
     help="The teacher: the mixture of this bundle, with its weights.",
 )
-@click.option(
-    "--minutes",
-    metavar="X",
-    type=Number(min=0, min_open=True),
-    show_default="the recipe's",
-    help="Stop after X minutes, including the teacher's part and the time before an interruption.",
-)
-@click.option(
-    "--steps",
-    metavar="N",
-    type=click.IntRange(min=1),
-    show_default="the recipe's",
-    help="Stop after N optimizer steps.",
-)
+@training_limit_options(steps="the recipe's", minutes="the recipe's, with the teacher's part")
 def distill(
     console: Console, *, recipe: Path, student: Path, bundle: Path | None, minutes: float | None, steps: int | None
 ) -> None:

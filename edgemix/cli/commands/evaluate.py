@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -47,9 +47,7 @@ def evaluate(
     window: int,
     max_tokens: int | None,
     speed: bool,
-    provider: str,
-    threads: int | None,
-    verify: bool,
+    **loading: Any,
 ) -> None:
     """Measure how well BUNDLE predicts FILES.
 
@@ -63,7 +61,7 @@ def evaluate(
 
     from edgemix.runtime.evaluation.evaluate import evaluate as measure
 
-    with mixture_and_student(bundle, provider, threads, verify) as (mixture, student):
+    with mixture_and_student(bundle, **loading) as (mixture, student):
         evaluation = measure(
             mixture,
             documents,
@@ -143,9 +141,7 @@ def fit_weights(
     window: int,
     max_tokens: int | None,
     adaptive: bool | None,
-    provider: str,
-    threads: int | None,
-    verify: bool,
+    **loading: Any,
 ) -> None:
     """Fit the mixture's weights to FILES.
 
@@ -163,7 +159,7 @@ def fit_weights(
     from edgemix.export.stages.weights import fit_weights as fit
     from edgemix.runtime import Mixture
 
-    with Mixture.load(bundle, provider=provider, threads=threads, verify=verify) as mixture:
+    with Mixture.load(bundle, **loading) as mixture:
         check_writable(bundle)
         weights = fit(
             mixture, documents, window=min(window, mixture.context), max_tokens=max_tokens, progress=console.progress

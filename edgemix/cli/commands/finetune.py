@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgemix.cli.command import command
-from edgemix.cli.options import Number, template_option
+from edgemix.cli.options import Number, template_option, training_limit_options
 from edgemix.cli.texts import read_files
 
 if TYPE_CHECKING:
@@ -42,20 +42,7 @@ _RECIPES = (".yaml", ".yml")
 @click.option(
     "--rank", metavar="N", type=click.IntRange(min=1), default=16, show_default=True, help="Rank of the adapter."
 )
-@click.option(
-    "--steps",
-    metavar="N",
-    type=click.IntRange(min=1),
-    show_default="200 without --minutes",
-    help="Stop after N optimizer steps.",
-)
-@click.option(
-    "--minutes",
-    metavar="X",
-    type=Number(min=0, min_open=True),
-    show_default="no limit",
-    help="Stop after X minutes, including the time before an interruption.",
-)
+@training_limit_options(steps="200 without --minutes", minutes="no limit")
 @click.option(
     "--batch", metavar="N", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences per step."
 )

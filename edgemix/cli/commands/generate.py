@@ -83,7 +83,7 @@ def generate(
 
     from edgemix.runtime import Mixture
 
-    with Mixture.load(bundle, provider=provider, threads=threads, verify=verify, student=student) as mixture:
+    with Mixture.load(bundle, provider, threads, verify, student=student) as mixture:
         if console.as_json:
             header = {"prompt": text, "provider": mixture.provider, "student": student, "members": mixture.members}
             console.document(header | asdict(mixture.generate(text, **options)))

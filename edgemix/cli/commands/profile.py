@@ -9,7 +9,7 @@ import click
 
 from edgemix.cli.command import command
 from edgemix.cli.options import bundle_argument, runtime_options, weights_option
-from edgemix.cli.outputs import check_output
+from edgemix.cli.outputs import check_output_file
 
 if TYPE_CHECKING:
     from edgemix.cli.console import Console
@@ -66,9 +66,7 @@ def profile(
     report: Path | None,
     file: Path | None,
     weights: Any,
-    provider: str,
-    threads: int | None,
-    verify: bool,
+    **loading: Any,
 ) -> None:
     """Measure BUNDLE's speed and memory on this machine.
 
@@ -83,7 +81,7 @@ def profile(
 
     other = read_profile(compare) if compare else None
     if bundle.is_file():
-        if output or quick or recommend or trace or report or file or weights or threads:
+        if output or quick or recommend or trace or report or file or weights or loading["threads"]:
             raise click.UsageError(
                 f"{bundle} is a file: a saved profile can only be combined with --compare and --json."
             )
@@ -91,7 +89,7 @@ def profile(
         return
     for path in (output, trace, report):
         if path is not None:
-            check_output(path)
+            check_output_file(path)
     if report is not None:
         from edgemix.report import build_report
     measured = _measure(
@@ -101,7 +99,7 @@ def profile(
         recommend=recommend,
         file=file,
         weights=weights,
-        loading={"provider": provider, "threads": threads, "verify": verify},
+        **loading,
     )
     from edgemix.bundle.reader import read_manifest
     from edgemix.files import write_atomically
@@ -126,7 +124,7 @@ def _measure(
     recommend: bool,
     file: Path | None,
     weights: Any,
-    loading: dict[str, Any],
+    **loading: Any,
 ) -> Measured:
     from edgemix.cli.texts import read_prompt
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgemix.cli.command import command
 from edgemix.cli.loading import mixture_and_student
 from edgemix.cli.options import bundle_argument, max_tokens_option, runtime_options, template_option, window_option
-from edgemix.cli.outputs import check_output
+from edgemix.cli.outputs import check_output_file
 from edgemix.cli.texts import read_files
 
 if TYPE_CHECKING:
@@ -69,9 +69,7 @@ def report(
     max_tokens: int | None,
     text_tokens: int,
     speed: bool,
-    provider: str,
-    threads: int | None,
-    verify: bool,
+    **loading: Any,
 ) -> None:
     """Write a report on BUNDLE: quality, speed, size and members.
 
@@ -79,7 +77,7 @@ def report(
     speed, bits per byte by text, and the members' weights along the texts; with a profile, latency distributions, the
     roofline, and time by operator and layer; without either, the bundle's contents. The page names missing inputs.
     """
-    check_output(output)
+    check_output_file(output)
     documents = read_files(texts, template) if texts or template else {}
 
     from edgemix.bundle.reader import read_manifest
@@ -98,7 +96,7 @@ def report(
         from edgemix.runtime.evaluation.evaluate import evaluate
         from edgemix.runtime.evaluation.weight_traces import follow_texts
 
-        with mixture_and_student(bundle, provider, threads, verify) as (mixture, student):
+        with mixture_and_student(bundle, **loading) as (mixture, student):
             evaluation = evaluate(
                 mixture,
                 documents,

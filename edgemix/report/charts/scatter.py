@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import altair as alt
 
-from edgemix.report.charts.basic import color_encoding
 from edgemix.report.charts.drawing import inline_data
 from edgemix.report.charts.palette import light
 
@@ -26,7 +25,7 @@ class Point:
         name: The label.
         color: Name of a color of the palette.
         x, y: The coordinates.
-        shape: The mark: a Vega symbol such as "circle", "diamond" or "square"; the roofline's are named by phase.
+        shape: The mark: a Vega symbol such as "circle", "diamond", "square" or "triangle-up".
     """
 
     name: str
@@ -47,7 +46,7 @@ def pareto_front(points: Iterable[Point], *, lower_x: bool) -> list[Point]:
 
 
 def pareto_chart(canvas: Canvas, points: Sequence[Point], *, x: str, y: str, lower_x: bool) -> alt.TopLevelMixin:
-    """Draw points and their Pareto front; the legend is HTML.
+    """Draw points and their Pareto front; names are in the HTML legend.
 
     The horizontal axis begins at zero, the vertical axis just below the lowest point.
 
@@ -58,10 +57,9 @@ def pareto_chart(canvas: Canvas, points: Sequence[Point], *, x: str, y: str, low
         y: The vertical axis' title; lower is better.
         lower_x: Whether lower is better on the horizontal axis; otherwise higher is.
     """
-    low, high = _padded([point.y for point in points], 0.12)
     scale_x = alt.Scale(domain=[0, max(point.x for point in points) * 1.08 or 1.0], nice=False)
     across = alt.X("x:Q", scale=scale_x, title=x)
-    up = alt.Y("y:Q", scale=alt.Scale(domain=[low, high], nice=False, zero=False), title=y)
+    up = alt.Y("y:Q", scale=alt.Scale(nice=False, zero=False, padding=28), title=y)
     front = [{"x": point.x, "y": point.y} for point in pareto_front(points, lower_x=lower_x)]
     line = alt.Chart(inline_data(front)).mark_line(
         interpolate="step-after" if lower_x else "step-before",
@@ -69,20 +67,7 @@ def pareto_chart(canvas: Canvas, points: Sequence[Point], *, x: str, y: str, low
         strokeWidth=1.2,
         strokeDash=[3, 3],
     )
-    rows = [{"name": point.name, "x": point.x, "y": point.y} for point in points]
-    marks = alt.Chart(inline_data(rows)).mark_point(size=130, stroke=light("background"), strokeWidth=1.5)
-    shapes = alt.Scale(domain=[point.name for point in points], range=[point.shape for point in points])
-    return alt.layer(
-        line.encode(x=across, y=up),
-        marks.encode(
-            x=across,
-            y=up,
-            color=color_encoding({point.name: point.color for point in points}),
-            shape=alt.Shape("name:N", scale=shapes, legend=None),
-        ),
-        width=canvas.width,
-        height=300,
-    )
+    return alt.layer(line.encode(x=across, y=up), _marks(points).encode(x=across, y=up), width=canvas.width, height=300)
 
 
 def roofline(
@@ -120,30 +105,22 @@ def roofline(
     lines = alt.Chart(inline_data(roofs)).mark_line(stroke=light("muted"), strokeWidth=1.6, clip=True)
     names = alt.Chart(inline_data([{"x": right, "y": peak, "label": f"{name} peak"} for name, peak in peaks]))
     texts = names.mark_text(align="right", dy=-8, color=light("muted"), fontSize=11)
-    rows = [{"name": point.name, "x": point.x, "y": point.y, "shape": point.shape} for point in points]
-    marks = alt.Chart(inline_data(rows)).mark_point(size=130, stroke=light("background"), strokeWidth=1)
-    marks_by_phase = alt.Scale(domain=["decode", "prefill"], range=["circle", "triangle-up"])
     return alt.layer(
         lines.encode(x=across, y=up, detail="roof:N"),
         texts.encode(x=across, y=up, text="label:N"),
-        marks.encode(
-            x=across,
-            y=up,
-            color=color_encoding({point.name: point.color for point in points}),
-            shape=alt.Shape("shape:N", scale=marks_by_phase, legend=None),
-        ),
+        _marks(points).encode(x=across, y=up),
         width=canvas.width,
         height=300,
     )
 
 
+def _marks(points: Sequence[Point]) -> alt.Chart:
+    """Return the points' marks, each with its own color and shape."""
+    rows = [{"x": point.x, "y": point.y, "color": light(point.color), "shape": point.shape} for point in points]
+    marks = alt.Chart(inline_data(rows)).mark_point(size=130, stroke=light("background"), strokeWidth=1.5)
+    return marks.encode(color=alt.Color("color:N", scale=None), shape=alt.Shape("shape:N", scale=None))
+
+
 def _powers(low: float, high: float) -> list[float]:
     """Return the powers of ten between two numbers."""
     return [10.0**power for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
-
-
-def _padded(values: Sequence[float], part: float) -> tuple[float, float]:
-    """Return the ends of an axis with a margin around its values."""
-    low, high = min(values), max(values)
-    room = (high - low or abs(high) or 1.0) * part
-    return low - room, high + room

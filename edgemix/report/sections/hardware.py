@@ -67,7 +67,7 @@ def _roofline(data: ReportData, machine: Machine, bandwidth: float, roofs: list[
             data.color_of(subject),
             roof.operations / roof.bytes,
             roof.operations / roof.seconds,
-            roof.phase,
+            "circle" if roof.phase == "decode" else "triangle-up",
         )
         for subject, roof in roofs
     ]
@@ -125,7 +125,7 @@ def _operators(data: ReportData, profile: Profile, phase: Phase) -> Figure | Non
     unit = "milliseconds per " + (f"call of {length:,} tokens" if phase == "prefill" else "token")
     table = tuple(
         row(
-            Cell(formatting.name(graph.graph), _color(data, graph)),
+            _name_cell(data, graph),
             formatting.name(operator.type),
             f"{operator.count:,}",
             formatting.seconds(getattr(operator, phase)),
@@ -155,7 +155,7 @@ def _layers(data: ReportData, profile: Profile) -> Figure | None:
     title = "Decode time by layer"
     table = tuple(
         row(
-            Cell(formatting.name(graph.graph), _color(data, graph)),
+            _name_cell(data, graph),
             formatting.name(layer.name),
             formatting.seconds(layer.decode),
             formatting.seconds(layer.prefill),
@@ -182,9 +182,9 @@ def _layers(data: ReportData, profile: Profile) -> Figure | None:
     )
 
 
-def _color(data: ReportData, graph: Breakdown) -> str:
-    return data.colors.get(graph.graph, "muted")
+def _name_cell(data: ReportData, graph: Breakdown) -> Cell:
+    return Cell(formatting.name(graph.graph), data.colors.get(graph.graph, "muted"))
 
 
 def _colors(data: ReportData, profile: Profile) -> dict[str, str]:
-    return {formatting.name(graph.graph): _color(data, graph) for graph in profile.breakdowns}
+    return {cell.text: cell.color for cell in (_name_cell(data, graph) for graph in profile.breakdowns)}

@@ -71,12 +71,12 @@ def show_manifest(console: Console, bundle: Path, manifest: Manifest) -> None:
     console.table(
         f"{bundle}: {megabytes(size)} MB, for {manifest.target}, by edgemix {manifest.edgemix}",
         ("Member", "Format", "Graph", "MB", "Parameters (M)", "Context (tokens)"),
-        [_facts(manifest, entry) for entry in manifest.graphs],
+        [_member_row(manifest, entry) for entry in manifest.graphs],
         left=3,
     )
-    sources = [_source(entry) for entry in manifest.graphs]
+    sources = [_source_row(entry) for entry in manifest.graphs]
     console.table("Sources", ("Member", "Model", "Type", "License"), sources, left=4)
-    rows = [_parity(entry) for entry in manifest.graphs]
+    rows = [_parity_row(entry) for entry in manifest.graphs]
     mixed = manifest.quantization
     if mixed is not None:
         rows.append(("mixture", "", *_distances(mixed, ""), ""))
@@ -97,7 +97,7 @@ def show_manifest(console: Console, bundle: Path, manifest: Manifest) -> None:
         console.table(
             "Pruning (against the unpruned model)",
             ("Member", "Parameters\nbefore (M)", "After\n(M)", "Zeros\n(%)", "KL\n(nats)", "Perplexity\nratio"),
-            [_pruning(name, figures) for name, figures in pruned],
+            [_pruning_row(name, figures) for name, figures in pruned],
         )
     names = [member.name for member in manifest.members]
     show_weights(console, f"Weights ({manifest.weights.method})", manifest.weights, names)
@@ -156,7 +156,7 @@ def _milliseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{1000 * seconds:.2f}"
 
 
-def _facts(manifest: Manifest, member: MemberEntry) -> tuple[str, ...]:
+def _member_row(manifest: Manifest, member: MemberEntry) -> tuple[str, ...]:
     return (
         member.name,
         member.format,
@@ -173,13 +173,13 @@ def _bytes(manifest: Manifest, member: MemberEntry) -> int:
     return sum(entry.size for name, entry in manifest.files.items() if name.startswith(folder))
 
 
-def _source(member: MemberEntry) -> tuple[str, ...]:
+def _source_row(member: MemberEntry) -> tuple[str, ...]:
     source = member.source
     model = f"{source.model} + {source.adapter}" if source.adapter else source.model
     return member.name, model, source.model_type, source.license or "not stated"
 
 
-def _parity(member: MemberEntry) -> tuple[str, ...]:
+def _parity_row(member: MemberEntry) -> tuple[str, ...]:
     worst = max(member.parity.prefill, member.parity.decode, member.parity.padded_batch)
     stored = member.quantization
     decoding = "" if stored is None or stored.decode_kl is None else f"{stored.decode_kl:.4f}"
@@ -187,7 +187,7 @@ def _parity(member: MemberEntry) -> tuple[str, ...]:
     return member.name, f"{worst:.1e}", *_distances(stored, decoding), forced
 
 
-def _pruning(name: str, figures: PruningFigures) -> tuple[str, ...]:
+def _pruning_row(name: str, figures: PruningFigures) -> tuple[str, ...]:
     return (
         name,
         f"{figures.parameters_before / 1e6:,.1f}",

@@ -60,20 +60,20 @@ def distill(
     if console.as_json:
         console.document({"student": student, **msgspec.to_builtins(report)})
         return
-    console.table("Distillation", ("", ""), _facts(student, report), left=2)
+    console.table("Distillation", ("", ""), _report_rows(student, report), left=2)
 
 
-def _facts(student: Path, report: DistilReport) -> list[tuple[str, str]]:
-    facts = [("Student", f"{student}: {report.layers} layers, {report.parameters / 1e6:.1f} M parameters")]
+def _report_rows(student: Path, report: DistilReport) -> list[tuple[str, str]]:
+    rows = [("Student", f"{student}: {report.layers} layers, {report.parameters / 1e6:.1f} M parameters")]
     if report.decoding is not None:
-        facts.append(("Decoding", f"about {report.decoding:.0%} of a member's time"))
+        rows.append(("Decoding", f"about {report.decoding:.0%} of a member's time"))
     shares = ", ".join(f"{name} {share:.3f}" for name, share in report.weights.items())
-    facts += [
+    rows += [
         ("Mixture", shares),
         ("Teacher", f"{report.teacher_tokens:,} tokens, {report.teacher_seconds:.0f} s"),
         ("Work", f"{report.steps:,} steps, {report.tokens:,} tokens, {report.seconds:.0f} s"),
         ("Training loss", f"{report.training_loss:.4f}"),
     ]
     if report.held_out_before is not None and report.held_out is not None:
-        facts.append(("Held-out loss", f"{report.held_out_before:.4f} before, {report.held_out:.4f} after"))
-    return facts
+        rows.append(("Held-out loss", f"{report.held_out_before:.4f} before, {report.held_out:.4f} after"))
+    return rows

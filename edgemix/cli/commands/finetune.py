@@ -106,7 +106,7 @@ def finetune(
     if console.as_json:
         console.document(asdict(report))
         return
-    console.table("Fine-tuning", ("", ""), _facts(report), left=2)
+    console.table("Fine-tuning", ("", ""), _report_rows(report), left=2)
     console.line(f"In a recipe: {{name: {output.name}, model: {base}, adapter: {output}}}")
 
 
@@ -145,13 +145,13 @@ def _loss(loss: float | None) -> str:
     return "" if loss is None else f"{loss:.4f}"
 
 
-def _facts(report: FinetuneReport) -> list[tuple[str, str]]:
-    facts = [
+def _report_rows(report: FinetuneReport) -> list[tuple[str, str]]:
+    rows = [
         ("Adapter", f"{report.adapter}, {report.parameters / 1e6:.1f} M parameters"),
         ("Work", f"{report.steps:,} steps, {report.tokens:,} tokens, {report.seconds:.0f} s"),
         ("Training loss", f"{report.training_loss:.4f} nats per token"),
     ]
     if report.validation_before is not None and report.validation_after is not None:
         held_out = f"{report.validation_before:.4f} before, {report.validation_after:.4f} after (nats per token)"
-        facts.append(("Held-out loss", held_out))
-    return facts
+        rows.append(("Held-out loss", held_out))
+    return rows

@@ -117,7 +117,7 @@ def prune(
 
         console.document({"output": output, "speed": SPEED, **msgspec.to_builtins(report)})
         return
-    console.table("Pruning", ("", ""), _facts(report), left=2)
+    console.table("Pruning", ("", ""), _report_rows(report), left=2)
     console.table(
         "Layers",
         ("", "Parameters\nbefore", "After", "Zeros", "Zeros\n(%)", "MB\nbefore", "MB\nafter"),
@@ -134,14 +134,14 @@ def prune(
     console.line(f"In a recipe: {{name: {output.name}, model: {output}}}")
 
 
-def _facts(report: PruningReport) -> list[tuple[str, str]]:
-    facts = []
+def _report_rows(report: PruningReport) -> list[tuple[str, str]]:
+    rows = []
     if report.before is not None and report.after is not None:
         sizes = [f"{s.layers} layers, {s.ffn} channels, {s.key_value_heads} key-value heads" for s in
                  (report.before, report.after)]  # fmt: skip
-        facts.append(("Sizes", sizes[0] if sizes[0] == sizes[1] else f"{sizes[0]} before\n{sizes[1]} after"))
+        rows.append(("Sizes", sizes[0] if sizes[0] == sizes[1] else f"{sizes[0]} before\n{sizes[1]} after"))
     figures = report.figures
-    facts += [
+    rows += [
         (
             "Parameters",
             f"{figures.parameters_before / 1e6:,.1f} M before, {figures.parameters_after / 1e6:,.1f} M after",
@@ -151,7 +151,7 @@ def _facts(report: PruningReport) -> list[tuple[str, str]]:
         ("KL", f"{figures.kl:.4f} nats per token on {figures.tokens:,} held-out tokens (limit {figures.kl_limit:g})"),
         ("Perplexity", f"{figures.perplexity_ratio:.4f} times what it was (limit {figures.perplexity_ratio_limit:g})"),
     ]
-    return facts
+    return rows
 
 
 def _row(part: PartReport) -> tuple[str, ...]:

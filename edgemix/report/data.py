@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from edgemix.bundle.manifest import Manifest, MemberEntry
     from edgemix.results.evaluation import Evaluation, Passage, Row
-    from edgemix.results.profile import Profile, Subject
+    from edgemix.results.profile import Profile, TargetResult
 
 _LARGEST_FIGURE = 1e18
 """Upper bound of every number in a profile."""
@@ -72,11 +72,11 @@ class ReportData:
             return self.size_of(self.manifest.members)
         return self.size_of(entry for entry in self.manifest.graphs if entry.name == row.name)
 
-    def color_of(self, subject: Subject) -> str:
+    def color_of(self, result: TargetResult) -> str:
         """Return the name of a profiled model's color."""
-        if subject.kind == "mixture":
-            return "muted" if "plain" in subject.name else "text"
-        return "student" if subject.kind == "student" else self.colors.get(subject.name, "muted")
+        if result.kind == "mixture":
+            return "muted" if "plain" in result.name else "text"
+        return "student" if result.kind == "student" else self.colors.get(result.name, "muted")
 
     def format_of(self, row: Row) -> str:
         """Return the weight formats of the graphs that a row of the evaluation needs."""

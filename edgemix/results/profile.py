@@ -1,7 +1,6 @@
-"""What `edgemix profile` measures of a bundle on one machine: the file that it writes, and that reports and comparisons
-read.
+"""The measurements of a bundle on one machine, as `edgemix profile` writes and comparisons and reports read them.
 
-Times are seconds, sizes bytes, rates tokens a second, unless a name says otherwise.
+Times are in seconds, sizes in bytes, rates in tokens per second, unless a name says otherwise.
 """
 
 from __future__ import annotations
@@ -17,24 +16,23 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 MAX_BYTES = 64 << 20
-"""Of a profile's file; a real one has some ten thousand."""
-_MAKE_ONE = "Make one: edgemix profile BUNDLE -o FILE"
-SubjectKind = Literal["member", "student", "mixture"]
+"""Maximum size of a profile's file; real ones have some ten thousand bytes."""
+_REMEDY = "Make one: edgemix profile BUNDLE -o FILE"
+TargetKind = Literal["member", "student", "mixture"]
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of every part: immutable, and an unknown key is an error."""
+    """Base class of all parts: immutable, and an unknown key is an error."""
 
 
 class Quantiles(_Record, frozen=True):
-    """A figure that was measured several times.
+    """Quantiles of repeated measurements.
 
     Attributes:
-        p50, p90, p99: Of what was measured; with few measurements the higher ones are the largest.
-        spread: Interquartile range over the median.
-        count: Measurements.
-        steady: Whether the median can be believed: rounds that were measured at other times agree on it. What was not
-            steady was measured again, in vain.
+        p50, p90, p99: The quantiles; with few measurements the higher ones are the maximum.
+        spread: Interquartile range divided by the median.
+        count: Number of measurements.
+        stable: Whether rounds at different times agree on the median. Measurements that were not stable were repeated.
     """
 
     p50: float
@@ -42,23 +40,24 @@ class Quantiles(_Record, frozen=True):
     p99: float
     spread: float
     count: int
-    steady: bool = True
+    stable: bool = msgspec.field(default=True, name="steady")
 
 
 class Machine(_Record, frozen=True):
-    """Where it ran. `memory` is in bytes; rates are what this machine reached when it did nothing else.
+    """The machine and its settings; rates were measured when it was otherwise idle.
 
     Attributes:
-        processor: As the system calls it.
+        processor: The processor's name.
         cores: Physical cores that the process may use.
-        instruction_sets: Those that matter here.
-        memory: Main memory.
+        instruction_sets: The instruction sets that matter for these graphs.
+        memory: Main memory in bytes.
         platform: Operating system and architecture.
-        provider: Where graphs ran.
-        threads: Within an operator.
+        provider: The execution provider.
+        threads: Threads within an operator.
         onnxruntime, edgemix: Versions.
-        bandwidth: Bytes a second that all threads read from memory.
-        fp32_peak, int8_peak: Multiply-adds a second of large products; None where the provider has no such product.
+        bandwidth: Memory bandwidth of all threads, in bytes per second.
+        fp32_peak, int8_peak: Multiply-adds per second of large matrix products; None if the provider has no such
+            product.
     """
 
     processor: str
@@ -76,14 +75,14 @@ class Machine(_Record, frozen=True):
 
 
 class Loading(_Record, frozen=True):
-    """Loading the members (and what drafts for them), each time in a process of its own.
+    """Times and memory of loading the members and their draft model, each time in a new process.
 
     Attributes:
-        cold: With the files not in the file cache; None where the system has no way to drop them.
-        warm: With the files in the file cache.
+        warm: Time with the files in the page cache.
         resident: Memory that loading adds and keeps.
-        peak: The most that the process held while it loaded and then generated.
-        files: Of the bundle.
+        peak: Peak memory of the process while it loaded and then generated.
+        files: Size of the bundle's files.
+        cold: Time with the files not in the page cache; None if the system cannot drop them.
     """
 
     warm: Quantiles
@@ -94,34 +93,34 @@ class Loading(_Record, frozen=True):
 
 
 class Prefill(_Record, frozen=True):
-    """Time to first token of a prompt of so many tokens."""
+    """Time to first token for a prompt of `tokens` tokens."""
 
     tokens: int
     ttft: Quantiles
 
 
 class Decode(_Record, frozen=True):
-    """Time per output token behind so many tokens of context."""
+    """Time per output token after `context` tokens."""
 
     context: int
     tpot: Quantiles
 
 
 class Batch(_Record, frozen=True):
-    """So many texts at once: tokens a second of all of them, decoding."""
+    """Tokens per second of decoding a whole batch of `size` texts."""
 
     size: int
     rate: Quantiles
 
 
-class Speculation(_Record, frozen=True):
-    """What generating in fewer calls brings.
+class SpeculationResult(_Record, frozen=True):
+    """The effect of speculative decoding.
 
     Attributes:
-        acceptance: Share of drafted tokens that were taken; None where nothing was drafted.
-        drafted: Tokens drafted, for each token written.
-        calls: Calls of members' graphs for each token written; the plain loop has one a member.
-        speedup: Plain time per token over this one's, both taken in turns.
+        acceptance: Accepted share of draft tokens; None if nothing was drafted.
+        drafted: Draft tokens per output token.
+        calls: Calls of members' graphs per output token; the plain loop has one per member.
+        speedup: Time per token of the plain loop divided by that of speculative decoding, measured alternately.
     """
 
     acceptance: float | None
@@ -131,7 +130,7 @@ class Speculation(_Record, frozen=True):
 
 
 class Operator(_Record, frozen=True):
-    """Time of one operator type, in one call of a subject's graphs: a prompt (`prefill`) or a token (`decode`)."""
+    """Time of one operator type in one call of a graph: a prompt (`prefill`) or a token (`decode`)."""
 
     type: str
     count: int
@@ -139,7 +138,7 @@ class Operator(_Record, frozen=True):
     decode: float
 
 
-class Layer(_Record, frozen=True):
+class LayerTime(_Record, frozen=True):
     """Time of one part of the model in one call: "layer 0" ..., "embedding", "head", "other"."""
 
     name: str
@@ -148,12 +147,14 @@ class Layer(_Record, frozen=True):
 
 
 class Breakdown(_Record, frozen=True):
-    """Where the time of one graph goes, by ONNX Runtime's own profiler, which itself takes some.
+    """Time of one graph by operator and layer, measured by ONNX Runtime's profiler, which adds some overhead.
 
     Attributes:
-        graph: The member's name; the student's.
+        graph: The name of the member or of the student.
         prompt: Tokens of the prefill call.
         prefill, decode: Time of one whole call.
+        operators: Times by operator type.
+        layers: Times by part of the model.
     """
 
     graph: str
@@ -161,18 +162,18 @@ class Breakdown(_Record, frozen=True):
     prefill: float
     decode: float
     operators: tuple[Operator, ...]
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerTime, ...]
 
 
-class Outside(_Record, frozen=True):
-    """Time for each token written that is not spent in ONNX Runtime.
+class Overhead(_Record, frozen=True):
+    """Time per output token that is spent outside ONNX Runtime.
 
     Attributes:
         tokenizer: Decoding tokens to text.
         mixing: Softmax and weighted sums.
         sampling: Choosing the token.
-        other: What is left: bindings, bookkeeping, drafts from the text.
-        encode: Encoding a prompt, for each of its tokens.
+        other: All other work: bindings, bookkeeping, drafts from the text.
+        encode: Encoding a prompt, per prompt token.
     """
 
     tokenizer: float
@@ -182,17 +183,17 @@ class Outside(_Record, frozen=True):
     encode: float
 
 
-class Roof(_Record, frozen=True):
-    """How far one phase is from what the machine allows.
+class RooflinePoint(_Record, frozen=True):
+    """One call of a phase against the machine's limits.
 
     Attributes:
         phase: "prefill" or "decode".
-        bytes: Read from memory in a call, at least: weights, and keys and values.
-        operations: Multiply-adds of a call.
-        tokens: Of the call.
-        floor: The least time that a call could take: the larger of both limits.
-        bound: Which one that is.
-        seconds: What the call took.
+        bytes: Bytes read from memory per call, at least: weights, keys and values.
+        operations: Multiply-adds per call.
+        tokens: Tokens per call.
+        floor: Lower bound of the call's time, by memory bandwidth or by arithmetic.
+        bound: The limit that gives this lower bound.
+        seconds: Measured time of the call.
     """
 
     phase: Literal["prefill", "decode"]
@@ -205,53 +206,57 @@ class Roof(_Record, frozen=True):
 
 
 class Energy(_Record, frozen=True):
-    """Joules for each token written, of what the counter counts ("package-0", "NVIDIA ...")."""
+    """Joules per output token, by the counter of that name ("package-0", "NVIDIA ...")."""
 
     counter: str
     joules: float
 
 
-class Subject(_Record, frozen=True):
-    """One thing that generates: a member alone, the student alone, the mixture plainly, the mixture in fewer calls.
+class TargetResult(_Record, frozen=True):
+    """The measurements of one target: a member, the student, or the mixture with or without speculative decoding.
 
     Attributes:
-        name: "math", "student", "mixture, plain", "mixture".
-        kind: What the name is a name of.
-        format: Of its weights; of a mixture's members, those there are, with commas.
-        files: Bytes of its files; of a mixture's members, all of them.
-        prefill, decode, batches: By prompt length, by context, by batch size.
-        speculation: Of the mixture in fewer calls.
-        roofs: Of graphs whose size is known.
-        outside: Where it was measured.
-        energy: Where the machine tells it.
-        loading: Of a member or the student alone; the profile's own is that of the mixture.
+        name: A member's name, "student", "mixture, plain" (the plain loop) or "mixture".
+        kind: The kind of target.
+        format: Weight format; of a mixture, those of its members, with commas.
+        files: Size of its files; of a mixture, of all members' files.
+        prefill, decode, batches: Measurements by prompt length, by context length, by batch size.
+        speculation: The effect of speculative decoding; None if it was not used.
+        roofline: Its calls against the machine's limits, for graphs of known size.
+        overhead: Time outside ONNX Runtime; None if not measured.
+        energy: None if the machine has no counter.
+        loading: Of a member or the student alone; `Profile.loading` is that of the mixture.
     """
 
     name: str
-    kind: SubjectKind
+    kind: TargetKind
     format: str
     files: int
     prefill: tuple[Prefill, ...] = ()
     decode: tuple[Decode, ...] = ()
     batches: tuple[Batch, ...] = ()
-    speculation: Speculation | None = None
-    roofs: tuple[Roof, ...] = ()
-    outside: Outside | None = None
+    speculation: SpeculationResult | None = None
+    roofline: tuple[RooflinePoint, ...] = msgspec.field(default=(), name="roofs")
+    overhead: Overhead | None = msgspec.field(default=None, name="outside")
     energy: Energy | None = None
     loading: Loading | None = None
 
     @property
     def rate(self) -> float | None:
-        """Tokens a second of decoding behind the shortest context that was measured."""
+        """Decoded tokens per second after the shortest measured context."""
         return 1 / self.decode[0].tpot.p50 if self.decode else None
 
 
 class Variant(_Record, frozen=True):
-    """One way to run the mixture here, and its time per output token.
+    """One configuration of the mixture on this machine, and its time per output token.
 
     Attributes:
-        ttft: Of the prompt before those tokens.
-        chosen: Whether it is the plan that was written for this machine.
+        threads: Threads within an operator.
+        provider: The execution provider.
+        speculation: Where drafts come from: "auto", "lookup", "student" or "off".
+        tpot: Time per output token.
+        ttft: Time to first token of the prompt before.
+        chosen: Whether it is the saved plan for this machine.
     """
 
     threads: int
@@ -263,16 +268,22 @@ class Variant(_Record, frozen=True):
 
 
 class Profile(_Record, frozen=True):
-    """All of it.
+    """All measurements of a bundle on one machine.
 
     Attributes:
         bundle: The folder's name.
-        digest: sha256 of its manifest: of which bundle this is a profile.
-        created: When, ISO 8601 in UTC.
-        quick: Whether it was measured in a hurry.
-        seconds: How long measuring took.
-        notes: What a reader must know: figures that are not steady, what could not be measured and why.
-        weights: How the mixture's members were weighed, as `--weights` says it; empty for the bundle's own weights.
+        digest: SHA-256 of the bundle's manifest.
+        created: Time of the measurement, ISO 8601 in UTC.
+        quick: Whether it was measured with --quick.
+        seconds: Duration of the measurement.
+        machine: The machine.
+        loading: Loading of the whole bundle.
+        results: The measurements of each target.
+        breakdowns: Each graph's time by operator and layer.
+        variants: The configurations that --recommend measured.
+        notes: Measurements that are not stable, or could not be made and why.
+        weights: The members' weights in the form of `--weights`; empty for the bundle's own weights.
+        schema: Version of the file's format.
     """
 
     bundle: str
@@ -282,50 +293,50 @@ class Profile(_Record, frozen=True):
     seconds: float
     machine: Machine
     loading: Loading
-    subjects: tuple[Subject, ...]
+    results: tuple[TargetResult, ...] = msgspec.field(name="subjects")
     breakdowns: tuple[Breakdown, ...] = ()
     variants: tuple[Variant, ...] = ()
     notes: tuple[str, ...] = ()
     weights: str = ""
     schema: int = SCHEMA
 
-    def subject(self, name: str) -> Subject:
-        """By its name.
+    def result(self, name: str) -> TargetResult:
+        """Return the result of the target of that name.
 
         Raises:
             KeyError: There is none.
         """
-        for subject in self.subjects:
-            if subject.name == name:
-                return subject
+        for result in self.results:
+            if result.name == name:
+                return result
         raise KeyError(name)
 
 
 def read_profile(path: Path) -> Profile:
-    """A profile from a file.
+    """Read a profile from a file.
 
     Raises:
-        InputError: There is no such file, or it is no profile that this version reads.
-        EdgemixError: It cannot be read.
+        InputError: There is no such file, or this version cannot read it.
+        EdgemixError: Reading fails.
     """
     with storage_errors(f"reading {path}"):
         if not path.is_file():
-            raise InputError(f"there is no profile {path}", _MAKE_ONE)
+            raise InputError(f"there is no profile {path}", _REMEDY)
         if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{path} is no profile: it has more than {MAX_BYTES:,} bytes", _MAKE_ONE)
+            raise InputError(f"{path} is not a profile: it has more than {MAX_BYTES:,} bytes", _REMEDY)
         data = path.read_bytes()
     try:
         found = msgspec.json.decode(data, type=dict[str, Any])
         if found.get("schema") != SCHEMA:
             raise InputError(
-                f"{path} is no profile that this edgemix reads (schema {found.get('schema')!r}, not {SCHEMA})",
+                f"{path} is not a profile that this edgemix reads (schema {found.get('schema')!r}, not {SCHEMA})",
                 "Make it again: edgemix profile BUNDLE -o FILE",
             )
         return msgspec.convert(found, Profile)
     except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
-        raise InputError(f"{path} is no profile: {error}", _MAKE_ONE) from None
+        raise InputError(f"{path} is not a profile: {error}", _REMEDY) from None
 
 
 def encode_profile(profile: Profile) -> bytes:
-    """The file's bytes: JSON, indented."""
+    """Return the file's bytes: indented JSON."""
     return msgspec.json.format(msgspec.json.encode(profile), indent=1) + b"\n"

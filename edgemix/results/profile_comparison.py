@@ -1,6 +1,6 @@
-"""Two profiles side by side, ratio by ratio: before and after, or one machine and another.
+"""The ratios of two profiles' figures: before and after a change, or of two machines.
 
-Both may come from anybody, so any numbers are taken: what has no ratio is left without one.
+A profile's file may hold any numbers; a figure that has no finite ratio gets none.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from edgemix.results.profile import Loading, Machine, Profile, Quantiles, Subject
+    from edgemix.results.profile import Loading, Machine, Profile, Quantiles, TargetResult
 
 Unit = Literal["s", "bytes", "1/s", "bytes/s", "J", "share", "times"]
 Verdict = Literal["better", "worse", "same", ""]
 
 MACHINE, LOADING = "the machine", "loading, all"
-"""What figures are about that are no subject's; no member can be called so."""
+"""What a figure is about if it is not a target's; no member can have these names."""
 LEAST = 0.02
-"""Differences of less are none, however small the spread."""
+"""Relative differences below this are "same", however small the spread."""
 ROUGHLY = 0.1
-"""The spread of what was measured without one."""
+"""The assumed spread of figures without a measured one."""
 LARGER_IS_BETTER: frozenset[Unit] = frozenset({"1/s", "bytes/s", "share", "times"})
 
 
@@ -31,12 +31,12 @@ class Ratio:
     """One figure of both profiles.
 
     Attributes:
-        about: What was measured: a subject's name, `LOADING`, `MACHINE`.
-        figure: Which figure of it.
-        unit: Of both.
-        this, other: The figures.
-        ratio: This over other; None where there is none.
-        verdict: Whether this is better or worse beyond the spread of both; "" where nobody can say.
+        about: A target's name, `LOADING` or `MACHINE`.
+        figure: The figure's name.
+        unit: The unit of both values.
+        this, other: The values.
+        ratio: This divided by other; None if it is not a finite number above zero.
+        verdict: "better", "worse" or "same" within the spread of both; "" without a ratio.
     """
 
     about: str
@@ -50,7 +50,7 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All figures that both have, and what else is not the same, a line each."""
+    """The ratios of all figures that both profiles have, and their differing settings, a line each."""
 
     ratios: tuple[Ratio, ...]
     differences: tuple[str, ...]
@@ -68,7 +68,7 @@ class _Figure:
 
 
 def compare_profiles(this: Profile, other: Profile) -> Comparison:
-    """Set a profile against another, by the names of subjects and by sizes."""
+    """Compare two profiles, figure by figure, by the names of targets and by sizes."""
     theirs = {(figure.about, figure.name): figure for figure in _figures(other)}
     mine = {(figure.about, figure.name): figure for figure in _figures(this)}
     ratios = tuple(_ratio(figure, theirs[key]) for key, figure in mine.items() if key in theirs)
@@ -86,7 +86,7 @@ def _ratio(this: _Figure, other: _Figure) -> Ratio:
 
 
 def _verdict(ratio: float, spread: float, unit: Unit) -> Verdict:
-    """Half of each interquartile range is what lies between a median and a quartile."""
+    """Compare a ratio with the spread: half of each interquartile range lies between a median and a quartile."""
     if 1 / (1 + spread) <= ratio <= 1 + spread:
         return "same"
     return "better" if (ratio > 1) == (unit in LARGER_IS_BETTER) else "worse"
@@ -95,8 +95,8 @@ def _verdict(ratio: float, spread: float, unit: Unit) -> Verdict:
 def _figures(profile: Profile) -> Iterator[_Figure]:
     yield from _of_machine(profile.machine)
     yield from _of_loading(LOADING, profile.loading)
-    for subject in profile.subjects:
-        yield from _of_subject(subject)
+    for result in profile.results:
+        yield from _of_result(result)
 
 
 def _of_machine(machine: Machine) -> Iterator[_Figure]:
@@ -114,26 +114,26 @@ def _of_loading(about: str, loading: Loading) -> Iterator[_Figure]:
         yield _Figure(about, name, "bytes", _number(getattr(loading, name)))
 
 
-def _of_subject(subject: Subject) -> Iterator[_Figure]:
-    about = subject.name
-    for prefill in subject.prefill:
+def _of_result(result: TargetResult) -> Iterator[_Figure]:
+    about = result.name
+    for prefill in result.prefill:
         yield _timed(about, f"TTFT, {prefill.tokens} tokens", prefill.ttft)
-    for decode in subject.decode:
+    for decode in result.decode:
         yield _timed(about, f"TPOT, context {decode.context}", decode.tpot)
-    for batch in subject.batches:
+    for batch in result.batches:
         yield _Figure(about, f"rate, {batch.size} texts", "1/s", _number(batch.rate.p50), _number(batch.rate.spread))
-    if subject.speculation is not None:
-        yield _Figure(about, "speed-up", "times", _number(subject.speculation.speedup), ROUGHLY)
-        if subject.speculation.acceptance is not None:
-            yield _Figure(about, "acceptance", "share", _number(subject.speculation.acceptance), ROUGHLY)
-    if subject.outside is not None:
-        outside = subject.outside
-        parts = (outside.tokenizer, outside.mixing, outside.sampling, outside.other)
+    if result.speculation is not None:
+        yield _Figure(about, "speed-up", "times", _number(result.speculation.speedup), ROUGHLY)
+        if result.speculation.acceptance is not None:
+            yield _Figure(about, "acceptance", "share", _number(result.speculation.acceptance), ROUGHLY)
+    if result.overhead is not None:
+        overhead = result.overhead
+        parts = (overhead.tokenizer, overhead.mixing, overhead.sampling, overhead.other)
         yield _Figure(about, "outside ONNX Runtime", "s", _number(sum(map(_number, parts))), ROUGHLY)
-    if subject.energy is not None:
-        yield _Figure(about, f"energy, {subject.energy.counter}", "J", _number(subject.energy.joules), ROUGHLY)
-    if subject.loading is not None:
-        yield from _of_loading(about, subject.loading)
+    if result.energy is not None:
+        yield _Figure(about, f"energy, {result.energy.counter}", "J", _number(result.energy.joules), ROUGHLY)
+    if result.loading is not None:
+        yield from _of_loading(about, result.loading)
 
 
 def _timed(about: str, name: str, found: Quantiles) -> _Figure:
@@ -141,7 +141,7 @@ def _timed(about: str, name: str, found: Quantiles) -> _Figure:
 
 
 def _number(value: float) -> float:
-    """A number as a float; what no float can hold, or is none, becomes 0, of which there is no ratio."""
+    """Convert a number to float; numbers that are not finite become 0, which has no ratio."""
     try:
         number = float(value)
     except OverflowError:
@@ -151,7 +151,7 @@ def _number(value: float) -> float:
 
 def _differences(this: Profile, other: Profile) -> Iterator[str]:
     if this.digest != other.digest:
-        yield f"another bundle, or made anew: {this.bundle} and {other.bundle}"
+        yield f"another bundle, or exported anew: {this.bundle} and {other.bundle}"
     if this.weights != other.weights:
         yield f"other weights: {this.weights or 'its own'} and {other.weights or 'its own'}"
     for name in ("processor", "cores", "platform", "provider", "threads", "onnxruntime", "edgemix"):
@@ -159,4 +159,4 @@ def _differences(this: Profile, other: Profile) -> Iterator[str]:
         if mine != theirs:
             yield f"another {name}: {mine} and {theirs}"
     if this.quick != other.quick:
-        yield "one of them was measured in a hurry (--quick)"
+        yield "one of them was measured with --quick"

@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from edgemix.results.profile import Batch, Decode, Energy, Prefill, Speculation, Subject
+from edgemix.results.profile import Batch, Decode, Energy, Prefill, SpeculationResult, TargetResult
 from edgemix.runtime.profiling.targets import FAST, PLAIN
 from edgemix.runtime.profiling.timing import Measurement
 
@@ -90,13 +90,13 @@ class Bench:
         for contender in self.contenders.values():
             self._run(contender, 1, 0, tokens=1)
 
-    def subject(self, name: str) -> Subject:
+    def result(self, name: str) -> TargetResult:
         """What was found of a contender; what was not measured is missing."""
         contender, gathered, sizes = self.contenders[name], self._gathered[name], self.sizes
         ttft = [(size, self._figure(name, "ttft", size)) for size in sorted({*sizes.prompts, *sizes.contexts})]
         tpot = [(size, self._figure(name, "tpot", size)) for size in sizes.contexts]
         rates = [(size, self._figure(name, "rate", size)) for size in sizes.batches]
-        return Subject(
+        return TargetResult(
             name=name,
             kind=contender.kind,
             format=contender.format,
@@ -112,9 +112,9 @@ class Bench:
         """What there was no time for."""
         return [each.name for each in self.measurements if not each.turns]
 
-    def unsteady(self) -> list[str]:
-        """What was measured, but is not steady."""
-        return [each.name for each in self.measurements if each.turns and not each.steady]
+    def unstable(self) -> list[str]:
+        """What was measured, but is not stable."""
+        return [each.name for each in self.measurements if each.turns and not each.stable]
 
     def _plan(self) -> Iterator[Measurement]:
         """The most important ones first."""
@@ -194,7 +194,7 @@ class Bench:
         return measurement.figure(f"{name} {figure}") if measurement else None
 
 
-def speculation(runs: Sequence[tuple[Run, Run]]) -> Speculation:
+def speculation(runs: Sequence[tuple[Run, Run]]) -> SpeculationResult:
     """What fewer calls bring, from pairs of a plain run and one in fewer calls."""
     fast = [run for _, run in runs]
     drafted, tokens = sum(run.drafted for run in fast), sum(run.tokens for run in fast)
@@ -203,7 +203,7 @@ def speculation(runs: Sequence[tuple[Run, Run]]) -> Speculation:
         for plain, run in runs
         if plain.tokens and run.tokens and run.seconds
     ]
-    return Speculation(
+    return SpeculationResult(
         acceptance=sum(run.accepted for run in fast) / drafted if drafted else None,
         drafted=drafted / tokens if tokens else 0.0,
         calls=sum(run.calls for run in fast) / tokens if tokens else 0.0,

@@ -110,10 +110,10 @@ class Loads:
 
 
 def _seconds(loads: Sequence[Loaded]) -> Quantiles:
-    """Of a few loads; steady are those that are close to each other."""
+    """Of a few loads; stable are those that are close to each other."""
     seconds = [loaded.seconds for loaded in loads]
     close = max(seconds) - min(seconds) <= _CLOSE * min(seconds)
-    return quantiles(seconds, steady=len(seconds) > 1 and close)
+    return quantiles(seconds, stable=len(seconds) > 1 and close)
 
 
 def files_of(manifest: Manifest, name: str = "") -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from edgemix.errors import EdgemixError, storage_errors
-from edgemix.results.profile import Breakdown, Layer, Operator
+from edgemix.results.profile import Breakdown, LayerTime, Operator
 from edgemix.runtime.graphs.decoder import DecoderGraph
 from edgemix.runtime.graphs.providers import eager, open_session
 from edgemix.runtime.profiling.graphs import EMBEDDING, HEAD, OTHER, mark_of_name, spread
@@ -137,7 +137,7 @@ def breakdown(
         prefill=prefill.seconds,
         decode=decode.seconds,
         operators=tuple(sorted(operators, key=lambda operator: -operator.decode)),
-        layers=tuple(Layer(name, by_part[0][name], by_part[1][name]) for name in names),
+        layers=tuple(LayerTime(name, by_part[0][name], by_part[1][name]) for name in names),
     )
 
 

@@ -32,7 +32,7 @@ from edgemix.runtime.profiling.limits import bandwidth, measure_limits
 from edgemix.runtime.profiling.prompts import PASSAGES, Prompts
 from edgemix.runtime.profiling.roofline import Work, roof
 from edgemix.runtime.profiling.targets import contenders
-from edgemix.runtime.profiling.timeline import Trace, encoding_seconds, outside, watch
+from edgemix.runtime.profiling.timeline import Trace, encoding_seconds, overhead, watch
 from edgemix.runtime.profiling.timing import take_turns
 from edgemix.runtime.profiling.variants import (
     Trial,
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     from edgemix.bundle.manifest import Manifest, MemberEntry
     from edgemix.progress import Progress
-    from edgemix.results.profile import Breakdown, Loading, Roof, Subject, Variant
+    from edgemix.results.profile import Breakdown, Loading, RooflinePoint, TargetResult, Variant
     from edgemix.runtime.graphs.providers import Provider
     from edgemix.runtime.options import WeightChoice
     from edgemix.runtime.profiling.targets import Contender
@@ -196,7 +196,7 @@ def profile(request: Request, progress: Progress = NO_PROGRESS) -> Measured:
         take_turns(bench.measurements, until=work.by(pace.turns), progress=progress)
         work.machine = _again(work)
         breakdowns = tuple(_breakdowns(work, bench.prompts))
-        subjects = tuple(_subject(work, bench, each, mixture.tokenizer) for each in bench.contenders.values())
+        results = tuple(_result(work, bench, each, mixture.tokenizer) for each in bench.contenders.values())
     _note(work, bench)
     prompts, meter = bench.prompts, bench.meter
     del bench
@@ -210,7 +210,7 @@ def profile(request: Request, progress: Progress = NO_PROGRESS) -> Measured:
         seconds=time.perf_counter() - begun,
         machine=work.machine,
         loading=work.loads[""],
-        subjects=subjects,
+        results=results,
         breakdowns=breakdowns,
         variants=variants,
         notes=tuple(work.notes),
@@ -312,22 +312,22 @@ def _voices(manifest: Manifest, first: MemberEntry) -> str:
     return ", ".join(entry.name for entry in manifest.graphs if entry.graph == first.graph)
 
 
-def _subject(work: _Work, bench: Bench, contender: Contender, tokenizer: Tokenizer) -> Subject:
+def _result(work: _Work, bench: Bench, contender: Contender, tokenizer: Tokenizer) -> TargetResult:
     """What was found of a contender, with the time outside ONNX Runtime and its rooflines."""
-    found, sizes = bench.subject(contender.name), bench.sizes
+    found, sizes = bench.result(contender.name), bench.sizes
     prompt = bench.prompts.take(sizes.contexts[0])
     timeline, tokens = watch(contender, prompt, sizes.tokens, tokenizer, patience=sizes.patience)
     work.trace.add(contender.name, timeline.spans)
     text = work.request.text or "".join(PASSAGES)
     return msgspec.structs.replace(
         found,
-        outside=outside(timeline, tokens, encoding_seconds(tokenizer, text[:10_000])),
-        roofs=tuple(_roofs(work, contender, found)),
+        overhead=overhead(timeline, tokens, encoding_seconds(tokenizer, text[:10_000])),
+        roofline=tuple(_roofs(work, contender, found)),
         loading=work.loads.get(contender.name) if contender.kind != "mixture" else None,
     )
 
 
-def _roofs(work: _Work, contender: Contender, found: Subject) -> Iterator[Roof]:
+def _roofs(work: _Work, contender: Contender, found: TargetResult) -> Iterator[RooflinePoint]:
     """Over a prompt and over a token, where it is known which graphs are called."""
     if not contender.plain:
         return
@@ -386,9 +386,9 @@ def _note(work: _Work, bench: Bench) -> None:
     """What a reader must know."""
     if missing := bench.missing():
         work.notes.append(f"there was no time to measure: {'; '.join(missing)}")
-    if unsteady := bench.unsteady():
-        names = f": {'; '.join(unsteady)}" if len(unsteady) <= _FEW else ""
-        work.notes.append(f"{len(unsteady)} measurements are not steady in the rounds that there was time for{names}")
+    if unstable := bench.unstable():
+        names = f": {'; '.join(unstable)}" if len(unstable) <= _FEW else ""
+        work.notes.append(f"{len(unstable)} measurements are not stable in the rounds that there was time for{names}")
     if not bench.meter.counters:
         work.notes.append("this machine tells of no energy (no counter that can be read)")
     if (share := work.neighbours.share()) > BOTHERSOME:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from edgemix.results.profile import Roof
+from edgemix.results.profile import RooflinePoint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,7 +69,7 @@ def roof(
     tokens: int,
     context: int,
     seconds: float,
-) -> Roof | None:
+) -> RooflinePoint | None:
     """The roof over a call of so many tokens, of one graph or of several one after the other; None where neither limit
     of the machine is known.
     """
@@ -81,7 +81,7 @@ def roof(
         compute += work.operations(tokens, context) / peak if peak else 0.0
     if not memory and not compute:
         return None
-    return Roof(
+    return RooflinePoint(
         phase=phase,
         bytes=read,
         operations=sum(work.operations(tokens, context) for work in works),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from edgemix.bundle.manifest import Manifest, MemberEntry
     from edgemix.bundle.ngram_table import NgramTable
-    from edgemix.results.profile import SubjectKind
+    from edgemix.results.profile import TargetKind
     from edgemix.runtime.mixing.ensemble import Ensemble
     from edgemix.runtime.mixture import Mixture
     from edgemix.runtime.options import Speculation, WeightChoice
@@ -55,7 +55,7 @@ class Contender:
     """Something that generates.
 
     Attributes:
-        name, kind, format, files: As in the profile's `Subject`.
+        name, kind, format, files: As in the profile's `TargetResult`.
         entries: Of the graphs that it asks.
         ensemble: What it mixes.
         speculation: How; "off" for the plain loop.
@@ -64,7 +64,7 @@ class Contender:
     """
 
     name: str
-    kind: SubjectKind
+    kind: TargetKind
     format: str
     files: int
     entries: tuple[MemberEntry, ...]
@@ -155,7 +155,7 @@ def ways(mixture: Mixture, weights: WeightChoice = None) -> list[Contender]:
     return [_mixture(mixture, name, ensemble, name) for name in (*names, *(("auto",) if mixture.drafting else ()))]
 
 
-def _alone(mixture: Mixture, entry: MemberEntry, kind: SubjectKind, ensemble: Ensemble) -> Contender:
+def _alone(mixture: Mixture, entry: MemberEntry, kind: TargetKind, ensemble: Ensemble) -> Contender:
     return Contender(
         entry.name,
         kind,

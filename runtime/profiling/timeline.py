@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from edgemix.results.profile import Outside
+from edgemix.results.profile import Overhead
 from edgemix.runtime.text.tokenizer import IncrementalDecoder
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def watch(
     return timeline, written
 
 
-def outside(timeline: Timeline, tokens: int, encode: float) -> Outside | None:
+def overhead(timeline: Timeline, tokens: int, encode: float) -> Overhead | None:
     """Time outside ONNX Runtime for each token that was written after the prompt; None where there was none.
 
     Args:
@@ -148,7 +148,7 @@ def outside(timeline: Timeline, tokens: int, encode: float) -> Outside | None:
     own = timeline.own(span for span in timeline.spans if span.begin >= first)
     if not tokens:
         return None
-    return Outside(
+    return Overhead(
         tokenizer=own[TOKENIZER] / tokens,
         mixing=own[MIXING] / tokens,
         sampling=own[SAMPLING] / tokens,

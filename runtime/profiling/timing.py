@@ -1,4 +1,4 @@
-"""Measuring in rounds: everything has its turn, what is not steady has more, and a deadline ends it."""
+"""Measuring in rounds: everything has its turn, what is not stable has more, and a deadline ends it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from edgemix.progress import Progress, ProgressTask
 
 ROUNDS = 3
-"""Rounds that a figure needs before it can be steady."""
+"""Rounds that a figure needs before it can be stable."""
 MOST_ROUNDS = 12
 AGREEMENT = 0.1
-"""Interquartile range of the medians of a steady figure's rounds, over the median of all, at most."""
+"""Interquartile range of the medians of a stable figure's rounds, over the median of all, at most."""
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Series:
         return [sample for each in self._counting for sample in each]
 
     @property
-    def steady(self) -> bool:
+    def stable(self) -> bool:
         """Whether there are enough rounds, and they agree."""
         medians = [float(np.median(each)) for each in self._counting]
         if len(medians) < ROUNDS:
@@ -59,14 +59,14 @@ class Series:
         Raises:
             ValueError: Nothing was measured.
         """
-        return quantiles(self.samples, steady=self.steady)
+        return quantiles(self.samples, stable=self.stable)
 
     @property
     def _counting(self) -> list[list[float]]:
         return self.rounds[1:] if len(self.rounds) > ROUNDS else self.rounds
 
 
-def quantiles(samples: Sequence[float], *, steady: bool = True) -> Quantiles:
+def quantiles(samples: Sequence[float], *, stable: bool = True) -> Quantiles:
     """Median, higher quantiles (each a sample: the next one above), and interquartile range over the median.
 
     Raises:
@@ -77,7 +77,7 @@ def quantiles(samples: Sequence[float], *, steady: bool = True) -> Quantiles:
     low, middle, high = (float(q) for q in np.percentile(samples, [25, 50, 75]))
     p90, p99 = (float(q) for q in np.percentile(samples, [90, 99], method="higher"))
     spread = (high - low) / middle if middle else 0.0
-    return Quantiles(middle, p90, p99, spread, len(samples), steady)
+    return Quantiles(middle, p90, p99, spread, len(samples), stable)
 
 
 @dataclass
@@ -98,9 +98,9 @@ class Measurement:
     seconds: float = 0.0
 
     @property
-    def steady(self) -> bool:
+    def stable(self) -> bool:
         """Whether all of its figures are."""
-        return bool(self.series) and all(each.steady for each in self.series.values())
+        return bool(self.series) and all(each.stable for each in self.series.values())
 
     def turn(self) -> None:
         """Measure it once more."""
@@ -125,7 +125,7 @@ def take_turns(
 ) -> None:
     """Give every measurement its turns, so that a machine that slows down does so for all.
 
-    Each has `ROUNDS`, the first ones first if time does not suffice; those that are not steady then have more. The very
+    Each has `ROUNDS`, the first ones first if time does not suffice; those that are not stable then have more. The very
     first one has a turn in any case.
 
     Args:
@@ -137,7 +137,7 @@ def take_turns(
     """
     with progress.stage(title, max(0.0, until - time.perf_counter())) as task:
         for number in range(rounds):
-            due = [each for each in measurements if each.turns <= number and not (number >= ROUNDS and each.steady)]
+            due = [each for each in measurements if each.turns <= number and not (number >= ROUNDS and each.stable)]
             taken = [_turn(each, math.inf if each is measurements[0] and not number else until, task) for each in due]
             if not any(taken):
                 break

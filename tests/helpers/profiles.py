@@ -9,30 +9,30 @@ from edgemix.results.profile import (
     Breakdown,
     Decode,
     Energy,
-    Layer,
+    LayerTime,
     Loading,
     Machine,
     Operator,
-    Outside,
+    Overhead,
     Prefill,
     Profile,
     Quantiles,
-    Roof,
-    Speculation,
-    Subject,
+    RooflinePoint,
+    SpeculationResult,
+    TargetResult,
     Variant,
 )
 
 
-def quantiles(p50: float, spread: float = 0.02, *, steady: bool = True) -> Quantiles:
-    return Quantiles(p50, p50 * 1.1, p50 * 1.3, spread, 30, steady)
+def quantiles(p50: float, spread: float = 0.02, *, stable: bool = True) -> Quantiles:
+    return Quantiles(p50, p50 * 1.1, p50 * 1.3, spread, 30, stable)
 
 
 def sample_profile(slower: float = 1.0, **changes: Any) -> Profile:
     """Two members, a student and their mixture; every time is `slower` times as long."""
 
-    def subject(name: str, kind: Any, tpot: float, **more: Any) -> Subject:
-        return Subject(
+    def result(name: str, kind: Any, tpot: float, **more: Any) -> TargetResult:
+        return TargetResult(
             name,
             kind,
             "int4" if kind == "student" else "int8",
@@ -42,7 +42,7 @@ def sample_profile(slower: float = 1.0, **changes: Any) -> Profile:
             **more,
         )
 
-    roof = Roof("decode", 140_000_000, 134_000_000, 1, 0.007, "memory", 0.01 * slower)
+    roof = RooflinePoint("decode", 140_000_000, 134_000_000, 1, 0.007, "memory", 0.01 * slower)
     return Profile(
         bundle="mixture",
         digest="0" * 64,
@@ -64,19 +64,19 @@ def sample_profile(slower: float = 1.0, **changes: Any) -> Profile:
             int8_peak=400e9,
         ),
         loading=Loading(quantiles(0.6 * slower), 400_000_000, 600_000_000, 420_000_000, quantiles(1.5 * slower)),
-        subjects=(
-            subject("math", "member", 0.01, roofs=(roof,), loading=Loading(quantiles(0.3), 1, 2, 3)),
-            subject("code", "member", 0.01, roofs=(roof,)),
-            subject("student", "student", 0.004),
-            subject(
+        results=(
+            result("math", "member", 0.01, roofline=(roof,), loading=Loading(quantiles(0.3), 1, 2, 3)),
+            result("code", "member", 0.01, roofline=(roof,)),
+            result("student", "student", 0.004),
+            result(
                 "mixture, plain",
                 "mixture",
                 0.021,
                 batches=(Batch(4, quantiles(120 / slower)), Batch(16, quantiles(200 / slower))),
-                outside=Outside(1e-5, 8e-4, 1e-5, 2e-4, 2e-6),
+                overhead=Overhead(1e-5, 8e-4, 1e-5, 2e-4, 2e-6),
                 energy=Energy("package-0", 0.4),
             ),
-            subject("mixture", "mixture", 0.012, speculation=Speculation(0.6, 1.2, 1.1, 1.75)),
+            result("mixture", "mixture", 0.012, speculation=SpeculationResult(0.6, 1.2, 1.1, 1.75)),
         ),
         breakdowns=(
             Breakdown(
@@ -85,7 +85,11 @@ def sample_profile(slower: float = 1.0, **changes: Any) -> Profile:
                 0.04,
                 0.009,
                 (Operator("MatMul", 150, 0.03, 0.007), Operator("Mul", 218, 0.008, 0.001)),
-                (Layer("embedding", 0.001, 0.0001), Layer("layer 0", 0.03, 0.006), Layer("head", 0.007, 0.002)),
+                (
+                    LayerTime("embedding", 0.001, 0.0001),
+                    LayerTime("layer 0", 0.03, 0.006),
+                    LayerTime("head", 0.007, 0.002),
+                ),
             ),
         ),
         variants=(

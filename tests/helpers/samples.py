@@ -27,17 +27,17 @@ from edgemix.results.profile import (
     Breakdown,
     Decode,
     Energy,
-    Layer,
+    LayerTime,
     Loading,
     Machine,
     Operator,
-    Outside,
+    Overhead,
     Prefill,
     Profile,
     Quantiles,
-    Roof,
-    Speculation,
-    Subject,
+    RooflinePoint,
+    SpeculationResult,
+    TargetResult,
     Variant,
 )
 
@@ -167,20 +167,25 @@ def passages(names: tuple[str, ...] = MEMBERS, texts: tuple[str, ...] = TEXTS) -
     return stream, head
 
 
-def _measured(median: float, *, steady: bool = True) -> Quantiles:
-    return Quantiles(median, median * 1.08, median * 1.31, 0.04 if steady else 0.4, 64, steady)
+def _measured(median: float, *, stable: bool = True) -> Quantiles:
+    return Quantiles(median, median * 1.08, median * 1.31, 0.04 if stable else 0.4, 64, stable)
 
 
 def profile(names: tuple[str, ...] = MEMBERS, digest: str = "e" * 64) -> Profile:
     """Return the same bundle's profile on a small machine."""
-    subjects = [
-        _subject(name, "member", "int8-dynamic", 139_000_000, 0.0112 + 0.0002 * at) for at, name in enumerate(names)
+    results = [
+        _result(name, "member", "int8-dynamic", 139_000_000, 0.0112 + 0.0002 * at) for at, name in enumerate(names)
     ]
-    subjects += [
-        _subject("student", "student", "int4", 52_700_000, 0.0047),
-        _subject("mixture, plain", "mixture", "int8-dynamic", 417_000_000, 0.0342),
-        _subject(
-            "mixture", "mixture", "int8-dynamic", 417_000_000, 0.0149, speculation=Speculation(0.61, 1.9, 1.3, 2.3)
+    results += [
+        _result("student", "student", "int4", 52_700_000, 0.0047),
+        _result("mixture, plain", "mixture", "int8-dynamic", 417_000_000, 0.0342),
+        _result(
+            "mixture",
+            "mixture",
+            "int8-dynamic",
+            417_000_000,
+            0.0149,
+            speculation=SpeculationResult(0.61, 1.9, 1.3, 2.3),
         ),
     ]
     return Profile(
@@ -204,16 +209,16 @@ def profile(names: tuple[str, ...] = MEMBERS, digest: str = "e" * 64) -> Profile
             int8_peak=1.4e12,
         ),
         loading=Loading(_measured(0.64), 700_000_000, 1_100_000_000, 472_000_000, _measured(1.9)),
-        subjects=tuple(subjects),
+        results=tuple(results),
         breakdowns=tuple(_breakdown(name, 1 + 0.03 * at) for at, name in enumerate(names)),
         variants=tuple(
             Variant(
-                threads, "cpu", drafts, _measured(0.0149 * (2.1 / threads) ** 0.8 * slower, steady=drafts != "lookup")
+                threads, "cpu", drafts, _measured(0.0149 * (2.1 / threads) ** 0.8 * slower, stable=drafts != "lookup")
             )
             for threads in (1, 2)
             for drafts, slower in (("auto", 1.0), ("lookup", 1.4), ("student", 1.25), ("off", 2.3))
         ),
-        notes=("The rate of a batch of 16 was not steady.",),
+        notes=("The rate of a batch of 16 was not stable.",),
     )
 
 
@@ -221,37 +226,37 @@ def bare(whole: Profile) -> Profile:
     """Return the smallest profile: the machine, loading, and one time for each model."""
     loading = msgspec.structs.replace(whole.loading, cold=None)
     machine = msgspec.structs.replace(whole.machine, bandwidth=None, fp32_peak=None, int8_peak=None)
-    subjects = tuple(
-        Subject(each.name, each.kind, each.format, each.files, decode=each.decode[:1]) for each in whole.subjects
+    results = tuple(
+        TargetResult(each.name, each.kind, each.format, each.files, decode=each.decode[:1]) for each in whole.results
     )
-    return msgspec.structs.replace(
-        whole, machine=machine, loading=loading, subjects=subjects, breakdowns=(), variants=()
-    )
+    return msgspec.structs.replace(whole, machine=machine, loading=loading, results=results, breakdowns=(), variants=())
 
 
-def _subject(
-    name: str, kind: str, weight_format: str, files: int, tpot: float, *, speculation: Speculation | None = None
-) -> Subject:
+def _result(
+    name: str, kind: str, weight_format: str, files: int, tpot: float, *, speculation: SpeculationResult | None = None
+) -> TargetResult:
     weights = files * 0.96
-    return Subject(
+    return TargetResult(
         name=name,
         kind=kind,
         format=weight_format,
         files=files,
         prefill=tuple(Prefill(tokens, _measured(0.01 + tpot * tokens / 30)) for tokens in (16, 64, 256, 1024)),
         decode=tuple(
-            Decode(context, _measured(tpot * (1 + context / 6000), steady=name != "student"))
+            Decode(context, _measured(tpot * (1 + context / 6000), stable=name != "student"))
             for context in (16, 256, 1024)
         ),
         batches=tuple(Batch(size, _measured(size**0.62 / tpot)) for size in (1, 4, 16)) if kind == "mixture" else (),
         speculation=speculation,
-        roofs=()
+        roofline=()
         if kind == "mixture"
         else (
-            Roof("decode", int(weights), int(weights), 1, weights / 21.4e9, "memory", tpot),
-            Roof("prefill", int(weights), int(weights * 256), 256, weights * 256 / 1.4e12, "compute", tpot * 8.5),
+            RooflinePoint("decode", int(weights), int(weights), 1, weights / 21.4e9, "memory", tpot),
+            RooflinePoint(
+                "prefill", int(weights), int(weights * 256), 256, weights * 256 / 1.4e12, "compute", tpot * 8.5
+            ),
         ),
-        outside=Outside(2e-5, 9e-4, 1e-4, 4e-4, 3e-6) if kind == "mixture" else None,
+        overhead=Overhead(2e-5, 9e-4, 1e-4, 4e-4, 3e-6) if kind == "mixture" else None,
         energy=Energy("package-0", 0.21) if kind == "mixture" else None,
     )
 
@@ -276,8 +281,8 @@ def _breakdown(graph: str, factor: float) -> Breakdown:
         decode=0.0112 * factor,
         operators=tuple(Operator(kind, 30, a * factor, b * factor) for kind, (a, b) in times.items()),
         layers=(
-            *(Layer(f"layer {at}", 0.0026 * factor, (0.00031 + 0.00002 * (at % 3)) * factor) for at in range(30)),
-            Layer("embedding", 0.0002, 0.00002),
-            Layer("head", 0.004, 0.0009),
+            *(LayerTime(f"layer {at}", 0.0026 * factor, (0.00031 + 0.00002 * (at % 3)) * factor) for at in range(30)),
+            LayerTime("embedding", 0.0002, 0.00002),
+            LayerTime("head", 0.004, 0.0009),
         ),
     )

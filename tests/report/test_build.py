@@ -57,7 +57,7 @@ def test_a_complete_report_misses_nothing(parsed):
     assert "0.847 bits per byte on these texts, 5.2% fewer than its best member, math" in header.text
     assert "66.9 tokens per second with 2 threads" in header.text
     (main,) = parsed.all("main")
-    assert "The rate of a batch of 16 was not steady." in main.text
+    assert "The rate of a batch of 16 was not stable." in main.text
     assert "not measured" not in main.text.lower()
 
 
@@ -86,7 +86,7 @@ def test_names_and_texts_are_escaped():
     evil_profile = msgspec.structs.replace(
         full,
         machine=msgspec.structs.replace(full.machine, processor=EVIL),
-        subjects=tuple(msgspec.structs.replace(each, name=EVIL + each.name, format=EVIL) for each in full.subjects),
+        results=tuple(msgspec.structs.replace(each, name=EVIL + each.name, format=EVIL) for each in full.results),
         breakdowns=tuple(
             msgspec.structs.replace(
                 each,
@@ -208,11 +208,9 @@ def test_a_minimal_profile():
 
 def test_a_single_prompt_length_is_shown_as_a_distribution():
     full = profile()
-    subjects = tuple(
-        msgspec.structs.replace(each, prefill=full.subjects[0].prefill[:1]) for each in bare(full).subjects
-    )
+    results = tuple(msgspec.structs.replace(each, prefill=full.results[0].prefill[:1]) for each in bare(full).results)
 
-    page = build_report("experts", manifest(), profile=msgspec.structs.replace(bare(full), subjects=subjects))
+    page = build_report("experts", manifest(), profile=msgspec.structs.replace(bare(full), results=results))
 
     assert "Time to first token, for a prompt of 16 tokens" in page.shown
 
@@ -227,16 +225,16 @@ def test_sections_with_data_come_first():
 def test_very_small_and_very_large_figures_are_drawn():
     tiny, huge = (Quantiles(value, value, value, 0.0, 1) for value in (1e-9, 1e9))
     odd = bare(profile())
-    subjects = tuple(
+    results = tuple(
         msgspec.structs.replace(
             each,
             prefill=(Prefill(16, tiny), Prefill(64, huge)),
             decode=(Decode(0, huge if at else tiny), Decode(9, tiny)),
         )
-        for at, each in enumerate(odd.subjects)
+        for at, each in enumerate(odd.results)
     )
 
-    page = build_report("experts", manifest(), profile=msgspec.structs.replace(odd, subjects=subjects)).html
+    page = build_report("experts", manifest(), profile=msgspec.structs.replace(odd, results=results)).html
 
     assert "NaN" not in page
     assert HtmlPage.parse(page).errors == []

@@ -20,12 +20,12 @@ def test_what_is_written_is_read_again(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is no profile"),
-        ("[]", "is no profile"),
+        ("{", "is not a profile"),
+        ("[]", "is not a profile"),
         ('{"schema": 7}', "schema 7, not 1"),
         ('{"schema": 1}', "missing required field `bundle`"),
         ('{"schema": 1, "x": 1}', "unknown field `x`"),
-        ("[" * 100_000, "is no profile"),
+        ("[" * 100_000, "is not a profile"),
     ],
 )
 def test_anything_else_is_refused(tmp_path, text, message):

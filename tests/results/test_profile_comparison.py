@@ -17,8 +17,8 @@ def ratios(this, other):
 def with_tpot(tpot, profile=None):
     """The sample with one member's only context."""
     profile = profile or sample_profile()
-    first = msgspec.structs.replace(profile.subjects[0], decode=(Decode(64, tpot),))
-    return msgspec.structs.replace(profile, subjects=(first, *profile.subjects[1:]))
+    first = msgspec.structs.replace(profile.results[0], decode=(Decode(64, tpot),))
+    return msgspec.structs.replace(profile, results=(first, *profile.results[1:]))
 
 
 def test_a_profile_is_the_same_as_itself():
@@ -54,7 +54,7 @@ def test_a_difference_within_the_spread_is_none(ratio, spread, verdict):
 
 
 def test_only_what_both_have_is_compared():
-    other = msgspec.structs.replace(sample_profile(), subjects=sample_profile().subjects[:1])
+    other = msgspec.structs.replace(sample_profile(), results=sample_profile().results[:1])
     other = msgspec.structs.replace(other, machine=msgspec.structs.replace(other.machine, int8_peak=None))
 
     found = ratios(sample_profile(), other)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from edgemix.cli.console import Console
-    from edgemix.results.profile import Breakdown, Loading, Machine, Profile, Quantiles, Subject
+    from edgemix.results.profile import Breakdown, Loading, Machine, Profile, Quantiles, TargetResult
     from edgemix.results.profile_comparison import Comparison, Ratio
 
 _MAX_OPERATORS = 8
@@ -23,13 +23,13 @@ _MAX_NAME_LENGTH = 24
 def show_profile(console: Console, profile: Profile) -> None:
     """Print a profile: the machine in a few lines, then a table for each kind of measurement."""
     _show_machine(console, profile)
-    _show_speed(console, profile.subjects)
-    _show_lengths(console, profile.subjects)
+    _show_speed(console, profile.results)
+    _show_lengths(console, profile.results)
     _show_loading(console, profile)
-    _show_overhead(console, profile.subjects)
+    _show_overhead(console, profile.results)
     if profile.breakdowns:
         _show_operators(console, profile.breakdowns[:_MAX_GRAPHS])
-    _show_roofline(console, profile.subjects)
+    _show_roofline(console, profile.results)
     _show_variants(console, profile)
     for note in profile.notes:
         console.line(fill(f"Note: {note}.", 80, subsequent_indent="  "))
@@ -59,30 +59,30 @@ def _limits(machine: Machine) -> str:
     return ", ".join(f"{number(value / 1e9)} {unit}" for value, unit in limits if value)
 
 
-def _show_speed(console: Console, subjects: Sequence[Subject]) -> None:
+def _show_speed(console: Console, results: Sequence[TargetResult]) -> None:
     """Print decoding speed after the shortest context, and what speculative decoding adds."""
-    timed = [subject for subject in subjects if subject.decode]
+    timed = [result for result in results if result.decode]
     if not timed:
         return
-    energy = any(subject.energy for subject in timed)
+    energy = any(result.energy for result in timed)
     context = timed[0].decode[0].context
     console.table(
         f"Decoding after {context} tokens, ms per token",
         ("", "Tokens/s", "p50", "p90", "p99", "Spread", *(("J/token",) if energy else ())),
         [
             (
-                short(subject.name),
+                short(result.name),
                 _mark_unstable(number(1 / tpot.p50 if tpot.p50 else math.nan), tpot),
                 *(number(1e3 * value) for value in (tpot.p50, tpot.p90, tpot.p99)),
                 percent(tpot.spread),
-                *((number(subject.energy.joules) if subject.energy else "",) if energy else ()),
+                *((number(result.energy.joules) if result.energy else "",) if energy else ()),
             )
-            for subject in timed
-            for tpot in [subject.decode[0].tpot]
+            for result in timed
+            for tpot in [result.decode[0].tpot]
         ],
     )
-    for subject in timed:
-        if (speculation := subject.speculation) is not None:
+    for result in timed:
+        if (speculation := result.speculation) is not None:
             accepted = f"{percent(speculation.acceptance)} accepted" if speculation.acceptance is not None else "none"
             console.line(f"Speculative decoding is {number(speculation.speedup)} times as fast as the plain loop.")
             console.line(
@@ -92,38 +92,38 @@ def _show_speed(console: Console, subjects: Sequence[Subject]) -> None:
             console.line()
 
 
-def _show_lengths(console: Console, subjects: Sequence[Subject]) -> None:
+def _show_lengths(console: Console, results: Sequence[TargetResult]) -> None:
     """Print time to first token by prompt length, time per token by context length, and throughput by batch size."""
 
-    def table(title: str, sizes: Iterable[int], cell: Callable[[Subject, int], str]) -> None:
+    def table(title: str, sizes: Iterable[int], cell: Callable[[TargetResult, int], str]) -> None:
         columns = sorted(set(sizes))[:8]
-        rows = [(short(subject.name), *(cell(subject, size) for size in columns)) for subject in subjects]
+        rows = [(short(result.name), *(cell(result, size) for size in columns)) for result in results]
         if columns:
             console.table(title, ("", *(f"{size:,}" for size in columns)), [row for row in rows if any(row[1:])])
 
-    def ttft(subject: Subject, size: int) -> str:
-        return next((_mark_unstable(number(1e3 * p.ttft.p50), p.ttft) for p in subject.prefill if p.tokens == size), "")
+    def ttft(result: TargetResult, size: int) -> str:
+        return next((_mark_unstable(number(1e3 * p.ttft.p50), p.ttft) for p in result.prefill if p.tokens == size), "")
 
-    def tpot(subject: Subject, size: int) -> str:
-        return next((_mark_unstable(number(1e3 * d.tpot.p50), d.tpot) for d in subject.decode if d.context == size), "")
+    def tpot(result: TargetResult, size: int) -> str:
+        return next((_mark_unstable(number(1e3 * d.tpot.p50), d.tpot) for d in result.decode if d.context == size), "")
 
-    def rate(subject: Subject, size: int) -> str:
-        return next((_mark_unstable(number(b.rate.p50), b.rate) for b in subject.batches if b.size == size), "")
+    def rate(result: TargetResult, size: int) -> str:
+        return next((_mark_unstable(number(b.rate.p50), b.rate) for b in result.batches if b.size == size), "")
 
-    table("Time to first token, ms, by prompt length", _sizes(subjects, "prefill", "tokens"), ttft)
-    contexts = _sizes(subjects, "decode", "context")
+    table("Time to first token, ms, by prompt length", _sizes(results, "prefill", "tokens"), ttft)
+    contexts = _sizes(results, "decode", "context")
     if len(set(contexts)) > 1:
         table("Time per token, ms, by context length", contexts, tpot)
-    table("Tokens/s, by batch size", _sizes(subjects, "batches", "size"), rate)
+    table("Tokens/s, by batch size", _sizes(results, "batches", "size"), rate)
 
 
-def _sizes(subjects: Iterable[Subject], part: str, name: str) -> list[int]:
-    return [getattr(each, name) for subject in subjects for each in getattr(subject, part)]
+def _sizes(results: Iterable[TargetResult], part: str, name: str) -> list[int]:
+    return [getattr(each, name) for result in results for each in getattr(result, part)]
 
 
 def _show_loading(console: Console, profile: Profile) -> None:
     rows = [("all members", profile.loading)]
-    rows += [(subject.name, subject.loading) for subject in profile.subjects if subject.loading is not None]
+    rows += [(result.name, result.loading) for result in profile.results if result.loading is not None]
 
     def row(name: str, loading: Loading) -> tuple[str, ...]:
         cold = _mark_unstable(number(loading.cold.p50), loading.cold) if loading.cold else ""
@@ -137,15 +137,15 @@ def _show_loading(console: Console, profile: Profile) -> None:
     )
 
 
-def _show_overhead(console: Console, subjects: Sequence[Subject]) -> None:
+def _show_overhead(console: Console, results: Sequence[TargetResult]) -> None:
     """Print the time per token that is spent outside ONNX Runtime."""
     rows = []
-    for subject in subjects:
-        if (overhead := subject.outside) is None or not subject.decode:
+    for result in results:
+        if (overhead := result.overhead) is None or not result.decode:
             continue
         parts = (overhead.mixing, overhead.sampling, overhead.tokenizer, overhead.other)
-        share = sum(parts) / subject.decode[0].tpot.p50 if subject.decode[0].tpot.p50 else math.nan
-        rows.append((short(subject.name), *(number(1e3 * part) for part in parts), percent(share)))
+        share = sum(parts) / result.decode[0].tpot.p50 if result.decode[0].tpot.p50 else math.nan
+        rows.append((short(result.name), *(number(1e3 * part) for part in parts), percent(share)))
     if rows:
         columns = ("", "Mixing", "Sampling", "Tokenizer", "Other", "Share")
         console.table("Overhead outside ONNX Runtime, ms per token", columns, rows)
@@ -197,10 +197,10 @@ def _with_share(seconds: float, graph: Breakdown) -> str:
     return f"{number(1e3 * seconds)}{share}" if seconds > 0 else ""
 
 
-def _show_roofline(console: Console, subjects: Sequence[Subject]) -> None:
+def _show_roofline(console: Console, results: Sequence[TargetResult]) -> None:
     rows = [
         (
-            short(subject.name),
+            short(result.name),
             roof.phase,
             f"{roof.tokens:,}",
             roof.bound,
@@ -208,8 +208,8 @@ def _show_roofline(console: Console, subjects: Sequence[Subject]) -> None:
             number(1e3 * roof.seconds),
             percent(roof.floor / roof.seconds if roof.seconds else math.nan),
         )
-        for subject in subjects
-        for roof in subject.roofs
+        for result in results
+        for roof in result.roofline
     ]
     if rows:
         columns = ("", "Phase", "Tokens", "Bound by", "Lower bound, ms", "Measured", "Reached")
@@ -271,7 +271,7 @@ def _both(ratio: Ratio) -> tuple[str, str]:
 
 def _mark_unstable(text: str, figure: Quantiles) -> str:
     """Prefix a measurement that is not stable with ~."""
-    return text if figure.steady else f"~{text}"
+    return text if figure.stable else f"~{text}"
 
 
 def number(value: float) -> str:

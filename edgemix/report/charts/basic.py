@@ -70,7 +70,7 @@ def stacked_bar_chart(canvas: Canvas, rows: Sequence[Row], colors: Colors) -> al
 def quantile_chart(canvas: Canvas, rows: Sequence[Row], colors: Colors, *, title: str) -> alt.TopLevelMixin:
     """Draw quantiles: a dot at the median, a tick at the 90th percentile, a line to the 99th.
 
-    Rows have "name", "p50", "p90", "p99", "label" and "steady"; measurements that are not stable have an open dot.
+    Rows have "name", "p50", "p90", "p99", "label" and "stable"; measurements that are not stable have an open dot.
     """
     highest = max(row["p99"] for row in rows) or 1.0
     scale = alt.Scale(domain=[0, highest * (1.3 if canvas.narrow else 1.1)], nice=False)
@@ -82,7 +82,7 @@ def quantile_chart(canvas: Canvas, rows: Sequence[Row], colors: Colors, *, title
     )
     tick = base.mark_tick(thickness=2, size=12).encode(x=alt.X("p90:Q", scale=scale), color=color_encoding(colors))
     dots = base.mark_point(filled=False, size=80, strokeWidth=2, fill=light("background"))
-    full = base.transform_filter("datum.steady").mark_point(size=100)
+    full = base.transform_filter("datum.stable").mark_point(size=100)
     labels = base.mark_text(align="left", dx=8, fontSize=11, color=light("muted"))
     return alt.layer(
         line,

@@ -14,7 +14,7 @@ from edgemix.report.sections.speed import MISSING
 
 if TYPE_CHECKING:
     from edgemix.report.data import ReportData
-    from edgemix.results.profile import Breakdown, Machine, Profile, Roof, Subject
+    from edgemix.results.profile import Breakdown, Machine, Profile, RooflinePoint, TargetResult
 
     Phase = Literal["prefill", "decode"]
 
@@ -31,9 +31,9 @@ def hardware_section(data: ReportData) -> Section:
         note = Note(MISSING.format(what="the roofline and the operators' times"), missing=True)
         return Section("hardware", title, "Not measured.", (note,))
     roofs = [
-        (subject, roof)
-        for subject in profile.subjects
-        for roof in subject.roofs
+        (result, roof)
+        for result in profile.results
+        for roof in result.roofline
         if roof.bytes > 0 and roof.seconds > 0 and roof.operations > 0
     ]
     blocks: list[Block] = []
@@ -48,28 +48,30 @@ def hardware_section(data: ReportData) -> Section:
     return Section("hardware", title, _lead(roofs), tuple(blocks))
 
 
-def _lead(roofs: list[tuple[Subject, Roof]]) -> str:
-    decoding = [(subject, roof) for subject, roof in roofs if roof.phase == "decode"]
+def _lead(roofs: list[tuple[TargetResult, RooflinePoint]]) -> str:
+    decoding = [(result, roof) for result, roof in roofs if roof.phase == "decode"]
     if not decoding:
         return "One call of each graph, measured by ONNX Runtime's profiler."
-    subject, roof = max(decoding, key=lambda pair: pair[1].floor / pair[1].seconds)
+    result, roof = max(decoding, key=lambda pair: pair[1].floor / pair[1].seconds)
     return (
         f"Decoding is bound by {'memory bandwidth' if roof.bound == 'memory' else 'arithmetic'}: "
-        f"{formatting.name(subject.name)} takes {formatting.seconds(roof.seconds)} per token; this machine's lower "
+        f"{formatting.name(result.name)} takes {formatting.seconds(roof.seconds)} per token; this machine's lower "
         f"bound is {formatting.seconds(roof.floor)}."
     )
 
 
-def _roofline(data: ReportData, machine: Machine, bandwidth: float, roofs: list[tuple[Subject, Roof]]) -> Figure:
+def _roofline(
+    data: ReportData, machine: Machine, bandwidth: float, roofs: list[tuple[TargetResult, RooflinePoint]]
+) -> Figure:
     points = [
         Point(
-            formatting.name(subject.name),
-            data.color_of(subject),
+            formatting.name(result.name),
+            data.color_of(result),
             roof.operations / roof.bytes,
             roof.operations / roof.seconds,
             "circle" if roof.phase == "decode" else "triangle-up",
         )
-        for subject, roof in roofs
+        for result, roof in roofs
     ]
     peaks = [(name, peak) for name, peak in (("fp32", machine.fp32_peak), ("int8", machine.int8_peak)) if peak]
     limits = [
@@ -78,7 +80,7 @@ def _roofline(data: ReportData, machine: Machine, bandwidth: float, roofs: list[
     ]
     table = tuple(
         row(
-            Cell(formatting.name(subject.name), data.color_of(subject)),
+            Cell(formatting.name(result.name), data.color_of(result)),
             roof.phase,
             f"{roof.tokens:,}",
             formatting.size(roof.bytes),
@@ -87,7 +89,7 @@ def _roofline(data: ReportData, machine: Machine, bandwidth: float, roofs: list[
             formatting.seconds(roof.floor),
             formatting.share(roof.floor / roof.seconds),
         )
-        for subject, roof in roofs
+        for result, roof in roofs
     )
     columns = ("", "Phase", "Tokens", "Bytes", "Multiply-adds", "Time", "Lower bound", "Of the roofline")
     return figure(

@@ -113,10 +113,10 @@ def decode_rates(data: ReportData, evaluation: Evaluation) -> list[tuple[Row, st
     rows = {row.name: row for row in reversed(evaluation.rows) if row.kind != "mixture"}
     mixtures = {row.name.removeprefix("fitted to "): row for row in evaluation.rows if row.kind == "mixture"}
     mixed = mixtures.get(weights) if weights else mixture_row(evaluation)
-    for subject in data.profile.subjects:
-        row = mixed if subject.kind == "mixture" else rows.get(subject.name)
-        if row is not None and subject.rate is not None:
-            found.append((row, formatting.name(subject.name), subject.rate))
+    for result in data.profile.results:
+        row = mixed if result.kind == "mixture" else rows.get(result.name)
+        if row is not None and result.rate is not None:
+            found.append((row, formatting.name(result.name), result.rate))
     return found
 
 

@@ -12,7 +12,7 @@ from edgemix.report.charts.drawing import figure
 
 if TYPE_CHECKING:
     from edgemix.report.data import ReportData
-    from edgemix.results.profile import Profile, Quantiles, Subject
+    from edgemix.results.profile import Profile, Quantiles, TargetResult
 
 MISSING = "Give a profile to see {what}: edgemix profile BUNDLE -o FILE, then edgemix report BUNDLE --profile FILE"
 _QUANTILES = "The dot is the median, the tick the 90th percentile, the line ends at the 99th."
@@ -28,13 +28,13 @@ def speed_section(data: ReportData) -> Section:
         return Section("speed", title, "Not measured.", (note,))
     machine = profile.machine
     blocks: list[Block] = []
-    if decoding := [subject for subject in profile.subjects if subject.decode]:
+    if decoding := [result for result in profile.results if result.decode]:
         blocks.append(_decode(data, decoding))
-        if any(len(subject.decode) > 1 for subject in decoding):
+        if any(len(result.decode) > 1 for result in decoding):
             blocks.append(_contexts(data, decoding))
-    if prefilling := [subject for subject in profile.subjects if subject.prefill]:
+    if prefilling := [result for result in profile.results if result.prefill]:
         blocks.append(_prefill(data, prefilling))
-    if batched := [subject for subject in profile.subjects if subject.batches]:
+    if batched := [result for result in profile.results if result.batches]:
         blocks.append(_batches(data, batched))
     if profile.variants:
         blocks.append(_variants(profile))
@@ -48,15 +48,15 @@ def speed_section(data: ReportData) -> Section:
     )
 
 
-def _name_cell(data: ReportData, subject: Subject) -> Cell:
-    return Cell(formatting.name(subject.name), data.color_of(subject))
+def _name_cell(data: ReportData, result: TargetResult) -> Cell:
+    return Cell(formatting.name(result.name), data.color_of(result))
 
 
 def _times(quantiles: Quantiles) -> tuple[str, ...]:
     return (
         *(formatting.seconds(value) for value in (quantiles.p50, quantiles.p90, quantiles.p99)),
         formatting.share(quantiles.spread),
-        f"{quantiles.count:,}" + ("" if quantiles.steady else " (not stable)"),
+        f"{quantiles.count:,}" + ("" if quantiles.stable else " (not stable)"),
     )
 
 
@@ -73,7 +73,7 @@ def _quantile_figure(
             "p50": quantiles.p50 * 1e3,
             "p90": quantiles.p90 * 1e3,
             "p99": quantiles.p99 * 1e3,
-            "steady": quantiles.steady,
+            "stable": quantiles.stable,
             "label": formatting.digits(quantiles.p50 * 1e3),
         }
         for cell, quantiles in measurements
@@ -84,7 +84,7 @@ def _quantile_figure(
         id_,
         Table(title, ("", *_COLUMNS), table, collapsed=True),
         partial(basic.quantile_chart, rows=rows, colors=colors, title=unit),
-        _QUANTILES + ("" if all(each["steady"] for each in rows) else _UNSTABLE),
+        _QUANTILES + ("" if all(each["stable"] for each in rows) else _UNSTABLE),
     )
 
 
@@ -118,21 +118,21 @@ def _line_figure(
     return figure(id_, table, partial(basic.line_chart, rows=rows, colors=colors, **axes), caption, colors)
 
 
-def _decode(data: ReportData, subjects: list[Subject]) -> Figure:
-    title = f"Time per output token, after {subjects[0].decode[0].context:,} tokens of context"
-    return _quantile_figure("tpot", title, [(_name_cell(data, each), each.decode[0].tpot) for each in subjects])
+def _decode(data: ReportData, results: list[TargetResult]) -> Figure:
+    title = f"Time per output token, after {results[0].decode[0].context:,} tokens of context"
+    return _quantile_figure("tpot", title, [(_name_cell(data, each), each.decode[0].tpot) for each in results])
 
 
-def _contexts(data: ReportData, subjects: list[Subject]) -> Figure:
-    measured = [(_name_cell(data, subject), each.context, each.tpot) for subject in subjects for each in subject.decode]
+def _contexts(data: ReportData, results: list[TargetResult]) -> Figure:
+    measured = [(_name_cell(data, result), each.context, each.tpot) for result in results for each in result.decode]
     rows = tuple(row(cell, f"{context:,}", *_times(tpot)) for cell, context, tpot in measured)
     table = Table("Time per output token, by context", ("", "Context", *_COLUMNS), rows, collapsed=True)
     return _line_figure("context", table, measured, scale=1e3, x="tokens of context", y="milliseconds per token")
 
 
-def _prefill(data: ReportData, subjects: list[Subject]) -> Figure:
+def _prefill(data: ReportData, results: list[TargetResult]) -> Figure:
     """Return time to first token by prompt length; with one length, its distribution."""
-    measured = [(_name_cell(data, subject), each.tokens, each.ttft) for subject in subjects for each in subject.prefill]
+    measured = [(_name_cell(data, result), each.tokens, each.ttft) for result in results for each in result.prefill]
     lengths = {tokens for _, tokens, _ in measured}
     if len(lengths) == 1:
         title = f"Time to first token, for a prompt of {lengths.pop():,} tokens"
@@ -142,8 +142,8 @@ def _prefill(data: ReportData, subjects: list[Subject]) -> Figure:
     return _line_figure("ttft", table, measured, x="prompt tokens", y="seconds", log_y=True)
 
 
-def _batches(data: ReportData, subjects: list[Subject]) -> Figure:
-    measured = [(_name_cell(data, subject), each.size, each.rate) for subject in subjects for each in subject.batches]
+def _batches(data: ReportData, results: list[TargetResult]) -> Figure:
+    measured = [(_name_cell(data, result), each.size, each.rate) for result in results for each in result.batches]
     rows = tuple(
         row(cell, f"{size:,}", formatting.digits(rate.p50), formatting.digits(rate.p50 / size))
         for cell, size, rate in measured
@@ -184,33 +184,33 @@ def _loading(profile: Profile) -> Table:
 def _per_token(data: ReportData, profile: Profile) -> list[Table]:
     """Return the tables of figures per token: speculative decoding, overhead outside the graphs, energy."""
     found = []
-    if drafting := [(s, s.speculation) for s in profile.subjects if s.speculation is not None]:
+    if drafting := [(s, s.speculation) for s in profile.results if s.speculation is not None]:
         rows = tuple(
             row(
-                _name_cell(data, subject),
+                _name_cell(data, result),
                 "" if figures.acceptance is None else formatting.share(figures.acceptance),
                 formatting.digits(figures.drafted),
                 formatting.digits(figures.calls),
                 f"{figures.speedup:.2f}",
             )
-            for subject, figures in drafting
+            for result, figures in drafting
         )
         columns = ("", "Acceptance rate", "Drafted per token", "Calls per token", "Speedup over the plain loop")
         found.append(Table("Speculative decoding", columns, rows))
-    if outside := [(s, s.outside) for s in profile.subjects if s.outside is not None]:
+    if outside := [(s, s.overhead) for s in profile.results if s.overhead is not None]:
         rows = tuple(
             row(
-                _name_cell(data, subject),
+                _name_cell(data, result),
                 *map(formatting.seconds, (figures.mixing, figures.sampling, figures.tokenizer, figures.other)),
             )
-            for subject, figures in outside
+            for result, figures in outside
         )
         columns = ("", "Mixing", "Sampling", "Tokenizer", "Other")
         found.append(Table("Overhead per token outside ONNX Runtime", columns, rows))
-    if energy := [(s, s.energy) for s in profile.subjects if s.energy is not None]:
+    if energy := [(s, s.energy) for s in profile.results if s.energy is not None]:
         rows = tuple(
-            row(_name_cell(data, subject), f"{formatting.digits(each.joules)} J", formatting.name(each.counter))
-            for subject, each in energy
+            row(_name_cell(data, result), f"{formatting.digits(each.joules)} J", formatting.name(each.counter))
+            for result, each in energy
         )
         found.append(Table("Energy per token", ("", "Energy", "Counter"), rows))
     return found

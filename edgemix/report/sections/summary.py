@@ -11,7 +11,7 @@ from edgemix.report.data import best_member, mixture_row
 if TYPE_CHECKING:
     from edgemix.report.data import ReportData
     from edgemix.results.evaluation import Evaluation
-    from edgemix.results.profile import Subject
+    from edgemix.results.profile import TargetResult
 
 
 def summary(data: ReportData) -> str:
@@ -72,44 +72,44 @@ def _bits(evaluation: Evaluation) -> Kpi:
     return Kpi(f"{own.overall.bits_per_byte:.3f}", "", "bits per byte", ", ".join(note))
 
 
-def default_mixture(data: ReportData) -> Subject | None:
+def default_mixture(data: ReportData) -> TargetResult | None:
     """Return the profiled mixture, with speculative decoding if that was measured; the member of a bundle of one."""
     if data.profile is None:
         return None
-    timed = [subject for subject in data.profile.subjects if subject.rate is not None]
-    mixtures = [subject for subject in timed if subject.kind == "mixture"]
-    alone = [subject for subject in timed if subject.kind == "member"] if len(data.members) == 1 else []
-    return max(mixtures or alone, key=lambda subject: subject.speculation is not None, default=None)
+    timed = [result for result in data.profile.results if result.rate is not None]
+    mixtures = [result for result in timed if result.kind == "mixture"]
+    alone = [result for result in timed if result.kind == "member"] if len(data.members) == 1 else []
+    return max(mixtures or alone, key=lambda result: result.speculation is not None, default=None)
 
 
 def _rate(data: ReportData) -> float | None:
     """Return the mixture's tokens per second."""
-    subject = default_mixture(data)
-    if subject is not None:
-        return subject.rate
+    result = default_mixture(data)
+    if result is not None:
+        return result.rate
     return None if data.evaluation is None else mixture_row(data.evaluation).decode_rate
 
 
 def _speeds(data: ReportData) -> list[Kpi]:
-    rate, subject, found = _rate(data), default_mixture(data), list[Kpi]()
+    rate, result, found = _rate(data), default_mixture(data), list[Kpi]()
     if rate is not None:
         note = "decoding, one text"
-        if subject is not None and subject.speculation is not None:
-            note = f"{subject.speculation.speedup:.2f} times the plain loop"
-        if subject is not None and not subject.decode[0].tpot.steady:
+        if result is not None and result.speculation is not None:
+            note = f"{result.speculation.speedup:.2f} times the plain loop"
+        if result is not None and not result.decode[0].tpot.stable:
             note += ", not stable"
         found.append(Kpi(formatting.digits(rate), "", "tokens per second", note))
-    if subject is not None and subject.prefill:
-        shortest = subject.prefill[0]
+    if result is not None and result.prefill:
+        shortest = result.prefill[0]
         value, _, unit = formatting.seconds(shortest.ttft.p50).partition(" ")
         found.append(Kpi(value, unit, "to the first token", f"prompt of {shortest.tokens:,} tokens"))
     return found
 
 
 def _acceptance(data: ReportData) -> Kpi | None:
-    subject = default_mixture(data)
-    if subject is not None and subject.speculation is not None and subject.speculation.acceptance is not None:
-        return Kpi(formatting.share(subject.speculation.acceptance), "", "of draft tokens accepted", "measured")
+    result = default_mixture(data)
+    if result is not None and result.speculation is not None and result.speculation.acceptance is not None:
+        return Kpi(formatting.share(result.speculation.acceptance), "", "of draft tokens accepted", "measured")
     if data.evaluation is None:
         return None
     student = next((row for row in data.evaluation.rows if row.kind == "student"), None)

@@ -53,22 +53,22 @@ def test_everything_that_generates_is_measured(measured, student_bundle):
     folder, _, _ = measured
     found = read_profile(folder / "profile.json")
 
-    assert [subject.name for subject in found.subjects] == ["math", "code", "student", "mixture, plain", "mixture"]
+    assert [result.name for result in found.results] == ["math", "code", "student", "mixture, plain", "mixture"]
     assert found.digest == read_manifest(student_bundle).checksum
     assert found.weights == "math=3,code=1"
     assert found.quick
     assert found.machine.bandwidth > 0
     assert found.loading.files == sum(entry.size for entry in read_manifest(student_bundle).files.values())
     assert found.loading.peak > found.loading.resident > 0
-    for subject in found.subjects:
-        assert [prefill.tokens for prefill in subject.prefill] == [8, 12]
-        assert [decode.context for decode in subject.decode] == [8]
-        assert subject.outside is not None
-        assert len(subject.roofs) == (0 if subject.name == "mixture" else 2)
-    assert found.subject("mixture").speculation is not None
-    assert [batch.size for batch in found.subject("mixture, plain").batches] == [2]
+    for result in found.results:
+        assert [prefill.tokens for prefill in result.prefill] == [8, 12]
+        assert [decode.context for decode in result.decode] == [8]
+        assert result.overhead is not None
+        assert len(result.roofline) == (0 if result.name == "mixture" else 2)
+    assert found.result("mixture").speculation is not None
+    assert [batch.size for batch in found.result("mixture, plain").batches] == [2]
     assert [breakdown.graph for breakdown in found.breakdowns] == ["math", "code", "student"]
-    assert any("energy" in note for note in found.notes) or found.subjects[0].energy
+    assert any("energy" in note for note in found.notes) or found.results[0].energy
 
 
 def test_the_report_shows_the_profile(measured):
@@ -140,7 +140,7 @@ def test_json(bundle, monkeypatch, tmp_path):
     assert result.exit_code == 0
     assert output["machine"]["threads"] == 1
     assert output["variants"] == []
-    assert [subject["name"] for subject in output["subjects"]] == ["math", "code", "mixture, plain", "mixture"]
+    assert [result["name"] for result in output["subjects"]] == ["math", "code", "mixture, plain", "mixture"]
 
 
 def test_a_profile_is_shown_and_compared_without_measuring(saved, tmp_path):
@@ -229,9 +229,9 @@ def test_a_missing_bundle(tmp_path):
 
 
 def test_unstable_measurements_are_marked(saved):
-    unsteady = msgspec.structs.replace(sample_profile(), subjects=())
-    loading = msgspec.structs.replace(unsteady.loading, warm=quantiles(0.5, steady=False))
-    saved.write_bytes(encode_profile(msgspec.structs.replace(unsteady, loading=loading)))
+    unstable = msgspec.structs.replace(sample_profile(), results=())
+    loading = msgspec.structs.replace(unstable.loading, warm=quantiles(0.5, stable=False))
+    saved.write_bytes(encode_profile(msgspec.structs.replace(unstable, loading=loading)))
 
     assert "~0.50" in run(saved).stdout
 

@@ -100,7 +100,10 @@ def test_mistakes_are_reported_before_any_work(bundle, texts, page, tmp_path, mo
         ((bundle, *texts, "-o", tmp_path), "is not a file"),
         ((bundle, *texts, "-o", tmp_path / "none" / "page.html"), "there is no folder"),
         ((bundle, *texts, "-o", page, "--profile", tmp_path / "none.json"), "there is no profile"),
-        ((bundle, *texts, "-o", page, "--profile", tmp_path / "broken.json"), "is no profile that this edgemix reads"),
+        (
+            (bundle, *texts, "-o", page, "--profile", tmp_path / "broken.json"),
+            "is not a profile that this edgemix reads",
+        ),
         (
             (bundle, *texts, "-o", page, "--profile", tmp_path / "unsound.json"),
             "tpot.p50 is 0.0, which is out of range",

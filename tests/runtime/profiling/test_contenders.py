@@ -15,7 +15,7 @@ from edgemix.runtime.profiling.bench import Bench, Sizes, speculation
 from edgemix.runtime.profiling.energy import Meter
 from edgemix.runtime.profiling.prompts import PASSAGES, Prompts
 from edgemix.runtime.profiling.targets import FAST, PLAIN, contenders, ways
-from edgemix.runtime.profiling.timeline import MIXING, STEPS, TOKENIZER, Timeline, Trace, outside, watch
+from edgemix.runtime.profiling.timeline import MIXING, STEPS, TOKENIZER, Timeline, Trace, overhead, watch
 
 SIZES = Sizes((8, 24), (5,), (2,), tokens=6, texts=2, everybody=True, patience=9.0)
 
@@ -76,7 +76,7 @@ def test_a_single_member_is_not_mixed_plainly(tmp_path):
         bench.measurements[0].turn()
 
         assert [contender.name for contender in found] == ["math", FAST]
-        assert bench.subject(FAST).speculation is not None
+        assert bench.result(FAST).speculation is not None
 
 
 @pytest.mark.parametrize("stacked", [True, False])
@@ -131,7 +131,7 @@ def test_a_bench_measures_what_it_says(mixture):
     for measurement in bench.measurements:
         measurement.turn()
 
-    math, plain, fast = (bench.subject(name) for name in ("math", PLAIN, FAST))
+    math, plain, fast = (bench.result(name) for name in ("math", PLAIN, FAST))
 
     assert [prefill.tokens for prefill in math.prefill] == [5, 8, 24]
     assert [decode.context for decode in plain.decode] == [8, 24]
@@ -147,7 +147,7 @@ def test_what_there_was_no_time_for_is_missing(mixture):
     bench = Bench(contenders(mixture), Prompts(mixture.tokenizer), SIZES, Meter([]))
 
     assert len(bench.missing()) == len(bench.measurements)
-    assert bench.subject("math").decode == ()
+    assert bench.result("math").decode == ()
 
 
 def test_sizes_keep_to_the_context():
@@ -172,7 +172,7 @@ def test_energy_of_a_token(mixture):
     bench = Bench(contenders(mixture), Prompts(mixture.tokenizer), SIZES, Meter([Counter()]))
     bench.measurements[1].turn()
 
-    energy = bench.subject("math").energy
+    energy = bench.result("math").energy
     assert (energy.counter, energy.joules) == ("package-0", pytest.approx(12 / 6))
 
 
@@ -208,7 +208,7 @@ def test_time_outside_is_what_is_left_of_the_steps(mixture):
     contender = {each.name: each for each in contenders(mixture)}[PLAIN]
     timeline, tokens = watch(contender, [1, 2, 3], 8, mixture.tokenizer, patience=99)
 
-    found = outside(timeline, tokens, 1e-6)
+    found = overhead(timeline, tokens, 1e-6)
     first, *steps = sorted((span for span in timeline.spans if span.track == STEPS), key=lambda span: span.begin)
     graphs = [s for s in timeline.spans if s.track in ("math", "code") and s.begin >= first.end]
     whole = sum(span.end - span.begin for span in steps) - sum(span.end - span.begin for span in graphs)
@@ -221,7 +221,7 @@ def test_time_outside_is_what_is_left_of_the_steps(mixture):
 
 
 def test_nothing_written_is_nothing_outside():
-    assert outside(Timeline(), 0, 0.0) is None
+    assert overhead(Timeline(), 0, 0.0) is None
 
 
 def test_spans_know_what_is_their_own(monkeypatch):

@@ -61,11 +61,11 @@ def test_the_first_round_is_a_warm_up_once_there_are_others():
 
 
 @pytest.mark.parametrize(
-    ("rounds", "steady"),
+    ("rounds", "stable"),
     [([1.0, 1.0], False), ([1.0, 1.01, 0.99], True), ([1.0, 1.0, 2.0], False), ([5.0, 1.0, 1.01, 1.0], True)],
 )
-def test_rounds_must_agree(rounds, steady):
-    assert Series([[value] for value in rounds]).steady is steady
+def test_rounds_must_agree(rounds, stable):
+    assert Series([[value] for value in rounds]).stable is stable
 
 
 def test_what_is_steady_has_its_rounds_and_no_more(clock):
@@ -83,7 +83,7 @@ def test_what_never_holds_still_says_so(clock):
     take_turns([wild], until=1e6)
 
     assert wild.turns == MOST_ROUNDS
-    assert wild.figure("x").steady is False
+    assert wild.figure("x").stable is False
 
 
 def test_the_deadline_ends_it_and_the_first_ones_were_measured(clock):

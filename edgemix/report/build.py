@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgemix.bundle.manifest import Manifest
-    from edgemix.results.evaluation import Evaluation, Passage
+    from edgemix.results.evaluation import Evaluation, WeightTrace
     from edgemix.results.profile import Profile
 
 
@@ -49,7 +49,7 @@ def build_report(
     manifest: Manifest,
     *,
     evaluation: Evaluation | None = None,
-    passages: Sequence[Passage] = (),
+    traces: Sequence[WeightTrace] = (),
     profile: Profile | None = None,
     created: datetime | None = None,
 ) -> Page:
@@ -61,7 +61,7 @@ def build_report(
         bundle: The bundle's name.
         manifest: The bundle's manifest.
         evaluation: How well members and mixtures predict texts.
-        passages: The members' adaptive weights along those texts.
+        traces: The members' adaptive weights along those texts.
         profile: Latency, memory and operator times on one machine.
         created: The time that the page shows; now by default.
 
@@ -70,7 +70,7 @@ def build_report(
     """
     if profile is not None:
         check_profile(profile)
-    data = ReportData(bundle, manifest, evaluation, tuple(passages), profile)
+    data = ReportData(bundle, manifest, evaluation, tuple(traces), profile)
     builders = (quality_section, weight_traces_section, speed_section, hardware_section, bundle_section)
     measured_first = sorted((build(data) for build in builders), key=_is_missing)
     sections = [*measured_first, _provenance_section(data)]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from edgemix.bundle.manifest import Manifest, MemberEntry
-    from edgemix.results.evaluation import Evaluation, Passage, Row
+    from edgemix.results.evaluation import Evaluation, Row, WeightTrace
     from edgemix.results.profile import Profile, TargetResult
 
 _LARGEST_FIGURE = 1e18
@@ -31,14 +31,14 @@ class ReportData:
         bundle: The bundle's name.
         manifest: The bundle's manifest.
         evaluation: How well members and mixtures predict texts.
-        passages: The members' adaptive weights along those texts.
+        traces: The members' adaptive weights along those texts.
         profile: Latency, memory and operator times on one machine.
     """
 
     bundle: str
     manifest: Manifest
     evaluation: Evaluation | None = None
-    passages: tuple[Passage, ...] = ()
+    traces: tuple[WeightTrace, ...] = ()
     profile: Profile | None = None
 
     @property

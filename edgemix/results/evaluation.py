@@ -1,6 +1,6 @@
-"""What is found of a bundle on texts: how probable they are by each member and mixture, and who speaks where in them.
+"""The results of an evaluation on texts: likelihoods by member and mixture, and adaptive weights along the texts.
 
-Plain data: the runtime makes it, commands and reports read it.
+Plain data that the runtime computes, and commands and reports read.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ RowKind = Literal["member", "mixture", "student"]
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """How probable some text is, and for a single model how close to the mixture.
+    """The likelihood of a text and, for a single model, its agreement with the mixture.
 
     Attributes:
         tokens: Number of scored tokens: all but each document's first.
-        bytes: Their UTF-8 bytes.
-        perplexity: Exp of the mean negative log-probability of a token.
-        bits_per_byte: Negative log2-probability of the tokens by their bytes: comparable between tokenizers.
+        bytes: UTF-8 bytes of the scored tokens.
+        perplexity: Exponential of the mean negative log-probability per token.
+        bits_per_byte: Negative log2-probability divided by the bytes, comparable between tokenizers.
         agreement: Share of tokens at which the model's most probable token is that of the mixture with the bundle's own
             weights; None for mixtures.
-        acceptance: Expected share of the model's drafts that the mixture would accept, see `comparison`.
+        acceptance: Expected share of the model's draft tokens that the mixture would accept; None for mixtures.
     """
 
     tokens: int
@@ -35,16 +35,16 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One model, or one way to weigh the members.
+    """The results of one model or of one mixture of the members.
 
     Attributes:
-        name: A member's name, "uniform", "fitted" or "given" (the bundle's own weights), "fitted to DOMAIN", "adaptive"
-            (weights that follow each text, from these before it), "student".
-        weights: Member name -> share, summing to one; empty for the student.
+        name: A member's name, "student", or a mixture's weights: "uniform", "fitted" or "given" (the bundle's own),
+            "fitted to DOMAIN", "adaptive" (the bundle's own at the start of each text).
+        weights: Member name -> weight, summing to one; empty for the student.
         files: File name -> figures.
-        overall: Over the tokens of all files.
-        kind: What the name is a name of.
-        decode_rate: Tokens a second of decoding at batch 1, where it was measured.
+        overall: The figures over the tokens of all files.
+        kind: Whether it is a member, a mixture or the student.
+        decode_rate: Decoded tokens per second at batch size 1; None if not measured.
     """
 
     name: str
@@ -57,18 +57,18 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The table that `evaluate` makes: a row for each member, one for each mixture of them, one for the student.
+    """The result of `evaluate`: a row for each member, for each mixture of them, and for the student.
 
     Attributes:
-        rows: The table.
-        mixture: The name of the row with the bundle's own weights; of the member where there is only one.
+        rows: The rows.
+        mixture: Name of the row with the bundle's own weights; with a single member, the member's name.
     """
 
     rows: tuple[Row, ...]
     mixture: str = ""
 
     def row(self, name: str) -> Row:
-        """The first row of that name; members come first.
+        """Return the first row of that name; members come first.
 
         Raises:
             KeyError: There is none.
@@ -80,14 +80,14 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
-class Passage:
-    """A piece of text, and what adaptive weights were along it.
+class WeightTrace:
+    """A piece of text with the adaptive weights along it.
 
     Attributes:
-        name: Of the text that it is from.
-        pieces: The text, token by token; a character of several tokens stands at the last of them.
-        weights: Member name -> its weight when each token was predicted; the first token has those before any text.
-        origins: Of a stream of several texts: the place of a token, and the name of the text that begins there.
+        name: The text's name.
+        pieces: The text, token by token; a character of several tokens is in the last of them.
+        weights: Member name -> its weight when each token was predicted; the first token's is that before any text.
+        origins: For a stream of several texts: the index of a token, and the name of the text that begins there.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Which member speaks where in a text: adaptive weights along passages, for people to look at."""
+"""Adaptive weights along texts: which member has the most weight where."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from edgemix.progress import NO_PROGRESS
-from edgemix.results.evaluation import Passage
+from edgemix.results.evaluation import WeightTrace
 from edgemix.runtime.evaluation.scoring import score_tokens
 from edgemix.runtime.mixing.adaptive import adaptive_targets
 from edgemix.runtime.options import ADAPTIVE
@@ -20,45 +20,47 @@ if TYPE_CHECKING:
     from edgemix.runtime.mixture import Mixture
 
 STREAM = "stream"
-"""What the passage is called that alternates between the texts."""
+"""Name of the trace that alternates between the texts."""
 TURNS = 2
-"""How often each text comes up in the stream."""
-_WIDEST = 64
-"""More characters than a token has: so many, times the tokens wanted, are enough text to encode."""
+"""Number of parts of each text in the stream."""
+_MAX_TOKEN_LENGTH = 64
+"""Upper bound of a token's characters, which limits the text that is encoded."""
 
 
-def follow_texts(
+def trace_weights(
     mixture: Mixture,
     texts: Mapping[str, Sequence[str]],
     *,
     tokens: int = 256,
     window: int | None = None,
     progress: Progress = NO_PROGRESS,
-) -> tuple[Passage, ...]:
-    """The members' adaptive weights along the beginnings of texts; nothing of a bundle of one member.
+) -> tuple[WeightTrace, ...]:
+    """Return the members' adaptive weights along the beginnings of texts; empty for a bundle of one member.
+
+    With several texts, the first trace is a stream that alternates between them.
 
     Args:
-        mixture: The bundle, loaded.
+        mixture: The loaded bundle.
         texts: Name -> documents.
-        tokens: Of each text. Where there are several, a stream comes first that has them in turn, a part at a time.
-        window: Most tokens that are read with one past; the context by default.
-        progress: Hears of the tokens scored.
+        tokens: Tokens of each text.
+        window: Maximum tokens of a chunk; the context by default.
+        progress: Progress callback.
 
     Raises:
         EdgemixError: A graph fails.
     """
     if len(mixture.members) == 1:
         return ()
-    found = [(name, head) for name, documents in texts.items() if len(head := _head(mixture, documents, tokens)) > 1]
-    read = [_Reading(name, head) for name, head in found]
-    if len(read) > 1:
-        read.insert(0, _in_turns(mixture, read, -(-tokens // TURNS)))
-    with progress.stage("who speaks where", sum(len(each.ids) for each in read)) as task:
-        return tuple(_follow(mixture, each, window or mixture.context, task.advance) for each in read)
+    heads = [(name, head) for name, documents in texts.items() if len(head := _head(mixture, documents, tokens)) > 1]
+    sequences = [_TokenSequence(name, head) for name, head in heads]
+    if len(sequences) > 1:
+        sequences.insert(0, _alternate(mixture, sequences, -(-tokens // TURNS)))
+    with progress.stage("weight traces", sum(len(each.ids) for each in sequences)) as task:
+        return tuple(_trace(mixture, each, window or mixture.context, task.advance) for each in sequences)
 
 
-class _Reading(NamedTuple):
-    """Token ids to read, without a beginning-of-text token; see `Passage` for the others."""
+class _TokenSequence(NamedTuple):
+    """Token ids without a beginning-of-text token; name and origins as in `WeightTrace`."""
 
     name: str
     ids: list[int]
@@ -66,19 +68,19 @@ class _Reading(NamedTuple):
 
 
 def _head(mixture: Mixture, documents: Sequence[str], tokens: int) -> list[int]:
-    """The first tokens of a text's documents, an empty line between two of them."""
+    """Return the first tokens of a text's documents, with empty lines between them."""
     ids: list[int] = []
     for document in documents:
         if len(ids) >= tokens:
             break
         text = f"\n\n{document}" if ids else document
         if text:
-            ids += mixture.tokenizer.encode(text[: tokens * _WIDEST], bos=False)
+            ids += mixture.tokenizer.encode(text[: tokens * _MAX_TOKEN_LENGTH], bos=False)
     return ids[:tokens]
 
 
-def _in_turns(mixture: Mixture, texts: Sequence[_Reading], part: int) -> _Reading:
-    """Parts of so many tokens of each text in turn, an empty line between two of them."""
+def _alternate(mixture: Mixture, texts: Sequence[_TokenSequence], part: int) -> _TokenSequence:
+    """Alternate between the texts in parts of `part` tokens, with empty lines between them."""
     between = mixture.tokenizer.encode("\n\n", bos=False)
     ids: list[int] = []
     origins: list[tuple[int, str]] = []
@@ -87,16 +89,16 @@ def _in_turns(mixture: Mixture, texts: Sequence[_Reading], part: int) -> _Readin
             if piece := text.ids[start : start + part]:
                 origins.append((len(ids), text.name))
                 ids += [*piece, *between]
-    return _Reading(STREAM, ids, tuple(origins))
+    return _TokenSequence(STREAM, ids, tuple(origins))
 
 
-def _follow(mixture: Mixture, reading: _Reading, window: int, advance: Callable[[float], None]) -> Passage:
-    """Read a text, and find the weights along it."""
+def _trace(mixture: Mixture, sequence: _TokenSequence, window: int, advance: Callable[[float], None]) -> WeightTrace:
+    """Compute the adaptive weights along a text."""
     bos = mixture.tokenizer.entry.bos
-    ids = reading.ids if bos is None else [bos, *reading.ids]
+    ids = sequence.ids if bos is None else [bos, *sequence.ids]
     ensemble = mixture.full_ensemble(ADAPTIVE)
     if ensemble.prior is None:
-        raise ValueError("adaptive weights come with experts")
+        raise ValueError("an adaptive ensemble must have a prior")
     _, own = score_tokens(
         ensemble.graphs,
         ensemble.weights,
@@ -107,11 +109,11 @@ def _follow(mixture: Mixture, reading: _Reading, window: int, advance: Callable[
         advance=advance,
     )
     _, path = adaptive_targets(own, ensemble.prior)
-    along = np.concatenate([ensemble.weights[:, None], path], axis=1)[:, -len(reading.ids) :]
-    decoder = IncrementalDecoder(mixture.tokenizer, ids[: -len(reading.ids)])
-    return Passage(
-        reading.name,
-        tuple(decoder.add(token) for token in reading.ids),
+    along = np.concatenate([ensemble.weights[:, None], path], axis=1)[:, -len(sequence.ids) :]
+    decoder = IncrementalDecoder(mixture.tokenizer, ids[: -len(sequence.ids)])
+    return WeightTrace(
+        sequence.name,
+        tuple(decoder.add(token) for token in sequence.ids),
         {name: tuple(weights.tolist()) for name, weights in zip(mixture.members, along, strict=True)},
-        reading.origins,
+        sequence.origins,
     )

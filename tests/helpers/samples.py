@@ -21,7 +21,7 @@ from edgemix.bundle.manifest import (
     TokenizerEntry,
     Weights,
 )
-from edgemix.results.evaluation import Evaluation, Figures, Passage, Row
+from edgemix.results.evaluation import Evaluation, Figures, Row, WeightTrace
 from edgemix.results.profile import (
     Batch,
     Breakdown,
@@ -148,8 +148,8 @@ def evaluation(names: tuple[str, ...] = MEMBERS, texts: tuple[str, ...] = TEXTS,
     return Evaluation(tuple(rows), "fitted")
 
 
-def passages(names: tuple[str, ...] = MEMBERS, texts: tuple[str, ...] = TEXTS) -> tuple[Passage, ...]:
-    """Return a stream in which members take turns to have the largest weight, and a passage of one text."""
+def weight_traces(names: tuple[str, ...] = MEMBERS, texts: tuple[str, ...] = TEXTS) -> tuple[WeightTrace, ...]:
+    """Return a stream in which members take turns to have the largest weight, and a trace of one text."""
     chance = random.Random(0)
     pieces, strengths = [], []
     strength = [0.4, 0.3, 0.3]
@@ -162,8 +162,8 @@ def passages(names: tuple[str, ...] = MEMBERS, texts: tuple[str, ...] = TEXTS) -
             strengths.append([each / sum(noisy) for each in noisy])
             pieces.append(chance.choice([" the", " number", " of", "\n", " eggs", " def", "(x", ")", " =", " 12"]))
     weights = {name: tuple(each[at] for each in strengths) for at, name in enumerate(names)}
-    stream = Passage("stream", tuple(pieces), weights, tuple(origins))
-    head = Passage(texts[0], tuple(pieces[:90]), {name: each[:90] for name, each in weights.items()})
+    stream = WeightTrace("stream", tuple(pieces), weights, tuple(origins))
+    head = WeightTrace(texts[0], tuple(pieces[:90]), {name: each[:90] for name, each in weights.items()})
     return stream, head
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 import pytest
-from helpers.samples import evaluation, manifest, passages, profile
+from helpers.samples import evaluation, manifest, profile, weight_traces
 
 from edgemix.report import build_report
 
@@ -17,7 +17,7 @@ def whole():
         "experts",
         manifest(),
         evaluation=evaluation(),
-        passages=passages(),
+        traces=weight_traces(),
         profile=profile(),
         created=datetime(2026, 1, 2, 3, 4, tzinfo=UTC),
     )

@@ -8,10 +8,10 @@ from dataclasses import replace
 import msgspec
 import pytest
 from helpers.html_page import HtmlPage
-from helpers.samples import FIGURES, bare, evaluation, manifest, passages, profile
+from helpers.samples import FIGURES, bare, evaluation, manifest, profile, weight_traces
 
 from edgemix.report import build_report
-from edgemix.results.evaluation import Passage
+from edgemix.results.evaluation import WeightTrace
 from edgemix.results.profile import Decode, Prefill, Quantiles
 
 EVIL = "<script>alert(1)</script>"
@@ -117,7 +117,7 @@ def test_names_and_texts_are_escaped():
         EVIL,
         entries,
         evaluation=evaluation(texts=evil_texts),
-        passages=passages(texts=evil_texts),
+        traces=weight_traces(texts=evil_texts),
         profile=evil_profile,
     )
 
@@ -135,9 +135,9 @@ def test_names_and_texts_are_escaped():
 def test_unprintable_characters_are_replaced():
     pieces = ("a\x1b[31m", "\x00", "\ud800", "\u202e", "\r\n", "\tπ")
     weights = {name: (1 / 3,) * len(pieces) for name in ("math", "code", "wiki")}
-    passage = Passage("x\x07", pieces, weights)
+    trace = WeightTrace("x\x07", pieces, weights)
 
-    page = build_report("b\udcff", manifest(), passages=(passage,)).html
+    page = build_report("b\udcff", manifest(), traces=(trace,)).html
 
     assert page.encode()
     tokens = next(element for element in HtmlPage.parse(page).elements if element.attributes.get("class") == "tokens")
@@ -149,10 +149,10 @@ def test_long_texts_are_truncated():
     pieces = ("word ",) * 9_000
     weights = {name: (1 / 3,) * len(pieces) for name in ("math", "code", "wiki")}
 
-    page = build_report("experts", manifest(), passages=(Passage("long", pieces, weights),) * 3).html
+    page = build_report("experts", manifest(), traces=(WeightTrace("long", pieces, weights),) * 3).html
 
     assert 3900 < page.count("word ") <= 4000
-    assert "Further passages are left out" in page
+    assert "Further texts are left out" in page
 
 
 def test_missing_inputs_are_named():

@@ -15,7 +15,7 @@ from edgemix.cli.texts import read_files
 
 if TYPE_CHECKING:
     from edgemix.cli.console import Console
-    from edgemix.results.evaluation import Evaluation, Passage
+    from edgemix.results.evaluation import Evaluation, WeightTrace
 
 
 @command(
@@ -91,10 +91,10 @@ def report(
     if profile is not None:
         check_profile(profile)
     evaluation: Evaluation | None = None
-    passages: tuple[Passage, ...] = ()
+    traces: tuple[WeightTrace, ...] = ()
     if documents:
         from edgemix.runtime.evaluation.evaluate import evaluate
-        from edgemix.runtime.evaluation.weight_traces import follow_texts
+        from edgemix.runtime.evaluation.weight_traces import trace_weights
 
         with mixture_and_student(bundle, **loading) as (mixture, student):
             evaluation = evaluate(
@@ -106,9 +106,9 @@ def report(
                 speed=speed and profile is None,
                 progress=console.progress,
             )
-            passages = follow_texts(mixture, documents, tokens=text_tokens, progress=console.progress)
+            traces = trace_weights(mixture, documents, tokens=text_tokens, progress=console.progress)
     with console.progress.stage("draw"):
-        page = build_report(bundle.resolve().name, manifest, evaluation=evaluation, passages=passages, profile=profile)
+        page = build_report(bundle.resolve().name, manifest, evaluation=evaluation, traces=traces, profile=profile)
     write_atomically(output, page.html.encode())
     if console.as_json:
         console.document({"bundle": bundle, "report": output, "shown": page.shown, "missing": page.missing})

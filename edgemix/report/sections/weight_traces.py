@@ -1,4 +1,4 @@
-"""Adaptive weights along passages of text, as lines and as colored text."""
+"""Adaptive weights along texts, as lines and as colored text."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 
     from edgemix.report.charts.drawing import Canvas
     from edgemix.report.data import ReportData
-    from edgemix.results.evaluation import Passage
+    from edgemix.results.evaluation import WeightTrace
 
 LEVELS = 4
 MAX_TOKENS = 4000
-"""Tokens that all passages together show at most."""
+"""Maximum number of tokens of all traces together."""
 
 
 def weight_traces_section(data: ReportData) -> Section:
     """Return the section with the members' weights along texts."""
     title = "Member weights along the text"
-    if not data.passages:
+    if not data.traces:
         return Section("weight-traces", title, "Not measured.", (Note(_missing_reason(data), missing=True),))
     left, blocks = MAX_TOKENS, list[Block]()
-    for index, passage in enumerate(data.passages):
-        shown = _truncate(passage, left)
+    for index, trace in enumerate(data.traces):
+        shown = _truncate(trace, left)
         if len(shown.pieces) < 2:
-            blocks.append(Note(f"Further passages are left out: the report shows at most {MAX_TOKENS:,} tokens."))
+            blocks.append(Note(f"Further texts are left out: the report shows at most {MAX_TOKENS:,} tokens."))
             break
         left -= len(shown.pieces)
         blocks += [_weight_figure(data, shown, f"weight-trace-{index}"), _colored_text(data, shown, f"text-{index}")]
@@ -54,45 +54,45 @@ def _missing_reason(data: ReportData) -> str:
     return "Give texts to see which member has the most weight where: edgemix report BUNDLE TEXT..."
 
 
-def _truncate(passage: Passage, tokens: int) -> Passage:
-    if len(passage.pieces) <= tokens:
-        return passage
-    return type(passage)(
-        passage.name,
-        passage.pieces[:tokens],
-        {name: weights[:tokens] for name, weights in passage.weights.items()},
-        tuple((at, name) for at, name in passage.origins if at < tokens),
+def _truncate(trace: WeightTrace, tokens: int) -> WeightTrace:
+    if len(trace.pieces) <= tokens:
+        return trace
+    return type(trace)(
+        trace.name,
+        trace.pieces[:tokens],
+        {name: weights[:tokens] for name, weights in trace.weights.items()},
+        tuple((at, name) for at, name in trace.origins if at < tokens),
     )
 
 
-def _title(passage: Passage) -> str:
-    if passage.origins:
+def _title(trace: WeightTrace) -> str:
+    if trace.origins:
         return "A stream that alternates between the texts"
-    return f"From {formatting.name(passage.name)}"
+    return f"From {formatting.name(trace.name)}"
 
 
-def _weight_figure(data: ReportData, passage: Passage, id_: str) -> Figure:
+def _weight_figure(data: ReportData, trace: WeightTrace, id_: str) -> Figure:
     rows = [
         {"token": at, "name": name, "weight": weight}
-        for name, weights in passage.weights.items()
+        for name, weights in trace.weights.items()
         for at, weight in enumerate(weights)
     ]
-    colors = {name: data.colors[name] for name in passage.weights}
-    switches = [{"token": at, "label": formatting.name(name)} for at, name in passage.origins]
-    sources = dict(passage.origins) or {0: passage.name}
+    colors = {name: data.colors[name] for name in trace.weights}
+    switches = [{"token": at, "label": formatting.name(name)} for at, name in trace.origins]
+    sources = dict(trace.origins) or {0: trace.name}
     table = tuple(
         row(
             formatting.name(sources[start]),
             f"{start:,} to {end - 1:,}",
-            *(formatting.share(sum(weights[start:end]) / (end - start)) for weights in passage.weights.values()),
+            *(formatting.share(sum(weights[start:end]) / (end - start)) for weights in trace.weights.values()),
         )
-        for start, end in pairwise([*sources, len(passage.pieces)])
+        for start, end in pairwise([*sources, len(trace.pieces)])
     )
-    columns = ("Text", "Tokens", *map(formatting.name, passage.weights))
+    columns = ("Text", "Tokens", *map(formatting.name, trace.weights))
     return figure(
         id_,
-        Table(_title(passage), columns, table, left=2, collapsed=True),
-        partial(_weight_chart, rows=rows, colors=colors, switches=switches, tokens=len(passage.pieces)),
+        Table(_title(trace), columns, table, left=2, collapsed=True),
+        partial(_weight_chart, rows=rows, colors=colors, switches=switches, tokens=len(trace.pieces)),
         "Each dotted line is a switch to another text; the table has the mean weights." if switches else "",
         colors,
     )
@@ -127,20 +127,20 @@ def _weight_chart(
     return alt.layer(*layers)
 
 
-def _colored_text(data: ReportData, passage: Passage, id_: str) -> ColoredText:
-    members = list(passage.weights)
-    origins = dict(passage.origins)
+def _colored_text(data: ReportData, trace: WeightTrace, id_: str) -> ColoredText:
+    members = list(trace.weights)
+    origins = dict(trace.origins)
     leads = []
     part = 0
-    for at in range(len(passage.pieces)):
+    for at in range(len(trace.pieces)):
         part += at in origins
-        weights = [passage.weights[name][at] for name in members]
+        weights = [trace.weights[name][at] for name in members]
         leader = max(range(len(members)), key=weights.__getitem__)
         leads.append((part, leader, level(weights[leader], len(members))))
     spans, at = [], 0
     for (_, leader, strength), group in groupby(leads):
         length = len(list(group))
-        text = "".join(passage.pieces[at : at + length])
+        text = "".join(trace.pieces[at : at + length])
         spans.append(
             Span(
                 text.rstrip("\n") if at + length in origins else text,
@@ -151,7 +151,7 @@ def _colored_text(data: ReportData, passage: Passage, id_: str) -> ColoredText:
             )
         )
         at += length
-    return ColoredText(id_, _title(passage), tuple(spans))
+    return ColoredText(id_, _title(trace), tuple(spans))
 
 
 def level(weight: float, members: int) -> int:

@@ -139,7 +139,7 @@ def test_an_interrupted_report_leaves_the_old_one(bundle, texts, page, monkeypat
         raise KeyboardInterrupt
 
     page.write_text("old")
-    monkeypatch.setattr("edgemix.runtime.evaluation.weight_traces.follow_texts", interrupt)
+    monkeypatch.setattr("edgemix.runtime.evaluation.weight_traces.trace_weights", interrupt)
 
     result = run(bundle, *texts, "--no-speed", "-o", page)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from helpers.samples import evaluation, manifest, passages, profile
+from helpers.samples import evaluation, manifest, profile, weight_traces
 
 from edgemix.report.data import ReportData
 from edgemix.report.sections.summary import kpis, summary
 
 
 def test_the_summary_uses_the_data_that_is_there():
-    everything = ReportData("experts", manifest(), evaluation(), passages(), profile())
+    everything = ReportData("experts", manifest(), evaluation(), weight_traces(), profile())
     assert summary(everything).startswith(
         "The mixture needs 0.847 bits per byte on these texts, 5.2% fewer than its best"
     )

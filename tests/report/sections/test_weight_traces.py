@@ -1,4 +1,4 @@
-"""The colored text of a passage."""
+"""The colored text of a weight trace."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from helpers.samples import manifest
 
 from edgemix.report.data import ReportData
 from edgemix.report.sections.weight_traces import LEVELS, level, weight_traces_section
-from edgemix.results.evaluation import Passage
+from edgemix.results.evaluation import WeightTrace
 
 
 def test_levels_grow_with_the_largest_weight():
@@ -17,7 +17,7 @@ def test_levels_grow_with_the_largest_weight():
 
 def test_consecutive_tokens_with_one_leading_member_are_one_span():
     weights = {"math": (0.9, 0.9, 0.1, 0.5), "code": (0.1, 0.1, 0.9, 0.5)}
-    data = ReportData("two", manifest(("math", "code")), passages=(Passage("x", ("a", "b", "c", "d"), weights),))
+    data = ReportData("two", manifest(("math", "code")), traces=(WeightTrace("x", ("a", "b", "c", "d"), weights),))
 
     text = next(block for block in weight_traces_section(data).blocks if block.kind == "text")
 

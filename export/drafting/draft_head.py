@@ -20,7 +20,7 @@ from edgemix.bundle.manifest import STUDENT, DraftGraph
 from edgemix.errors import EdgemixError, storage_errors
 from edgemix.export.data.text import windows
 from edgemix.export.graphs.decoder import MODEL_FILE
-from edgemix.export.quantization.graph.emission import CONTRIB, add_initializer
+from edgemix.export.graphs.rewrites import CONTRIB, add_initializer
 from edgemix.files import write_atomically
 from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.recipe.text_sources import read_documents

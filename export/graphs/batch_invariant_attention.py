@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgemix.bundle import graph_io
-from edgemix.export.quantization.graph.emission import add_initializer
+from edgemix.export.graphs.rewrites import add_initializer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -26,10 +26,10 @@ from edgemix.bundle import graph_io
 from edgemix.bundle.graph_io import CacheKind, GraphConfig
 from edgemix.errors import EdgemixError, ParityError
 from edgemix.export.graphs import mobius, traced
+from edgemix.export.graphs.rewrites import add_initializer
 from edgemix.export.graphs.weights import head
 from edgemix.export.models.architecture import context_length
 from edgemix.export.parity.gate import check_graph, enforce
-from edgemix.export.quantization.graph.emission import add_initializer
 from edgemix.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
-    from edgemix.export.quantization.algorithms.blocks import Matrix
+    from edgemix.export.graphs.weights import Matrix
 
 NEGLIGIBLE = 1e-6
 """A difference this small, in units of the weight that differs, is rounding."""

@@ -20,15 +20,14 @@ import onnx_ir as ir
 from edgemix.bundle import graph_io
 from edgemix.errors import EdgemixError, InputError
 from edgemix.export.graphs.batch_invariant_attention import LENGTHS, steady_attention
+from edgemix.export.graphs.rewrites import add_initializer
 from edgemix.export.graphs.weights import head, linears, lookups
-from edgemix.export.quantization.graph.emission import add_initializer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from edgemix.export.graphs.deltas import Delta
-    from edgemix.export.graphs.weights import Linear
-    from edgemix.export.quantization.algorithms.blocks import Matrix
+    from edgemix.export.graphs.weights import Linear, Matrix
 
 
 def stack(graph: ir.Graph, deltas: Mapping[str, Sequence[Delta]], members: int) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from edgemix.bundle.graph_io import INPUT_IDS, LOGITS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from edgemix.export.quantization.algorithms.blocks import Matrix
+
+Matrix: TypeAlias = NDArray[np.float32]
 
 SMALLEST = 16
 """Matrices with fewer rows or columns stay float: the smallest block would not fit, and there is nothing to save."""

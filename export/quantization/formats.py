@@ -10,19 +10,13 @@ from onnx_ir.passes import common
 
 from edgemix.errors import InputError
 from edgemix.export.graphs.batch_invariant_attention import steady_attention
+from edgemix.export.graphs.rewrites import CONTRIB
 from edgemix.export.graphs.weights import by_activation, head, linears
 from edgemix.export.quantization.algorithms.hqq import hqq
 from edgemix.export.quantization.algorithms.rtn import rtn
 from edgemix.export.quantization.graph.dynamic import quantize_dynamic, quantize_head
 from edgemix.export.quantization.graph.embeddings import has_blocks, quantize_tables
-from edgemix.export.quantization.graph.emission import (
-    CONTRIB,
-    BlockSums,
-    Emitter,
-    block_emitter,
-    emit_blocks,
-    nf4_emitter,
-)
+from edgemix.export.quantization.graph.emission import BlockSums, Emitter, block_emitter, emit_blocks, nf4_emitter
 from edgemix.export.quantization.graph.float16 import compute_in_float16, store_halves, store_in_float16
 from edgemix.export.quantization.graph.key_value import quantize_cache
 from edgemix.progress import NO_PROGRESS

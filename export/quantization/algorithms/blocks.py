@@ -9,7 +9,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-Matrix: TypeAlias = NDArray[np.float32]
+from edgemix.export.graphs.weights import Matrix
+
 Half: TypeAlias = NDArray[np.float16]
 
 

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgemix.export.graphs.weights import Matrix
     from edgemix.export.models.loading import Location
-    from edgemix.export.quantization.algorithms.blocks import Half, Matrix
+    from edgemix.export.quantization.algorithms.blocks import Half
 
 _BLOCK = 32
 

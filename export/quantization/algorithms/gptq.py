@@ -21,7 +21,7 @@ from edgemix.export.quantization.algorithms.blocks import Blocks
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from edgemix.export.quantization.algorithms.blocks import Matrix
+    from edgemix.export.graphs.weights import Matrix
 
 DAMPING = 0.05
 """Added to H's diagonal, as a share of its mean. With weighted tokens, 0.05 measured better than 0.01 and 0.1."""

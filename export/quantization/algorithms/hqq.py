@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgemix.export.quantization.algorithms.blocks import Blocks, Matrix, cut
+from edgemix.export.graphs.weights import Matrix
+from edgemix.export.quantization.algorithms.blocks import Blocks, cut
 from edgemix.export.quantization.algorithms.rtn import half_scales, rtn, to_codes
 
 _P = 0.7

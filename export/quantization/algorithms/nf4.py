@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from edgemix.export.quantization.algorithms.blocks import Matrix
+    from edgemix.export.graphs.weights import Matrix
 
 _BLOCK = 64
 

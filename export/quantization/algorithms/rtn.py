@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgemix.export.quantization.algorithms.blocks import Blocks, Half, Matrix, cut
+from edgemix.export.graphs.weights import Matrix
+from edgemix.export.quantization.algorithms.blocks import Blocks, Half, cut
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

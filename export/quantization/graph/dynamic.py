@@ -28,16 +28,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import onnx_ir as ir
 
+from edgemix.export.graphs.rewrites import CONTRIB, add_half, add_initializer, replace, replace_linear, replace_linears
 from edgemix.export.graphs.weights import by_activation, head, linears, lookups
 from edgemix.export.quantization.algorithms.rtn import rtn
-from edgemix.export.quantization.graph.emission import (
-    CONTRIB,
-    add_half,
-    add_initializer,
-    replace,
-    replace_linear,
-    replace_linears,
-)
 from edgemix.export.quantization.statistics.activations import observe
 from edgemix.export.quantization.transforms.smoothing import (
     Smoothing,
@@ -55,8 +48,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemix.export.graphs.weights import Linear
-    from edgemix.export.quantization.algorithms.blocks import Matrix
+    from edgemix.export.graphs.weights import Linear, Matrix
     from edgemix.export.quantization.graph.emission import Emitter
     from edgemix.progress import Progress
 

@@ -11,20 +11,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import onnx_ir as ir
 
+from edgemix.export.graphs.rewrites import CONTRIB, add_initializer, replace, replace_linear
 from edgemix.export.graphs.weights import head, lookups
 from edgemix.export.quantization.algorithms.rtn import rtn
-from edgemix.export.quantization.graph.emission import (
-    CONTRIB,
-    add_blocks,
-    add_initializer,
-    matmul_nbits,
-    replace,
-    replace_linear,
-)
+from edgemix.export.quantization.graph.emission import add_blocks, matmul_nbits
 
 if TYPE_CHECKING:
+    from edgemix.export.graphs.weights import Matrix
     from edgemix.export.quantization.algorithms.block_table import BlockTable
-    from edgemix.export.quantization.algorithms.blocks import Blocks, Matrix
+    from edgemix.export.quantization.algorithms.blocks import Blocks
 
 _BITS = 8
 _BLOCK = 32

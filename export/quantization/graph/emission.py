@@ -12,16 +12,13 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
+from edgemix.export.graphs.rewrites import CONTRIB, add_half, add_initializer, replace_linear, replace_linears
 from edgemix.export.quantization.algorithms.blocks import joined
 from edgemix.export.quantization.algorithms.nf4 import nf4
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from edgemix.export.graphs.weights import Linear
     from edgemix.export.quantization.algorithms.blocks import Blocks, Quantizer
-
-CONTRIB = "com.microsoft"
 
 Emitter: TypeAlias = Callable[[ir.Graph, Sequence["Linear"]], None]
 """Replaces linears of the graph that read one activation by their quantised form."""
@@ -124,48 +121,3 @@ def add_blocks(graph: ir.Graph, name: str, blocks: Blocks) -> list[ir.Value]:
     if zero_points is not None:
         tensors.append(add_initializer(graph, f"{name}.zero_points", zero_points))
     return tensors
-
-
-def add_initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """A new initializer of the graph, its name made unique."""
-    unique, count = name, 1
-    while unique in graph.initializers:
-        unique, count = f"{name}.{count}", count + 1
-    tensor = ir.tensor(np.ascontiguousarray(array), name=unique)
-    value = ir.Value(name=unique, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
-
-
-def add_half(graph: ir.Graph, name: str, array: NDArray[np.float16]) -> ir.Value:
-    """A float16 initializer, seen by the graph as float32; ONNX Runtime folds the cast when it loads the graph."""
-    cast = ir.node("Cast", [add_initializer(graph, name, array)], {"to": ir.DataType.FLOAT})
-    cast.outputs[0].dtype = ir.DataType.FLOAT
-    graph.insert_before(graph[0], cast)
-    return cast.outputs[0]
-
-
-def replace_linear(graph: ir.Graph, linear: Linear, nodes: list[ir.Node]) -> None:
-    """Put `nodes` (and an Add where there is a bias) in the place of the linear's node."""
-    if linear.bias is not None:
-        nodes = [*nodes, ir.node("Add", [nodes[-1].outputs[0], linear.bias])]
-    replace(graph, linear.node, nodes)
-
-
-def replace_linears(graph: ir.Graph, readers: Sequence[Linear], nodes: list[ir.Node]) -> None:
-    """Put `nodes` in the place of linears; the last one makes what all of them would, one behind the other."""
-    first, *others = readers
-    if not others:
-        replace_linear(graph, first, nodes)
-        return
-    widths = np.array([linear.outputs for linear in readers], np.int64)
-    at = add_initializer(graph, f"{first.weight.name}.widths", widths)
-    split = ir.node("Split", [nodes[-1].outputs[0], at], {"axis": -1}, num_outputs=len(readers))
-    graph.insert_before(first.node, [*nodes, split])
-    for linear, part in zip(readers, split.outputs, strict=True):
-        replace_linear(graph, linear, [ir.node("Identity", [part])])
-
-
-def replace(graph: ir.Graph, old: ir.Node, nodes: Sequence[ir.Node]) -> None:
-    """Put `nodes` in the place of `old`; the last output takes over the old one's name, type and readers."""
-    ir.convenience.replace_nodes_and_values(graph, old, [old], nodes, old.outputs, nodes[-1].outputs)

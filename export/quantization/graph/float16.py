@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from edgemix.export.graphs.rewrites import add_half, add_initializer, replace
 from edgemix.export.graphs.weights import linears, lookups
-from edgemix.export.quantization.graph.emission import add_half, add_initializer, replace
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from edgemix.bundle.graph_io import present_of
 from edgemix.errors import InputError
-from edgemix.export.quantization.graph.emission import add_initializer
+from edgemix.export.graphs.rewrites import add_initializer
 from edgemix.progress import NO_PROGRESS
 from edgemix.runtime.graphs.decoder import DecoderGraph
 

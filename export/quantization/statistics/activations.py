@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     import onnxruntime as ort
 
-    from edgemix.export.quantization.algorithms.blocks import Matrix
+    from edgemix.export.graphs.weights import Matrix
 
 _LENGTH = 256
 """Tokens read at once: the inputs of all linears of a model of 7 billion weights are then 0.8 GB."""

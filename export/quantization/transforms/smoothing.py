@@ -19,8 +19,7 @@ from edgemix.export.quantization.algorithms.rtn import rtn
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from edgemix.export.graphs.weights import Linear
-    from edgemix.export.quantization.algorithms.blocks import Matrix
+    from edgemix.export.graphs.weights import Linear, Matrix
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """On SmolLM2-135M 0.4 to 0.5 is best for attention's inputs, 0.7 for the gates', 0.5 for the products'."""

@@ -16,7 +16,7 @@ from edgemix.errors import InputError
 from edgemix.progress import NO_PROGRESS
 from edgemix.runtime.cancellation import in_thread, iterate
 from edgemix.runtime.decoding.generate import chunks, completed, decode
-from edgemix.runtime.decoding.plain import State
+from edgemix.runtime.decoding.static_batch import next_token_log_probabilities
 from edgemix.runtime.evaluation.scoring import score_tokens
 from edgemix.runtime.graphs.loading import open_graphs
 from edgemix.runtime.graphs.providers import choose
@@ -347,9 +347,8 @@ class Mixture(LoadedBundle):
         """
         ids = self.tokenizer.encode(text)
         self.check_length(ids, "the text")
-        with closing(State(self.ensemble(weights, combine), 1)) as state:
-            mixed = state.mix(state.begin([np.array(ids, np.int64)]))
-            probabilities = np.exp(mixed[0].astype(np.float64))
+        mixed = next_token_log_probabilities(self.ensemble(weights, combine), ids, self.prefixes)
+        probabilities = np.exp(mixed.astype(np.float64))
         return np.asarray(probabilities / probabilities.sum())
 
     def serve(self, *, most: int = 16, waiting: int = 256) -> BatchScheduler:

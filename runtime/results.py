@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from edgemix.runtime.decoding.plain import FinishReason
+    from edgemix.runtime.decoding.tokens import FinishReason
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,9 +91,9 @@ def sides(
     threads: int,
 ) -> dict[str, Side]:
     """All that is compared, by name."""
-    from edgemix.runtime.decoding.plain import Decoding
     from edgemix.runtime.decoding.sampling import Sampling
     from edgemix.runtime.decoding.speculative import SpeculativeDecoding
+    from edgemix.runtime.decoding.static_batch import StaticBatch
     from edgemix.runtime.mixing.ensemble import Ensemble
 
     common: dict[str, Any] = {"context": mixture.context, "eos": ()}
@@ -101,7 +101,7 @@ def sides(
 
     def plainly(ensemble: Ensemble) -> Side:
         def run(ids: list[int], count: int) -> Iterable[list[int]]:
-            return _ids(Decoding(ensemble, [ids], Sampling(), seeds=[0], max_new_tokens=count, **common))
+            return _ids(StaticBatch(ensemble, [ids], Sampling(), seeds=[0], max_new_tokens=count, **common))
 
         return Side(run)
 
@@ -170,8 +170,8 @@ def throughput(
     times as many texts that join and leave a batch of that size, a quarter to seven quarters as long. Medians of turns.
     """
     from edgemix.runtime.decoding.batch import ContinuousBatch, GenerationRequest
-    from edgemix.runtime.decoding.plain import Decoding
     from edgemix.runtime.decoding.sampling import Sampling
+    from edgemix.runtime.decoding.static_batch import StaticBatch
     from edgemix.runtime.mixing.ensemble import Ensemble
 
     some = [prompts[i % len(prompts)] for i in range(3 * size)]
@@ -179,7 +179,7 @@ def throughput(
     def batch(ids: list[list[int]]) -> tuple[float, float]:
         options: dict[str, Any] = {"seeds": [0] * len(ids), "context": mixture.context, "eos": ()}
         begun = time.perf_counter()
-        with closing(Decoding(ensemble, ids, Sampling(), max_new_tokens=new, **options)) as decoding:
+        with closing(StaticBatch(ensemble, ids, Sampling(), max_new_tokens=new, **options)) as decoding:
             decoding.step()
             first = time.perf_counter()
             while decoding.step():
@@ -196,8 +196,18 @@ def throughput(
         begun, told = time.perf_counter(), 0
         with closing(ContinuousBatch(everyone, size)) as served:
             for ids, length in zip(some, lengths, strict=True):
-                generator = np.random.default_rng(0)
-                served.add(GenerationRequest(ensemble, np.array(ids), Sampling(), generator, int(length), frozenset()))
+                served.add(
+                    GenerationRequest.of(
+                        ensemble,
+                        np.arange(len(ensemble.weights)),
+                        ids,
+                        Sampling(),
+                        seed=0,
+                        max_new_tokens=int(length),
+                        context=mixture.context,
+                        eos=(),
+                    )
+                )
             while len(served):
                 told += len(served.step())
         return told / (time.perf_counter() - begun)

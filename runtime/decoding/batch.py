@@ -1,7 +1,7 @@
 """Continuous batching: sequences join and leave a batch between its steps, each with settings of its own.
 
-What a sequence yields does not depend on who else is there. Prompts are read a piece at a time between steps, so that a
-long one holds nobody up for long.
+What a sequence yields does not depend on the others in the batch. Prompts are read a piece at a time between steps, so
+that a long prompt does not hold up the other sequences.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemix.errors import EdgemixError
-from edgemix.runtime.decoding.plain import Token, finish_reason
 from edgemix.runtime.decoding.sampling import choose_token, penalize_repetition
+from edgemix.runtime.decoding.tokens import Token, finish_reason
 from edgemix.runtime.mixing.adaptive import Posterior, evidence_from
 from edgemix.runtime.mixing.arithmetic import check_numbers, combine_log_probabilities, log_softmax
 from edgemix.runtime.mixing.attribution import TokenAttribution
@@ -22,15 +22,17 @@ from edgemix.runtime.sequences.prefix_cache import PrefixCache
 from edgemix.runtime.text.grammar import rule_out
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from numpy.typing import NDArray
 
     from edgemix.runtime.decoding.sampling import Sampling
+    from edgemix.runtime.mixing.adaptive import AdaptivePrior
+    from edgemix.runtime.mixing.arithmetic import Combine
     from edgemix.runtime.mixing.ensemble import ActiveGraph, Ensemble
     from edgemix.runtime.text.grammar import GrammarState
 
-PIECE = 128
+PREFILL_CHUNK = 128
 """Tokens of a prompt that are read between two steps."""
 
 
@@ -39,19 +41,23 @@ class GenerationRequest:
     """A sequence to generate.
 
     Attributes:
-        ensemble: Of all the batch's members; weights of zero leave one out.
+        weights: float64 [active members of the batch]; a weight of zero leaves a member out.
+        combine: How the members' distributions are mixed.
+        prior: What adaptive weights choose among, over the same members; None for fixed weights.
         prompt: int64 [tokens], at least one.
         sampling: How tokens are chosen.
-        generator: Where randomness comes from.
-        budget: Most tokens.
-        eos: Ids that finish it with "stop".
-        follower: Where it must have a given form.
-        log_probabilities: Of its tokens so far, under the mixture, nats.
-        attribution: Remember what members said, for `spoken`.
-        said: What members gave each of them, and weighed.
+        generator: Source of randomness.
+        budget: Most tokens that are still generated.
+        eos: Ids that finish the sequence with "stop".
+        grammar_state: Where the text must follow a grammar.
+        attribution: Keep the members' log-probabilities of each token.
+        log_probabilities: Of the tokens so far, under the mixture, nats.
+        attributions: One per token so far.
     """
 
-    ensemble: Ensemble
+    weights: NDArray[np.float64]
+    combine: Combine
+    prior: AdaptivePrior | None
     prompt: NDArray[np.int64]
     sampling: Sampling
     generator: np.random.Generator
@@ -60,116 +66,239 @@ class GenerationRequest:
     grammar_state: GrammarState | None = None
     attribution: bool = False
     log_probabilities: list[float] = field(default_factory=list)
-    said: list[TokenAttribution] = field(default_factory=list)
+    attributions: list[TokenAttribution] = field(default_factory=list)
 
-    def spoken(self, first: int = 0) -> TokenAttribution:
-        """What members gave its tokens so far, from one of them on."""
-        return TokenAttribution.joined(self.said[first:])
+    @classmethod
+    def of(
+        cls,
+        ensemble: Ensemble,
+        members: NDArray[np.int64],
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        seed: int | None,
+        max_new_tokens: int,
+        context: int,
+        eos: Iterable[int],
+        grammar_state: GrammarState | None = None,
+        attribution: bool = False,
+    ) -> GenerationRequest:
+        """Return the request for a prompt.
+
+        Args:
+            ensemble: Whose weights mix the members.
+            members: int64, the indices among the ensemble's members of those that the batch serves.
+            prompt: Token ids, at least one.
+            sampling: How tokens are chosen.
+            seed: None draws from the system's entropy.
+            max_new_tokens: Most tokens.
+            context: Most tokens that are read of a sequence; what would follow ends with finish reason "length".
+            eos: Ids that finish a sequence with "stop"; the id itself is the last token.
+            grammar_state: Where the text must follow a grammar.
+            attribution: Keep the members' log-probabilities of each token.
+        """
+        return cls(
+            weights=ensemble.weights[members],
+            combine=ensemble.combine,
+            prior=ensemble.prior.narrowed(members) if ensemble.prior else None,
+            prompt=np.asarray(prompt, np.int64),
+            sampling=sampling,
+            generator=np.random.default_rng(seed),
+            # The last token is never read, so it may lie one beyond the context.
+            budget=min(max_new_tokens, context - len(prompt) + 1),
+            eos=frozenset(eos),
+            grammar_state=grammar_state,
+            attribution=attribution,
+        )
+
+    def attribution_from(self, first: int = 0) -> TokenAttribution:
+        """Return the attribution of the tokens so far, from index `first` on."""
+        return TokenAttribution.joined(self.attributions[first:])
 
 
-class _Row:
-    """A request that is being served."""
+class BatchSequence:
+    """A sequence of a batch: first its prompt is read, then it has a row of the batch.
+
+    Args:
+        request: What to generate.
+        active_graphs: The batch's graphs.
+        vocabulary: Size of the tokenizer's vocabulary.
+        prefixes: Texts that were read before.
+
+    Attributes:
+        request: As given.
+        states: One per graph, while the prompt is read.
+        weights: float64 [members], for the next token.
+        log_probabilities: float64 [members, tokens], the members' log-probabilities of the prompt's tokens, nats; NaN
+            where they were not computed.
+        last: The token that the graphs read next.
+    """
 
     def __init__(
-        self, request: GenerationRequest, active_graph: Sequence[ActiveGraph], vocabulary: int, prefixes: PrefixCache
+        self,
+        request: GenerationRequest,
+        active_graphs: Sequence[ActiveGraph],
+        vocabulary: int,
+        prefixes: PrefixCache,
     ) -> None:
-        self.request, self.prompt = request, request.prompt
-        experts = request.ensemble.prior
-        self._posterior = Posterior(experts) if experts else None
-        self.weights = request.ensemble.weights
-        self._known_from = evidence_from(self.prompt) if experts else len(self.prompt)
-        self.own = np.full((len(self.weights), len(self.prompt)), np.nan)
-        self.sequences = []
-        for each in active_graph:
-            sequence, known = prefixes.sequence(each, vocabulary, self.prompt, self._known_from)
-            self.own[list(sequence.members), : known.shape[1]] = known
-            self.sequences.append(sequence)
-        self.seen = np.unique(self.prompt)
+        self.request, self._prompt = request, request.prompt
+        self._posterior = Posterior(request.prior) if request.prior else None
+        self.weights = request.weights if self._posterior is None else self._posterior.weights
+        self._evidence_from = evidence_from(self._prompt) if request.prior else len(self._prompt)
+        self.log_probabilities = np.full((len(self.weights), len(self._prompt)), np.nan)
+        self.states = []
+        for active_graph in active_graphs:
+            state, known = prefixes.sequence(active_graph, vocabulary, self._prompt, self._evidence_from)
+            self.log_probabilities[list(state.members), : known.shape[1]] = known
+            self.states.append(state)
+        self._seen = np.unique(self._prompt)
         self.last = -1
 
-    def read_on(self) -> list[NDArray[np.float32]] | None:
-        """Read a piece of the prompt: when that was the last one, each member's logits [vocabulary] of what follows."""
+    def prefill(self, chunk: int | None = None) -> list[NDArray[np.float32]]:
+        """Read the prompt, or its next `chunk` tokens.
+
+        Returns:
+            For each member the logits [vocabulary] of the next token; none as long as some of the prompt is unread.
+
+        Raises:
+            EdgemixError: A graph fails.
+        """
         logits: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(self.weights)
-        end = min(min(sequence.read for sequence in self.sequences) + PIECE, len(self.prompt))
-        for sequence in self.sequences:
-            if sequence.read >= end:  # it knew more than others
+        end = len(self._prompt)
+        if chunk is not None:
+            end = min(min(state.read for state in self.states) + chunk, end)
+        for state in self.states:
+            if state.read >= end:  # more of it was known than to the other graphs
                 continue
-            for chunk in sequence.forward(self.prompt[:end], min(end, max(sequence.read + 1, self._known_from))):
-                sequence.record(chunk, self.prompt, self.own)
-                for member, each in zip(sequence.members, chunk.logits, strict=True):
+            for part in state.forward(self._prompt[:end], min(end, max(state.read + 1, self._evidence_from))):
+                state.record(part, self._prompt, self.log_probabilities)
+                for member, each in zip(state.members, part.logits, strict=True):
                     logits[member] = each[-1]
-        if end < len(self.prompt):
-            return None
+        if end < len(self._prompt):
+            return []
         if self._posterior is not None:
-            self._posterior.observe(self.own[:, self._known_from :])
+            self._posterior.observe(self.log_probabilities[:, self._evidence_from :])
             self.weights = self._posterior.weights
         return logits
 
-    def learn(self, own: NDArray[np.float64]) -> None:
-        """Hear what members gave the token that was chosen: float64 [members]."""
-        if self._posterior is not None:
-            self._posterior.hear(own)
-            self.weights = self._posterior.weights
+    def mix(self, log_probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the mixture's log-probabilities [vocabulary] from the members' [members, vocabulary].
 
-    def mix(self, parts: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The mixture's log-probabilities [vocabulary] from each member's [members, vocabulary]."""
-        active = np.flatnonzero(self.weights)
-        mixed = combine_log_probabilities(parts[active], self.weights[active], self.request.ensemble.combine)
+        Raises:
+            EdgemixError: They are not numbers.
+        """
+        active = self.weights > 0
+        if active.all():
+            mixed = combine_log_probabilities(log_probabilities, self.weights, self.request.combine)
+        else:
+            mixed = combine_log_probabilities(log_probabilities[active], self.weights[active], self.request.combine)
         check_numbers(mixed[0])
         return mixed
 
-    def penalized(self, logits: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """The mixture's log-probabilities from each member's logits [vocabulary], tokens of the text penalised."""
-        penalty = self.request.sampling.repetition_penalty
-        return self.mix(np.stack([log_softmax(penalize_repetition(each, self.seen, penalty)) for each in logits]))
+    def choose(self, logits: Sequence[NDArray[np.float32]], log_probabilities: NDArray[np.float32]) -> Token:
+        """Choose the next token from the members' logits and log-probabilities [members, vocabulary].
+
+        Raises:
+            EdgemixError: They are not numbers.
+        """
+        request, mixed = self.request, self.mix(log_probabilities)
+        penalty = request.sampling.repetition_penalty
+        scores = mixed
+        if penalty != 1:
+            penalized = [log_softmax(penalize_repetition(each, self._seen, penalty)) for each in logits]
+            scores = self.mix(np.stack(penalized))
+        if request.grammar_state is not None:
+            scores = rule_out(scores, request.grammar_state.allowed())
+        token = choose_token(scores, request.sampling, request.generator)
+        if request.grammar_state is not None:
+            request.grammar_state.take([token])
+        request.log_probabilities.append(float(mixed[token]))
+        self._observe(log_probabilities[:, token].astype(np.float64))
+        self.last = token
+        if penalty != 1:
+            self._seen = np.union1d(self._seen, [token])
+        request.budget -= 1
+        reason = finish_reason(token, request.eos, request.budget)
+        if reason is not None:
+            request.budget = 0
+        return Token(0, token, reason)
+
+    def close(self) -> None:
+        """Free the caches of a prompt that is being read."""
+        for state in self.states:
+            state.close()
+
+    def _observe(self, log_probabilities: NDArray[np.float64]) -> None:
+        """Record the members' log-probabilities of the chosen token, float64 [members], and adapt the weights."""
+        if self.request.attribution:
+            known = np.where(self.weights > 0, log_probabilities, np.nan)
+            self.request.attributions.append(TokenAttribution(known[:, None], self.weights[:, None]))
+        if self._posterior is not None:
+            self._posterior.hear(log_probabilities)
+            self.weights = self._posterior.weights
 
 
 class ContinuousBatch:
-    """Generation of sequences that come and go.
+    """Generation of sequences that join and leave at any time.
 
     Args:
-        ensemble: Whose members serve, all with a weight above zero; requests have weights of their own.
-        most: Sequences that are generated at once; others wait their turn.
+        ensemble: Its active members serve all requests, which have weights of their own over them.
+        max_sequences: Sequences that are generated at once; others wait.
         prefixes: Texts that were read before, and where prompts are kept.
+
+    Attributes:
+        on_join: Called with every sequence before its prompt is read; profilers set it.
     """
 
-    def __init__(self, ensemble: Ensemble, most: int, prefixes: PrefixCache | None = None) -> None:
+    def __init__(self, ensemble: Ensemble, max_sequences: int, prefixes: PrefixCache | None = None) -> None:
+        self.on_join: Callable[[BatchSequence], None] | None = None
         self._prefixes = PrefixCache(0) if prefixes is None else prefixes
         self._active_graphs = ensemble.active_graphs()
-        self._vocabulary, self._most, self._voices = ensemble.vocabulary, most, len(ensemble.weights)
+        self._vocabulary, self._max_sequences = ensemble.vocabulary, max_sequences
+        self._members = len(ensemble.active)
         self._caches = [each.graph.new_cache(0) for each in self._active_graphs]
         self._waiting: deque[GenerationRequest] = deque()
-        self._reading: _Row | None = None
-        self._rows: list[_Row] = []
-        self._parts = np.empty((self._voices, 0, self._vocabulary), np.float32)
+        self._reading: BatchSequence | None = None
+        self._rows: list[BatchSequence] = []
+        # Used at every step: fresh memory costs more than the arithmetic.
+        self._log_probabilities = np.empty((self._members, 0, self._vocabulary), np.float32)
         self._cancelled: set[GenerationRequest] = set()
 
     def __len__(self) -> int:
-        """Requests that are not finished."""
+        """Number of requests that are not finished."""
         return len(self._waiting) + len(self._rows) + (self._reading is not None)
 
     def add(self, request: GenerationRequest) -> None:
-        """Let a sequence in as soon as there is room."""
+        """Let a sequence join as soon as there is room."""
         self._waiting.append(request)
 
     def cancel(self, request: GenerationRequest) -> None:
-        """Take a sequence out, whatever it may still have had to say."""
+        """Take a sequence out at the next step."""
         self._cancelled.add(request)
 
     def step(self) -> list[tuple[GenerationRequest, Token | EdgemixError]]:
-        """The next token of every sequence in the batch, and perhaps the first one of a sequence that joins it. One
-        that failed is out of the batch, and its error is told.
+        """Return the next token of every sequence in the batch, and perhaps the first one of a sequence that joins.
+
+        A sequence that failed leaves the batch, and its error is returned in the place of a token.
 
         Raises:
             EdgemixError: A graph failed on all of them.
         """
-        self._forget_cancelled()
-        told = self._join()
-        self._leave()  # it may have ended with its first token
+        self._drop_cancelled()
+        results = self._join(PREFILL_CHUNK)
+        self._drop_finished()  # a sequence may end with its first token
         if self._rows:
-            told += self._decode()
-        self._leave()
-        return told
+            results += self._decode()
+        self._drop_finished()
+        return results
+
+    def prefill(self) -> list[tuple[GenerationRequest, Token | EdgemixError]]:
+        """Read the prompts of all waiting requests as far as there is room, and return their first tokens."""
+        self._drop_cancelled()
+        results = []
+        while self._reading is not None or (self._waiting and len(self._rows) < self._max_sequences):
+            results += self._join(None)
+        return results
 
     def close(self) -> None:
         """Free the caches."""
@@ -179,88 +308,70 @@ class ContinuousBatch:
         self._rows = []
         self._waiting.clear()
 
-    def _join(self) -> list[tuple[GenerationRequest, Token | EdgemixError]]:
-        """Read on in the prompt of the next one; when it is read, the sequence joins."""
-        if self._reading is None and self._waiting and len(self._rows) < self._most:
+    def _join(self, chunk: int | None) -> list[tuple[GenerationRequest, Token | EdgemixError]]:
+        """Read on in the next prompt; when all of it is read, its sequence joins."""
+        if self._reading is None and self._waiting and len(self._rows) < self._max_sequences:
             request = self._waiting.popleft()
             try:
-                self._reading = _Row(request, self._active_graphs, self._vocabulary, self._prefixes)
+                self._reading = BatchSequence(request, self._active_graphs, self._vocabulary, self._prefixes)
             except EdgemixError as error:
                 return [(request, error)]
+            if self.on_join is not None:
+                self.on_join(self._reading)
         row = self._reading
         if row is None:
             return []
         try:
-            if (logits := row.read_on()) is None:
+            if not (logits := row.prefill(chunk)):
                 return []
-            token = self._choose(row, logits, np.stack([log_softmax(each) for each in logits]))
+            token = row.choose(logits, np.stack([log_softmax(each) for each in logits]))
         except EdgemixError as error:
             self._drop_reading()
             return [(row.request, error)]
         self._reading = None
-        for cache, sequence in zip(self._caches, row.sequences, strict=True):
-            cache.append(sequence.cache)
-            self._prefixes.keep(sequence, row.prompt, row.own[list(sequence.members)])
+        for cache, state in zip(self._caches, row.states, strict=True):
+            cache.append(state.cache)
+            self._prefixes.keep(state, row.request.prompt, row.log_probabilities[list(state.members)])
+        row.states = []
         self._rows.append(row)
         return [(row.request, token)]
 
     def _decode(self) -> list[tuple[GenerationRequest, Token | EdgemixError]]:
         new = np.array([[row.last] for row in self._rows])
-        if self._parts.shape[1] != len(new):
-            self._parts = np.empty((self._voices, len(new), self._vocabulary), np.float32)
+        if self._log_probabilities.shape[1] != len(new):
+            self._log_probabilities = np.empty((self._members, len(new), self._vocabulary), np.float32)
         logits: list[NDArray[np.float32]] = []
-        for (graph, _, _), cache in zip(self._active_graphs, self._caches, strict=True):
-            logits += [each[:, : self._vocabulary] for each in graph.parts(graph.extend(cache, new))]
-        for each, part in zip(logits, self._parts, strict=True):
-            log_softmax(each, out=part)
-        told: list[tuple[GenerationRequest, Token | EdgemixError]] = []
-        for place, row in enumerate(self._rows):
+        for (graph, local_indices, _), cache in zip(self._active_graphs, self._caches, strict=True):
+            members = graph.parts(graph.extend(cache, new))
+            logits += [members[index][:, : self._vocabulary] for index in local_indices]
+        for each, out in zip(logits, self._log_probabilities, strict=True):
+            log_softmax(each, out=out)
+        results: list[tuple[GenerationRequest, Token | EdgemixError]] = []
+        for index, row in enumerate(self._rows):
             try:
-                found = self._choose(row, [each[place] for each in logits], self._parts[:, place])
+                token = row.choose([each[index] for each in logits], self._log_probabilities[:, index])
             except EdgemixError as error:
                 row.request.budget = 0
-                told.append((row.request, error))
+                results.append((row.request, error))
             else:
-                told.append((row.request, found))
-        return told
+                results.append((row.request, token))
+        return results
 
-    def _choose(self, row: _Row, logits: Sequence[NDArray[np.float32]], parts: NDArray[np.float32]) -> Token:
-        """A row's next token, from each member's logits and log-probabilities [members, vocabulary]."""
-        request, mixed = row.request, row.mix(parts)
-        scores = mixed if request.sampling.repetition_penalty == 1 else row.penalized(logits)
-        if request.grammar_state is not None:
-            scores = rule_out(scores, request.grammar_state.allowed())
-        token = choose_token(scores, request.sampling, request.generator)
-        if request.grammar_state is not None:
-            request.grammar_state.take([token])
-        request.log_probabilities.append(float(mixed[token]))
-        own = parts[:, token].astype(np.float64)
-        if request.attribution:
-            request.said.append(TokenAttribution(np.where(row.weights > 0, own, np.nan)[:, None], row.weights[:, None]))
-        row.learn(own)
-        row.last = token
-        row.seen = np.union1d(row.seen, [token]) if request.sampling.repetition_penalty != 1 else row.seen
-        request.budget -= 1
-        reason = finish_reason(token, request.eos, request.budget)
-        if reason is not None:
-            request.budget = 0
-        return Token(0, token, reason)
-
-    def _leave(self) -> None:
-        """Take finished rows out; the last one takes the place of each."""
-        for place in range(len(self._rows) - 1, -1, -1):
-            if self._rows[place].request.budget == 0:
+    def _drop_finished(self) -> None:
+        """Take finished sequences out; the last row takes the place of each."""
+        for index in range(len(self._rows) - 1, -1, -1):
+            if self._rows[index].request.budget == 0:
                 for cache in self._caches:
-                    cache.drop(place)
-                self._rows[place] = self._rows[-1]
+                    cache.drop(index)
+                self._rows[index] = self._rows[-1]
                 self._rows.pop()
 
     def _drop_reading(self) -> None:
-        for sequence in self._reading.sequences if self._reading else ():
-            sequence.close()
+        if self._reading is not None:
+            self._reading.close()
         self._reading = None
 
-    def _forget_cancelled(self) -> None:
+    def _drop_cancelled(self) -> None:
         if not self._cancelled:
             return
         gone, self._cancelled = self._cancelled, set()
@@ -270,4 +381,4 @@ class ContinuousBatch:
         for row in self._rows:
             if row.request in gone:
                 row.request.budget = 0
-        self._leave()
+        self._drop_finished()

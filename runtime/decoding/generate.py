@@ -8,8 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from edgemix.errors import EdgemixError
-from edgemix.runtime.decoding.plain import Decoding
 from edgemix.runtime.decoding.speculative import SpeculativeDecoding
+from edgemix.runtime.decoding.static_batch import StaticBatch
 from edgemix.runtime.text.completion import CompletionBuilder
 from edgemix.runtime.text.grammar import Grammar
 from edgemix.runtime.token_progress import told
@@ -105,13 +105,13 @@ class _Call:
                     yield token.sequence, chunk
                 tokens = decoding.step()
 
-    def _writers(self, decoding: Decoding | SpeculativeDecoding, started: float) -> list[CompletionBuilder]:
+    def _writers(self, decoding: StaticBatch | SpeculativeDecoding, started: float) -> list[CompletionBuilder]:
         mixture, settings = self.mixture, self.settings
         members = mixture.full_ensemble(settings.weights, settings.combine).active if settings.attribution else None
 
-        def spoken(sequence: int, first: int) -> TokenAttribution:
-            said = decoding.spoken(sequence, first)
-            return said if members is None else said.of_all(members, len(mixture.members))
+        def attribution(sequence: int, first: int) -> TokenAttribution:
+            found = decoding.attribution(sequence, first)
+            return found if members is None else found.of_all(members, len(mixture.members))
 
         return [
             CompletionBuilder(
@@ -121,12 +121,12 @@ class _Call:
                 batch_tokens=sum(map(len, self.prompts)),
                 started=started,
                 log_probabilities=partial(decoding.log_probabilities, i),
-                spoken=partial(spoken, i) if settings.attribution else None,
+                attribution=partial(attribution, i) if settings.attribution else None,
             )
             for i, prompt in enumerate(self.prompts)
         ]
 
-    def _decoding(self) -> Decoding | SpeculativeDecoding:
+    def _decoding(self) -> StaticBatch | SpeculativeDecoding:
         """A sequence alone in fewer calls, several as a batch. What is drawn with a seed is drawn token by token in any
         case, so that it is the same alone, in a batch, and on a machine of another speed.
         """
@@ -151,7 +151,7 @@ class _Call:
                 grammar_state=self.grammar.follow() if self.grammar else None,
                 prefixes=mixture.prefixes if self.kept is None else self.kept,
             )
-        return Decoding(
+        return StaticBatch(
             self.ensemble,
             self.prompts,
             settings.sampling,
@@ -161,4 +161,5 @@ class _Call:
             eos=mixture.manifest.tokenizer.eos,
             grammar_states=[self.grammar.follow() for _ in self.prompts] if self.grammar else (),
             attribution=settings.attribution,
+            prefixes=mixture.prefixes,
         )

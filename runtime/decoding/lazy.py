@@ -282,11 +282,11 @@ class LazyState:
         """Of the tokens behind the prompt, under the mixture without `alter`: float64 [tokens], nats."""
         if self._ensemble.combine != "linear":
             return np.array(self._geometric)
-        spoken = self.spoken()
+        spoken = self.attribution()
         mixed: NDArray[np.float64] = np.logaddexp.reduce(spoken.own + np.log(spoken.weights), axis=0)
         return mixed
 
-    def spoken(self) -> TokenAttribution:
+    def attribution(self) -> TokenAttribution:
         """What members gave the tokens behind the prompt; those left out read on for that."""
         for sequence in self._sequences:
             if sequence.read < self.length - 1:

@@ -27,8 +27,8 @@ from edgemix.runtime.decoding.drafters import (
     StudentDrafter,
 )
 from edgemix.runtime.decoding.lazy import ROUNDING, LazyState
-from edgemix.runtime.decoding.plain import Token, finish_reason
 from edgemix.runtime.decoding.sampling import distribution, draw, penalize_repetition
+from edgemix.runtime.decoding.tokens import Token, finish_reason
 from edgemix.runtime.mixing.attribution import TokenAttribution
 from edgemix.runtime.sequences.state import SequenceState
 
@@ -66,6 +66,7 @@ class SpeculativeDecoding:
     Attributes:
         drafted: Tokens that were drafted and came to a decision; `accepted` of them were taken.
         calls: Calls of the members' graphs.
+        state: The text and what the members predict.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class SpeculativeDecoding:
         self._plain = sampling.plain and grammar_state is None
         allow = (lambda place: grammar_state.allowed(self._draft.tokens[:place])) if grammar_state else None
         self._cost_model = SpeculationCostModel()
-        self._state = LazyState(
+        self.state = LazyState(
             ensemble,
             ids,
             self._penalize if penalized else None,
@@ -129,13 +130,13 @@ class SpeculativeDecoding:
 
     @property
     def calls(self) -> int:
-        return self._state.asked
+        return self.state.asked
 
     def step(self) -> list[Token]:
         """The next tokens; the first step reads the prompt. Empty when the sequence is finished."""
         if self._finished:
             return []
-        state, begun, asked = self._state, time.perf_counter(), self._state.asked
+        state, begun, asked = self.state, time.perf_counter(), self.state.asked
         self._draft = self._find_draft() if self._begun else NOTHING
         state.open(self._draft.tokens)
         if not self._lazy:
@@ -155,24 +156,24 @@ class SpeculativeDecoding:
 
     def log_probabilities(self, sequence: int) -> NDArray[np.float64]:  # noqa: ARG002 - there is one
         """Of the tokens so far, under the mixture, before temperature and filters: float64 [tokens], nats."""
-        return self._state.log_probabilities()
+        return self.state.log_probabilities()
 
-    def spoken(self, sequence: int, first: int = 0) -> TokenAttribution:  # noqa: ARG002 - there is one
-        """What members that weigh something gave the tokens so far, from one of them on."""
-        spoken = self._state.spoken()
-        return TokenAttribution(spoken.own[:, first:], spoken.weights[:, first:])
+    def attribution(self, sequence: int, first: int = 0) -> TokenAttribution:  # noqa: ARG002 - there is one
+        """Return the active members' attribution of the tokens so far, from index `first` on."""
+        found = self.state.attribution()
+        return TokenAttribution(found.own[:, first:], found.weights[:, first:])
 
     def close(self) -> None:
         """Free the caches."""
         self._finished = True
         if self._student:
             self._student.close()
-        self._state.close()
+        self.state.close()
 
     @property
     def _most(self) -> int:
         """Most tokens of a draft now: to where the weights change, the budget or the context ends."""
-        state = self._state
+        state = self.state
         return min(LONGEST, state.room, self._budget - 1, self._context - state.length)
 
     def _find_draft(self, ahead: Sequence[int] = ()) -> Draft:
@@ -182,7 +183,7 @@ class SpeculativeDecoding:
         """
         if (most := self._most - len(ahead)) <= 0:
             return NOTHING
-        text = np.append(self._state.text, np.asarray(ahead, np.int64))
+        text = np.append(self.state.text, np.asarray(ahead, np.int64))
         found = NOTHING
         for drafter in self._drafters:
             if (found := self._held(drafter.draft(text, most, len(ahead)), ahead)).tokens:
@@ -215,7 +216,7 @@ class SpeculativeDecoding:
         """Where others must be asked, let the member of most weight write on first, as a draft: they then read all of
         it at once (collaborative decoding via speculation, arXiv 2502.01662). It is itself drafted for.
         """
-        state, cost_model = self._state, self._cost_model
+        state, cost_model = self.state, self._cost_model
         place, chance, doubtful, self._word = 0, 1.0, False, None
         begun: tuple[int, float] | None = None
         most = self._most
@@ -256,16 +257,16 @@ class SpeculativeDecoding:
 
     def _shorten(self, place: int) -> None:
         """Take the draft back from a place on."""
-        self._state.shorten(place)
+        self.state.shorten(place)
         self._draft = Draft(self._draft.tokens[:place], self._draft.sources[:place])
 
     def _lengthen(self, token: int, source: Source) -> None:
         """Add a token to the draft, and what may come behind it, for those who were asked to go on with."""
         tokens, sources, _ = self._draft
         ahead = [*tokens, token]
-        with self._cost_model.alone(self._state.first_evaluated):
+        with self._cost_model.alone(self.state.first_evaluated):
             behind = self._find_draft(ahead)
-        self._state.lengthen([token, *behind.tokens])
+        self.state.lengthen([token, *behind.tokens])
         self._draft = Draft([*ahead, *behind.tokens], [*sources, source, *behind.sources])
 
     def _called(self, graph: int, tokens: int, seconds: float, verifies: bool) -> None:
@@ -275,10 +276,10 @@ class SpeculativeDecoding:
     def _choose(self, place: int) -> tuple[int, bool]:
         """The token of a place of the window, and whether it is the draft's."""
         drafted = place < len(self._draft.tokens)
-        if (forced := self._state.forced(place)) is not None:
+        if (forced := self.state.forced(place)) is not None:
             return forced, drafted and forced == self._draft.tokens[place]
         if not self._sampling.temperature:
-            token = self._state.certain_argmax(place)
+            token = self.state.certain_argmax(place)
             if self._word and self._word[0] == place:  # what a member would have gone on with, had it not asked
                 self._cost_model.record_decision(self._word[2], token == self._word[1])
             accepted = drafted and token == self._draft.tokens[place]
@@ -293,7 +294,7 @@ class SpeculativeDecoding:
 
     def _draw(self, place: int) -> int:
         """A token of the mixture's distribution; from one member alone, drawn by its weight, where that will do."""
-        state = self._state
+        state = self.state
         if not self._lazy or not self._plain:
             return draw(distribution(state.scores(place), self._sampling), self._generator)
         member = int(self._generator.choice(len(state.weights), p=state.weights / state.weights.sum()))
@@ -302,7 +303,7 @@ class SpeculativeDecoding:
 
     def _try(self, place: int, token: int) -> tuple[int, bool]:
         """Take a drafted token with probability min(1, p / q), or draw from what p has more than q."""
-        state, proposals, generator = self._state, self._draft.proposals, self._generator
+        state, proposals, generator = self.state, self._draft.proposals, self._generator
         bar = generator.random() * (1.0 if proposals is None else float(proposals[place][token]))
         if self._lazy and self._plain:
             while state.remaining_weight:

@@ -9,8 +9,8 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from edgemix.progress import NO_PROGRESS
-from edgemix.runtime.decoding.plain import Decoding
 from edgemix.runtime.decoding.sampling import Sampling
+from edgemix.runtime.decoding.static_batch import StaticBatch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,7 +49,7 @@ def decoding_rates(
 
 def _decode(ensemble: Ensemble, prompt: Sequence[int], context: int) -> list[float]:
     """Seconds that each token took, after the first."""
-    decoding = Decoding(
+    decoding = StaticBatch(
         ensemble, [prompt], Sampling(), seeds=[0], max_new_tokens=STEPS + 1, context=context, eos=()
     )  # without an end of text, every turn is as long
     seconds = []

@@ -7,9 +7,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgemix.runtime.decoding.plain import Decoding
 from edgemix.runtime.decoding.sampling import Sampling
 from edgemix.runtime.decoding.speculative import SpeculativeDecoding
+from edgemix.runtime.decoding.static_batch import StaticBatch
 from edgemix.runtime.profiling.loading import files_of
 
 if TYPE_CHECKING:
@@ -78,11 +78,11 @@ class Contender:
     def plain(self) -> bool:
         return self.speculation == "off"
 
-    def start(self, prompts: Sequence[Sequence[int]], new: int) -> Decoding | SpeculativeDecoding:
+    def start(self, prompts: Sequence[Sequence[int]], new: int) -> StaticBatch | SpeculativeDecoding:
         """Generation of so many tokens, greedy, that no end of text ends; close it."""
         if self.plain:
             seeds = [0] * len(prompts)
-            return Decoding(
+            return StaticBatch(
                 self.ensemble, prompts, Sampling(), seeds=seeds, max_new_tokens=new, context=self.context, eos=()
             )
         (prompt,) = prompts
@@ -120,8 +120,8 @@ class Contender:
         return Run(first - begun, tpot, tokens, seconds, calls, drafted, accepted, joules)
 
 
-def _counts(decoding: Decoding | SpeculativeDecoding) -> tuple[int, int, int]:
-    if isinstance(decoding, Decoding):
+def _counts(decoding: StaticBatch | SpeculativeDecoding) -> tuple[int, int, int]:
+    if isinstance(decoding, StaticBatch):
         return 0, 0, 0
     return decoding.calls, decoding.drafted, decoding.accepted
 

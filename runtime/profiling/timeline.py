@@ -10,12 +10,13 @@ import time
 from collections import defaultdict
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from edgemix.results.profile import Overhead
+from edgemix.runtime.decoding.static_batch import StaticBatch
 from edgemix.runtime.text.tokenizer import IncrementalDecoder
 
 if TYPE_CHECKING:
@@ -30,9 +31,10 @@ _OURS = "edgemix: "
 STEPS, MIXING, SAMPLING = "edgemix: steps", "edgemix: mixing", "edgemix: sampling"
 TOKENIZER, DRAFTING = "edgemix: tokenizer", "edgemix: drafting"
 
-# Methods that are looked at: of the decoding, and of its state.
-_OF_DECODING = {"_choose": SAMPLING, "_find_draft": DRAFTING}
-_OF_STATE = {"mix": MIXING, "partial_probabilities": MIXING, "member_probabilities": MIXING, "scores": MIXING}
+# Methods whose time is measured, with their tracks.
+_BATCH_SEQUENCE_METHODS = {"choose": SAMPLING, "mix": MIXING}
+_SPECULATIVE_METHODS = {"_choose": SAMPLING, "_find_draft": DRAFTING}
+_LAZY_STATE_METHODS = {"partial_probabilities": MIXING, "member_probabilities": MIXING, "scores": MIXING}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +122,11 @@ def watch(
     )
     decoder = IncrementalDecoder(tokenizer, prompt)
     with closing(watched.start([prompt], new + 1)) as decoding:
-        timeline.around(decoding, _OF_DECODING)
-        timeline.around(decoding._state, _OF_STATE)
+        if isinstance(decoding, StaticBatch):
+            decoding.batch.on_join = partial(timeline.around, methods=_BATCH_SEQUENCE_METHODS)
+        else:
+            timeline.around(decoding, _SPECULATIVE_METHODS)
+            timeline.around(decoding.state, _LAZY_STATE_METHODS)
         first = True
         while not written or time.perf_counter() - begun < patience:
             with timeline.span(STEPS, "prompt" if first else "step"):

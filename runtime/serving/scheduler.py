@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemix.runtime.decoding.plain import Token
+    from edgemix.runtime.decoding.tokens import Token
     from edgemix.runtime.mixture import Mixture
     from edgemix.runtime.results import Chunk, Completion
 
@@ -177,13 +177,15 @@ class BatchScheduler:
         mixture.check_length(ids, "the prompt")
         (seed,) = settings.seeds(1)
         grammar = Grammar.of(settings.constraint, mixture.tokenizer)
-        request = GenerationRequest(
-            ensemble=mixture.full_ensemble(settings.weights, settings.combine),
-            prompt=np.asarray(ids, np.int64),
-            sampling=settings.sampling,
-            generator=np.random.default_rng(seed),
-            budget=min(settings.max_new_tokens, mixture.context - len(ids) + 1),
-            eos=frozenset(mixture.manifest.tokenizer.eos),
+        request = GenerationRequest.of(
+            mixture.full_ensemble(settings.weights, settings.combine),
+            np.arange(len(mixture.members)),
+            ids,
+            settings.sampling,
+            seed=seed,
+            max_new_tokens=settings.max_new_tokens,
+            context=mixture.context,
+            eos=mixture.manifest.tokenizer.eos,
             grammar_state=grammar.follow() if grammar else None,
             attribution=settings.attribution,
         )
@@ -198,7 +200,7 @@ class BatchScheduler:
             batch_tokens=len(ids),
             started=begun,
             log_probabilities=log_probabilities,
-            spoken=request.spoken if settings.attribution else None,
+            attribution=request.attribution_from if settings.attribution else None,
         )
         ticket = RequestHandle(self, request, writer)
         with self._lock:

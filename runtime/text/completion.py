@@ -15,22 +15,23 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from edgemix.runtime.decoding.plain import FinishReason, Token
+    from edgemix.runtime.decoding.tokens import FinishReason, Token
     from edgemix.runtime.mixing.attribution import TokenAttribution
     from edgemix.runtime.text.tokenizer import Tokenizer
 
 
 class CompletionBuilder:
-    """Writes one completion as its tokens come.
+    """Builds one completion from its tokens as they are generated.
 
     Args:
-        tokenizer: Decodes.
+        tokenizer: Decodes the tokens.
         prompt: Token ids.
         stops: Stop strings.
         batch_tokens: Prompt tokens of the whole batch, for the prefill's rate.
         started: `time.perf_counter()` when the call began.
-        log_probabilities: Asked, when the completion is finished, for those of all its tokens.
-        spoken: Asked, at every chunk, what each member gave the tokens from one on; None where nobody wants to know.
+        log_probabilities: Called when the completion is finished, for the log-probabilities of all its tokens.
+        attribution: Called for every chunk with the index of its first token, for the attribution of the tokens from
+            there on; None leaves it out.
     """
 
     def __init__(
@@ -42,19 +43,19 @@ class CompletionBuilder:
         batch_tokens: int,
         started: float,
         log_probabilities: Callable[[], NDArray[np.float64]],
-        spoken: Callable[[int], TokenAttribution] | None = None,
+        attribution: Callable[[int], TokenAttribution] | None = None,
     ) -> None:
-        self._log_probabilities, self._spoken = log_probabilities, spoken
+        self._log_probabilities, self._attribution = log_probabilities, attribution
         self._decoder = IncrementalDecoder(tokenizer, prompt)
         self._stops = StopStrings(stops)
         self._prompt_tokens, self._batch_tokens, self._started = len(prompt), batch_tokens, started
         self._first = math.nan
         self._tokens: list[Token] = []
-        self._told = 0
+        self._emitted = 0
         self._text: list[str] = []
 
     def add(self, token: Token) -> Chunk | None:
-        """Take the next token; a chunk where there is new text to show or the completion is finished."""
+        """Take the next token, and return a chunk where there is new text to show or the completion is finished."""
         if not self._tokens:
             self._first = time.perf_counter()
         self._tokens.append(token)
@@ -67,13 +68,13 @@ class CompletionBuilder:
         if not text and reason is None:
             return None
         self._text.append(text)
-        first, self._told = self._told, len(self._tokens)
-        ids = tuple(told.id for told in self._tokens[first:])
-        return Chunk(text, ids, None if reason is None else self._complete(reason), *self._shares(first))
+        first, self._emitted = self._emitted, len(self._tokens)
+        ids = tuple(new.id for new in self._tokens[first:])
+        return Chunk(text, ids, None if reason is None else self._complete(reason), *self._attribute(first))
 
     def _complete(self, reason: FinishReason) -> Completion:
         log_probabilities = self._log_probabilities()[: len(self._tokens)]
-        responsibilities, member_logprobs = self._shares(0)
+        responsibilities, member_logprobs = self._attribute(0)
         return Completion(
             text="".join(self._text),
             token_ids=tuple(token.id for token in self._tokens),
@@ -85,12 +86,12 @@ class CompletionBuilder:
             member_logprobs=member_logprobs,
         )
 
-    def _shares(self, first: int) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
-        """Responsibilities and log-probabilities [tokens, members] of the tokens from one on."""
-        if self._spoken is None:
+    def _attribute(self, first: int) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
+        """Return responsibilities and log-probabilities [tokens, members] of the tokens from index `first` on."""
+        if self._attribution is None:
             return None, None
-        count, spoken = len(self._tokens) - first, self._spoken(first)
-        return spoken.responsibilities()[:count], spoken.own[:, :count].T.copy()
+        count, attribution = len(self._tokens) - first, self._attribution(first)
+        return attribution.responsibilities()[:count], attribution.own[:, :count].T.copy()
 
     def _timings(self) -> Timings:
         ttft = self._first - self._started

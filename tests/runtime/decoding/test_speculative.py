@@ -12,9 +12,9 @@ from helpers.onnx_members import ClosedForm, random_member, write_graph
 from edgemix.export.drafting.ngrams import count_ngrams
 from edgemix.runtime.decoding.cost_model import SpeculationCostModel
 from edgemix.runtime.decoding.drafters import NgramDrafter, StudentDrafter
-from edgemix.runtime.decoding.plain import Decoding
 from edgemix.runtime.decoding.sampling import Sampling, distribution
 from edgemix.runtime.decoding.speculative import SpeculativeDecoding
+from edgemix.runtime.decoding.static_batch import StaticBatch
 from edgemix.runtime.graphs.decoder import DecoderGraph
 from edgemix.runtime.mixing.adaptive import AdaptivePrior
 from edgemix.runtime.mixing.arithmetic import log_softmax
@@ -69,7 +69,7 @@ def ngrams(members):
         for _ in range(8):
             prompt = generator.integers(0, TOKENS, 3).tolist()
             options = {"seeds": [0], "max_new_tokens": 40, "context": 100, "eos": ()}
-            decoding = Decoding(alone, [prompt], Sampling(temperature=0.5), **options)
+            decoding = StaticBatch(alone, [prompt], Sampling(temperature=0.5), **options)
             texts.append([token.id for _ in range(40) for token in decoding.step()])
     return count_ngrams(texts, 100)
 
@@ -80,7 +80,7 @@ def ensemble(members, weights, combine="linear", *, adaptive=False):
 
 
 def plain(mixture, sampling=Sampling(), *, most=60, context=100, eos=()):  # noqa: B008
-    decoding = Decoding(mixture, [PROMPT], sampling, seeds=[0], max_new_tokens=most, context=context, eos=eos)
+    decoding = StaticBatch(mixture, [PROMPT], sampling, seeds=[0], max_new_tokens=most, context=context, eos=eos)
     tokens = [token for _ in range(most) for token in decoding.step()]
     return [(token.id, token.finish_reason) for token in tokens], decoding.log_probabilities(0)
 

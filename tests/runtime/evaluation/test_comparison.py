@@ -86,8 +86,9 @@ def test_every_turn_decodes_as_many_tokens(load, monkeypatch):
     """An end of text would end a turn early, and another one for each model."""
     member = load(saying("No"))
     calls = []
-    real = type(member).extend
-    monkeypatch.setattr(type(member), "extend", lambda *a, **o: calls.append(1) or real(*a, **o))
+    for name in ("extend", "extend_all"):
+        real = getattr(type(member), name)
+        monkeypatch.setattr(type(member), name, lambda *a, real=real, **o: calls.append(1) or real(*a, **o))
     (rate,) = decoding_rates([Ensemble((member,), np.ones(1), "linear", 258)], [ord("N")], context=4096)
     assert len(calls) == (ROUNDS + 1) * (STEPS + 1)
     assert rate > 0

@@ -7,8 +7,8 @@ import pytest
 from helpers.onnx_members import random_member, saying
 
 from edgemix.errors import InputError
-from edgemix.runtime.decoding.plain import Decoding
 from edgemix.runtime.decoding.sampling import Sampling
+from edgemix.runtime.decoding.static_batch import StaticBatch
 from edgemix.runtime.mixing.adaptive import PERIOD, AdaptivePrior, Posterior, adaptive_targets
 from edgemix.runtime.mixing.ensemble import Ensemble
 
@@ -96,7 +96,9 @@ def test_a_batch_gives_the_single_results(load):
     prompts = [[3, 7, 1, 1, 9], [5], [2] * 12, [15, 0]]
 
     def run(some):
-        decoding = Decoding(mixture, some, Sampling(), seeds=[0] * len(some), max_new_tokens=50, context=200, eos=[12])
+        decoding = StaticBatch(
+            mixture, some, Sampling(), seeds=[0] * len(some), max_new_tokens=50, context=200, eos=[12]
+        )
         texts = [[] for _ in some]
         while tokens := decoding.step():
             for token in tokens:

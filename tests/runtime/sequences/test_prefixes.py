@@ -62,6 +62,28 @@ def test_what_was_read_is_not_read_again(load, read, weights):
     assert sum(read) <= 2 * 3
 
 
+@pytest.mark.parametrize(
+    "options", [{"speculation": "off"}, {"temperature": 1.0, "seed": 3}, {"speculation": "off", "weights": "adaptive"}]
+)
+def test_every_way_of_decoding_uses_what_was_read(load, read, options):
+    """The prefix cache served speculative decoding only."""
+    mixture, plain = load(), load(prefix_bytes=0)
+    mixture.generate(INTRODUCTION, max_new_tokens=1, **options)
+    read.clear()
+    found = mixture.generate(INTRODUCTION + "Hi", max_new_tokens=1, **options)
+    assert sum(read) <= 2 * 3
+    assert found.token_ids == plain.generate(INTRODUCTION + "Hi", max_new_tokens=1, **options).token_ids
+
+
+def test_a_list_of_prompts_reads_their_common_beginning_once(load, read):
+    mixture, plain = load(), load(prefix_bytes=0)
+    prompts = [INTRODUCTION + end for end in ("Hi", "Ho", "Hm")]
+    found = mixture.generate(prompts, max_new_tokens=1)
+    assert sum(read) <= 2 * (len(INTRODUCTION) + 2 + 2 * 3)
+    expected = plain.generate(prompts, max_new_tokens=1)
+    assert [each.token_ids for each in found] == [each.token_ids for each in expected]
+
+
 def test_a_server_shares_what_was_read(load, read):
     mixture = load()
     with mixture.serve() as server:

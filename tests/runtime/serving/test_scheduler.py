@@ -8,9 +8,16 @@ import pytest
 from helpers.onnx_members import saying
 
 from edgemix.errors import EdgemixError, InputError
-from edgemix.runtime.decoding.batch import PIECE, ContinuousBatch, _Row
+from edgemix.runtime.decoding.batch import PREFILL_CHUNK, BatchSequence, ContinuousBatch
 
-PROMPTS = ["a fox", "The owl sat on the mat and said nothing at all.", "x", "hen hen hen", "9" * (2 * PIECE + 7), "yz"]
+PROMPTS = [
+    "a fox",
+    "The owl sat on the mat and said nothing at all.",
+    "x",
+    "hen hen hen",
+    "9" * (2 * PREFILL_CHUNK + 7),
+    "yz",
+]
 OPTIONS = [
     {},
     {"temperature": 0.9, "seed": 3, "top_k": 40},
@@ -121,15 +128,15 @@ def test_memory_does_not_grow_with_those_who_left(pair):
 def test_what_fails_for_one_text_fails_alone(pair, monkeypatch, at):
     """Numbers that are none, say, in the middle of a text or at its first token."""
     expected = pair.generate("hen", max_new_tokens=12).text
-    real, count = _Row.mix, [0]
+    real, count = BatchSequence.mix, [0]
 
     def mix(row, parts):
-        if len(row.prompt) == 5:
+        if len(row.request.prompt) == 5:
             count[0] += 1
             parts = np.full_like(parts, np.nan) if count[0] > at else parts
         return real(row, parts)
 
-    monkeypatch.setattr(_Row, "mix", mix)
+    monkeypatch.setattr(BatchSequence, "mix", mix)
     with pair.serve() as server:
         good, bad = (server.submit(prompt, max_new_tokens=12) for prompt in ("hen", "a fox"))
         assert good.result().text == expected

@@ -1,12 +1,12 @@
-"""Decoding with known distributions: token ids only, no tokenizer."""
+"""StaticBatch with known distributions: token ids only, no tokenizer."""
 
 import numpy as np
 import pytest
 from helpers.onnx_members import ClosedForm, random_member
 
 from edgemix.errors import EdgemixError
-from edgemix.runtime.decoding.plain import Decoding, State
 from edgemix.runtime.decoding.sampling import Sampling
+from edgemix.runtime.decoding.static_batch import StaticBatch, next_token_log_probabilities
 from edgemix.runtime.mixing.ensemble import Ensemble
 
 TOKENS = 16
@@ -31,7 +31,7 @@ class Text(list):
 
 
 def run(mixture, prompts, sampling=Sampling(), *, seeds=None, max_new_tokens=8, context=100, eos=()):  # noqa: B008
-    decoding = Decoding(
+    decoding = StaticBatch(
         mixture,
         prompts,
         sampling,
@@ -104,10 +104,10 @@ def test_identical_members_are_the_member(forms, members, load, combine):
 
 
 def test_log_linear_is_the_normalised_geometric_mean(forms, members):
-    state = State(ensemble(members, [0.6, 0.4], "log-linear"), 1)
+    mixture = ensemble(members, [0.6, 0.4], "log-linear")
     product = np.exp(sum(w * form.log_probabilities([3, 7])[-1] for w, form in zip([0.6, 0.4], forms, strict=True)))
     np.testing.assert_allclose(
-        np.exp(state.mix(state.begin([np.array([3, 7])]))[0]), product / product.sum(), rtol=1e-4
+        np.exp(next_token_log_probabilities(mixture, [3, 7])), product / product.sum(), rtol=1e-4
     )
 
 
@@ -132,7 +132,7 @@ def test_the_context_ends_a_text(members):
 
 
 def test_a_sequence_can_be_finished_from_outside(members):
-    decoding = Decoding(
+    decoding = StaticBatch(
         ensemble(members, [0.5, 0.5]), [[1], [2]], Sampling(), seeds=[0, 0], max_new_tokens=3, context=50, eos=[]
     )
     decoding.step()

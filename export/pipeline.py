@@ -38,9 +38,11 @@ from edgemix.export.drafting.draft_head import make_draft
 from edgemix.export.drafting.ngrams import write_ngrams
 from edgemix.export.graphs.decoder import MODEL_FILE
 from edgemix.export.models import tokenizers
-from edgemix.export.models.loading import load_tokenizer, locate, versions
+from edgemix.export.models.loading import load_tokenizer, versions
+from edgemix.export.models.location import locate
 from edgemix.export.models.tokenizers import tokenizer_size
-from edgemix.export.parity.gate import check_quantized, enforce, own_texts, within
+from edgemix.export.parity.against_fp32 import check_quantized, own_texts
+from edgemix.export.parity.limits import enforce, within
 from edgemix.export.parity.mixture import MIXTURE_TOKENS, compare_mixtures, keep_distributions
 from edgemix.export.pruning.packing import pack_weights
 from edgemix.export.quantization import quantize

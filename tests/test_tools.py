@@ -14,7 +14,8 @@ from helpers.onnx_members import VOCABULARY, random_member, write_bundle
 from transformers import AutoModelForCausalLM
 
 from edgemix.export.demo.tiny import train_member, train_tokenizer
-from edgemix.export.models.loading import load_tokenizer, locate
+from edgemix.export.models.loading import load_tokenizer
+from edgemix.export.models.location import locate
 from edgemix.recipe.compression import Quantization
 
 TEXT = "".join(f"{i} birds sat on {i * i} boughs, and <unk> wrote it down for the {i}th time.\n" for i in range(120))

@@ -27,7 +27,8 @@ from edgemix.export.distillation.teacher import open_teacher
 from edgemix.export.distillation.teacher_cache import TeacherCache
 from edgemix.export.distillation.texts import read_texts
 from edgemix.export.models.architecture import context_length
-from edgemix.export.models.loading import load_tokenizer, locate
+from edgemix.export.models.loading import load_tokenizer
+from edgemix.export.models.location import locate
 from edgemix.export.pruning.sparsity import sparsify, zeros_kept
 from edgemix.export.training.checkpoints import Checkpoint
 from edgemix.export.training.loop import TrainingBudget, Validation, train

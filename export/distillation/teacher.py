@@ -21,7 +21,8 @@ from edgemix.bundle.tokenizer_identity import TokenizerIdentity
 from edgemix.errors import InputError
 from edgemix.export.data.text import windows
 from edgemix.export.models.architecture import context_length
-from edgemix.export.models.loading import MemberLoader, load_tokenizer, locate
+from edgemix.export.models.loading import MemberLoader, load_tokenizer
+from edgemix.export.models.location import locate
 from edgemix.export.models.tokenizers import check_shared, tokenizer_json, tokenizer_size
 from edgemix.export.stages.weights import fit
 from edgemix.export.training.loop import fingerprint

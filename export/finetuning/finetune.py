@@ -13,7 +13,8 @@ from edgemix.bundle.stages import stage_key
 from edgemix.export.data.text import split
 from edgemix.export.finetuning.options import HELD_OUT, Training, TrainingOptions, held_out_windows
 from edgemix.export.models.architecture import context_length
-from edgemix.export.models.loading import load_tokenizer, locate
+from edgemix.export.models.loading import load_tokenizer
+from edgemix.export.models.location import locate
 from edgemix.export.training.checkpoints import Checkpoint
 from edgemix.export.training.loop import fingerprint, train
 from edgemix.export.training.lora import FreshAdapter, attach_adapters, eager_attention

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from edgemix.export.models.loading import Location, load_tokenizer, locate
+from edgemix.export.models.loading import load_tokenizer
+from edgemix.export.models.location import Location, locate
 from edgemix.export.models.tokenizers import check_shared
 from edgemix.export.training.loop import fingerprint
 from edgemix.export.training.lora import FreshAdapter, attach_adapters, eager_attention

@@ -29,7 +29,8 @@ from edgemix.export.graphs import mobius, traced
 from edgemix.export.graphs.rewrites import add_initializer
 from edgemix.export.graphs.weights import head
 from edgemix.export.models.architecture import context_length
-from edgemix.export.parity.gate import check_graph, enforce
+from edgemix.export.parity.against_torch import check_graph
+from edgemix.export.parity.limits import enforce
 from edgemix.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:

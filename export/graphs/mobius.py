@@ -12,7 +12,7 @@ import torch
 
 from edgemix.errors import EdgemixError
 from edgemix.export.models.architecture import context_length, norm_epsilon, sliding_windows
-from edgemix.export.parity.gate import CHECKED_WINDOW
+from edgemix.export.parity.limits import CHECKED_WINDOW
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

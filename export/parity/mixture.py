@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from edgemix.bundle.manifest import MixtureParity
 from edgemix.errors import storage_errors
-from edgemix.export.parity.gate import Distance
+from edgemix.export.parity.against_fp32 import Distance
 from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.runtime.evaluation.scoring import read
 from edgemix.runtime.graphs.decoder import DecoderGraph

@@ -12,7 +12,7 @@ from edgemix.bundle.manifest import PruningFigures
 from edgemix.bundle.sparse_storage import WORTH_A_MASK
 from edgemix.errors import InputError
 from edgemix.export.models.layout import layout
-from edgemix.export.parity.gate import PRUNING_LIMITS
+from edgemix.export.parity.limits import PRUNING_LIMITS
 from edgemix.export.pruning.sparsity import linears
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ import numpy as np
 from edgemix.bundle.stages import stage_key
 from edgemix.errors import storage_errors
 from edgemix.export.models.layout import layout
-from edgemix.export.models.loading import locate, versions
+from edgemix.export.models.loading import versions
+from edgemix.export.models.location import locate
 from edgemix.export.quantization.algorithms import learned_rounding
 from edgemix.export.quantization.algorithms.block_table import BlockTable
 from edgemix.export.quantization.algorithms.gguf_blocks import gguf_blocks

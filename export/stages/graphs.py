@@ -13,9 +13,10 @@ from edgemix.bundle.manifest import GraphParity, ModelSource, PruningFigures
 from edgemix.bundle.stages import stage_key
 from edgemix.errors import InputError, storage_errors
 from edgemix.export.graphs.decoder import MODEL_FILE, export_graph
-from edgemix.export.models.loading import end_ids, load_tokenizer, locate, versions
+from edgemix.export.models.loading import end_ids, load_tokenizer, versions
+from edgemix.export.models.location import locate
 from edgemix.export.models.tokenizers import tokenizer_size
-from edgemix.export.parity.gate import own_texts
+from edgemix.export.parity.against_fp32 import own_texts
 from edgemix.export.pruning.report import sparsity
 from edgemix.progress import PrefixedProgress, Progress
 

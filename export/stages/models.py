@@ -11,8 +11,9 @@ from edgemix.bundle.manifest import PruningFigures
 from edgemix.bundle.stages import stage_key
 from edgemix.errors import storage_errors
 from edgemix.export.data.text import calibration_windows
-from edgemix.export.models.loading import LoadedMember, Location, MemberLoader, load_model, locate, versions
-from edgemix.export.parity.gate import enforce
+from edgemix.export.models.loading import LoadedMember, MemberLoader, load_model, versions
+from edgemix.export.models.location import Location, locate
+from edgemix.export.parity.limits import enforce
 from edgemix.export.pruning.prune import prune_member, pruning_domains
 from edgemix.export.quantization.statistics.calibration import LENGTH, WINDOWS
 from edgemix.export.quantization.transforms.preparation import prepare_model

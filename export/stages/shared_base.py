@@ -15,7 +15,8 @@ from edgemix.errors import InputError, storage_errors
 from edgemix.export.graphs.decoder import MODEL_FILE
 from edgemix.export.graphs.deltas import find_deltas
 from edgemix.export.graphs.shared_base import addition, addition_matrices, stack
-from edgemix.export.parity.gate import check_quantized, within
+from edgemix.export.parity.against_fp32 import check_quantized
+from edgemix.export.parity.limits import within
 from edgemix.export.quantization import quantize
 from edgemix.export.quantization.algorithms.block_table import BlockTable
 from edgemix.export.quantization.algorithms.rtn import rtn

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from edgemix.export.models.loading import Location
+    from edgemix.export.models.location import Location
 
 BLOCK = 64
 """Weights that share a scale; bitsandbytes takes them from the flattened matrix."""

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from edgemix.errors import InputError
-from edgemix.export.models.loading import reading
+from edgemix.export.models.location import reading
 from edgemix.export.quantization.algorithms.block_table import BlockTable
 from edgemix.export.quantization.algorithms.blocks import Blocks, cut
 from edgemix.export.quantization.algorithms.rtn import rtn
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemix.export.graphs.weights import Matrix
-    from edgemix.export.models.loading import Location
+    from edgemix.export.models.location import Location
     from edgemix.export.quantization.algorithms.blocks import Half
 
 _BLOCK = 32

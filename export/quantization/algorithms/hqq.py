@@ -7,11 +7,15 @@ Runtime's fast kernels take no others; with fractional ones decoding is several 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from edgemix.export.graphs.weights import Matrix
 from edgemix.export.quantization.algorithms.blocks import Blocks, cut
 from edgemix.export.quantization.algorithms.rtn import half_scales, rtn, to_codes
+
+if TYPE_CHECKING:
+    from edgemix.export.graphs.weights import Matrix
 
 _P = 0.7
 _BETA, _GROWTH, _ITERATIONS = 10.0, 1.01, 20

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgemix.export.graphs.weights import Matrix
 from edgemix.export.quantization.algorithms.blocks import Blocks, Half, cut
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from edgemix.export.graphs.weights import Matrix
 
 
 def rtn(weight: Matrix, *, bits: int, block: int, symmetric: bool) -> Blocks:

@@ -24,7 +24,8 @@ from edgemix.export.distillation.samples import PROMPT, write_windows
 from edgemix.export.distillation.teacher import RuntimeTeacher, open_teacher
 from edgemix.export.distillation.teacher_cache import TeacherCache
 from edgemix.export.distillation.texts import read_texts
-from edgemix.export.models.loading import load_model, load_tokenizer, locate
+from edgemix.export.models.loading import load_model, load_tokenizer
+from edgemix.export.models.location import locate
 from edgemix.export.pipeline import export_bundle
 from edgemix.export.pruning.sparsity import linears
 from edgemix.export.training.loop import TrainingBudget

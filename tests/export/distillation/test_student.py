@@ -26,7 +26,8 @@ from edgemix.export.distillation.student import (
     spread,
 )
 from edgemix.export.models.layout import layout
-from edgemix.export.models.loading import load_model, load_tokenizer, locate
+from edgemix.export.models.loading import load_model, load_tokenizer
+from edgemix.export.models.location import locate
 from edgemix.export.pruning.importance import Importance
 from edgemix.export.pruning.structure import Sizes, Structure
 from edgemix.export.pruning.structured import cut

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from edgemix.errors import InputError
 from edgemix.export.finetuning.finetune import finetune, finetune_model
-from edgemix.export.models.loading import locate, merge_adapter
+from edgemix.export.models.loading import merge_adapter
+from edgemix.export.models.location import locate
 from edgemix.files import acquire_lock
 from edgemix.progress import NO_PROGRESS
 

@@ -16,7 +16,9 @@ from onnx import TensorProto, helper, numpy_helper
 from edgemix.bundle.manifest import GraphParity, QuantizationParity
 from edgemix.errors import ParityError
 from edgemix.export.graphs.decoder import export_graph
-from edgemix.export.parity.gate import FLIP_MARGIN, LIMITS, check_graph, check_quantized, enforce
+from edgemix.export.parity.against_fp32 import check_quantized
+from edgemix.export.parity.against_torch import check_graph
+from edgemix.export.parity.limits import FLIP_MARGIN, LIMITS, enforce
 from edgemix.formats import FORMATS
 from edgemix.runtime.graphs.decoder import DecoderGraph
 

@@ -20,7 +20,7 @@ from edgemix.bundle.reader import read_manifest
 from edgemix.bundle.verify import verify_bundle
 from edgemix.errors import InputError, ParityError, RecipeError
 from edgemix.export import pipeline
-from edgemix.export.parity.gate import PruningLimits, enforce
+from edgemix.export.parity.limits import PruningLimits, enforce
 from edgemix.export.pipeline import export_bundle
 from edgemix.export.pruning import report
 from edgemix.export.pruning.prune import LENGTH, Texts, prune, prune_model, prune_texts

@@ -17,7 +17,8 @@ from test_quantization import log_softmax, run, without_int8_products
 from edgemix.bundle.manifest import GraphParity
 from edgemix.errors import InputError
 from edgemix.export.graphs.decoder import export_graph
-from edgemix.export.models.loading import Location, load_model
+from edgemix.export.models.loading import load_model
+from edgemix.export.models.location import Location
 from edgemix.export.quantization import quantize
 from edgemix.export.quantization.algorithms.block_table import BlockTable
 from edgemix.export.quantization.algorithms.gguf_blocks import gguf_blocks

@@ -10,7 +10,7 @@ from helpers.onnx_members import VOCABULARY, ClosedForm, random_member, write_bu
 from safetensors.numpy import load_file
 
 from edgemix.export.parity import mixture
-from edgemix.export.parity.gate import FLIP_MARGIN
+from edgemix.export.parity.limits import FLIP_MARGIN
 from edgemix.export.parity.mixture import compare_mixtures, keep_distributions
 from edgemix.runtime import Mixture
 

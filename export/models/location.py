@@ -1,0 +1,107 @@
+"""Find a model or an adapter on this machine: a Hugging Face folder, a GGUF file, or a hub id, which is downloaded."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgemix.errors import EdgemixError, InputError
+from edgemix.files import hash_file
+from edgemix.recipe.validation import local_path
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a model or an adapter lies on this machine: a folder, or one GGUF file in it.
+
+    Attributes:
+        name: How the manifest calls it: without the parents that only this machine has.
+    """
+
+    folder: Path
+    gguf: str | None
+    name: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What transformers' `from_pretrained` takes to read it, and only it."""
+        source: dict[str, Any] = {"pretrained_model_name_or_path": str(self.folder), "local_files_only": True}
+        return source | ({"gguf_file": self.gguf} if self.gguf else {})
+
+    def weight_files(self) -> list[Path]:
+        """The files that hold the weights, in a fixed order.
+
+        Raises:
+            InputError: There are none in safetensors or GGUF.
+        """
+        if self.gguf:
+            return [self.folder / self.gguf]
+        files = sorted(self.folder.glob("*.safetensors"))
+        if not files:
+            found = sorted(p.name for p in self.folder.glob("*.bin"))
+            remedy = "edgemix reads safetensors only, never pickled weights: save the model with save_pretrained()."
+            raise InputError(f"{self.name}: no .safetensors file{f', only {found[0]}' if found else ''}", remedy)
+        return files
+
+    def sha256(self) -> str:
+        """Digest over the weights, the configuration and the tokenizer: equal digests load equal members."""
+        small = [] if self.gguf else sorted(self.folder.glob("*.json")) + sorted(self.folder.glob("*.jinja"))
+        digest = hashlib.sha256()
+        for file in self.weight_files() + small:
+            digest.update(f"{file.name} {hash_file(file).sha256}\n".encode())
+        return digest.hexdigest()
+
+
+def locate(model: str, folder: Path) -> Location:
+    """Find a recipe's `model` or `adapter`: a path relative to `folder` first, then a hub id, which is downloaded.
+
+    Raises:
+        InputError: It is neither, or the hub does not have it or cannot be reached.
+    """
+    path = local_path(model, folder)
+    if path is None:
+        return Location(_download(model), None, model)
+    if path.is_dir():
+        return Location(path.resolve(), None, path.resolve().name)
+    if path.suffix.lower() != ".gguf":
+        raise InputError(f"{model}: a file, but not a .gguf file", "Give a Hugging Face folder or a .gguf file.")
+    return Location(path.resolve().parent, path.name, path.name)
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=_HUB_FILES))
+    except HFValidationError as error:
+        raise InputError(f"{repository}: no such folder, and not a hub id ({error})") from None
+    except LocalEntryNotFoundError:
+        remedy = "Give a local folder, or run once with a network so that the model is in the hub's cache."
+        raise InputError(f"{repository}: no such folder, and the model hub cannot be reached", remedy) from None
+    except (HfHubHTTPError, OSError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{repository}: no such folder, and the model hub says: {first}") from None
+
+
+@contextmanager
+def reading(location: Location) -> Iterator[None]:
+    """Give the many errors of model libraries one form; they name a file, a key or a shape, which is what helps."""
+    try:
+        yield
+    except EdgemixError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        detail = lines[0] if lines else "no further word"
+        if "trust_remote_code" in str(error):
+            detail = "it needs code of its own repository, which edgemix never runs"
+        raise InputError(f"{location.name}: cannot be read: {type(error).__name__}: {detail}") from error

@@ -1,0 +1,192 @@
+"""Compare a stored graph, as the runtime runs it, with the fp32 graph that it was made from."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from edgemix.bundle.manifest import QuantizationParity
+from edgemix.export.parity.limits import FLIP_MARGIN, LIMITS
+from edgemix.progress import NO_PROGRESS, Progress
+from edgemix.runtime.graphs.decoder import DecoderGraph
+from edgemix.runtime.mixing.arithmetic import log_softmax
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from edgemix.bundle.graph_io import GraphConfig
+    from edgemix.formats import Format
+
+    Tokens = NDArray[np.int64]
+
+_LENGTH = 96
+
+_ENOUGH_TOKENS = 512
+
+_MOST_TOKENS = 2048
+
+_SAMPLED_ROWS = 8
+
+_DECODED, _DECODED_TEXTS = 128, 8
+"""Positions at which the gate decodes, and the most texts they lie in: enough for a mean KL, not for argmax counts."""
+
+
+def check_quantized(
+    fp32_path: Path,
+    path: Path,
+    config: GraphConfig,
+    windows: Sequence[Sequence[int]] | None,
+    *,
+    format: Format,  # noqa: A002 - the recipe's word
+    voice: int = 0,
+    seed: int = 0,
+    progress: Progress = NO_PROGRESS,
+) -> QuantizationParity:
+    """Compare a stored graph with the fp32 graph that it was made from, where it reads whole texts, and where it reads
+    a token after a past: quantised products of one row have kernels of their own.
+
+    Args:
+        fp32_path: The fp32 graph.
+        path: The stored graph.
+        config: Of the stored graph; the fp32 graph differs from it in the dtype, and speaks for one member only.
+        windows: Texts as token ids. Of many, some are taken evenly from all, about 2,048 tokens; to fewer than 512
+            tokens are added texts that the fp32 graph itself writes (sampled at temperature 1 after random first
+            tokens), so that a recipe without data has a gate too.
+        format: The row of `LIMITS` to hold it against.
+        voice: Which of the stored graph's members the fp32 graph is.
+        seed: Of the texts that the fp32 graph writes.
+        progress: Told of every piece of text read.
+    """
+    source = DecoderGraph.load(
+        fp32_path, msgspec.structs.replace(config, dtype="float32", member_count=1, cache_dtype=None)
+    )
+    stored = DecoderGraph.load(path, config)
+    texts = _texts(source, windows or (), seed)
+    prefill, decode = Distance(), Distance()
+    with progress.stage("parity", total=sum(len(text) - 1 for text in texts)) as task:
+        for text in texts:
+            for p, q, targets in _log_probability_pairs(source, stored, voice, text):
+                prefill.add(p, q, targets)
+                task.advance(len(p))
+        some = texts[:: -(-len(texts) // _DECODED_TEXTS)]
+        for text in some:
+            for p, q, targets in _decoded_pairs(source, stored, voice, text, _DECODED // len(some)):
+                decode.add(p, q, targets)
+    limits = LIMITS[format]
+    return QuantizationParity(
+        tokens=prefill.tokens,
+        kl=prefill.kl,
+        kl_limit=limits.kl,
+        top1_disagreement=prefill.top1_disagreement,
+        top1_disagreement_limit=limits.top1_disagreement,
+        perplexity_ratio=prefill.perplexity_ratio,
+        perplexity_ratio_limit=limits.perplexity_ratio,
+        decode_kl=decode.kl if decode.tokens else None,
+    )
+
+
+class Distance:
+    """How far distributions q are from distributions p, summed up as they come.
+
+    Attributes:
+        tokens: Number of positions so far.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._kl = self._surprise = 0.0
+        self._top1_disagreements = 0
+
+    def add(self, p: NDArray[np.float32], q: NDArray[np.float32], targets: Tokens) -> None:
+        """Take in log-probabilities [tokens, vocabulary] of both, and the tokens that came next."""
+        rows = np.arange(len(p))
+        self.tokens += len(p)
+        self._kl += float((np.exp(p) * (p - q)).sum(dtype=np.float64))
+        margin = p.max(axis=1) - p[rows, q.argmax(axis=1)]
+        self._top1_disagreements += int((margin > FLIP_MARGIN).sum())
+        self._surprise += float((p - q)[rows, targets].sum(dtype=np.float64))
+
+    @property
+    def kl(self) -> float:
+        """Mean KL(p || q), nats a token."""
+        return self._kl / self.tokens
+
+    @property
+    def top1_disagreement(self) -> float:
+        """Share of positions at which p prefers its own most probable token to q's by more than `FLIP_MARGIN`."""
+        return self._top1_disagreements / self.tokens
+
+    @property
+    def perplexity_ratio(self) -> float:
+        """Perplexity of q over that of p, on the tokens that came next."""
+        return math.exp(min(self._surprise / self.tokens, 700.0))
+
+
+def own_texts(
+    path: Path, config: GraphConfig, tokens: int, *, seed: int = 0, vocabulary: int | None = None
+) -> list[list[int]]:
+    """At least `tokens` tokens of text that an fp32 graph writes itself, for a recipe without text. With ids below a
+    `vocabulary` that others share, they can read it.
+    """
+    source = DecoderGraph.load(path, msgspec.structs.replace(config, dtype="float32"))
+    return [text.tolist() for text in _sample(source, tokens, seed, vocabulary)]
+
+
+def _texts(source: DecoderGraph, windows: Sequence[Sequence[int]], seed: int) -> list[Tokens]:
+    """Token ids to measure on: at least `_ENOUGH_TOKENS` and about `_MOST_TOKENS`, no text longer than the context."""
+    texts = [np.asarray(window[: source.context], np.int64) for window in windows if len(window) > 1]
+    tokens = sum(map(len, texts))
+    if tokens < _ENOUGH_TOKENS:
+        return texts + _sample(source, _ENOUGH_TOKENS - tokens, seed)
+    stride = max(1, tokens // _MOST_TOKENS)
+    return texts[::stride]
+
+
+def _sample(source: DecoderGraph, tokens: int, seed: int, vocabulary: int | None = None) -> list[Tokens]:
+    """At least `tokens` tokens in `_SAMPLED_ROWS` texts that the graph writes itself."""
+    generator = np.random.default_rng(seed)
+    rows = generator.integers(0, vocabulary or source.vocabulary, (_SAMPLED_ROWS, 1))
+    cache = source.new_cache(_SAMPLED_ROWS)
+    for _ in range(min(source.context, tokens // _SAMPLED_ROWS + 2) - 1):
+        log_probabilities = log_softmax(source.extend(cache, rows[:, -1:])[:, :vocabulary])
+        noise = generator.gumbel(size=log_probabilities.shape)  # the largest of log p + Gumbel noise is a draw from p
+        rows = np.concatenate([rows, (log_probabilities + noise).argmax(axis=1)[:, None]], axis=1)
+    return list(rows)
+
+
+def _log_probability_pairs(
+    source: DecoderGraph, stored: DecoderGraph, voice: int, text: Tokens
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], Tokens]]:
+    """Both graphs' log-probabilities float32 [tokens, vocabulary] and the next tokens, a bounded piece at a time."""
+    caches = source.new_cache(), stored.new_cache()
+    for start in range(0, len(text) - 1, source.chunk):
+        piece = text[start : start + source.chunk][: len(text) - 1 - start]
+        p = log_softmax(source.extend_all(caches[0], piece[None])[0])
+        q = log_softmax(stored.parts(stored.extend_all(caches[1], piece[None])[0])[voice])
+        yield p, q, text[start + 1 : start + 1 + len(piece)]
+
+
+def _decoded_pairs(
+    source: DecoderGraph, stored: DecoderGraph, voice: int, text: Tokens, steps: int
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], Tokens]]:
+    """The same at `steps` tokens, fewer of a short text, that the stored graph reads singly after a past."""
+    steps = min(steps, len(text) - 2, source.chunk)
+    if steps < 1:
+        return
+    text = text[: _LENGTH + steps + 1]
+    past = len(text) - 1 - steps
+    caches = source.new_cache(), stored.new_cache()
+    for member, cache in zip((source, stored), caches, strict=True):
+        member.extend(cache, text[None, :past])
+    p = log_softmax(source.extend_all(caches[0], text[None, past:-1])[0])
+    q = [
+        log_softmax(stored.parts(stored.extend(caches[1], text[None, at : at + 1]))[voice])
+        for at in range(past, len(text) - 1)
+    ]
+    yield p, np.concatenate(q), text[past + 1 :]

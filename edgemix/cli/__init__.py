@@ -31,6 +31,7 @@ COMMANDS = {
     "prune": "commands.prune:prune",
     "report": "commands.report:report",
     "demo": "commands.demo:demo",
+    "guide": "commands.guide:guide",
 }
 """Command name -> module:function; a module is imported when its command is called."""
 

@@ -81,6 +81,17 @@ class Console:
         """Print a dim line on stderr."""
         click.secho(printable(text), err=True, dim=True)
 
+    def markdown(self, text: str) -> None:
+        """Print Markdown, laid out on a terminal and as it is elsewhere; silent with --json."""
+        if self.as_json:
+            return
+        if not self._stdout.isatty():
+            click.echo(text, file=self._stdout, nl=False)
+            return
+        from rich.markdown import Markdown
+
+        self._rich.print(Markdown(printable(text), hyperlinks=False))
+
     def table(
         self,
         title: str,

@@ -101,6 +101,13 @@ def test_the_license_is_in_the_wheel(bare):
     assert "Apache License" in result.stdout
 
 
+def test_the_guide_is_in_the_wheel(bare):
+    pages = {page.stem: page.read_text("utf-8") for page in (ROOT / "edgemix" / "guide").glob("*.md")}
+
+    assert json.loads(bare("-m", "edgemix", "guide", "--json").stdout)["topics"].keys() == pages.keys()
+    assert bare("-m", "edgemix", "guide", "export").stdout == pages["export"]
+
+
 def test_it_generates(bare, bundle):
     result = bare("-m", "edgemix", "generate", bundle, "1", "--json")
 

@@ -1,17 +1,14 @@
-"""Texts that were read, in a file: the next run of an app goes on with them.
+"""Prefix caches and sessions as safetensors files, for another process.
 
-A magic line, a line of JSON (`_Header`), then for every text its token ids (int64), its members' log-probabilities
-(float64 [members, tokens]) and its key-value state (slot after slot, [heads, tokens, head_size]), all little-endian.
-How many bytes that takes follows from the graph, and is compared before any of them is read. A damaged text is refused;
-but whoever can write the file decides what the graphs have read.
+Text number i has the tensors `i.tokens` (int64 [tokens]), `i.log_probabilities` (float64 [members, tokens]) and `i.state.j`
+([heads, tokens, head_size]) for slot j of its graph's key-value cache. The metadata hold the messages of a session, each
+text's graph, and checksums: a damaged file is refused. But whoever can write the file decides what the graphs have read.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-import os
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -25,29 +22,29 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from edgemix.bundle.manifest import Manifest
     from edgemix.runtime.graphs.decoder import DecoderGraph
     from edgemix.runtime.sequences.prefix_cache import PrefixCache
 
-_MAGIC = b"edgemix texts that were read, 1\n"
-_LONGEST_HEADER = 16 << 20
-_MOST_TEXTS = 4_000
-"""Whose header is within that length; the least recently used ones are left out."""
+_OLD_MAGIC = b"edgemix texts that were read, 1\n"
+_MAX_HEADER_BYTES = 16 << 20
+_MAX_TEXTS = 1_000
+"""With more, the names of their tensors would exceed safetensors' limit; the least recently used texts are left out."""
 
 
-class _Text(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One text of one graph, and the sha256 of its bytes."""
+class _Text(msgspec.Struct, frozen=True):
+    """One text: the digest of the graph that read it, and the sha256 of its tensors."""
 
     graph: str
-    tokens: int
-    bytes: int
     sha256: str
 
 
-class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What follows, the least recently used text first; and the messages of a session."""
+class _Header(msgspec.Struct, frozen=True):
+    """The texts, the least recently used one first; and the messages of a session."""
 
-    texts: tuple[_Text, ...]
+    texts: tuple[_Text, ...] = ()
     messages: tuple[dict[str, Any], ...] = ()
 
 
@@ -55,141 +52,134 @@ def write(
     path: Path,
     prefixes: PrefixCache,
     manifest: Manifest,
-    members: Sequence[DecoderGraph],
+    graphs: Sequence[DecoderGraph],
     messages: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write down what is kept.
+    """Write the entries of a prefix cache.
 
     Args:
-        path: The file; one that is there is replaced.
-        prefixes: What is kept.
+        path: The file; an existing one is replaced.
+        prefixes: The cache.
         manifest: The bundle's.
-        members: Its graphs.
-        messages: Of the session whose texts these are.
+        graphs: The bundle's.
+        messages: Those of the session whose cache it is.
 
     Raises:
-        InputError: A message is not JSON, or there are more of them than a file can have.
-        EdgemixError: It cannot be written; an old file is untouched.
+        InputError: A message is not JSON, or the messages are too long.
+        EdgemixError: The file cannot be written; an old one is untouched.
     """
-    names = {id(graph): name for name, graph in _named(manifest, members).items()}
-    texts, content = [], []
-    for kept in [*prefixes.each()][-_MOST_TEXTS:]:
-        arrays = (kept.text, kept.own, *kept.cache.state(len(kept.text)))
-        data = b"".join(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes() for array in arrays)
-        texts.append(_Text(names[kept.graph], len(kept.text), len(data), hashlib.sha256(data).hexdigest()))
-        content.append(data)
-    try:
-        plain = tuple(map(dict, messages))
-        header = msgspec.json.encode(_Header(tuple(texts), plain))
-        same = msgspec.json.decode(header, type=_Header).messages == plain
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"the messages cannot be written down: {error}") from None
-    if not same:
-        raise InputError("the messages cannot be written down: they hold what is not JSON")
-    if len(header) >= _LONGEST_HEADER:
-        raise InputError(f"the messages are longer than {_LONGEST_HEADER >> 20} MiB")
-    write_atomically(path, b"".join([_MAGIC, header, b"\n", *content]))
+    from safetensors.numpy import save
+
+    digests = {id(graph): digest for digest, graph in _by_digest(manifest, graphs).items()}
+    texts, tensors = [], {}
+    for number, entry in enumerate([*prefixes.each()][-_MAX_TEXTS:]):
+        arrays = [entry.text, entry.own, *entry.cache.state(len(entry.text))]
+        texts.append(_Text(digests[entry.graph], _sha256(arrays)))
+        tensors |= dict(zip(_names(number, len(arrays) - 2), arrays, strict=True))
+    header = _encode(_Header(tuple(texts), tuple(map(dict, messages))))
+    metadata = {"edgemix": header.decode(), "sha256": hashlib.sha256(header).hexdigest()}
+    write_atomically(path, save(tensors, metadata))
 
 
 def read(
-    path: Path, prefixes: PrefixCache, manifest: Manifest, members: Sequence[DecoderGraph]
+    path: Path, prefixes: PrefixCache, manifest: Manifest, graphs: Sequence[DecoderGraph]
 ) -> tuple[int, tuple[dict[str, Any], ...]]:
-    """Keep what a file has, as far as there is room; texts of graphs that are not here are passed over.
-
-    Args:
-        path: The file.
-        prefixes: What is kept.
-        manifest: The bundle's.
-        members: Its graphs.
+    """Add a file's texts to a prefix cache, as far as there is room; texts of other graphs are skipped.
 
     Returns:
-        How many texts it had of these graphs, and the messages of the session whose texts they are.
+        The number of texts of these graphs, and the session's messages. A file of edgemix's first format gives its
+        messages alone.
 
     Raises:
         InputError: There is no such file, or it is damaged.
         EdgemixError: It cannot be read.
     """
-    graphs = _named(manifest, members)
+    from safetensors import SafetensorError, safe_open
+
+    by_digest, found = _by_digest(manifest, graphs), 0
     with storage_errors(f"reading {path}"):
         try:
-            file = path.open("rb")
+            with path.open("rb") as file:
+                if file.read(len(_OLD_MAGIC)) == _OLD_MAGIC:
+                    return 0, _decode(file.readline(_MAX_HEADER_BYTES), path).messages
+            with safe_open(path, framework="np") as file:
+                header = _checked_header(file.metadata() or {}, path)
+                for number, text in enumerate(header.texts):
+                    if (graph := by_digest.get(text.graph)) is not None:
+                        names = _names(number, len(graph.layout.slots))
+                        arrays = [file.get_tensor(name) for name in names]
+                        if _sha256(arrays) != text.sha256:
+                            raise _damaged(path)
+                        prefixes.add(_entry(arrays, graph, manifest.tokenizer.vocabulary, path))
+                        found += 1
         except FileNotFoundError:
             raise InputError(f"there is no file {path}") from None
-        with file:
-            begin, line = file.readline(len(_MAGIC)), file.readline(_LONGEST_HEADER)
-            if begin != _MAGIC:
-                raise InputError(f"{path} is no file of texts that edgemix has read")
-            header = _header(line, path)
-            texts = header.texts
-            if any(text.bytes < 0 for text in texts) or file.tell() + sum(t.bytes for t in texts) != _size(file):
-                raise _damaged(path)
-            found = 0
-            for text in texts:
-                graph = graphs.get(text.graph)
-                if graph is None:
-                    file.seek(text.bytes, os.SEEK_CUR)
-                    continue
-                fields = _fields(graph, text.tokens)
-                if not 0 < text.tokens <= graph.context or text.bytes != sum(field.nbytes for field in fields):
-                    raise _damaged(path)
-                data = file.read(text.bytes)
-                if hashlib.sha256(data).hexdigest() != text.sha256:
-                    raise _damaged(path)
-                prefixes.add(_kept(data, fields, graph, manifest.tokenizer.vocabulary, path))
-                found += 1
+        except SafetensorError:
+            raise _damaged(path) from None
     return found, header.messages
 
 
-def _named(manifest: Manifest, members: Sequence[DecoderGraph]) -> dict[str, DecoderGraph]:
-    """Each graph by the checksum of its files."""
-    graphs = dict.fromkeys(entry.graph for entry in manifest.members)
-    return dict(zip((graph_digest(manifest, graph) for graph in graphs), members, strict=True))
+def _names(number: int, slots: int) -> list[str]:
+    """Return the names of a text's tensors."""
+    return [f"{number}.tokens", f"{number}.log_probabilities", *(f"{number}.state.{slot}" for slot in range(slots))]
 
 
-class _Field(NamedTuple):
-    """One array of a text."""
-
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return self.dtype.itemsize * math.prod(self.shape)
+def _by_digest(manifest: Manifest, graphs: Sequence[DecoderGraph]) -> dict[str, DecoderGraph]:
+    """Return each graph by the digest of its files."""
+    paths = dict.fromkeys(entry.graph for entry in manifest.members)
+    return dict(zip((graph_digest(manifest, path) for path in paths), graphs, strict=True))
 
 
-def _fields(graph: DecoderGraph, tokens: int) -> list[_Field]:
-    """What a text of so many tokens is made of."""
-    layout = graph.layout
-    state = [_Field(layout.dtype, (slot.heads, tokens, slot.head_size)) for slot in layout.slots]
-    return [
-        _Field(np.dtype(np.int64), (tokens,)),
-        _Field(np.dtype(np.float64), (graph.member_count, tokens)),
-        *state,
-    ]
+def _sha256(arrays: Sequence[NDArray[Any]]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype.name} {array.shape};".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
-def _header(line: bytes, path: Path) -> _Header:
+def _encode(header: _Header) -> bytes:
     try:
-        return msgspec.json.decode(line, type=_Header)
+        encoded = msgspec.json.encode(header)
+        same = msgspec.json.decode(encoded, type=_Header).messages == header.messages
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"the messages cannot be written down: {error}") from None
+    if not same:
+        raise InputError("the messages cannot be written down: they hold what is not JSON")
+    if len(encoded) >= _MAX_HEADER_BYTES:
+        raise InputError(f"the messages are longer than {_MAX_HEADER_BYTES >> 20} MiB")
+    return encoded
+
+
+def _checked_header(metadata: Mapping[str, str], path: Path) -> _Header:
+    encoded = metadata.get("edgemix", "").encode()
+    if hashlib.sha256(encoded).hexdigest() != metadata.get("sha256"):
+        raise _damaged(path)
+    return _decode(encoded, path)
+
+
+def _decode(encoded: bytes, path: Path) -> _Header:
+    try:
+        return msgspec.json.decode(encoded, type=_Header)
     except (msgspec.DecodeError, ValueError, RecursionError):
         raise _damaged(path) from None
 
 
-def _size(file: BinaryIO) -> int:
-    return os.fstat(file.fileno()).st_size
-
-
-def _kept(data: bytes, fields: Sequence[_Field], graph: DecoderGraph, vocabulary: int, path: Path) -> PrefixEntry:
-    arrays, place = [], 0
-    for field in fields:
-        flat = np.frombuffer(data, field.dtype.newbyteorder("<"), math.prod(field.shape), place)
-        arrays.append(flat.reshape(field.shape).astype(field.dtype))
-        place += field.nbytes
-    ids, own, *state = arrays
+def _entry(arrays: Sequence[NDArray[Any]], graph: DecoderGraph, vocabulary: int, path: Path) -> PrefixEntry:
+    """Return the cache entry of a text's arrays, whose shapes and values must be the graph's."""
+    ids, log_probabilities, *state = arrays
+    tokens, layout = len(ids) if ids.ndim == 1 else 0, graph.layout
+    expected = [
+        (np.dtype(np.int64), (tokens,)),
+        (np.dtype(np.float64), (graph.member_count, tokens)),
+        *((layout.dtype, (slot.heads, tokens, slot.head_size)) for slot in layout.slots),
+    ]
+    if not 0 < tokens <= graph.context or [(array.dtype, array.shape) for array in arrays] != expected:
+        raise _damaged(path)
     if ids.min() < 0 or ids.max() >= vocabulary:
         raise _damaged(path)
-    return PrefixEntry(id(graph), ids, graph.new_cache().holding(graph.layout, state), own)
+    return PrefixEntry(id(graph), ids, graph.new_cache().holding(layout, state), log_probabilities)
 
 
 def _damaged(path: Path) -> InputError:
-    return InputError(f"{path} is damaged", "Delete it; it is written anew.")
+    return InputError(f"{path} is damaged, or no file that edgemix wrote", "Delete it; it is written anew.")

@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+import platformdirs
 
 from edgemix.errors import EdgemixError, storage_errors
 from edgemix.files import write_atomically
@@ -58,20 +58,10 @@ def cache_folder() -> Path | None:
     """The folder of edgemix's cache, which need not exist; None where the system has no place for one."""
     if named := os.environ.get(CACHE):
         return Path(named)
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA", "")
-    elif sys.platform == "darwin":
-        base = str(_home() / "Library/Caches")
-    else:
-        base = os.environ.get("XDG_CACHE_HOME", "") or str(_home() / ".cache")
-    return Path(base) / "edgemix" if Path(base).is_absolute() else None
-
-
-def _home() -> Path:
     try:
-        return Path.home()
-    except RuntimeError:  # nobody's
-        return Path()
+        return platformdirs.user_cache_path("edgemix", appauthor=False, opinion=False)
+    except RuntimeError:  # a user without a home
+        return None
 
 
 def key_of(manifest: Manifest, provider: Provider) -> str:

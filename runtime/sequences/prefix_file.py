@@ -1,8 +1,9 @@
 """Prefix caches and sessions as safetensors files, for another process.
 
-Text number i has the tensors `i.tokens` (int64 [tokens]), `i.log_probabilities` (float64 [members, tokens]) and `i.state.j`
-([heads, tokens, head_size]) for slot j of its graph's key-value cache. The metadata hold the messages of a session, each
-text's graph, and checksums: a damaged file is refused. But whoever can write the file decides what the graphs have read.
+Text number i has the tensors `i.tokens` (int64 [tokens]), `i.log_probabilities` (float64 [members, tokens]) and
+`i.state.j` ([heads, tokens, head_size]) for slot j of its graph's key-value cache. The metadata hold the messages of a
+session, each text's graph, and checksums: a damaged file is refused. But whoever can write the file decides what the
+graphs have read.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def write(
     from safetensors.numpy import save
 
     digests = {id(graph): digest for digest, graph in _by_digest(manifest, graphs).items()}
-    texts, tensors = [], {}
+    texts: list[_Text] = []
+    tensors: dict[str, NDArray[Any]] = {}
     for number, entry in enumerate([*prefixes.each()][-_MAX_TEXTS:]):
         arrays = [entry.text, entry.own, *entry.cache.state(len(entry.text))]
         texts.append(_Text(digests[entry.graph], _sha256(arrays)))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import msgspec
+import platformdirs
 import pytest
+from platformdirs.macos import MacOS
+from platformdirs.unix import Unix
+from platformdirs.windows import Windows
 
 from edgemix.bundle.reader import read_manifest
 from edgemix.errors import EdgemixError
 from edgemix.runtime import Mixture
 from edgemix.runtime.graphs.providers import PROVIDERS
-from edgemix.runtime.machine import plan
 from edgemix.runtime.machine.plan import CACHE, Plan, cache_folder, find_plan, key_of, write_plan
 
 CPU = PROVIDERS["cpu"]
@@ -51,7 +53,7 @@ def test_a_plan_is_for_one_bundle_one_machine_and_one_provider(manifest, bundle,
 
     assert find_plan(read_manifest(bundle), CPU) is None
     assert find_plan(manifest, PROVIDERS["cuda"]) is None
-    monkeypatch.setattr(plan, "installed_version", lambda _: "9.9.9")
+    monkeypatch.setattr("edgemix.runtime.machine.plan.installed_version", lambda _: "9.9.9")
     assert find_plan(manifest, CPU) is None
 
 
@@ -160,30 +162,27 @@ def opened(monkeypatch):
 
 def test_the_folder_goes_by_the_systems_rules(monkeypatch, tmp_path):
     monkeypatch.delenv(CACHE)
-    monkeypatch.setattr(plan.sys, "platform", "linux")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(platformdirs, "PlatformDirs", Unix)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "edgemix"
 
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
     assert cache_folder() == tmp_path / "home/.cache/edgemix"
 
-    monkeypatch.setattr(plan.sys, "platform", "darwin")
+    monkeypatch.setattr(platformdirs, "PlatformDirs", MacOS)
     assert cache_folder() == tmp_path / "home/Library/Caches/edgemix"
 
-    monkeypatch.setattr(plan.sys, "platform", "win32")
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
+    monkeypatch.setattr(platformdirs, "PlatformDirs", Windows)
+    monkeypatch.setattr("platformdirs.windows.get_win_folder", lambda _: str(tmp_path / "local"))
     assert cache_folder() == tmp_path / "local/edgemix"
 
 
 def test_no_place_for_a_cache(monkeypatch, manifest, student_bundle):
-    def nobody():
-        raise RuntimeError("no home")
-
     monkeypatch.delenv(CACHE)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(plan.sys, "platform", "linux")
-    monkeypatch.setattr(Path, "home", nobody)
+    monkeypatch.setattr(platformdirs, "PlatformDirs", Unix)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # without a home, ~ stays as it is
 
     assert find_plan(manifest, CPU) is None
     with pytest.raises(EdgemixError, match="no folder for plans"):

@@ -1,4 +1,4 @@
-"""Where drafts come from: tokens that the mixture may be about to say, for it to verify several at once."""
+"""Drafters: they propose tokens that may come next, of which the mixture verifies several in one call."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from edgemix.runtime.text.grammar import GrammarState
 
 Source = tuple[str, int]
-"""Who drafted a token, and how sure of it they were."""
-LONGEST = 15
+"""What drafted a token, and how certain it was: the key of its acceptance probability."""
+MAX_DRAFT = 15
 """Most tokens of a draft."""
-_MEMORY = 12
-"""Tokens of a prompt that the student reads."""
-_GRAM = 4
-"""Most tokens at the end of a text that are looked for before."""
+STUDENT_PROMPT_TOKENS = 12
+"""Tokens at a prompt's end that the student reads."""
+_MAX_LOOKUP = 4
+"""Most tokens at the end of a text that are looked up earlier in it."""
 
 
 class Draft(NamedTuple):
@@ -39,7 +39,7 @@ class Draft(NamedTuple):
 
     Attributes:
         tokens: Their ids.
-        sources: For each, what its chance is counted by.
+        sources: For each, the source of each.
         proposals: For each the probabilities float32 [vocabulary] that it was drawn with; None where it was not drawn.
     """
 
@@ -48,22 +48,26 @@ class Draft(NamedTuple):
     proposals: list[NDArray[np.float32]] | None = None
 
 
-NOTHING = Draft([], [])
+NO_DRAFT = Draft([], [])
 
 
 class Drafter(Protocol):
-    """Drafts for one sequence, which cost no call of a model."""
+    """Drafts for one sequence without calling a model."""
 
     def draft(self, text: NDArray[np.int64], most: int, ahead: int = 0) -> Draft:
-        """What may follow a text: at most so many tokens. Its last `ahead` are not certain yet; without them it is the
-        text of the last call, or that and more.
+        """Propose tokens that may follow a text.
+
+        Args:
+            text: int64 [tokens]; apart from the last `ahead` tokens it continues the text of the call before.
+            most: Most tokens.
+            ahead: Tokens at the end of `text` that are drafted themselves, and not verified yet.
         """
         ...
 
 
 class PromptLookupDrafter:
-    """What followed the last tokens when they came before, in the prompt or in what was written (prompt lookup
-    decoding, Saxena 2023; LLMA, arXiv 2304.04487).
+    """Proposes what followed the last tokens when they occurred earlier in the text (prompt lookup decoding, Saxena
+    2023; LLMA, arXiv 2304.04487).
     """
 
     def __init__(self, cost_model: SpeculationCostModel) -> None:
@@ -72,38 +76,38 @@ class PromptLookupDrafter:
         self._known = 0
 
     def draft(self, text: NDArray[np.int64], most: int, ahead: int = 0) -> Draft:
-        """See `Drafter`; its tokens are not drawn."""
+        """See `Drafter`; the tokens are not sampled."""
         self._learn(text[: len(text) - ahead])
-        for length in range(min(_GRAM, len(text)), 0, -1):
+        for length in range(min(_MAX_LOOKUP, len(text)), 0, -1):
             start = self._ends.get(tuple(text[-length:].tolist()))
             if start is not None:
                 source: Source = ("lookup", length)
-                count, _ = self._cost_model.plan(self._cost_model.acceptance_probability(source), most)
+                count, _ = self._cost_model.plan_draft(self._cost_model.acceptance_probability(source), most)
                 if not count:
                     continue
                 tokens = text[start : start + count].tolist()
-                while tokens and len(tokens) < count:  # what it repeats reaches up to the end: on it goes
+                while tokens and len(tokens) < count:  # the repetition reaches the end of the text: continue it
                     tokens = (tokens * 2)[:count]
                 return Draft(tokens, [source] * len(tokens))
-        return NOTHING
+        return NO_DRAFT
 
     def _learn(self, text: NDArray[np.int64]) -> None:
-        """Note where what follows each group of tokens begins; the last group has nothing behind it yet."""
-        offset = max(0, self._known - _GRAM)
+        """Record where the continuation of each group of tokens begins; the last group has none yet."""
+        offset = max(0, self._known - _MAX_LOOKUP)
         ids = text[offset:].tolist()
         for end in range(max(self._known, 1), len(text)):
-            for length in range(1, min(_GRAM, end - offset) + 1):
+            for length in range(1, min(_MAX_LOOKUP, end - offset) + 1):
                 self._ends[tuple(ids[end - length - offset : end - offset])] = end
         self._known = len(text)
 
 
 class NgramDrafter:
-    """What most often followed the last tokens in the bundle's training text, up to an end of text.
+    """Proposes what most often followed the last tokens in the bundle's training text, up to an end of text.
 
     Args:
-        table: What follows what.
-        pace: Tells what pays.
-        eos: Ids that nothing is drafted behind.
+        table: The n-grams.
+        cost_model: Decides how many tokens are worth drafting.
+        eos: Ids after which nothing is drafted.
     """
 
     def __init__(
@@ -111,16 +115,16 @@ class NgramDrafter:
     ) -> None:
         self._table, self._cost_model, self._eos = table, cost_model, eos
 
-    def draft(self, text: NDArray[np.int64], most: int, ahead: int = 0) -> Draft:  # noqa: ARG002 - it learns nothing
-        """See `Drafter`; its tokens are not drawn."""
+    def draft(self, text: NDArray[np.int64], most: int, ahead: int = 0) -> Draft:  # noqa: ARG002 - the table does not change
+        """See `Drafter`; the tokens are not sampled."""
         ids = text[-LONGEST_NGRAM:].tolist()
         tokens: list[int] = []
         sources: list[Source] = []
-        chance = 1.0
+        probability = 1.0
         while len(tokens) < most and (found := self._table.guess(ids)) is not None:
             source: Source = ("n-gram", _quarter(found.share))
-            chance *= self._cost_model.acceptance_probability(source)
-            if not self._cost_model.worth_drafting(chance):
+            probability *= self._cost_model.acceptance_probability(source)
+            if not self._cost_model.worth_drafting(probability):
                 break
             tokens.append(found.token)
             sources.append(source)
@@ -131,31 +135,35 @@ class NgramDrafter:
 
 
 class GrammarDrafter:
-    """What a text of a given form can only go on with, as its tokenizer spells it."""
+    """Proposes the only continuation that a grammar allows, in the tokenizer's own spelling."""
 
     def __init__(self, grammar_state: GrammarState, cost_model: SpeculationCostModel) -> None:
         self._grammar_state, self._cost_model = grammar_state, cost_model
 
     def draft(self, text: NDArray[np.int64], most: int, ahead: int = 0) -> Draft:
-        """See `Drafter`; its tokens are not drawn."""
+        """See `Drafter`; the tokens are not sampled."""
         source: Source = ("form", 1)
         expected = self._grammar_state.expected(text[len(text) - ahead :].tolist())
-        count, _ = self._cost_model.plan(self._cost_model.acceptance_probability(source), min(most, len(expected)))
+        count, _ = self._cost_model.plan_draft(
+            self._cost_model.acceptance_probability(source), min(most, len(expected))
+        )
         return Draft(expected[:count], [source] * count)
 
 
 class StudentDrafter:
-    """The student's own continuation, drawn (or not) as the mixture's tokens are. Of a text that is there already it
-    reads the end only: drafts need not be the best, and the beginning would delay them. Nor need they be of all tokens:
-    a head of the most frequent ones takes a fraction of the time (FR-Spec, arXiv 2502.14856).
+    """Proposes the student's continuation, sampled (or greedy) as the mixture's tokens are.
+
+    The student reads only the end of a prompt: reading all of it would delay the first draft, and better drafts would
+    not make up for that. Its head may predict the most frequent tokens only, which takes a fraction of the time
+    (FR-Spec, arXiv 2502.14856).
 
     Args:
-        reader: The student's.
-        sampling: The mixture's.
-        generator: Where randomness comes from.
-        pace: Tells what pays.
-        eos: Ids that nothing is drafted behind.
-        allow: Which tokens may come behind some that are drafted, bool [vocabulary]; None allows all.
+        sequence: The student's state.
+        sampling: The mixture's sampling.
+        generator: Source of randomness.
+        cost_model: Decides how many tokens are worth drafting.
+        eos: Ids after which nothing is drafted.
+        allow: Given drafted tokens, which tokens may follow them, bool [vocabulary]; None allows all.
     """
 
     def __init__(
@@ -173,14 +181,16 @@ class StudentDrafter:
         self._read = np.empty(0, np.int64)
         self._start: int | None = None
 
-    def promise(self, text: NDArray[np.int64], most: int) -> float:
-        """Seconds that a draft of at most so many tokens behind a text is likely to save."""
-        own = text[self._begin(text) :]
-        behind = len(own) - 1 - self._known(own)
-        return self._cost_model.expected_saving("student", most) - behind * self._cost_model.reading("student")
+    def expected_saving(self, text: NDArray[np.int64], most: int) -> float:
+        """Return the seconds that a draft of at most `most` tokens after a text is expected to save."""
+        text = text[self._begin(text) :]
+        unread = len(text) - 1 - self._known(text)
+        return self._cost_model.expected_saving("student", most) - unread * self._cost_model.extra_token_seconds(
+            "student"
+        )
 
     def draft(self, text: NDArray[np.int64], most: int, ahead: int = 0) -> Draft:
-        """See `Drafter`, but for calls of the student."""
+        """See `Drafter`; this one calls the student."""
         cost_model, sequence = self._cost_model, self._sequence
         before = text[len(text) - ahead :].tolist()
         self._start = self._begin(text)
@@ -191,11 +201,11 @@ class StudentDrafter:
         tokens: list[int] = []
         sources: list[Source] = []
         proposals: list[NDArray[np.float32]] = []
-        chance, calls = 1.0, 0
+        probability, calls = 1.0, 0
         while len(tokens) < most and cost_model.worth_drafting(
-            chance * cost_model.acceptance_probability("student"), cost_model.drafting("student")
+            probability * cost_model.acceptance_probability("student"), cost_model.drafting_seconds("student")
         ):
-            started, behind = time.perf_counter(), len(ids) - sequence.read
+            started, unread = time.perf_counter(), len(ids) - sequence.read
             allowed = self._allowed([*before, *tokens])
             if allowed is not None and not allowed.any():
                 break
@@ -204,18 +214,18 @@ class StudentDrafter:
             if allowed is not None:
                 logits = rule_out(logits, allowed)
             if self._sampling.temperature:
-                shares = distribution(log_softmax(logits), self._sampling)
-                place, surest = draw(shares, self._generator), float(shares.max())
-                proposals.append(self._of_all(shares))
+                probabilities = distribution(log_softmax(logits), self._sampling)
+                index, certainty = draw(probabilities, self._generator), float(probabilities.max())
+                proposals.append(self._over_vocabulary(probabilities))
             else:
-                place, surest = most_probable(logits)
-            token = place if sequence.tokens is None else int(sequence.tokens[place])
-            source: Source = ("student", _quarter(surest))
-            chance *= cost_model.acceptance_probability(source)
-            if len(self._read):  # a text's beginning comes once
-                cost_model.record_call("student", behind, time.perf_counter() - started, verifies=False)
-            # Decided by how sure the student is, not by what was drawn: else draws would no longer be fair.
-            if not cost_model.worth_drafting(chance):
+                index, certainty = most_probable(logits)
+            token = index if sequence.tokens is None else int(sequence.tokens[index])
+            source: Source = ("student", _quarter(certainty))
+            probability *= cost_model.acceptance_probability(source)
+            if len(self._read):  # the prompt is read only once
+                cost_model.record_call("student", unread, time.perf_counter() - started, verifies=False)
+            # The length depends on the student's certainty, not on the sampled token: else samples would be biased.
+            if not cost_model.worth_drafting(probability):
                 break
             tokens.append(token)
             sources.append(source)
@@ -232,29 +242,29 @@ class StudentDrafter:
         self._sequence.close()
 
     def _begin(self, text: NDArray[np.int64]) -> int:
-        """Where in a text it begins to read."""
-        return max(0, len(text) - _MEMORY) if self._start is None else self._start
+        """Return where in a text the student begins to read."""
+        return max(0, len(text) - STUDENT_PROMPT_TOKENS) if self._start is None else self._start
 
     def _known(self, text: NDArray[np.int64]) -> int:
-        """How many tokens of its part of a text it has read, the last one left out: what follows is asked again."""
+        """Return how many tokens of its part of a text the student has read; the last one is always read again."""
         return min(len(text) - 1, self._sequence.read, common_length(self._read, text))
 
     def _allowed(self, ahead: Sequence[int]) -> NDArray[np.bool_] | None:
-        """Which of the student's own tokens may come behind some that are drafted; None for all."""
+        """Return which of the student's tokens may follow drafted ones; None for all."""
         if self._allow is None:
             return None
-        allowed, own = self._allow(ahead), self._sequence.tokens
-        return allowed if own is None else allowed[own]
+        allowed, tokens = self._allow(ahead), self._sequence.tokens
+        return allowed if tokens is None else allowed[tokens]
 
-    def _of_all(self, shares: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Probabilities of the student's own tokens as those of all: float32 [vocabulary]."""
+    def _over_vocabulary(self, probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return probabilities of the student's tokens as those of all tokens: float32 [vocabulary]."""
         if self._sequence.tokens is None:
-            return shares
-        whole = np.zeros(self._sequence.vocabulary, np.float32)
-        whole[self._sequence.tokens] = shares
-        return whole
+            return probabilities
+        full = np.zeros(self._sequence.vocabulary, np.float32)
+        full[self._sequence.tokens] = probabilities
+        return full
 
 
 def _quarter(probability: float) -> int:
-    """Which quarter of 0 to 1 a probability lies in."""
+    """Return the index of the quarter of 0 to 1 that a probability lies in."""
     return min(3, int(4 * probability))

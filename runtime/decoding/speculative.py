@@ -1,10 +1,10 @@
-"""Generation of one sequence in fewer calls: drafts that the mixture verifies, and members asked only where it matters.
+"""Speculative decoding of one sequence: the mixture verifies drafts, and members are evaluated lazily.
 
-What is generated is what `Decoding` generates: the same tokens where the most probable one is taken; where tokens are
-drawn, with the same distribution. A drafted token y, drawn with probability q(y), is taken with probability
-min(1, p(y) / q(y)), and else the place's token is drawn from max(0, p - q), normalised; a token that was not drawn has
-q(y) = 1 (Leviathan et al. 2023; Chen et al. 2023). p is the mixture's distribution after temperature and filters, as q
-is the student's.
+The result is that of `StaticBatch`: the same tokens where decoding is greedy; where tokens are sampled, the same
+distribution. A drafted token y, sampled with probability q(y), is accepted with probability min(1, p(y) / q(y)), and
+else the position's token is sampled from max(0, p - q), normalized; a token that was not sampled has q(y) = 1
+(Leviathan et al. 2023; Chen et al. 2023). p is the mixture's distribution after temperature and filters, as q is the
+student's.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 
 from edgemix.runtime.decoding.cost_model import SpeculationCostModel
 from edgemix.runtime.decoding.drafters import (
-    LONGEST,
-    NOTHING,
+    MAX_DRAFT,
+    NO_DRAFT,
     Draft,
     GrammarDrafter,
     NgramDrafter,
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 class SpeculativeDecoding:
-    """Generation of one sequence under way: every `step` gives it one token or more. Compare `engine.Decoding`.
+    """Generation of one sequence under way: every `step` gives it one token or more. Compare `StaticBatch`.
 
     Args:
         ensemble: What generates.
@@ -56,17 +56,17 @@ class SpeculativeDecoding:
         max_new_tokens: Most tokens.
         context: Most tokens that are read.
         eos: Ids that finish the sequence with "stop".
-        student: A ensemble of one model that drafts.
-        lookup: Draft from the text itself, too.
-        ngrams: What usually follows what: drafts where the text itself has none.
-        lazy: Ask members only where the answer depends on them.
-        follower: Where the text must have a given form.
+        student: An ensemble of one model that drafts.
+        lookup: Whether to draft from the text itself.
+        ngrams: N-grams of the training text, to draft from where the text itself has nothing.
+        lazy: Whether to evaluate members only where the result depends on them.
+        grammar_state: Where the text must follow a grammar.
         prefixes: Texts that were read before, and where this one will be kept.
 
     Attributes:
-        drafted: Tokens that were drafted and came to a decision; `accepted` of them were taken.
+        drafted: Drafted tokens that were decided on; `accepted` of them were accepted.
         calls: Calls of the members' graphs.
-        state: The text and what the members predict.
+        state: The text and the members' predictions.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class SpeculativeDecoding:
         # The last token is never read, so it may lie one beyond the context.
         self._budget = min(max_new_tokens, context - len(ids) + 1)
         penalized = sampling.repetition_penalty != 1
-        self._draft = NOTHING
+        self._draft = NO_DRAFT
         self._grammar_state = grammar_state
-        # Of a mixture that is held to a form, a member's token, drawn by its weight, is not the mixture's.
+        # Under a grammar, a token of one member, sampled by its weight, is not a sample of the mixture.
         self._plain = sampling.plain and grammar_state is None
-        allow = (lambda place: grammar_state.allowed(self._draft.tokens[:place])) if grammar_state else None
+        allow = (lambda position: grammar_state.allowed(self._draft.tokens[:position])) if grammar_state else None
         self._cost_model = SpeculationCostModel()
         self.state = LazyState(
             ensemble,
@@ -105,7 +105,7 @@ class SpeculativeDecoding:
             self._penalize if penalized else None,
             allow=allow,
             prefixes=prefixes,
-            called=self._called,
+            on_call=self._record_call,
         )
         self._seen = np.zeros(ensemble.vocabulary, bool)
         self._seen[ids] = True
@@ -120,42 +120,42 @@ class SpeculativeDecoding:
         if student is not None:
             (active_graph,) = student.active_graphs()
             sequence = SequenceState(active_graph, ensemble.vocabulary)
-            behind = grammar_state.allowed if grammar_state else None
+            after = grammar_state.allowed if grammar_state else None
             self._student = StudentDrafter(
-                sequence, sampling, self._generator, self._cost_model, eos=self._eos, allow=behind
+                sequence, sampling, self._generator, self._cost_model, eos=self._eos, allow=after
             )
-        self._word: tuple[int, int, Source] | None = None
+        self._deferred: tuple[int, int, Source] | None = None
         self._begun = self._finished = False
         self.drafted = self.accepted = 0
 
     @property
     def calls(self) -> int:
-        return self.state.asked
+        return self.state.calls
 
     def step(self) -> list[Token]:
-        """The next tokens; the first step reads the prompt. Empty when the sequence is finished."""
+        """Return the next tokens; the first step reads the prompt. Empty when the sequence is finished."""
         if self._finished:
             return []
-        state, begun, asked = self.state, time.perf_counter(), self.state.asked
-        self._draft = self._find_draft() if self._begun else NOTHING
-        state.open(self._draft.tokens)
+        state, started, calls = self.state, time.perf_counter(), self.state.calls
+        self._draft = self._find_draft() if self._begun else NO_DRAFT
+        state.begin_draft(self._draft.tokens)
         if not self._lazy:
             state.evaluate_all()
         tokens = self._decide()
         state.accept(tokens)
         if self._grammar_state:
             self._grammar_state.take(tokens)
-        if self._begun and state.asked > asked:
-            self._cost_model.record_step(time.perf_counter() - begun, len(tokens))
+        if self._begun and state.calls > calls:
+            self._cost_model.record_step(time.perf_counter() - started, len(tokens))
         self._begun = True
         return self._advance(tokens)
 
     def finish(self, sequence: int) -> None:  # noqa: ARG002 - there is one
-        """Take the sequence out, whatever it may still have had to say."""
+        """Finish the sequence."""
         self._finished = True
 
     def log_probabilities(self, sequence: int) -> NDArray[np.float64]:  # noqa: ARG002 - there is one
-        """Of the tokens so far, under the mixture, before temperature and filters: float64 [tokens], nats."""
+        """Return float64 [tokens], nats: of the tokens so far, under the mixture, before temperature and filters."""
         return self.state.log_probabilities()
 
     def attribution(self, sequence: int, first: int = 0) -> TokenAttribution:  # noqa: ARG002 - there is one
@@ -171,172 +171,174 @@ class SpeculativeDecoding:
         self.state.close()
 
     @property
-    def _most(self) -> int:
-        """Most tokens of a draft now: to where the weights change, the budget or the context ends."""
+    def _max_draft(self) -> int:
+        """Most tokens of a draft now: up to a change of the weights, the token budget, or the end of the context."""
         state = self.state
-        return min(LONGEST, state.room, self._budget - 1, self._context - state.length)
+        return min(MAX_DRAFT, state.room, self._budget - 1, self._context - state.length)
 
     def _find_draft(self, ahead: Sequence[int] = ()) -> Draft:
-        """What may come behind the text, and behind tokens that may follow it; only what the text's form allows. From
-        the first drafter that costs nothing and has something (what the text says itself is right more often than
-        n-grams of other texts), or from the student, where that is likely to save more.
+        """Return a draft of what may follow the text and the tokens `ahead` of it, as far as the grammar allows it.
+
+        It comes from the first drafter that costs nothing and has a draft (the text itself is right more often than
+        n-grams of other texts), or from the student, where that is expected to save more.
         """
-        if (most := self._most - len(ahead)) <= 0:
-            return NOTHING
+        if (most := self._max_draft - len(ahead)) <= 0:
+            return NO_DRAFT
         text = np.append(self.state.text, np.asarray(ahead, np.int64))
-        found = NOTHING
+        found = NO_DRAFT
         for drafter in self._drafters:
-            if (found := self._held(drafter.draft(text, most, len(ahead)), ahead)).tokens:
+            if (found := self._restrict(drafter.draft(text, most, len(ahead)), ahead)).tokens:
                 break
-        if self._student is None or self._student.promise(text, most) <= self._cost_model.saving(found.sources):
+        if self._student is None or self._student.expected_saving(text, most) <= self._cost_model.saving(found.sources):
             return found
-        drawn = self._held(self._student.draft(text, most, len(ahead)), ahead)
+        drawn = self._restrict(self._student.draft(text, most, len(ahead)), ahead)
         return drawn if drawn.tokens else found
 
-    def _held(self, draft: Draft, ahead: Sequence[int]) -> Draft:
-        """The beginning of a draft that the text's form allows. Of drawn tokens that is all: they were drawn so."""
+    def _restrict(self, draft: Draft, ahead: Sequence[int]) -> Draft:
+        """Return the beginning of a draft that the grammar allows; sampled drafts follow the grammar already."""
         if self._grammar_state is None or draft.proposals is not None:
             return draft
         valid = max(0, self._grammar_state.valid([*ahead, *draft.tokens]) - len(ahead))
         return Draft(draft.tokens[:valid], draft.sources[:valid])
 
     def _decide(self) -> list[int]:
-        """The window's tokens: the draft's as long as they are taken, then one more."""
+        """Return the tokens of this step: those of the draft that are accepted, then one more."""
         if self._begun and self._lazy and not self._sampling.temperature:
-            self._go_on_alone()
+            self._decode_alone()
         taken: list[int] = []
-        for place in range(len(self._draft.tokens) + 1):
-            token, as_drafted = self._choose(place)
+        for position in range(len(self._draft.tokens) + 1):
+            token, as_drafted = self._choose(position)
             taken.append(token)
             if token in self._eos or not as_drafted:
                 break
         return taken
 
-    def _go_on_alone(self) -> None:
-        """Where others must be asked, let the member of most weight write on first, as a draft: they then read all of
-        it at once (collaborative decoding via speculation, arXiv 2502.01662). It is itself drafted for.
+    def _decode_alone(self) -> None:
+        """Where other members must be evaluated, let the one of most weight decode first, as a draft: the others
+        then read all of it at once (collaborative decoding via speculation, arXiv 2502.01662). Its tokens may be
+        drafted, too.
         """
         state, cost_model = self.state, self._cost_model
-        place, chance, doubtful, self._word = 0, 1.0, False, None
-        begun: tuple[int, float] | None = None
-        most = self._most
+        position, probability, uncertain, self._deferred = 0, 1.0, False, None
+        started: tuple[int, float] | None = None
+        most = self._max_draft
         while True:
-            token, certainty = state.argmax_with_margin(place)
+            token, margin = state.argmax_with_margin(position)
             if not state.remaining_weight:
                 break
-            if certainty < math.inf:
-                cost_model.record_uncertainty(certainty <= 1)
-            source: Source = ("alone", min(4, int(4 * certainty)) if certainty < 1 else 4)
-            doubtful |= certainty <= 1
-            chance *= cost_model.acceptance_probability(source) if certainty <= 1 else 1.0
-            drafted = self._draft.tokens[place : place + 1]
+            if margin < math.inf:
+                cost_model.record_uncertainty(margin <= 1)
+            source: Source = ("alone", min(4, int(4 * margin)) if margin < 1 else 4)
+            uncertain |= margin <= 1
+            probability *= cost_model.acceptance_probability(source) if margin <= 1 else 1.0
+            drafted = self._draft.tokens[position : position + 1]
             if drafted == [token]:
-                if certainty <= 1:  # from here on it is this member's word
-                    cost_model.record_decision(self._draft.sources[place], accepted=True)
-                    self._draft.sources[place] = source
+                if margin <= 1:  # from here on the token is this member's
+                    cost_model.record_decision(self._draft.sources[position], accepted=True)
+                    self._draft.sources[position] = source
                 if token in self._eos:
                     break
             else:
-                ends = token in self._eos or place >= most
+                ends = token in self._eos or position >= most
                 if (
-                    not doubtful
+                    not uncertain
                     or ends
-                    or not cost_model.defer_verification(chance, state.first_evaluated, state.not_evaluated)
+                    or not cost_model.defer_verification(probability, state.first_evaluated, state.not_evaluated)
                 ):
-                    self._word = (place, token, source) if certainty <= 1 else None
+                    self._deferred = (position, token, source) if margin <= 1 else None
                     break
                 if drafted:
-                    cost_model.record_decision(self._draft.sources[place], accepted=False)
+                    cost_model.record_decision(self._draft.sources[position], accepted=False)
                     self.drafted += 1
-                    self._shorten(place)
-                begun = begun or (place, time.perf_counter())
-                self._lengthen(token, source)
-            place += 1
-        if begun:
-            cost_model.record_drafting("alone", time.perf_counter() - begun[1], place - begun[0])
+                    self._truncate_draft(position)
+                started = started or (position, time.perf_counter())
+                self._extend_draft(token, source)
+            position += 1
+        if started:
+            cost_model.record_drafting("alone", time.perf_counter() - started[1], position - started[0])
 
-    def _shorten(self, place: int) -> None:
-        """Take the draft back from a place on."""
-        self.state.shorten(place)
-        self._draft = Draft(self._draft.tokens[:place], self._draft.sources[:place])
+    def _truncate_draft(self, position: int) -> None:
+        """Drop the draft from a position on."""
+        self.state.truncate_draft(position)
+        self._draft = Draft(self._draft.tokens[:position], self._draft.sources[:position])
 
-    def _lengthen(self, token: int, source: Source) -> None:
-        """Add a token to the draft, and what may come behind it, for those who were asked to go on with."""
+    def _extend_draft(self, token: int, source: Source) -> None:
+        """Add a token to the draft, and what may follow it, for the members evaluated so far to continue with."""
         tokens, sources, _ = self._draft
         ahead = [*tokens, token]
-        with self._cost_model.alone(self.state.first_evaluated):
-            behind = self._find_draft(ahead)
-        self.state.lengthen([token, *behind.tokens])
-        self._draft = Draft([*ahead, *behind.tokens], [*sources, source, *behind.sources])
+        with self._cost_model.single_graph(self.state.first_evaluated):
+            after = self._find_draft(ahead)
+        self.state.extend_draft([token, *after.tokens])
+        self._draft = Draft([*ahead, *after.tokens], [*sources, source, *after.sources])
 
-    def _called(self, graph: int, tokens: int, seconds: float, verifies: bool) -> None:
-        if self._begun:  # before, it is the prompt that is read, and much is done for the first time
+    def _record_call(self, graph: int, tokens: int, seconds: float, verifies: bool) -> None:
+        if self._begun:  # before, the prompt is read, and much is done for the first time
             self._cost_model.record_call(graph, tokens, seconds, verifies=verifies)
 
-    def _choose(self, place: int) -> tuple[int, bool]:
-        """The token of a place of the window, and whether it is the draft's."""
-        drafted = place < len(self._draft.tokens)
-        if (forced := self.state.forced(place)) is not None:
-            return forced, drafted and forced == self._draft.tokens[place]
+    def _choose(self, position: int) -> tuple[int, bool]:
+        """Return the token at a position of the draft, and whether it is the drafted one."""
+        drafted = position < len(self._draft.tokens)
+        if (forced := self.state.only_allowed(position)) is not None:
+            return forced, drafted and forced == self._draft.tokens[position]
         if not self._sampling.temperature:
-            token = self.state.certain_argmax(place)
-            if self._word and self._word[0] == place:  # what a member would have gone on with, had it not asked
-                self._cost_model.record_decision(self._word[2], token == self._word[1])
-            accepted = drafted and token == self._draft.tokens[place]
+            token = self.state.certain_argmax(position)
+            if self._deferred and self._deferred[0] == position:  # what a member would have continued with
+                self._cost_model.record_decision(self._deferred[2], token == self._deferred[1])
+            accepted = drafted and token == self._draft.tokens[position]
         elif not drafted:
-            return self._draw(place), False
+            return self._draw(position), False
         else:
-            token, accepted = self._try(place, self._draft.tokens[place])
+            token, accepted = self._verify(position, self._draft.tokens[position])
         if drafted:
             self.drafted, self.accepted = self.drafted + 1, self.accepted + accepted
-            self._cost_model.record_decision(self._draft.sources[place], accepted)
+            self._cost_model.record_decision(self._draft.sources[position], accepted)
         return token, accepted
 
-    def _draw(self, place: int) -> int:
-        """A token of the mixture's distribution; from one member alone, drawn by its weight, where that will do."""
+    def _draw(self, position: int) -> int:
+        """Sample a token of the mixture; from one member alone, sampled by its weight, where that is equivalent."""
         state = self.state
         if not self._lazy or not self._plain:
-            return draw(distribution(state.scores(place), self._sampling), self._generator)
+            return draw(distribution(state.scores(position), self._sampling), self._generator)
         member = int(self._generator.choice(len(state.weights), p=state.weights / state.weights.sum()))
         state.evaluate_member(member)
-        return draw(state.member_probabilities(member, place), self._generator)
+        return draw(state.member_probabilities(member, position), self._generator)
 
-    def _try(self, place: int, token: int) -> tuple[int, bool]:
-        """Take a drafted token with probability min(1, p / q), or draw from what p has more than q."""
+    def _verify(self, position: int, token: int) -> tuple[int, bool]:
+        """Accept a drafted token with probability min(1, p / q), or sample from what p has more than q."""
         state, proposals, generator = self.state, self._draft.proposals, self._generator
-        bar = generator.random() * (1.0 if proposals is None else float(proposals[place][token]))
+        threshold = generator.random() * (1.0 if proposals is None else float(proposals[position][token]))
         if self._lazy and self._plain:
             while state.remaining_weight:
                 if not state.nothing_evaluated:
-                    least = float(state.partial_probabilities(place)[token])
-                    if bar < least - ROUNDING:
+                    lower_bound = float(state.partial_probabilities(position)[token])
+                    if threshold < lower_bound - ROUNDING:
                         return token, True
-                    if bar > least + state.remaining_weight + ROUNDING:
+                    if threshold > lower_bound + state.remaining_weight + ROUNDING:
                         break
                 state.evaluate_next()
-        shares = distribution(state.scores(place), self._sampling)
-        if bar < shares[token]:
+        probabilities = distribution(state.scores(position), self._sampling)
+        if threshold < probabilities[token]:
             return token, True
         if proposals is None:
-            shares[token] = 0
+            probabilities[token] = 0
         else:
-            shares = np.maximum(shares - proposals[place], 0)
-        if not shares.any():  # p and q are the same but for rounding
+            probabilities = np.maximum(probabilities - proposals[position], 0)
+        if not probabilities.any():  # p and q are the same but for rounding
             return token, True
-        return draw(shares, generator), False
+        return draw(probabilities, generator), False
 
-    def _penalize(self, logits: NDArray[np.float32], place: int) -> NDArray[np.float32]:
+    def _penalize(self, logits: NDArray[np.float32], position: int) -> NDArray[np.float32]:
         seen = self._seen
-        if place:
+        if position:
             seen = seen.copy()
-            seen[self._draft.tokens[:place]] = True
+            seen[self._draft.tokens[:position]] = True
         return penalize_repetition(logits, np.flatnonzero(seen), self._sampling.repetition_penalty)
 
     def _advance(self, tokens: list[int]) -> list[Token]:
         self._seen[tokens] = True
-        told = []
+        tokens_out = []
         for token in tokens:
             self._budget -= 1
-            told.append(Token(0, token, finish_reason(token, self._eos, self._budget)))
-        self._finished = told[-1].finish_reason is not None
-        return told
+            tokens_out.append(Token(0, token, finish_reason(token, self._eos, self._budget)))
+        self._finished = tokens_out[-1].finish_reason is not None
+        return tokens_out

@@ -11,9 +11,9 @@ def test_the_pace_finds_what_a_token_costs():
         seconds = 0.010 + 0.001 * drafted
         cost_model.record_call(0, 1 + drafted, seconds)
         cost_model.record_step(seconds, 1)
-    assert cost_model.further == pytest.approx(0.001, rel=0.15)
+    assert cost_model.seconds_per_extra_token == pytest.approx(0.001, rel=0.15)
     cost_model.record_call(0, 400, 0.2)  # a prompt's token takes less, and tells nothing of one of few
-    assert cost_model.further == pytest.approx(0.001, rel=0.15)
+    assert cost_model.seconds_per_extra_token == pytest.approx(0.001, rel=0.15)
     assert cost_model.worth_drafting(0.2)
     assert not cost_model.worth_drafting(0.02)
     assert not cost_model.worth_drafting(0.5, seconds=0.020)
@@ -41,11 +41,11 @@ def test_what_two_members_read_costs_both():
         for tokens in (5, 7):
             cost_model.record_call(1, tokens, 0.008 + 0.001 * tokens)
         cost_model.record_step(0.2, 5)
-    assert cost_model.further == pytest.approx(2 * 0.004 + 2 * 0.001, rel=0.1)
-    with cost_model.alone(0):
-        assert cost_model.further == pytest.approx(0.004, rel=0.1)
-        assert cost_model.seconds == pytest.approx(0.044, rel=0.1)
-    assert cost_model.seconds == pytest.approx(0.04)
+    assert cost_model.seconds_per_extra_token == pytest.approx(2 * 0.004 + 2 * 0.001, rel=0.1)
+    with cost_model.single_graph(0):
+        assert cost_model.seconds_per_extra_token == pytest.approx(0.004, rel=0.1)
+        assert cost_model.seconds_per_token == pytest.approx(0.044, rel=0.1)
+    assert cost_model.seconds_per_token == pytest.approx(0.04)
 
 
 def test_a_draft_is_as_long_as_pays():
@@ -53,21 +53,21 @@ def test_a_draft_is_as_long_as_pays():
     for tokens in [1, 4, 2, 6, 3] * 5:
         cost_model.record_call(0, tokens, 0.009 + 0.001 * tokens)
         cost_model.record_step(0.010, 1)
-    count, saved = cost_model.plan(0.5, 15)
+    count, saved = cost_model.plan_draft(0.5, 15)
     assert count == 3
-    assert saved == pytest.approx(0.00875 - 3 * cost_model.further, rel=0.1)
-    assert cost_model.plan(0.5, 2)[0] == 2
-    assert cost_model.plan(0.5, 15, 0.006) == (0, 0.0)
+    assert saved == pytest.approx(0.00875 - 3 * cost_model.seconds_per_extra_token, rel=0.1)
+    assert cost_model.plan_draft(0.5, 2)[0] == 2
+    assert cost_model.plan_draft(0.5, 15, 0.006) == (0, 0.0)
 
 
 def test_what_took_long_once_is_tried_again():
     cost_model = SpeculationCostModel()
     cost_model.record_drafting("alone", 0.05)
-    before = cost_model.drafting("alone")
+    before = cost_model.drafting_seconds("alone")
     for _ in range(100):
         cost_model.record_step(0.01, 1)
     assert before == 0.05
-    assert cost_model.drafting("alone") < 0.01
+    assert cost_model.drafting_seconds("alone") < 0.01
 
 
 def test_drafting_is_told_by_the_token():
@@ -75,7 +75,7 @@ def test_drafting_is_told_by_the_token():
     cost_model = SpeculationCostModel()
     cost_model.record_drafting("alone", 0.02, 1)
     cost_model.record_drafting("alone", 0.027, 9)
-    assert cost_model.drafting("alone") < 0.007
+    assert cost_model.drafting_seconds("alone") < 0.007
 
 
 def test_a_member_that_may_be_wrong_waits_for_the_others_where_doubts_come_often():
@@ -104,13 +104,13 @@ def test_reading_up_costs_the_student_by_the_token():
         cost_model.record_call("student", tokens, 0.0015 + 0.0005 * tokens, verifies=False)
         cost_model.record_call(0, 1, 0.01)
         cost_model.record_step(0.01, 1)
-    assert cost_model.drafting("student") == pytest.approx(0.002, rel=0.1)
-    assert cost_model.reading("student") == pytest.approx(0.0005, rel=0.1)
-    assert cost_model.reading("nobody") == 0
-    assert cost_model.further == pytest.approx(0.001, rel=0.1)  # it verifies nothing
+    assert cost_model.drafting_seconds("student") == pytest.approx(0.002, rel=0.1)
+    assert cost_model.extra_token_seconds("student") == pytest.approx(0.0005, rel=0.1)
+    assert cost_model.extra_token_seconds("nobody") == 0
+    assert cost_model.seconds_per_extra_token == pytest.approx(0.001, rel=0.1)  # it verifies nothing
     for _ in range(100):  # it is tried again some day
         cost_model.record_step(0.01, 1)
-    assert cost_model.drafting("student") < 0.0005
+    assert cost_model.drafting_seconds("student") < 0.0005
 
 
 def test_what_came_of_asking_counts_for_more_than_hope():
@@ -121,7 +121,7 @@ def test_what_came_of_asking_counts_for_more_than_hope():
         cost_model.record_call("student", 1, 0.003, verifies=False)
         cost_model.record_step(0.010, 1)
     hoped = cost_model.expected_saving("student", 9)
-    assert hoped == pytest.approx(cost_model.plan(0.5, 9, cost_model.drafting("student"))[1])
+    assert hoped == pytest.approx(cost_model.plan_draft(0.5, 9, cost_model.drafting_seconds("student"))[1])
     for _ in range(20):
         cost_model.record_request("student", calls=3, drafted=1)
         cost_model.record_decision(("student", 3), accepted=True)
@@ -150,4 +150,4 @@ def test_what_a_member_costs_is_not_forgotten_while_others_write():
     for _ in range(100):
         cost_model.record_call(0, 1, 0.01)
         cost_model.record_step(0.01, 1)
-    assert cost_model.drafting(1) == pytest.approx(0.01)
+    assert cost_model.drafting_seconds(1) == pytest.approx(0.01)

@@ -274,7 +274,7 @@ def test_the_student_reads_the_end_of_a_long_prompt(members, student, monkeypatc
         drafter, "_run", lambda cache, ids, *a, **o: reads.append(ids.size) or real(drafter, cache, ids, *a, **o)
     )
     prompt = np.random.default_rng(0).integers(0, TOKENS, 60).tolist()
-    monkeypatch.setattr("edgemix.runtime.decoding.drafters._MEMORY", 20)
+    monkeypatch.setattr("edgemix.runtime.decoding.drafters.STUDENT_PROMPT_TOKENS", 20)
     options = {"prompt": prompt, "lookup": False, "context": 200}
     tokens, _, decoding = fast(mixture, student=student, **options)
     assert tokens == fast(mixture, **options)[0]
@@ -334,10 +334,10 @@ def test_reading_a_prompt_is_not_drafting(student, monkeypatch):
     )
     prompt = np.tile(np.array(PROMPT), 4)
     drafts.draft(prompt, 1)
-    assert cost_model.drafting("student") == 0
+    assert cost_model.drafting_seconds("student") == 0
     for count in range(1, 40):
         drafts.draft(np.append(prompt, np.full(count, 3)), 1)
-    assert cost_model.drafting("student") == pytest.approx(1, rel=0.02)
+    assert cost_model.drafting_seconds("student") == pytest.approx(1, rel=0.02)
 
 
 def test_a_member_is_told_whether_it_was_right_to_ask(members, monkeypatch):
@@ -365,9 +365,12 @@ def test_what_the_student_has_not_read_is_part_of_its_price(student):
     )
     text = np.tile(np.array(PROMPT), 2)
     drafts.draft(text, 1)
-    assert cost_model.reading("student") > 0
-    up_to_date, behind = drafts.promise(np.append(text, 3), 4), drafts.promise(np.append(text, [3] * 6), 4)
-    assert up_to_date - behind == pytest.approx(5 * cost_model.reading("student"))
+    assert cost_model.extra_token_seconds("student") > 0
+    up_to_date, behind = (
+        drafts.expected_saving(np.append(text, 3), 4),
+        drafts.expected_saving(np.append(text, [3] * 6), 4),
+    )
+    assert up_to_date - behind == pytest.approx(5 * cost_model.extra_token_seconds("student"))
 
 
 def coins(monkeypatch, seed):

@@ -30,10 +30,11 @@ MAY_USE_RUNTIME = {
     "parity.against_fp32",
     "parity.against_torch",
     "parity.mixture",
-    "pipeline",
     "pruning.packing",
     "quantization.graph.key_value",
     "quantization.statistics.activations",
+    "stages.mixture",
+    "stages.student",
     "stages.weights",
 }
 """The exporter's modules that evaluate what they made."""

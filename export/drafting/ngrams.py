@@ -16,7 +16,6 @@ from edgemix.bundle.stages import stage_key
 from edgemix.export.data.text import windows
 from edgemix.export.models.tokenizers import tokenizer_json
 from edgemix.files import write_atomically
-from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.recipe.text_sources import read_documents
 
 if TYPE_CHECKING:
@@ -26,7 +25,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-    from edgemix.bundle.writer import BundleWriter
+    from edgemix.export.context import ExportContext
+    from edgemix.progress import Progress
     from edgemix.recipe.schema import Recipe
 
 COUNTED, _LENGTH = 4_000_000, 512
@@ -39,43 +39,39 @@ _CLOSE = 0.15
 """A longer n-gram that says what a shorter one says, within so much of its share, is left out."""
 
 
-def write_ngrams(
-    recipe: Recipe, writer: BundleWriter, *, tokenizer: PreTrainedTokenizerBase, progress: Progress = NO_PROGRESS
-) -> int:
+def write_ngrams(context: ExportContext, tokenizer: PreTrainedTokenizerBase) -> int:
     """Count the n-grams of a recipe's training text, and write them to its bundle.
 
     Args:
-        recipe: With the text, and how many n-grams there may be.
-        writer: The bundle's.
-        tokenizer: What the text is read with.
-        progress: Hears of it.
+        context: The export; its recipe names the text and the largest number of n-grams.
+        tokenizer: The tokenizer for the text.
 
     Returns:
-        How many there are; none without text, where nothing in it comes often, or where none are wanted.
+        Number of n-grams; 0 without text, without frequent n-grams, or where the recipe wants none.
 
     Raises:
         InputError: A text cannot be read.
         EdgemixError: The disk refuses.
     """
-    sources, path = recipe.data.training, writer.folder / NGRAMS
+    recipe, path = context.recipe, context.writer.folder / NGRAMS
+    sources = recipe.data.training
     if not sources or not recipe.ngrams:
-        path.unlink(missing_ok=True)  # of a run that was interrupted
+        path.unlink(missing_ok=True)  # left by an interrupted run
         return 0
     texts = {domain: read_documents(source, recipe.folder) for domain, source in sources.items()}
-    own = tokenizer_json(tokenizer)
-    key = stage_key(texts=texts, tokenizer=own, most=recipe.ngrams, seed=recipe.seed)
-    count = writer.stages.done("ngrams", key, int)
-    if count is None:
+
+    def make() -> int:
         path.unlink(missing_ok=True)
-        table = _counted(recipe, texts, tokenizer, progress)
-        count = len(table)
-        if count:
+        table = _count_texts(recipe, texts, tokenizer, context.progress)
+        if len(table):
             write_atomically(path, table.to_bytes())
-        writer.stages.mark_done("ngrams", key, count, files=[path] if count else [])
-    return count
+        return len(table)
+
+    key = stage_key(texts=texts, tokenizer=tokenizer_json(tokenizer), most=recipe.ngrams, seed=recipe.seed)
+    return context.stage("ngrams", key, make, int, files=[path])
 
 
-def _counted(
+def _count_texts(
     recipe: Recipe, texts: Mapping[str, Sequence[str]], tokenizer: PreTrainedTokenizerBase, progress: Progress
 ) -> NgramTable:
     most = min(_DOMAIN, COUNTED // len(texts))

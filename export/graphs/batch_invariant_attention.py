@@ -1,4 +1,4 @@
-"""What attention says of a token, bit for bit the same whatever else is in a call, in graphs with GroupQueryAttention.
+"""Make attention batch invariant: its output for a token is bit for bit the same whatever else is in a call.
 
 ONNX Runtime multiplies one row of queries by another kernel than several, and the two differ in their last bits; where
 products round activations to 8 bits, those bits grow to tenths of a logit. So no row is alone: a single token's
@@ -6,8 +6,9 @@ queries, keys and values are doubled, as a second token behind it, and only the 
 holds the second one's state until the next token overwrites it. Everything else in a graph works row by row.
 
 Several tokens of several sequences are one chunk for the operator's `query_seqlens`, which has been there since ONNX
-Runtime 1.32. So a text alone, drafts that are verified together, and a batch say the same of a token. What is left are
-sliding windows that are shorter than the text: their sums begin elsewhere when a call has other tokens.
+Runtime 1.32. So a text alone, drafts that are verified together, and a batch give a token the same
+logits. The exception are sliding windows that are shorter than the text: their sums begin elsewhere when a call has
+other tokens.
 """
 
 from __future__ import annotations
@@ -24,29 +25,29 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 LENGTHS, _TOTAL, _ANGLES, _QUERIES = 5, 6, slice(7, 9), 16
-"""Of GroupQueryAttention's inputs: the rows' lengths less one, the longest, the angles' cosines and sines, and how many
-tokens of the call are a row's.
+"""Indices of GroupQueryAttention's inputs: the rows' lengths less one, the largest length, the cosine and sine tables,
+and each row's number of tokens in the call.
 """
 
 
-def steady_attention(graph: ir.Graph) -> None:
-    """Let attention read two rows of queries at least.
+def make_batch_invariant(graph: ir.Graph) -> None:
+    """Rewrite every GroupQueryAttention to read at least two rows of queries.
 
     Args:
-        graph: Changed in place. Nothing happens where it has no GroupQueryAttention, or has been changed already.
+        graph: Changed in place. Nothing happens if it has no GroupQueryAttention, or was rewritten already.
     """
     nodes = [node for node in graph if node.op_type == "GroupQueryAttention" and len(node.inputs) <= _QUERIES]
     if not nodes:
         return
-    pairs = _Pairs(graph, nodes[0])
+    pairs = _PairedRows(graph, nodes[0])
     for layer, node in enumerate(nodes):
         pairs.fit(node, f"{graph_io.PAST_PREFIX}{layer}")
     for table in {value for node in nodes for value in node.inputs[_ANGLES] if value is not None}:
         _lengthen(table)
 
 
-class _Pairs:
-    """What all layers share: which rows there are, and how long that makes the texts."""
+class _PairedRows:
+    """The row indices and lengths that all layers share."""
 
     def __init__(self, graph: ir.Graph, first: ir.Node) -> None:
         self._graph, self._first = graph, first
@@ -62,7 +63,7 @@ class _Pairs:
         self._kept = self._put("Range", zero, count, one)
 
     def fit(self, node: ir.Node, name: str) -> None:
-        """Let one layer's attention read them."""
+        """Rewrite one layer's attention."""
         graph = self._graph
         for index, part in enumerate(node.inputs[:3]):
             if part is not None:
@@ -83,7 +84,7 @@ class _Pairs:
         graph.insert_after(node, kept)
 
     def _longer(self, node: ir.Node) -> Sequence[ir.Value]:
-        """The rows' lengths less one, the longest, and how many tokens of the call are each row's."""
+        """Return the rows' lengths less one, the largest length, and each row's number of tokens in the call."""
         last, total = node.inputs[LENGTHS], node.inputs[_TOTAL]
         if (last, total) not in self._lengths:
             flat = self._put("Reshape", last, self._constant(-1, np.int64, 1))
@@ -104,7 +105,7 @@ class _Pairs:
 
 
 def _lengthen(table: ir.Value) -> None:
-    """One more row of angles: the doubled token may lie one place beyond the context."""
+    """Append a row to a table of angles: the doubled token may lie one position beyond the context."""
     rows = table.const_value.numpy()
     table.const_value = ir.tensor(np.concatenate([rows, rows[-1:]]), name=table.name)
     table.shape = ir.Shape([len(rows) + 1, rows.shape[1]])

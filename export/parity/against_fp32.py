@@ -34,7 +34,7 @@ _MOST_TOKENS = 2048
 _SAMPLED_ROWS = 8
 
 _DECODED, _DECODED_TEXTS = 128, 8
-"""Positions at which the gate decodes, and the most texts they lie in: enough for a mean KL, not for argmax counts."""
+"""Positions to decode at, and the most texts they lie in: enough for a mean KL, not for argmax counts."""
 
 
 def check_quantized(
@@ -44,24 +44,24 @@ def check_quantized(
     windows: Sequence[Sequence[int]] | None,
     *,
     format: Format,  # noqa: A002 - the recipe's word
-    voice: int = 0,
+    member: int = 0,
     seed: int = 0,
     progress: Progress = NO_PROGRESS,
 ) -> QuantizationParity:
-    """Compare a stored graph with the fp32 graph that it was made from, where it reads whole texts, and where it reads
-    a token after a past: quantised products of one row have kernels of their own.
+    """Compare a stored graph with its fp32 graph, on whole texts and on single tokens after a past.
+
+    Both are measured because quantized products of one row have other kernels.
 
     Args:
         fp32_path: The fp32 graph.
         path: The stored graph.
-        config: Of the stored graph; the fp32 graph differs from it in the dtype, and speaks for one member only.
-        windows: Texts as token ids. Of many, some are taken evenly from all, about 2,048 tokens; to fewer than 512
-            tokens are added texts that the fp32 graph itself writes (sampled at temperature 1 after random first
-            tokens), so that a recipe without data has a gate too.
-        format: The row of `LIMITS` to hold it against.
-        voice: Which of the stored graph's members the fp32 graph is.
-        seed: Of the texts that the fp32 graph writes.
-        progress: Told of every piece of text read.
+        config: The stored graph's; the fp32 graph's differs in the dtype and computes one member only.
+        windows: Texts as token ids. About 2,048 tokens of them are used, taken evenly. Fewer than 512 are filled up
+            with texts sampled from the fp32 graph at temperature 1, so that recipes without data are checked, too.
+        format: The row of `LIMITS` to use.
+        member: Index of the member within the stored graph.
+        seed: Seed of the sampled texts.
+        progress: Progress callback.
     """
     source = DecoderGraph.load(
         fp32_path, msgspec.structs.replace(config, dtype="float32", member_count=1, cache_dtype=None)
@@ -71,12 +71,12 @@ def check_quantized(
     prefill, decode = Distance(), Distance()
     with progress.stage("parity", total=sum(len(text) - 1 for text in texts)) as task:
         for text in texts:
-            for p, q, targets in _log_probability_pairs(source, stored, voice, text):
+            for p, q, targets in _log_probability_pairs(source, stored, member, text):
                 prefill.add(p, q, targets)
                 task.advance(len(p))
         some = texts[:: -(-len(texts) // _DECODED_TEXTS)]
         for text in some:
-            for p, q, targets in _decoded_pairs(source, stored, voice, text, _DECODED // len(some)):
+            for p, q, targets in _decoded_pairs(source, stored, member, text, _DECODED // len(some)):
                 decode.add(p, q, targets)
     limits = LIMITS[format]
     return QuantizationParity(
@@ -92,7 +92,7 @@ def check_quantized(
 
 
 class Distance:
-    """How far distributions q are from distributions p, summed up as they come.
+    """The distance of distributions q from distributions p, accumulated over positions.
 
     Attributes:
         tokens: Number of positions so far.
@@ -104,7 +104,7 @@ class Distance:
         self._top1_disagreements = 0
 
     def add(self, p: NDArray[np.float32], q: NDArray[np.float32], targets: Tokens) -> None:
-        """Take in log-probabilities [tokens, vocabulary] of both, and the tokens that came next."""
+        """Add log-probabilities float32 [tokens, vocabulary] of both, and the tokens that followed, int64 [tokens]."""
         rows = np.arange(len(p))
         self.tokens += len(p)
         self._kl += float((np.exp(p) * (p - q)).sum(dtype=np.float64))
@@ -114,7 +114,7 @@ class Distance:
 
     @property
     def kl(self) -> float:
-        """Mean KL(p || q), nats a token."""
+        """Mean KL(p || q) in nats per token."""
         return self._kl / self.tokens
 
     @property
@@ -124,22 +124,20 @@ class Distance:
 
     @property
     def perplexity_ratio(self) -> float:
-        """Perplexity of q over that of p, on the tokens that came next."""
+        """Perplexity of q over that of p, on the tokens that followed."""
         return math.exp(min(self._surprise / self.tokens, 700.0))
 
 
-def own_texts(
+def sample_texts(
     path: Path, config: GraphConfig, tokens: int, *, seed: int = 0, vocabulary: int | None = None
 ) -> list[list[int]]:
-    """At least `tokens` tokens of text that an fp32 graph writes itself, for a recipe without text. With ids below a
-    `vocabulary` that others share, they can read it.
-    """
+    """Sample at least `tokens` tokens of text from an fp32 graph, with ids below `vocabulary` if it is given."""
     source = DecoderGraph.load(path, msgspec.structs.replace(config, dtype="float32"))
     return [text.tolist() for text in _sample(source, tokens, seed, vocabulary)]
 
 
 def _texts(source: DecoderGraph, windows: Sequence[Sequence[int]], seed: int) -> list[Tokens]:
-    """Token ids to measure on: at least `_ENOUGH_TOKENS` and about `_MOST_TOKENS`, no text longer than the context."""
+    """Return `_ENOUGH_TOKENS` to about `_MOST_TOKENS` token ids to measure on, no text longer than the context."""
     texts = [np.asarray(window[: source.context], np.int64) for window in windows if len(window) > 1]
     tokens = sum(map(len, texts))
     if tokens < _ENOUGH_TOKENS:
@@ -149,7 +147,7 @@ def _texts(source: DecoderGraph, windows: Sequence[Sequence[int]], seed: int) ->
 
 
 def _sample(source: DecoderGraph, tokens: int, seed: int, vocabulary: int | None = None) -> list[Tokens]:
-    """At least `tokens` tokens in `_SAMPLED_ROWS` texts that the graph writes itself."""
+    """Sample at least `tokens` tokens from a graph, as `_SAMPLED_ROWS` texts."""
     generator = np.random.default_rng(seed)
     rows = generator.integers(0, vocabulary or source.vocabulary, (_SAMPLED_ROWS, 1))
     cache = source.new_cache(_SAMPLED_ROWS)
@@ -161,32 +159,32 @@ def _sample(source: DecoderGraph, tokens: int, seed: int, vocabulary: int | None
 
 
 def _log_probability_pairs(
-    source: DecoderGraph, stored: DecoderGraph, voice: int, text: Tokens
+    source: DecoderGraph, stored: DecoderGraph, member: int, text: Tokens
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], Tokens]]:
-    """Both graphs' log-probabilities float32 [tokens, vocabulary] and the next tokens, a bounded piece at a time."""
+    """Yield both graphs' log-probabilities float32 [tokens, vocabulary] and the next tokens, chunk by chunk."""
     caches = source.new_cache(), stored.new_cache()
     for start in range(0, len(text) - 1, source.chunk):
         piece = text[start : start + source.chunk][: len(text) - 1 - start]
         p = log_softmax(source.extend_all(caches[0], piece[None])[0])
-        q = log_softmax(stored.parts(stored.extend_all(caches[1], piece[None])[0])[voice])
+        q = log_softmax(stored.parts(stored.extend_all(caches[1], piece[None])[0])[member])
         yield p, q, text[start + 1 : start + 1 + len(piece)]
 
 
 def _decoded_pairs(
-    source: DecoderGraph, stored: DecoderGraph, voice: int, text: Tokens, steps: int
+    source: DecoderGraph, stored: DecoderGraph, member: int, text: Tokens, steps: int
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], Tokens]]:
-    """The same at `steps` tokens, fewer of a short text, that the stored graph reads singly after a past."""
+    """Yield the same for up to `steps` tokens that the stored graph reads one a call, after a past."""
     steps = min(steps, len(text) - 2, source.chunk)
     if steps < 1:
         return
     text = text[: _LENGTH + steps + 1]
     past = len(text) - 1 - steps
     caches = source.new_cache(), stored.new_cache()
-    for member, cache in zip((source, stored), caches, strict=True):
-        member.extend(cache, text[None, :past])
+    for graph, cache in zip((source, stored), caches, strict=True):
+        graph.extend(cache, text[None, :past])
     p = log_softmax(source.extend_all(caches[0], text[None, past:-1])[0])
     q = [
-        log_softmax(stored.parts(stored.extend(caches[1], text[None, at : at + 1]))[voice])
+        log_softmax(stored.parts(stored.extend(caches[1], text[None, at : at + 1]))[member])
         for at in range(past, len(text) - 1)
     ]
     yield p, np.concatenate(q), text[past + 1 :]

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from edgemix.errors import InputError
-from edgemix.export.graphs.batch_invariant_attention import steady_attention
+from edgemix.export.graphs.batch_invariant_attention import make_batch_invariant
 from edgemix.export.graphs.rewrites import CONTRIB
 from edgemix.export.graphs.weights import by_activation, head, linears
 from edgemix.export.quantization.algorithms.hqq import hqq
@@ -121,7 +121,7 @@ def quantize(
     if cache is not None:
         quantize_cache(graph, cache)  # the operator reads one row of queries there as it does several
     elif target == "cpu":
-        steady_attention(graph)
+        make_batch_invariant(graph)
     _save(model, output)
 
 

@@ -1,4 +1,4 @@
-"""The 4-bit and 8-bit blocks of a recipe's members: the algorithm that it names, on the text that it has."""
+"""The members' 4-bit and 8-bit blocks, by the algorithm and the calibration text of the recipe."""
 
 from __future__ import annotations
 
@@ -20,36 +20,33 @@ from edgemix.export.quantization.statistics import calibration
 from edgemix.export.quantization.statistics.sensitivity import costs, most_sensitive
 from edgemix.export.training.checkpoints import Checkpoint
 from edgemix.export.training.loop import fingerprint
-from edgemix.progress import PrefixedProgress, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from edgemix.bundle.writer import BundleWriter
+    from edgemix.export.context import ExportContext
     from edgemix.export.models.loading import LoadedMember
     from edgemix.export.stages.models import MemberModels
     from edgemix.formats import Format
-    from edgemix.recipe.schema import MemberRecipe, Recipe
+    from edgemix.recipe.schema import MemberRecipe
 
 _BITS: Mapping[Format, Literal[4, 8]] = {"int4": 4, "int8": 8}
 _GGUF_BLOCK = 32
 
 
 class MemberBlocks:
-    """Finds members' blocks; they lie in the writer's scratch.
+    """Compute members' blocks in the writer's scratch.
 
     Args:
-        recipe: Checked.
-        models: Of its members.
-        writer: Of the bundle that is being built.
-        progress: Hears of every stage.
+        context: The export.
+        models: The members' models.
     """
 
-    def __init__(self, recipe: Recipe, models: MemberModels, writer: BundleWriter, progress: Progress) -> None:
-        self._recipe, self._models, self._writer, self._progress = recipe, models, writer, progress
+    def __init__(self, context: ExportContext, models: MemberModels) -> None:
+        self._context, self._recipe, self._models = context, context.recipe, models
 
     def find(self, spec: MemberRecipe, eight_bit: Sequence[str] | None = None) -> BlockTable | None:
-        """The blocks of an int4 or int8 member's linears; None where plain rounding will do, and for other formats.
+        """Return the blocks of an int4 or int8 member's linears; None for plain rounding and for other formats.
 
         Args:
             spec: The member.
@@ -58,16 +55,18 @@ class MemberBlocks:
         Raises:
             InputError: The member cannot be read, or its structure is not known.
         """
-        form, quantization = self._models.format(spec), self._models.quantization(spec)
-        if eight_bit is None and form in _BITS and (kept := self.repacked(spec, _BITS[form])) is not None:
-            return kept
-        if form != "int4" or quantization.algorithm in ("rtn", "hqq"):
+        weight_format, quantization = self._models.format(spec), self._models.quantization(spec)
+        if eight_bit is None and weight_format in _BITS:
+            own = self.repacked(spec, _BITS[weight_format])
+            if own is not None:
+                return own
+        if weight_format != "int4" or quantization.algorithm in ("rtn", "hqq"):
             return None
         if not self._models.has_text():
-            progress = self._progress
-            progress.log(f"{spec.name}: int4 by plain rounding; with text under data: calibration: it loses far less")
+            note = "int4 by plain rounding; with text under data: calibration: it loses far less"
+            self._context.progress.log(f"{spec.name}: {note}")
             return None
-        member, stages = self._models.load(spec), self._writer.stages
+        member = self._models.load(spec)
         if eight_bit is None:
             eight_bit = self._sensitive(spec, member)
         key = stage_key(
@@ -79,33 +78,36 @@ class MemberBlocks:
             versions=versions(),
             seed=self._recipe.seed,
         )
-        path = self._writer.scratch / f"{spec.name}.blocks.safetensors"
-        if not stages.done(f"blocks/{spec.name}", key, bool):
-            table = self._make(spec, member, eight_bit, key)
+        path, linears = self._context.writer.scratch / f"{spec.name}.blocks.safetensors", eight_bit
+
+        def make() -> bool:
+            table = self._make(spec, member, linears, key)
             with storage_errors(f"writing {path}"):
                 table.save(path)
-            stages.mark_done(f"blocks/{spec.name}", key, files=[path])
-            self._checkpoint(spec, key).remove()
+            return True
+
+        cleanup = self._checkpoint(spec, key).remove
+        self._context.stage(f"blocks/{spec.name}", key, make, bool, files=[path], cleanup=cleanup)
         return BlockTable.load(path)
 
     def repacked(self, spec: MemberRecipe, bits: Literal[4, 8]) -> BlockTable | None:
-        """The blocks that a member's GGUF file has itself, if its weights come as they are and all have some."""
+        """Return the blocks of a member's GGUF file, if all its linears have some and the recipe changes no weights."""
         location = locate(spec.model, self._recipe.folder)
         own = self._models.quantization(spec)
         plain = own.algorithm == "auto" and own.group == _GGUF_BLOCK and not (own.rotate or own.scale or own.eight_bits)
         if not plain or spec.adapter or spec.prune or not location.gguf:
             return None
-        progress = PrefixedProgress(self._progress, spec.name)
+        progress = self._context.member_progress(spec)
         with progress.stage("repack"):
             table, model = gguf_blocks(location, bits), self._models.load(spec).model
             if not (len(table) and all(table.find(matrix) is not None for matrix in weights(model).values())):
                 return None
-        progress.log("keeps the quantisation of its GGUF file")
+        progress.log("keeps the quantization of its GGUF file")
         return table
 
     def _make(self, spec: MemberRecipe, member: LoadedMember, eight_bit: Sequence[str], key: str) -> BlockTable:
         quantization, seed = self._models.quantization(spec), self._recipe.seed
-        progress, bits = PrefixedProgress(self._progress, spec.name), dict.fromkeys(eight_bit, 8)
+        progress, bits = self._context.member_progress(spec), dict.fromkeys(eight_bit, 8)
         if quantization.algorithm == "gptq":
             text = self._calibration(spec, member)
             return gptq_blocks(member.model, text, bits=bits, block=quantization.group, seed=seed, progress=progress)
@@ -123,7 +125,7 @@ class MemberBlocks:
         )
 
     def _sensitive(self, spec: MemberRecipe, member: LoadedMember) -> tuple[str, ...]:
-        """The linears that the recipe wants at 8 bits."""
+        """Return the names of the linears that get 8 bits by the recipe."""
         quantization = self._models.quantization(spec)
         if not quantization.eight_bits:
             return ()
@@ -131,20 +133,19 @@ class MemberBlocks:
         return most_sensitive(found, layout(member.model), quantization.eight_bits)
 
     def costs(self, spec: MemberRecipe, member: LoadedMember) -> dict[str, dict[int, float]]:
-        """What each linear of a member loses at 4 and at 8 bits; see `sensitivity.costs`."""
-        quantization, stages, seed = self._models.quantization(spec), self._writer.stages, self._recipe.seed
+        """Return the loss of each linear of a member at 4 and at 8 bits; see `sensitivity.costs`."""
+        quantization, seed = self._models.quantization(spec), self._recipe.seed
         text = self._calibration(spec, member)
         model, group = fingerprint(member.model), quantization.group
         key = stage_key(model=model, group=group, text=text, versions=versions(), seed=seed)
-        found = stages.done(f"costs/{spec.name}", key, dict[str, dict[int, float]])
-        if found is None:
-            progress = PrefixedProgress(self._progress, spec.name)
-            found = costs(member.model, text, block=group, progress=progress)
-            stages.mark_done(f"costs/{spec.name}", key, found)
-        return found
+
+        def make() -> dict[str, dict[int, float]]:
+            return costs(member.model, text, block=group, progress=self._context.member_progress(spec))
+
+        return self._context.stage(f"costs/{spec.name}", key, make, dict[str, dict[int, float]])
 
     def _calibration(self, spec: MemberRecipe, member: LoadedMember) -> list[list[int]]:
         return self._models.calibration(member.tokenizer, spec.name, calibration.LENGTH, calibration.WINDOWS)
 
     def _checkpoint(self, spec: MemberRecipe, key: str) -> Checkpoint:
-        return Checkpoint(self._writer.scratch / f"{spec.name}.training", key)
+        return Checkpoint(self._context.writer.scratch / f"{spec.name}.training", key)

@@ -1,4 +1,4 @@
-"""The fp32 graphs of a recipe's members, each made once and kept in the scratch until its format is written."""
+"""The members' fp32 graphs, each made once and stored in the scratch until the member's format is written."""
 
 from __future__ import annotations
 
@@ -16,28 +16,27 @@ from edgemix.export.graphs.decoder import MODEL_FILE, export_graph
 from edgemix.export.models.loading import end_ids, load_tokenizer, versions
 from edgemix.export.models.location import locate
 from edgemix.export.models.tokenizers import tokenizer_size
-from edgemix.export.parity.against_fp32 import own_texts
+from edgemix.export.parity.against_fp32 import sample_texts
 from edgemix.export.pruning.report import sparsity
-from edgemix.progress import PrefixedProgress, Progress
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from edgemix.bundle.writer import BundleWriter
+    from edgemix.export.context import ExportContext
     from edgemix.export.stages.models import MemberModels
     from edgemix.formats import Format
-    from edgemix.recipe.schema import MemberRecipe, Recipe
+    from edgemix.recipe.schema import MemberRecipe
 
 CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 32, 256
-"""What int8-dynamic looks at."""
+"""Number and tokens of the chunks of calibration text for int8-dynamic."""
 GATE_TOKENS = 2_048
-"""Tokens of text that the gate after quantisation reads, over all domains."""
+"""Tokens of text, over all domains, on which quantized graphs are compared with fp32 graphs."""
 SPARSE = 0.2
-"""Share of zeros from which weights are stored without them; a model that nobody pruned has less."""
+"""Share of zeros above which weights are stored without them; models that were not pruned have less."""
 
 
 class GraphRecord(msgspec.Struct, frozen=True):
-    """The fp32 graph's config and figures, and what the loaded model told on the way."""
+    """The config and figures of a member's fp32 graph, and what else is read from the loaded model."""
 
     source: ModelSource
     config: GraphConfig
@@ -54,25 +53,19 @@ class GraphRecord(msgspec.Struct, frozen=True):
 
 
 class MemberGraphs:
-    """Makes members' fp32 graphs; they lie in the writer's scratch.
+    """Make members' fp32 graphs in the writer's scratch.
 
     Args:
-        recipe: Checked.
-        models: Of its members.
-        writer: Of the bundle that is being built.
-        force: Take the first graph that runs where none passes its gate.
-        progress: Hears of every stage.
+        context: The export.
+        models: The members' models.
     """
 
-    def __init__(
-        self, recipe: Recipe, models: MemberModels, writer: BundleWriter, *, force: bool, progress: Progress
-    ) -> None:
-        self._recipe, self._models, self._writer = recipe, models, writer
-        self._force, self._progress = force, progress
+    def __init__(self, context: ExportContext, models: MemberModels) -> None:
+        self._context, self._recipe, self._models = context, context.recipe, models
         self._windows: dict[str, list[list[int]]] = {}
 
     def key(self, spec: MemberRecipe) -> str:
-        """Of all that a member's graph depends on."""
+        """Return the cache key of a member's graph."""
         return stage_key(
             weights=self._models.key(spec),
             target=self._recipe.target,
@@ -80,49 +73,45 @@ class MemberGraphs:
         )
 
     def path(self, spec: MemberRecipe) -> Path:
-        """Where a member's graph lies once it is made."""
-        return self._writer.scratch / spec.name / MODEL_FILE
+        """Return the file of a member's graph, which `make` writes."""
+        return self._context.writer.scratch / spec.name / MODEL_FILE
 
     def make(self, spec: MemberRecipe) -> GraphRecord:
-        """A member's graph, if it is not there yet.
+        """Make a member's graph, or return the record of the stored one.
 
         Raises:
             InputError: The member cannot be read, or has too few logits for its tokenizer.
-            ParityError: No graph is the model.
+            ParityError: No graph is close enough to the model.
             EdgemixError: No exporter knows the model.
         """
-        key, stages = self.key(spec), self._writer.stages
-        record = stages.done(f"graph/{spec.name}", key, GraphRecord)
-        if record is None:
-            record = self._make(spec)
-            stages.mark_done(f"graph/{spec.name}", key, record, files=[self.path(spec).parent])
-        return record
+        name, files = f"graph/{spec.name}", [self.path(spec).parent]
+        return self._context.stage(name, self.key(spec), lambda: self._make(spec), GraphRecord, files=files)
 
-    def calibration(self, spec: MemberRecipe, form: Format, *, needed: bool = False) -> list[list[int]]:
-        """Windows of token ids that a format looks at activations on: calibration text, where there is some.
+    def calibration(self, spec: MemberRecipe, weight_format: Format, *, needed: bool = False) -> list[list[int]]:
+        """Return chunks of calibration text, as token ids, on which a format's quantization observes activations.
 
         Args:
             spec: The member.
-            form: Its format; int8-dynamic needs windows.
-            needed: Whether something else needs them. Where there is no text, they are what the member's graph writes.
+            weight_format: Its format; int8-dynamic needs chunks.
+            needed: Whether something else needs them. Without text, they are sampled from the member's graph.
 
         Raises:
             As `make`.
         """
-        needed = needed or form == "int8-dynamic"
-        if not needed and form not in ("int8", "int4"):
+        needed = needed or weight_format == "int8-dynamic"
+        if not needed and weight_format not in ("int8", "int4"):
             return []
         config = self.make(spec).config
-        if spec.name not in self._windows:  # every trial of a budget asks
+        if spec.name not in self._windows:  # a budget asks for each candidate
             tokenizer = load_tokenizer(locate(spec.model, self._recipe.folder))
             length = min(CALIBRATION_LENGTH, config.context)
             self._windows[spec.name] = self._models.calibration(tokenizer, spec.name, length, CALIBRATION_WINDOWS)
         if (found := self._windows[spec.name]) or not needed:
             return found
-        return own_texts(self.path(spec), config, GATE_TOKENS, seed=self._recipe.seed)
+        return sample_texts(self.path(spec), config, GATE_TOKENS, seed=self._recipe.seed)
 
     def discard(self, spec: MemberRecipe) -> None:
-        """Remove a member's graph, which nobody needs any more."""
+        """Remove a member's graph."""
         shutil.rmtree(self.path(spec).parent)
 
     def _make(self, spec: MemberRecipe) -> GraphRecord:
@@ -133,10 +122,10 @@ class MemberGraphs:
                 f"member {spec.name}: the model has {logits} logits, but its tokenizer has {ids} token ids",
                 "Give the tokenizer that the model was trained with, or resize the model's embeddings.",
             )
-        progress = PrefixedProgress(self._progress, spec.name)
-        shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
+        progress, force = self._context.member_progress(spec), self._context.force
+        shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
         with progress.stage("graph"), storage_errors(f"writing {folder}"):
-            graph = export_graph(member.model, folder, target=self._recipe.target, force=self._force, progress=progress)
+            graph = export_graph(member.model, folder, target=self._recipe.target, force=force, progress=progress)
         ends = end_ids(member)
         found = graph.config, graph.parity, graph.fallbacks, tuple(sorted(ends))
         return GraphRecord(member.source, *found, pruning, sparsity(member.model))

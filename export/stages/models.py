@@ -1,4 +1,4 @@
-"""The torch models that a recipe's graphs are written of: loaded, pruned, prepared for quantisation, each step kept."""
+"""The torch models that graphs are made from: loaded, pruned and prepared for quantization; each step is stored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from edgemix.export.parity.limits import enforce
 from edgemix.export.pruning.prune import prune_member, pruning_domains
 from edgemix.export.quantization.statistics.calibration import LENGTH, WINDOWS
 from edgemix.export.quantization.transforms.preparation import prepare_model
-from edgemix.progress import PrefixedProgress, Progress
 from edgemix.recipe.text_sources import read_documents
 
 if TYPE_CHECKING:
@@ -25,35 +24,35 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from edgemix.bundle.writer import BundleWriter
+    from edgemix.export.context import ExportContext
     from edgemix.formats import Format
     from edgemix.recipe.compression import Quantization
-    from edgemix.recipe.schema import MemberRecipe, Recipe
+    from edgemix.recipe.schema import MemberRecipe
 
 
 class MemberModels:
-    """Makes members' models as they are exported; what took long lies in the writer's scratch.
+    """Make members' models as they are exported; pruned and prepared ones are stored in the writer's scratch.
 
     Args:
-        recipe: Checked.
-        writer: Of the bundle that is being built.
-        force: Let a pruned model pass that is over its limits.
-        progress: Hears of every stage.
+        context: The export.
     """
 
-    def __init__(self, recipe: Recipe, writer: BundleWriter, force: bool, progress: Progress) -> None:
-        self._recipe, self._writer, self._force, self._progress = recipe, writer, force, progress
-        self._loader = MemberLoader(recipe.folder, progress)
+    def __init__(self, context: ExportContext) -> None:
+        self._context, self._recipe, self._scratch = context, context.recipe, context.writer.scratch
+        self._loader = MemberLoader(context.recipe.folder, context.progress)
         self._digest = cache(Location.sha256)
+        self._data_digest: str | None = None
 
     def format(self, spec: MemberRecipe) -> Format:
+        """Return a member's weight format: its own, or the recipe's."""
         return spec.format or self._recipe.format
 
     def quantization(self, spec: MemberRecipe) -> Quantization:
+        """Return a member's quantization settings: its own, or the recipe's."""
         return spec.quantization or self._recipe.quantization
 
     def key(self, spec: MemberRecipe) -> str:
-        """Of all that a member's weights depend on."""
+        """Return the cache key of a member's weights."""
         prepared = self._prepares(spec)
         return stage_key(
             pruned=self._pruned_key(spec),
@@ -63,7 +62,7 @@ class MemberModels:
         )
 
     def load(self, spec: MemberRecipe) -> LoadedMember:
-        """A member as its graph is written: pruned, rotated and scaled where the recipe says so.
+        """Load a member as it is exported: pruned, rotated and scaled if the recipe says so.
 
         Raises:
             InputError: Its files cannot be read, or its structure does not allow what the recipe wants.
@@ -74,30 +73,41 @@ class MemberModels:
         return self._load_pruned(spec)
 
     def prune(self, spec: MemberRecipe) -> PruningFigures | None:
-        """What pruning did to a member, if the recipe says so; it has passed the gate or was forced."""
+        """Prune a member if the recipe says so; the figures have passed their limits or were forced."""
         if spec.prune is None:
             return None
-        key, stages, output = self._pruned_key(spec), self._writer.stages, self._pruned(spec)
-        figures = stages.done(f"prune/{spec.name}", key, PruningFigures)
-        if figures is None:
-            member = self._loader.load(spec)
-            progress, scratch = PrefixedProgress(self._progress, spec.name), output.with_name(f"{spec.name}.pruning")
-            figures = prune_member(member, spec.prune, self._recipe, output, scratch=scratch, progress=progress)
-            stages.mark_done(f"prune/{spec.name}", key, figures, files=[output])
-        enforce(figures, forced=self._force, member=spec.name)
+        output, scratch, settings = self._pruned(spec), self._scratch / f"{spec.name}.pruning", spec.prune
+
+        def make() -> PruningFigures:
+            member, progress = self._loader.load(spec), self._context.member_progress(spec)
+            return prune_member(member, settings, self._recipe, output, scratch=scratch, progress=progress)
+
+        key = self._pruned_key(spec)
+        figures = self._context.stage(f"prune/{spec.name}", key, make, PruningFigures, files=[output])
+        enforce(figures, forced=self._context.force, member=spec.name)
         return figures
 
     def has_text(self) -> bool:
-        """Whether the recipe has text that quantisation may look at."""
+        """Return whether the recipe has calibration text, or training text in its place."""
         return bool(self._recipe.data.calibration or self._recipe.data.training)
 
     def data_digest(self) -> str:
-        """Of the texts that quantisation may look at."""
-        return stage_key(texts=self._domains())
+        """Return the digest of the calibration texts, which are read once."""
+        if self._data_digest is None:
+            self._data_digest = stage_key(texts=self._domains())
+        return self._data_digest
 
     def calibration(self, tokenizer: PreTrainedTokenizerBase, name: str, length: int, count: int) -> list[list[int]]:
-        """Windows of the calibration text (of the training text where there is none) for one member; none where there
-        is no text.
+        """Return chunks of the calibration text (of the training text if there is none) for one member.
+
+        Args:
+            tokenizer: The member's.
+            name: The member's; a domain of that name counts as much as all others.
+            length: Tokens of a chunk.
+            count: About how many chunks.
+
+        Returns:
+            Token ids; empty without text.
         """
         domains = self._domains()
         if not domains:
@@ -128,21 +138,23 @@ class MemberModels:
         return dataclasses.replace(member, model=self._read(self._pruned(spec), spec))
 
     def _pruned(self, spec: MemberRecipe) -> Path:
-        """Where a member's pruned model lies."""
-        return self._writer.scratch / f"{spec.name}.pruned"
+        """Return the folder of a member's pruned model."""
+        return self._scratch / f"{spec.name}.pruned"
 
     def _prepared(self, spec: MemberRecipe) -> Path:
-        """Where a member's prepared model lies; it is made first if it is not there."""
-        folder = self._writer.scratch / f"{spec.name}.prepared"
-        key, stages, quantization = self.key(spec), self._writer.stages, self.quantization(spec)
-        if not stages.done(f"prepare/{spec.name}", key, bool):
-            member, progress = self._load_pruned(spec), PrefixedProgress(self._progress, spec.name)
+        """Return the folder of a member's rotated and scaled model, which is made if it is not there."""
+        folder, quantization = self._scratch / f"{spec.name}.prepared", self.quantization(spec)
+
+        def make() -> bool:
+            member, progress = self._load_pruned(spec), self._context.member_progress(spec)
             text = self.calibration(member.tokenizer, spec.name, LENGTH, WINDOWS) if quantization.scale else []
             model = prepare_model(member.model, quantization, text, seed=self._recipe.seed, progress=progress)
             with storage_errors(f"writing {folder}"):
-                shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
+                shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
                 model.save_pretrained(folder)
-            stages.mark_done(f"prepare/{spec.name}", key, files=[folder])
+            return True
+
+        self._context.stage(f"prepare/{spec.name}", self.key(spec), make, bool, files=[folder])
         return folder
 
     def _read(self, folder: Path, spec: MemberRecipe) -> PreTrainedModel:

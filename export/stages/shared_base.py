@@ -1,4 +1,4 @@
-"""Members that are one base and an adapter each, in one graph: the base is stored and read once for all of them."""
+"""Graphs that members of one base share: the base's weights are stored and read once for all of them."""
 
 from __future__ import annotations
 
@@ -14,109 +14,98 @@ from edgemix.bundle.stages import stage_key
 from edgemix.errors import InputError, storage_errors
 from edgemix.export.graphs.decoder import MODEL_FILE
 from edgemix.export.graphs.deltas import find_deltas
-from edgemix.export.graphs.shared_base import addition, addition_matrices, stack
+from edgemix.export.graphs.shared_base import add_members, addition, addition_matrices
 from edgemix.export.parity.against_fp32 import check_quantized
 from edgemix.export.parity.limits import within
 from edgemix.export.quantization import quantize
 from edgemix.export.quantization.algorithms.block_table import BlockTable
 from edgemix.export.quantization.algorithms.rtn import rtn
 from edgemix.export.stages.graphs import CALIBRATION_WINDOWS
-from edgemix.progress import PrefixedProgress
 from edgemix.recipe.schema import MemberRecipe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from edgemix.bundle.writer import BundleWriter
+    from edgemix.export.context import ExportContext
     from edgemix.export.graphs.deltas import Delta
     from edgemix.export.stages.blocks import MemberBlocks
     from edgemix.export.stages.graphs import MemberGraphs
     from edgemix.export.stages.models import MemberModels
     from edgemix.formats import Format
-    from edgemix.progress import Progress
     from edgemix.recipe.schema import Recipe
 
 RANKS = (64, 192)
-"""Largest rank of what a member adds to a linear of the base, tried in this order until every member passes its gate.
-The first one is above what LoRA is trained with; a full fine-tune may need more. Of a linear that the exporter joined
-of three it is three times that.
+"""Largest ranks of a member's additions to the base's linears, tried in this order until every member is within its
+limits. The first is above the usual ranks of LoRA; a full fine-tune may need more. Three times that for a linear that
+the exporter joined of three.
 """
 
 _ADDITION_BITS, _ADDITION_BLOCK = 8, 16
-"""How what additions read first is stored in int8 and int4: their second halves stay in floating point."""
-_STACKED = ("fp32", "fp16", "int8", "int8-dynamic", "int4")
+"""Bits and block of the additions' first factors in int8 and int4; their second factors stay in floating point."""
+_SHARED_FORMATS = ("fp32", "fp16", "int8", "int8-dynamic", "int4")
 
 
-class Stacked(msgspec.Struct, frozen=True):
-    """A graph of several members.
+class SharedBaseGraph(msgspec.Struct, frozen=True):
+    """A graph that computes several members.
 
     Attributes:
-        config: Of the graph.
-        parity: Member name -> how far its row of the graph is from its own fp32 graph.
+        config: The graph's.
+        parity: Member name -> how far its part of the graph's logits is from its own fp32 graph.
     """
 
     config: GraphConfig
     parity: dict[str, QuantizationParity]
 
     def failing(self) -> list[str]:
-        """Names of the members that are over their format's limits."""
+        """Return the names of the members that are over their format's limits."""
         return [name for name, figures in self.parity.items() if not within(figures)]
 
 
 def groups(recipe: Recipe, models: MemberModels) -> list[tuple[MemberRecipe, ...]]:
-    """The recipe's members by the graph that they are to share, in the order of the first of each."""
+    """Group the recipe's members by the graph that they may share, in the order of each group's first member."""
     found: dict[object, list[MemberRecipe]] = {}
     for spec in recipe.members:
-        shares = recipe.stack and spec.prune is None and models.format(spec) in _STACKED
+        shares = recipe.stack and spec.prune is None and models.format(spec) in _SHARED_FORMATS
         base = recipe.stack if isinstance(recipe.stack, str) else spec.model
         key = (base, models.format(spec), models.quantization(spec)) if shares else spec.name
         found.setdefault(key, []).append(spec)
     return [tuple(group) for group in found.values()]
 
 
-class MemberStacks:
-    """Makes graphs of several members.
+class SharedBaseGraphs:
+    """Make graphs that compute several members.
 
     Args:
-        recipe: Checked.
-        models: Of its members; so are `graphs` and `blocks`.
-        graphs: See `models`.
-        blocks: See `models`.
-        writer: Of the bundle that is being built.
-        progress: Hears of every stage.
+        context: The export.
+        models: The members' models.
+        graphs: The members' fp32 graphs.
+        blocks: The members' quantized blocks.
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        *,
-        models: MemberModels,
-        graphs: MemberGraphs,
-        blocks: MemberBlocks,
-        writer: BundleWriter,
-        progress: Progress,
+        self, context: ExportContext, *, models: MemberModels, graphs: MemberGraphs, blocks: MemberBlocks
     ) -> None:
-        self._recipe, self._models, self._graphs, self._blocks = recipe, models, graphs, blocks
-        self._writer, self._progress = writer, progress
+        self._context, self._recipe, self._progress = context, context.recipe, context.progress
+        self._models, self._graphs, self._blocks = models, graphs, blocks
 
     def base(self, group: Sequence[MemberRecipe]) -> MemberRecipe:
-        """What a group's members are additions to."""
+        """Return the base model of a group, as a member."""
         first, named = group[0], self._recipe.stack
         model = named if isinstance(named, str) else first.model
         return MemberRecipe(f"{first.name}@base", model, format=first.format, quantization=first.quantization)
 
-    def place(self, group: Sequence[MemberRecipe]) -> str:
-        """The folder in the bundle of a group's graph."""
+    def folder(self, group: Sequence[MemberRecipe]) -> str:
+        """Return the folder in the bundle of a group's graph."""
         return f"stacks/{group[0].name}"
 
-    def make(self, group: Sequence[MemberRecipe], output: Path, text: list[list[int]] | None) -> Stacked | None:
-        """Write a group's graph; its members' fp32 graphs are made and stay. None where they cannot be one graph.
+    def make(self, group: Sequence[MemberRecipe], output: Path, text: list[list[int]] | None) -> SharedBaseGraph | None:
+        """Write a group's graph, or return None if one graph cannot compute them. The members' fp32 graphs stay.
 
         Args:
-            group: Two members at least.
-            output: The graph.
-            text: What parity is measured on.
+            group: At least two members.
+            output: The file of the graph.
+            text: Token ids that parity is measured on.
 
         Raises:
             As `MemberGraphs.make`.
@@ -127,11 +116,11 @@ class MemberStacks:
         made = None
         for rank in RANKS:
             try:
-                with self._progress.stage(f"stack, rank {rank} at most"):
+                with self._progress.stage(f"shared graph, rank {rank} at most"):
                     exact, deltas = self._write(base, group, rank)
             except InputError as error:
                 names = ", ".join(spec.name for spec in group)
-                self._progress.log(f"{names}: a graph for each, not one for all: {error}")
+                self._progress.log(f"{names}: one graph for each, as they cannot share one: {error}")
                 break
             made = self._quantize(base, group, deltas, output, text)
             if exact or not made.failing():
@@ -141,7 +130,7 @@ class MemberStacks:
         return made
 
     def key(self, group: Sequence[MemberRecipe]) -> str:
-        """Of all that a group's graph depends on, but for the text of its gate."""
+        """Return the cache key of a group's graph, without the text that its parity is measured on."""
         first = group[0]
         return stage_key(
             graphs=[self._graphs.key(spec) for spec in (*group, self.base(group))],
@@ -153,18 +142,22 @@ class MemberStacks:
         )
 
     def _master(self, base: MemberRecipe) -> Path:
-        """Where the fp32 graph of several members lies."""
-        return self._writer.scratch / f"{base.name}.stack" / MODEL_FILE
+        """Return the file of the fp32 graph of several members."""
+        return self._context.writer.scratch / f"{base.name}.stack" / MODEL_FILE
 
     def _write(
         self, base: MemberRecipe, group: Sequence[MemberRecipe], rank: int
     ) -> tuple[bool, dict[str, list[Delta]]]:
-        """Write the fp32 graph of several members: whether it is theirs exactly, and what they add to the base."""
+        """Write the fp32 graph of several members.
+
+        Returns:
+            Whether no rank was cut off, and the members' low-rank additions by the name of the base's weight.
+        """
         model, master = ir.load(self._graphs.path(base)), self._master(base)
         members = [ir.load(self._graphs.path(spec)).graph for spec in group]
         most = rank * _joined(model.graph)
         deltas = find_deltas(model.graph, members, most)
-        stack(model.graph, deltas, len(group))
+        add_members(model.graph, deltas, len(group))
         with storage_errors(f"writing {master}"):
             shutil.rmtree(master.parent, ignore_errors=True)
             master.parent.mkdir(parents=True)
@@ -178,27 +171,27 @@ class MemberStacks:
         deltas: Mapping[str, Sequence[Delta]],
         output: Path,
         text: list[list[int]] | None,
-    ) -> Stacked:
-        """Write the graph in its format, and hold each of its members against that one's own."""
-        form, target, progress = self._models.format(group[0]), self._recipe.target, self._progress
-        table = _table(self._blocks.find(base), deltas) if form in ("int4", "int8") else None
+    ) -> SharedBaseGraph:
+        """Write the graph in its format, and compare each of its members with that member's fp32 graph."""
+        weight_format, target, progress = self._models.format(group[0]), self._recipe.target, self._progress
+        table = _table(self._blocks.find(base), deltas) if weight_format in ("int4", "int8") else None
         block = self._models.quantization(group[0]).group
-        with progress.stage(form), storage_errors(f"writing {output}"):
+        with progress.stage(weight_format), storage_errors(f"writing {output}"):
             shutil.rmtree(output.parent, ignore_errors=True)
             quantize(
                 self._master(base),
                 output,
-                form,
+                weight_format,
                 target=target,
                 group=block,
                 table=table,
-                calibration=self._calibration(group, form),
+                calibration=self._calibration(group, weight_format),
                 thin=[addition(name) for name in deltas],
                 progress=progress,
             )
         config = msgspec.structs.replace(
             self._graphs.make(base).config,
-            dtype="float16" if target == "cuda" and form != "fp32" else "float32",
+            dtype="float16" if target == "cuda" and weight_format != "fp32" else "float32",
             member_count=len(group),
         )
         parity = {
@@ -207,31 +200,29 @@ class MemberStacks:
                 output,
                 config,
                 text,
-                format=form,
-                voice=voice,
+                format=weight_format,
+                member=member,
                 seed=self._recipe.seed,
-                progress=PrefixedProgress(progress, spec.name),
+                progress=self._context.member_progress(spec),
             )
-            for voice, spec in enumerate(group)
+            for member, spec in enumerate(group)
         }
-        return Stacked(config, parity)
+        return SharedBaseGraph(config, parity)
 
-    def _calibration(self, group: Sequence[MemberRecipe], form: Format) -> list[list[int]]:
-        """Text for all of them, as much as one member alone would have."""
+    def _calibration(self, group: Sequence[MemberRecipe], weight_format: Format) -> list[list[int]]:
+        """Return calibration text for a group, about as much as for a single member."""
         each = -(-CALIBRATION_WINDOWS // len(group))
-        return [window for spec in group for window in self._graphs.calibration(spec, form)[:each]]
+        return [chunk for spec in group for chunk in self._graphs.calibration(spec, weight_format)[:each]]
 
 
 def _joined(graph: ir.Graph) -> int:
-    """How many linears of a model the exporter makes one of: three where attention reads queries, keys and values as
-    one.
-    """
+    """Return how many linears of a model the exporter joined into one: 3 where attention reads packed projections."""
     attention = next((node for node in graph if node.op_type == "GroupQueryAttention"), None)
     return 3 if attention is not None and attention.inputs[1] is None else 1
 
 
 def _table(base: BlockTable | None, deltas: Mapping[str, Sequence[Delta]]) -> BlockTable:
-    """The base's blocks, and those of what the members' additions read first."""
+    """Return the base's blocks with those of the additions' first factors."""
     table = base or BlockTable()
     for both in deltas.values():
         down, _ = addition_matrices(both)

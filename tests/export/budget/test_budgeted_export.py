@@ -13,7 +13,6 @@ from test_member_blocks import recipe as gguf_recipe
 from edgemix.bundle.reader import read_manifest
 from edgemix.bundle.verify import verify_bundle
 from edgemix.errors import EdgemixError, InputError
-from edgemix.export import pipeline
 from edgemix.export.budget import candidates, check, planner
 from edgemix.export.budget.plan import Budget
 from edgemix.export.budget.student_size import draft_bytes, student_bytes
@@ -21,6 +20,8 @@ from edgemix.export.distillation.student import Shape
 from edgemix.export.drafting import draft_head
 from edgemix.export.pipeline import export_bundle
 from edgemix.export.stages import blocks
+from edgemix.export.stages import inputs as inputs_stage
+from edgemix.export.stages import members as members_stage
 from edgemix.recipe.compression import Pruning, Quantization, Student
 from edgemix.recipe.schema import Data, MemberRecipe, Recipe
 from edgemix.runtime import Mixture
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module", autouse=True)
 def _short_gates() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "GATE_TOKENS", 512)
+        patch.setattr(inputs_stage, "GATE_TOKENS", 512)
         yield
 
 
@@ -261,7 +262,7 @@ def test_a_bundle_over_its_budget_fails_unless_forced(folder: Path, ends, tmp_pa
     Clock(monkeypatch)
     monkeypatch.setattr(check, "decoding_times", lambda graphs, *_, **__: planner.Times({}, 1.2 * limit))
     # The gates have let all members pass at 8 bits of theirs; with int4 they need force anyway.
-    monkeypatch.setattr(pipeline, "enforce", lambda *_, **__: False)
+    monkeypatch.setattr(members_stage, "enforce", lambda *_, **__: False)
     with pytest.raises(EdgemixError, match=r"not within its budget: a token takes .* ms, more than") as caught:
         export_bundle(recipe(folder), tmp_path / "b", budget=Budget(seconds=limit))
     assert not isinstance(caught.value, InputError)

@@ -15,7 +15,7 @@ from helpers.tiny_models import tiny_model
 from edgemix.errors import InputError
 from edgemix.export.graphs.decoder import export_graph
 from edgemix.export.graphs.deltas import find_deltas, low_rank
-from edgemix.export.graphs.shared_base import stack
+from edgemix.export.graphs.shared_base import add_members
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,7 +71,7 @@ def run(path: Path, steps: list[np.ndarray], keep: int | None = None) -> list[np
 def stacked(base: Path, members: list[Path], output: Path, most: int = 16) -> Path:
     model = ir.load(base)
     deltas = find_deltas(model.graph, [ir.load(member).graph for member in members], most)
-    stack(model.graph, deltas, len(members))
+    add_members(model.graph, deltas, len(members))
     output.parent.mkdir()
     ir.save(model, output, external_data="model.onnx.data")
     return output

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edgemix.bundle.reader import read_manifest
 from edgemix.bundle.verify import verify_bundle
+from edgemix.bundle.writer import BundleWriter
 from edgemix.errors import InputError, ParityError, RecipeError
-from edgemix.export import pipeline
 from edgemix.export.parity.limits import PruningLimits, enforce
 from edgemix.export.pipeline import export_bundle
 from edgemix.export.pruning import report
@@ -376,7 +376,7 @@ def test_a_stopped_export_keeps_the_pruned_model(folder, tmp_path, monkeypatch):
         exported(folder, tmp_path / "bundle", pruning, force=True)
     with monkeypatch.context() as patch:
         patch.setattr(models, "prune_member", _power_cut)
-        patch.setattr(pipeline.BundleWriter, "finish", _power_cut)
+        patch.setattr(BundleWriter, "finish", _power_cut)
         with pytest.raises(KeyboardInterrupt):  # other settings are another stage
             exported(folder, tmp_path / "bundle", Pruning(ffn=0.34, recover=0.01), force=True)
 

@@ -11,14 +11,17 @@ from test_members import tiny_tokenizer
 from edgemix.bundle.manifest import NGRAMS, DraftGraph
 from edgemix.bundle.reader import draft_tokens, ngram_table, read_manifest
 from edgemix.bundle.verify import verify_bundle
+from edgemix.bundle.writer import BundleWriter
 from edgemix.errors import EdgemixError, InputError, ParityError, RecipeError
-from edgemix.export import pipeline
 from edgemix.export.distillation import distill
 from edgemix.export.drafting import draft_head, ngrams
 from edgemix.export.drafting.draft_head import cut_head
 from edgemix.export.pipeline import export_bundle
 from edgemix.export.stages import blocks, models
 from edgemix.export.stages import graphs as graph_stage
+from edgemix.export.stages import members as members_stage
+from edgemix.export.stages import mixture as mixture_stage
+from edgemix.export.stages import student as student_stage
 from edgemix.progress import NO_PROGRESS
 from edgemix.recipe.compression import Student
 from edgemix.recipe.schema import Data, MemberRecipe, Quantization, Recipe
@@ -50,7 +53,7 @@ def recipe(folder, **changes):
 class Spy:
     """Calls through, and remembers with what."""
 
-    def __init__(self, monkeypatch, name, module=pipeline):
+    def __init__(self, monkeypatch, name, module):
         self.calls, self._real = [], getattr(module, name)
         monkeypatch.setattr(module, name, self)
 
@@ -117,13 +120,13 @@ def test_what_quantisation_costs_the_mixture(exported, folder, tmp_path):
 
 def test_kept_distributions_survive_an_interruption(folder, tmp_path, monkeypatch):
     for data in (recipe(folder).data, Data()):
-        kept = Spy(monkeypatch, "keep_distributions")
+        kept = Spy(monkeypatch, "keep_distributions", members_stage)
         with monkeypatch.context() as patch:
 
             def cut(*_, **__):
                 raise KeyboardInterrupt
 
-            patch.setattr(pipeline, "compare_mixtures", cut)
+            patch.setattr(mixture_stage, "compare_mixtures", cut)
             with pytest.raises(KeyboardInterrupt):
                 export_bundle(recipe(folder, data=data), tmp_path / "bundle")
         manifest = export_bundle(recipe(folder, data=data), tmp_path / "bundle")
@@ -141,13 +144,13 @@ def test_finished_stages_are_kept(folder, tmp_path, monkeypatch):
     class PowerCut(BaseException):
         pass
 
-    graph, stored = Spy(monkeypatch, "export_graph", graph_stage), Spy(monkeypatch, "quantize")
+    graph, stored = Spy(monkeypatch, "export_graph", graph_stage), Spy(monkeypatch, "quantize", members_stage)
     with monkeypatch.context() as patch:
 
         def cut(*_, **__):
             raise PowerCut
 
-        patch.setattr(pipeline, "check_quantized", cut)  # after both graphs and the first member's format
+        patch.setattr(members_stage, "check_quantized", cut)  # after both graphs and the first member's format
         with pytest.raises(PowerCut):
             export_bundle(recipe(folder), tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
@@ -158,8 +161,8 @@ def test_finished_stages_are_kept(folder, tmp_path, monkeypatch):
 
 
 def test_other_inputs_are_other_stages(folder, tmp_path, monkeypatch):
-    stored = Spy(monkeypatch, "quantize")
-    monkeypatch.setattr(pipeline.BundleWriter, "finish", lambda *_: None)  # every export stops before its last step
+    stored = Spy(monkeypatch, "quantize", members_stage)
+    monkeypatch.setattr(BundleWriter, "finish", lambda *_: None)  # every export stops before its last step
     export_bundle(recipe(folder), tmp_path / "bundle")
     export_bundle(recipe(folder), tmp_path / "bundle")
     assert len(stored.calls) == 2
@@ -168,11 +171,11 @@ def test_other_inputs_are_other_stages(folder, tmp_path, monkeypatch):
 
 
 def test_over_the_limit_stops_and_force_records(folder, tmp_path, monkeypatch):
-    real = pipeline.check_quantized
+    real = members_stage.check_quantized
     monkeypatch.setattr(
-        pipeline, "check_quantized", lambda *a, **k: msgspec.structs.replace(real(*a, **k), kl=9.0, kl_limit=0.5)
+        members_stage, "check_quantized", lambda *a, **k: msgspec.structs.replace(real(*a, **k), kl=9.0, kl_limit=0.5)
     )
-    stored = Spy(monkeypatch, "quantize")
+    stored = Spy(monkeypatch, "quantize", members_stage)
     with pytest.raises(ParityError, match=r"member 'two'.*kl 9 \(limit 0\.5\)"):
         export_bundle(recipe(folder), tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
@@ -225,7 +228,7 @@ def test_a_write_cut_short_is_no_bug(folder, tmp_path, monkeypatch):
     def cut_short(*_, **__):
         raise OSError("65536 requested and 26112 written")
 
-    monkeypatch.setattr(pipeline, "quantize", cut_short)
+    monkeypatch.setattr(members_stage, "quantize", cut_short)
     with pytest.raises(EdgemixError, match="26112 written") as caught:
         export_bundle(recipe(folder), tmp_path / "bundle")
     assert "Free some space" in caught.value.remedy
@@ -262,7 +265,7 @@ def test_trained_blocks_are_kept_over_an_interruption(folder, tmp_path, monkeypa
         def cut(*_, **__):
             raise KeyboardInterrupt
 
-        patch.setattr(pipeline, "check_quantized", cut)
+        patch.setattr(members_stage, "check_quantized", cut)
         with pytest.raises(KeyboardInterrupt):
             export_bundle(int4_recipe(folder), tmp_path / "bundle", force=True)
     export_bundle(int4_recipe(folder), tmp_path / "bundle", force=True)
@@ -337,7 +340,7 @@ def student_recipe(folder, **changes):
 
 
 def test_a_student_is_distilled_from_the_mixture_as_it_ships(folder, tmp_path, monkeypatch):
-    distilled = Spy(monkeypatch, "make_student")
+    distilled = Spy(monkeypatch, "make_student", student_stage)
     manifest = export_bundle(student_recipe(folder), tmp_path / "bundle")
     ((_, weights, *_),) = distilled.calls
     assert weights == manifest.weights.default
@@ -385,7 +388,7 @@ def test_ngrams_are_kept_over_an_interruption(folder, tmp_path, monkeypatch):
 
     def interrupted(wanted):
         with monkeypatch.context() as broken:
-            broken.setattr(pipeline, "check_quantized", _cut)
+            broken.setattr(members_stage, "check_quantized", _cut)
             with pytest.raises(KeyboardInterrupt):
                 export_bundle(wanted, output)
         return [*tmp_path.glob(f".bundle.partial/**/{NGRAMS}")]
@@ -406,7 +409,7 @@ def test_a_student_of_a_large_vocabulary_drafts_its_frequent_tokens(folder, tmp_
     tokens = draft_tokens(tmp_path / "bundle", manifest, manifest.student.draft)
     with Mixture.load(tmp_path / "bundle", provider="cpu", threads=1) as mixture:
         assert {*mixture.tokenizer.encode(TEXT[::-1]), *manifest.tokenizer.eos} <= {*tokens}
-        (drafter,) = mixture.drafting.members
+        (drafter,) = mixture.drafting.graphs
         assert (drafter.vocabulary, drafter.tokens.tolist()) == (64, tokens)
         said = [
             mixture.generate("the quick", speculation=way, max_new_tokens=24).token_ids for way in ("off", "student")
@@ -439,13 +442,13 @@ def test_a_student_that_cannot_be_cut_drafts_with_its_whole_head(folder, tmp_pat
 
 
 def test_a_distilled_student_is_kept_over_an_interruption_and_a_refusal(folder, tmp_path, monkeypatch):
-    real = pipeline.check_quantized
+    real = members_stage.check_quantized
 
     def bad(source, path, *arguments, **options):
         figures = real(source, path, *arguments, **options)
         return msgspec.structs.replace(figures, kl=9.0) if path.parent.name == "student" else figures
 
-    monkeypatch.setattr(pipeline, "check_quantized", bad)
+    monkeypatch.setattr(members_stage, "check_quantized", bad)
     trained = []
     monkeypatch.setattr(distill, "train", lambda *a, real=distill.train, **k: trained.append(1) or real(*a, **k))
     graph = Spy(monkeypatch, "export_graph", graph_stage)

@@ -102,14 +102,14 @@ def test_formats_of_a_stack_pass_the_gates_of_each_member(folder: Path, tmp_path
 def test_a_stack_is_taken_up_where_an_export_was_cut(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edgemix.export import pipeline
+    from edgemix.export.stages import mixture as mixture_stage
     from edgemix.export.stages import shared_base
 
     def cut(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "compare_mixtures", cut)
+        patch.setattr(mixture_stage, "compare_mixtures", cut)
         with pytest.raises(KeyboardInterrupt):
             export_bundle(recipe(folder), tmp_path / "bundle")
     monkeypatch.setattr(shared_base, "find_deltas", cut)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from edgemix.bundle.ngram_table import NgramTable
     from edgemix.runtime.graphs.decoder import DecoderGraph
     from edgemix.runtime.graphs.providers import Provider
-    from edgemix.runtime.machine.plan import Plan
+    from edgemix.runtime.machine.plan import RuntimePlan
     from edgemix.runtime.mixing.arithmetic import Combine
     from edgemix.runtime.options import WeightChoice
     from edgemix.runtime.text.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ class LoadedBundle:
         drafter: DecoderGraph | None = None,
         ngrams: NgramTable | None = None,
         prefix_bytes: int = 0,
-        plan: Plan | None = None,
+        plan: RuntimePlan | None = None,
     ) -> None:
         self.manifest = manifest
         self.tokenizer = tokenizer

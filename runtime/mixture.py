@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from edgemix.bundle.manifest import Manifest
     from edgemix.progress import Progress
-    from edgemix.runtime.machine.plan import Plan
+    from edgemix.runtime.machine.plan import RuntimePlan
     from edgemix.runtime.mixing.arithmetic import Combine
 
 PREFIX_BYTES = 64 << 20
@@ -141,7 +141,7 @@ class Mixture(LoadedBundle):
         drafts: bool = False,
         prefix_bytes: int = 0,
         packed: Path | None = None,
-        plan: Plan | None = None,
+        plan: RuntimePlan | None = None,
     ) -> Self:
         """Open the files of a bundle whose manifest is at hand: one that is being made.
 

@@ -1,7 +1,7 @@
-"""The plan for a bundle on a machine: how it was measured to run fastest there (`edgemix profile --recommend`).
+"""Plans: the fastest measured settings for a bundle on a machine (`edgemix profile --recommend`).
 
-Plans lie in the user's cache folder, one a file, by what they hold for: the bundle's manifest, the processor, its
-cores, ONNX Runtime's version, the provider. They are advice: one that cannot be read is as good as none.
+Plans are files in the user's cache folder, by bundle manifest, processor, number of cores, ONNX Runtime version and
+provider. They are advice: one that cannot be read is ignored.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _MOST_BYTES = 1 << 16
 _MOST_THREADS = 1 << 12
 
 
-class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How to run a mixture.
+class RuntimePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Settings for running a mixture.
 
     Attributes:
-        key: What it holds for, see `key_of`.
-        threads: Within an operator.
-        speculation: What "auto" shall mean.
-        drafts: Whether the student is opened beside the members.
-        tpot: Seconds a token, measured.
-        created: When, ISO 8601 in UTC.
+        key: What it applies to, see `key_of`.
+        threads: Threads within an operator.
+        speculation: The mode that "auto" stands for.
+        drafts: Whether the student is loaded beside the members.
+        tpot: Measured seconds per token.
+        created: Time of measurement, ISO 8601 in UTC.
     """
 
     key: str
@@ -55,7 +55,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def cache_folder() -> Path | None:
-    """The folder of edgemix's cache, which need not exist; None where the system has no place for one."""
+    """Return the folder of edgemix's cache, which need not exist; None where the user has no home."""
     if named := os.environ.get(CACHE):
         return Path(named)
     try:
@@ -65,7 +65,7 @@ def cache_folder() -> Path | None:
 
 
 def key_of(manifest: Manifest, provider: Provider) -> str:
-    """All that a plan depends on, in one line."""
+    """Return everything that a plan depends on, in one line."""
     here = processor()
     versions = (f"{name} {installed_version(name)}" for name in ("onnxruntime", "onnxruntime-gpu"))
     return " | ".join(
@@ -73,8 +73,8 @@ def key_of(manifest: Manifest, provider: Provider) -> str:
     )
 
 
-def find_plan(manifest: Manifest, provider: Provider) -> Plan | None:
-    """The plan for a bundle here, if there is one; what is wrong with it is logged."""
+def find_plan(manifest: Manifest, provider: Provider) -> RuntimePlan | None:
+    """Return the plan for a bundle on this machine, if there is a valid one; an invalid one is logged."""
     folder = _plans()
     if folder is None or not folder.is_dir() or not manifest.checksum:
         return None
@@ -85,17 +85,17 @@ def find_plan(manifest: Manifest, provider: Provider) -> Plan | None:
             return None
         if path.stat().st_size > _MOST_BYTES:
             raise ValueError("it is too large")
-        plan = msgspec.json.decode(path.read_bytes(), type=Plan)
+        plan = msgspec.json.decode(path.read_bytes(), type=RuntimePlan)
         if plan.schema != SCHEMA or plan.key != key or not 1 <= plan.threads <= _MOST_THREADS:
             raise ValueError("it is not for this bundle on this machine")
     except (OSError, ValueError, RecursionError) as error:
-        LOG.warning("the plan %s is left aside: %s", path, error)
+        LOG.warning("the plan %s is ignored: %s", path, error)
         return None
     return plan
 
 
-def write_plan(plan: Plan) -> Path:
-    """Keep a plan for `find_plan`: where it lies.
+def write_plan(plan: RuntimePlan) -> Path:
+    """Write a plan for `find_plan` and return its file.
 
     Raises:
         EdgemixError: It cannot be written.

@@ -1,4 +1,4 @@
-"""What this machine offers a mixture: packages, providers, cores, instruction sets, memory.
+"""This machine's packages, providers, cores, instruction sets and memory.
 
 Nothing here needs ONNX Runtime to be installed: its absence is one of the findings.
 """
@@ -19,7 +19,7 @@ from edgemix.runtime.graphs.providers import PROVIDERS, default_threads, why_not
 
 RUNTIME_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "numpy", "tokenizers")
 EXTRA_PACKAGES = {"llguidance": "constrained", "altair": "report", "vl-convert-python": "report", "lm-eval": "lm-eval"}
-"""What some of edgemix needs, and the extra that installs it."""
+"""Optional packages, and the extra that installs each."""
 EXPORT_PACKAGES = ("torch", "transformers", "mobius-onnx", "onnx", "optimum", "peft", "bitsandbytes", "gguf")
 
 # The flags of /proc/cpuinfo that ONNX Runtime's kernels choose by, from plain to fast.
@@ -36,10 +36,10 @@ class Processor(msgspec.Struct, frozen=True):
 
     Attributes:
         name: As the system calls it.
-        physical_cores: Cores of the machine, if the system tells; `logical_cores` with their hardware threads.
+        physical_cores: Cores of the machine, if known; `logical_cores` counts hardware threads.
         usable_cores: Logical cores that this process may use.
-        default_threads: What the runtime takes unless told otherwise.
-        instruction_sets: Those that matter here; empty where the system does not list them.
+        default_threads: Threads that the runtime uses by default.
+        instruction_sets: Those relevant to ONNX Runtime; empty where the system does not list them.
     """
 
     name: str
@@ -67,7 +67,7 @@ class ProviderState(msgspec.Struct, frozen=True):
 
 
 class System(msgspec.Struct, frozen=True):
-    """All of it. `packages` maps a distribution to its version, None where it is not installed."""
+    """The whole description. `packages` maps a distribution to its version, None where it is not installed."""
 
     edgemix: str
     python: str
@@ -89,7 +89,7 @@ class System(msgspec.Struct, frozen=True):
 
 
 def describe() -> System:
-    """Look at this machine; runs a tiny graph on each provider."""
+    """Describe this machine; runs a tiny graph on each provider."""
     return System(
         edgemix=__version__,
         python=platform.python_version(),
@@ -102,7 +102,7 @@ def describe() -> System:
 
 
 def parse_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
-    """Name and instruction sets of a processor from the text of /proc/cpuinfo (x86's or Arm's); empty if absent."""
+    """Return the name and instruction sets of a processor from the text of /proc/cpuinfo; empty if absent."""
     fields: dict[str, str] = {}
     for line in text.splitlines():
         key, colon, value = line.partition(":")
@@ -113,7 +113,7 @@ def parse_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def processor() -> Processor:
-    """The CPU that this process runs on."""
+    """Describe the CPU on which this process runs."""
     name, instruction_sets = parse_cpuinfo(_read(Path("/proc/cpuinfo")))
     logical = psutil.cpu_count() or 1
     return Processor(
@@ -142,7 +142,7 @@ def _state(name: str) -> ProviderState:
 
 
 def installed_version(distribution: str) -> str | None:
-    """The version of a distribution; None where it is not installed."""
+    """Return the version of a distribution; None where it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -150,7 +150,7 @@ def installed_version(distribution: str) -> str | None:
 
 
 def _read(path: Path) -> str:
-    """The file's text; empty where there is none (another system)."""
+    """Return the file's text; empty where there is no file (another system)."""
     try:
         return path.read_text(errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""The measurements of every contender, and what the profile says of it."""
+"""The measurements of every target, and their results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from edgemix.results.profile import Quantiles
     from edgemix.runtime.profiling.energy import Meter
     from edgemix.runtime.profiling.prompts import Prompts
-    from edgemix.runtime.profiling.targets import Contender, Run
+    from edgemix.runtime.profiling.targets import Run, Target
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Sizes:
     Attributes:
         contexts: Prompt lengths behind which tokens are decoded, the shortest first.
         prompts: Further lengths, of prompts that are only read.
-        batches: Texts at once; of the mixture alone, unless `everybody`.
-        tokens: Decoded in a run.
-        texts: Different prompts on which the mixture in fewer calls is compared with the plain one.
-        everybody: Whether members and student are measured at all sizes, too.
+        batches: Batch sizes; measured for the mixture alone, unless `all_targets`.
+        tokens: Tokens decoded in a run.
+        texts: Number of prompts on which speculative decoding is compared with the plain loop.
+        all_targets: Measure members and the student at all sizes, too.
         patience: Seconds after which a run ends early.
     """
 
@@ -39,26 +39,32 @@ class Sizes:
     batches: tuple[int, ...]
     tokens: int
     texts: int
-    everybody: bool
+    all_targets: bool
     patience: float
 
     def within(self, context: int) -> Sizes:
-        """Those that fit into a context, each cut to it."""
+        """Return the sizes that fit into a context, each cut to it."""
         room = max(1, context - self.tokens)
         cut = sorted({min(size, room) for size in self.contexts})
         prompts = tuple(sorted({min(size, context) for size in self.prompts} - set(cut)))
         return Sizes(
-            tuple(cut), prompts, self.batches, self.tokens, self.texts, everybody=self.everybody, patience=self.patience
+            tuple(cut),
+            prompts,
+            self.batches,
+            self.tokens,
+            self.texts,
+            all_targets=self.all_targets,
+            patience=self.patience,
         )
 
 
 @dataclass
-class Gathered:
-    """What is known of one contender beyond its series.
+class TargetSamples:
+    """Samples of one target beside its series.
 
     Attributes:
-        runs: Pairs of a plain run and one in fewer calls, on the same prompt.
-        joules: By counter, of a token, a run each.
+        runs: Pairs of a plain and a speculative run on the same prompt.
+        joules: Energy per token by counter, one value per run.
     """
 
     runs: list[tuple[Run, Run]] = field(default_factory=list)
@@ -66,127 +72,127 @@ class Gathered:
 
 
 class Bench:
-    """All measurements of some contenders.
+    """All measurements of a list of targets.
 
     Args:
-        contenders: Who is measured; the mixture in fewer calls last.
-        prompts: What they continue.
-        sizes: How much.
-        meter: Energy.
+        targets: What is measured; the mixture with speculative decoding last.
+        prompts: Prompts to continue.
+        sizes: Prompt, context and batch sizes.
+        meter: Energy meter.
     """
 
-    def __init__(self, contenders: Sequence[Contender], prompts: Prompts, sizes: Sizes, meter: Meter) -> None:
-        self.contenders = {contender.name: contender for contender in contenders}
-        self._fast = self.contenders[FAST]
-        self._plain = self.contenders.get(PLAIN) or contenders[0]
+    def __init__(self, targets: Sequence[Target], prompts: Prompts, sizes: Sizes, meter: Meter) -> None:
+        self.targets = {target.name: target for target in targets}
+        self._fast = self.targets[FAST]
+        self._plain = self.targets.get(PLAIN) or targets[0]
         self.prompts, self.meter = prompts, meter
         self.sizes = sizes.within(self._fast.context)
-        self._gathered: dict[str, Gathered] = defaultdict(Gathered)
+        self._samples: dict[str, TargetSamples] = defaultdict(TargetSamples)
         self._found: dict[tuple[str, str, int], Measurement] = {}
         self.measurements = [*self._plan()]
 
     def warm_up(self) -> None:
-        """Let every graph run once, so that nothing is measured while memory is laid out."""
-        for contender in self.contenders.values():
-            self._run(contender, 1, 0, tokens=1)
+        """Run every graph once, so that memory allocation is not measured."""
+        for target in self.targets.values():
+            self._run(target, 1, 0, tokens=1)
 
     def result(self, name: str) -> TargetResult:
-        """What was found of a contender; what was not measured is missing."""
-        contender, gathered, sizes = self.contenders[name], self._gathered[name], self.sizes
+        """Return a target's result; what was not measured is missing in it."""
+        target, samples, sizes = self.targets[name], self._samples[name], self.sizes
         ttft = [(size, self._figure(name, "ttft", size)) for size in sorted({*sizes.prompts, *sizes.contexts})]
         tpot = [(size, self._figure(name, "tpot", size)) for size in sizes.contexts]
         rates = [(size, self._figure(name, "rate", size)) for size in sizes.batches]
         return TargetResult(
             name=name,
-            kind=contender.kind,
-            format=contender.format,
-            files=contender.files,
+            kind=target.kind,
+            format=target.format,
+            files=target.files,
             prefill=tuple(Prefill(size, found) for size, found in ttft if found),
             decode=tuple(Decode(size, found) for size, found in tpot if found),
             batches=tuple(Batch(size, found) for size, found in rates if found),
-            speculation=speculation(gathered.runs) if gathered.runs else None,
-            energy=_energy(gathered.joules),
+            speculation=speculation(samples.runs) if samples.runs else None,
+            energy=_energy(samples.joules),
         )
 
     def missing(self) -> list[str]:
-        """What there was no time for."""
+        """Return the names of measurements for which there was no time."""
         return [each.name for each in self.measurements if not each.turns]
 
     def unstable(self) -> list[str]:
-        """What was measured, but is not stable."""
+        """Return the names of measurements that are not stable."""
         return [each.name for each in self.measurements if each.turns and not each.stable]
 
     def _plan(self) -> Iterator[Measurement]:
-        """The most important ones first."""
-        sizes, others = self.sizes, [c for c in self.contenders.values() if c.name not in (FAST, PLAIN)]
+        """Yield the measurements, the most important ones first."""
+        sizes, others = self.sizes, [c for c in self.targets.values() if c.name not in (FAST, PLAIN)]
         yield self._pairs()
-        for contender in others:
-            yield self._decode(contender, sizes.contexts[0])
-        both = [c for c in self.contenders.values() if c.name in (FAST, PLAIN)]
+        for target in others:
+            yield self._decode(target, sizes.contexts[0])
+        both = [c for c in self.targets.values() if c.name in (FAST, PLAIN)]
         for size in sizes.prompts:
-            crowd = [*both, *others] if sizes.everybody else both
-            yield from (self._prefill(contender, size) for contender in crowd)
+            chosen = [*both, *others] if sizes.all_targets else both
+            yield from (self._prefill(target, size) for target in chosen)
         for size in sizes.batches:
-            crowd = [self._plain, *(c for c in others if sizes.everybody and c is not self._plain)]
-            yield from (self._batch(contender, size) for contender in crowd)
+            chosen = [self._plain, *(c for c in others if sizes.all_targets and c is not self._plain)]
+            yield from (self._batch(target, size) for target in chosen)
         for size in sizes.contexts[1:]:
-            yield from (self._decode(contender, size) for contender in [*both, *others])
+            yield from (self._decode(target, size) for target in [*both, *others])
 
     def _pairs(self) -> Measurement:
-        """The mixture plainly and in fewer calls, in turns on the same prompts, as many of them in every round."""
+        """Measure the plain loop and speculative decoding in turns, on the same prompts in every round."""
         size = self.sizes.contexts[0]
 
         def take(_: int) -> Mapping[str, Sequence[float]]:
             found: dict[str, list[float]] = defaultdict(list)
             for number in range(self.sizes.texts):
-                pair = [self._run(contender, size, number) for contender in (self._plain, self._fast)]
-                self._gathered[FAST].runs.append((pair[0], pair[1]))
-                for contender, run in zip((self._plain, self._fast), pair, strict=True):
-                    found[f"{contender.name} ttft"].append(run.ttft)
-                    found[f"{contender.name} tpot"] += run.tpot
+                pair = [self._run(target, size, number) for target in (self._plain, self._fast)]
+                self._samples[FAST].runs.append((pair[0], pair[1]))
+                for target, run in zip((self._plain, self._fast), pair, strict=True):
+                    found[f"{target.name} ttft"].append(run.ttft)
+                    found[f"{target.name} tpot"] += run.tpot
             return found
 
         measurement = Measurement(f"{FAST}, {size} tokens of context", take)
-        for name in {self._fast.name, *({PLAIN} & self.contenders.keys())}:
+        for name in {self._fast.name, *({PLAIN} & self.targets.keys())}:
             self._found[name, "ttft", size] = self._found[name, "tpot", size] = measurement
         return measurement
 
-    def _decode(self, contender: Contender, size: int) -> Measurement:
+    def _decode(self, target: Target, size: int) -> Measurement:
         def take(number: int) -> Mapping[str, Sequence[float]]:
-            run = self._run(contender, size, number if contender.plain else 0)
-            return {f"{contender.name} ttft": [run.ttft], f"{contender.name} tpot": run.tpot}
+            run = self._run(target, size, number if target.plain else 0)
+            return {f"{target.name} ttft": [run.ttft], f"{target.name} tpot": run.tpot}
 
-        measurement = Measurement(f"{contender.name}, {size} tokens of context", take)
-        self._found[contender.name, "ttft", size] = self._found[contender.name, "tpot", size] = measurement
+        measurement = Measurement(f"{target.name}, {size} tokens of context", take)
+        self._found[target.name, "ttft", size] = self._found[target.name, "tpot", size] = measurement
         return measurement
 
-    def _prefill(self, contender: Contender, size: int) -> Measurement:
+    def _prefill(self, target: Target, size: int) -> Measurement:
         def take(number: int) -> Mapping[str, Sequence[float]]:
-            # Whom the mixture asks in fewer calls depends on the text: every round has the same ones.
-            texts = [number] if contender.plain else range(self.sizes.texts)
-            return {f"{contender.name} ttft": [self._run(contender, size, text, tokens=0).ttft for text in texts]}
+            # Which members are evaluated depends on the text: every round has the same texts.
+            texts = [number] if target.plain else range(self.sizes.texts)
+            return {f"{target.name} ttft": [self._run(target, size, text, tokens=0).ttft for text in texts]}
 
-        measurement = Measurement(f"{contender.name}, a prompt of {size} tokens", take)
-        self._found[contender.name, "ttft", size] = measurement
+        measurement = Measurement(f"{target.name}, a prompt of {size} tokens", take)
+        self._found[target.name, "ttft", size] = measurement
         return measurement
 
-    def _batch(self, contender: Contender, size: int) -> Measurement:
+    def _batch(self, target: Target, size: int) -> Measurement:
         def take(_: int) -> Mapping[str, Sequence[float]]:
             prompts = self.prompts.batch(self.sizes.contexts[0], size)
-            run = contender.run(prompts, self.sizes.tokens // 2, meter=self.meter, patience=self.sizes.patience)
-            return {f"{contender.name} rate": [size / seconds for seconds in run.tpot]}
+            run = target.run(prompts, self.sizes.tokens // 2, meter=self.meter, patience=self.sizes.patience)
+            return {f"{target.name} rate": [size / seconds for seconds in run.tpot]}
 
-        measurement = Measurement(f"{contender.name}, {size} texts at once", take)
-        self._found[contender.name, "rate", size] = measurement
+        measurement = Measurement(f"{target.name}, {size} texts at once", take)
+        self._found[target.name, "rate", size] = measurement
         return measurement
 
-    def _run(self, contender: Contender, size: int, number: int, *, tokens: int | None = None) -> Run:
+    def _run(self, target: Target, size: int, number: int, *, tokens: int | None = None) -> Run:
         prompt = self.prompts.take(size, number)
         new = self.sizes.tokens if tokens is None else tokens
-        run = contender.run([prompt], new, meter=self.meter, patience=self.sizes.patience)
+        run = target.run([prompt], new, meter=self.meter, patience=self.sizes.patience)
         if tokens is None and run.tokens:
             for counter, joules in run.joules.items():
-                self._gathered[contender.name].joules[counter].append(joules / run.tokens)
+                self._samples[target.name].joules[counter].append(joules / run.tokens)
         return run
 
     def _figure(self, name: str, figure: str, size: int) -> Quantiles | None:
@@ -195,7 +201,7 @@ class Bench:
 
 
 def speculation(runs: Sequence[tuple[Run, Run]]) -> SpeculationResult:
-    """What fewer calls bring, from pairs of a plain run and one in fewer calls."""
+    """Summarize speculative decoding from pairs of a plain and a speculative run."""
     fast = [run for _, run in runs]
     drafted, tokens = sum(run.drafted for run in fast), sum(run.tokens for run in fast)
     ratios = [
@@ -212,7 +218,7 @@ def speculation(runs: Sequence[tuple[Run, Run]]) -> SpeculationResult:
 
 
 def _energy(joules: Mapping[str, Sequence[float]]) -> Energy | None:
-    """Of the counter that counts most: the package where the CPU computes, the card where that does."""
+    """Return the energy by the counter that counted most: the CPU package, or the GPU."""
     medians = {counter: statistics.median(found) for counter, found in joules.items()}
     counter = max(medians, key=lambda name: medians[name], default=None)
     return None if counter is None else Energy(counter, medians[counter])

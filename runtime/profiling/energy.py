@@ -1,4 +1,4 @@
-"""Energy, where the machine counts it: the processor's packages (RAPL) and NVIDIA's cards (NVML)."""
+"""Energy counters: the processor's packages (RAPL) and NVIDIA's cards (NVML)."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ POWERCAP = Path("/sys/class/powercap")
 
 
 class Counter(Protocol):
-    """Something that counts energy.
+    """An energy counter.
 
     Attributes:
-        name: Of what it counts.
+        name: The device that it measures.
     """
 
     name: str
 
     def spent(self, before: float, after: float) -> float:
-        """Joules between two readings."""
+        """Return the joules between two readings."""
 
     def read(self) -> float | None:
-        """Joules since some time; None where it cannot be read any more."""
+        """Return joules since an arbitrary time; None where the counter cannot be read any more."""
 
 
 class Rapl:
-    """One package's counter, which begins again at its range (Linux's powercap interface).
+    """A CPU package's counter, which wraps around at its range (Linux's powercap interface).
 
     Args:
         folder: Such as /sys/class/powercap/intel-rapl:0.
@@ -54,7 +54,7 @@ class Rapl:
 
 
 class Nvml:
-    """One card's counter, through the package pynvml."""
+    """An NVIDIA GPU's counter, through the package pynvml."""
 
     def __init__(self, nvml: Any, index: int) -> None:
         self._nvml = nvml
@@ -73,7 +73,7 @@ class Nvml:
 
 
 def counters(powercap: Path = POWERCAP) -> list[Counter]:
-    """Those that can be read here, each of a name of its own; most often root alone may read RAPL's."""
+    """Return the counters that can be read here, by distinct names; usually only root may read RAPL."""
     found: dict[str, Counter] = {}
     for counter in (*_packages(powercap), *_cards()):
         if counter.read() is not None:
@@ -82,7 +82,7 @@ def counters(powercap: Path = POWERCAP) -> list[Counter]:
 
 
 def _packages(powercap: Path) -> Iterable[Counter]:
-    """Packages alone (intel-rapl:0), not the zones within them (intel-rapl:0:0), which they include."""
+    """Yield the packages (intel-rapl:0), not the zones within them (intel-rapl:0:0), which they include."""
     with suppress(OSError):
         for folder in sorted(powercap.glob("*:*")):
             if folder.name.count(":") == 1:
@@ -108,11 +108,11 @@ class Meter:
         self.counters = tuple(counters)
 
     def readings(self) -> list[float | None]:
-        """What every counter says now."""
+        """Return the current reading of every counter."""
         return [counter.read() for counter in self.counters]
 
     def spent(self, before: list[float | None]) -> dict[str, float]:
-        """Joules since some readings, by the counter's name."""
+        """Return the joules since some readings, by counter name."""
         return {
             counter.name: counter.spent(was, now)
             for counter, was, now in zip(self.counters, before, self.readings(), strict=True)

@@ -1,5 +1,5 @@
-"""What a graph's file tells of the work in it, without ONNX Runtime: which part of the model each node belongs to, how
-many bytes of weights a call reads, how many multiply-adds a token costs.
+"""The work in a graph, read from its file without ONNX Runtime: the part of the model of each node, the bytes of weights
+that a call reads, and the multiply-adds per token.
 """
 
 from __future__ import annotations
@@ -62,16 +62,16 @@ class Graph:
     weights: dict[str, Weight] = field(default_factory=dict)
 
     def marks(self) -> dict[str, str]:
-        """Name of a node -> see `mark`."""
+        """Return node name -> mark, see `mark`."""
         return {node.name: mark(node) for node in self.nodes if node.name}
 
     def weight_bytes(self) -> int:
-        """Bytes of the weights that a call of one token reads: all but tables of which only rows are looked up."""
+        """Return the bytes of weights that a call of one token reads: all but tables that are only looked up."""
         read = {name for node in self.nodes if node.type not in _LOOKUPS for name in node.inputs}
         return sum(self._bytes(name) for name in self.weights.keys() & read)
 
     def multiply_adds(self) -> int:
-        """Of a token, in products with weights."""
+        """Return the multiply-adds per token in products with weights."""
         weights = dict(self.weights)
         for node in self.nodes:
             if node.type in _ALTERED and node.inputs and node.inputs[0] in weights:
@@ -80,7 +80,7 @@ class Graph:
 
     @property
     def query_heads(self) -> int:
-        """Heads of queries, of all layers together; 0 for graphs that spell attention out."""
+        """Query heads of all layers together; 0 for graphs without fused attention."""
         return sum(node.numbers.get("num_heads", 0) for node in self.nodes if node.type == _ATTENTION)
 
     def _bytes(self, name: str) -> int:
@@ -89,7 +89,7 @@ class Graph:
 
 
 def _product(node: Node, weights: Mapping[str, Weight]) -> int:
-    """Multiply-adds of a token in one node."""
+    """Return the multiply-adds per token of one node."""
     if node.type in {"MatMulNBits", "MatMulBnb4"}:
         return node.numbers.get("K", 0) * node.numbers.get("N", 0)
     if node.type not in _PRODUCTS:
@@ -98,7 +98,7 @@ def _product(node: Node, weights: Mapping[str, Weight]) -> int:
 
 
 def mark(node: Node) -> str:
-    """The part of the model that a node's names tell of: "layer 0" ..., "embedding", "head"; else ""."""
+    """Return the part of the model by a node's names: "layer 0" ..., "embedding", "head"; else ""."""
     own = (node.name, *node.outputs)
     if layer := _layer(own):
         return layer

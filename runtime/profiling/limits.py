@@ -1,4 +1,4 @@
-"""What the machine can do at most: reading memory, and multiplying large matrices in ONNX Runtime."""
+"""The machine's limits: memory bandwidth, and peak matrix multiplication in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from edgemix.runtime.graphs.providers import Provider
 
-LEAST_BUFFER, MOST_BUFFER = 64 << 20, 512 << 20
+MIN_BUFFER, MAX_BUFFER = 64 << 20, 512 << 20
 """Bytes that are read for the bandwidth; between them, twice the processor's last cache."""
 SIDE = 1024
 """Rows and columns of the matrices."""
@@ -39,7 +39,7 @@ class Limits:
 
 
 def measure_limits(provider: Provider, threads: int, *, seconds: float) -> Limits:
-    """The machine's limits, in about so many seconds in all."""
+    """Measure the machine's limits in about `seconds` in all."""
     each = seconds / 3
     return Limits(
         bandwidth(threads, each) if provider.device == "cpu" else None,
@@ -49,7 +49,7 @@ def measure_limits(provider: Provider, threads: int, *, seconds: float) -> Limit
 
 
 def bandwidth(threads: int, seconds: float) -> float:
-    """Bytes a second of all threads that read one buffer, each a part of its own."""
+    """Measure bytes per second read by all threads together, each from its own part of a buffer."""
     buffer = np.ones(buffer_bytes() // 8, np.int64)
     parts = np.array_split(buffer, threads)
     with ThreadPoolExecutor(threads) as workers:
@@ -61,13 +61,13 @@ def _read(part: NDArray[np.int64]) -> int:
 
 
 def buffer_bytes(cache: int | None = None) -> int:
-    """Twice the last cache, so that most of it is not there, and no more than a quarter of the free memory."""
+    """Return the buffer size: twice the last-level cache, at most a quarter of the free memory."""
     wanted = 2 * (last_cache() if cache is None else cache)
-    return int(min(max(wanted, LEAST_BUFFER), MOST_BUFFER, psutil.virtual_memory().available // 4)) // 8 * 8
+    return int(min(max(wanted, MIN_BUFFER), MAX_BUFFER, psutil.virtual_memory().available // 4)) // 8 * 8
 
 
 def last_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
-    """Bytes of the processor's largest cache, where Linux tells; else 32 MiB."""
+    """Return the bytes of the processor's largest cache from Linux's sysfs; elsewhere 32 MiB."""
     sizes = [32 << 20]
     for file in folder.glob("index*/size"):
         text = file.read_text("utf-8").strip()
@@ -77,7 +77,7 @@ def last_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int
 
 
 def _peak(graph: bytes, dtype: Any, provider: Provider, threads: int, seconds: float) -> float | None:
-    """Multiply-adds a second; None where the provider has no such product."""
+    """Measure multiply-adds per second; None where the provider has no such operator."""
     try:
         session = open_bytes(graph, provider, threads=threads)
         inputs = {"a": np.ones((SIDE, SIDE), dtype)}
@@ -87,7 +87,7 @@ def _peak(graph: bytes, dtype: Any, provider: Provider, threads: int, seconds: f
 
 
 def _fastest(work: Callable[[], object], seconds: float) -> float:
-    """Seconds of the fastest of several runs, three at least."""
+    """Return the seconds of the fastest of at least three runs."""
     until, best, runs = time.perf_counter() + seconds, np.inf, 0
     while runs < 3 or time.perf_counter() < until:
         begun = time.perf_counter()
@@ -97,17 +97,17 @@ def _fastest(work: Callable[[], object], seconds: float) -> float:
 
 
 def fp32_product() -> bytes:
-    """A graph c = a b of square matrices."""
+    """Return a graph c = a b of square fp32 matrices."""
     return _product("MatMul", _FLOAT, np.float32, _FLOAT)
 
 
 def int8_product() -> bytes:
-    """The same of codes: a is uint8, b int8, c int32."""
+    """Return the same graph in integers: a is uint8, b int8, c int32."""
     return _product("MatMulInteger", _UINT8, np.int8, _INT32)
 
 
 def _product(operator: str, left: int, right: Any, result: int) -> bytes:
-    """With b, all ones, in the graph, so that its layout is the kernels' own."""
+    """Return a product's graph; b, all ones, is an initializer, so that kernels can prepack it."""
     weights = np.ones((SIDE, SIDE), right)
     kind = {"float32": _FLOAT, "int8": _INT8}[weights.dtype.name]
     node = protobuf.encode((1, "a"), (1, "b"), (2, "c"), (4, operator))

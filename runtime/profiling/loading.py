@@ -1,8 +1,8 @@
-"""How long loading takes and what memory it needs: each time in a process of its own.
+"""Loading time and memory, measured in a new process each time.
 
     python -m edgemix.runtime.profiling.loading REQUEST
 
-is such a process: it loads what the request (JSON) says, generates a few tokens, and prints the figures.
+is such a process: it loads what the request (JSON) names, generates a few tokens, and prints the figures.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
     from edgemix.results.profile import Quantiles
 
 TOKENS = 16
-"""That are generated after loading, for the peak of memory."""
-PROMPT = "The first sentence of a text that somebody else has yet to write"
+"""Tokens that are generated after loading, for the peak of memory."""
+PROMPT = "The first sentence of a text that has yet to be written"
 _CLOSE = 0.25
 _MOSTLY = 0.5
 """Share of the files that must come from the disk for the file cache to have been cold."""
 
 
-class Request(msgspec.Struct, frozen=True):
-    """What to load: a member or the student by its name, or everything."""
+class LoadRequest(msgspec.Struct, frozen=True):
+    """What to load: a member or the student by name, or everything for an empty name."""
 
     bundle: str
     provider: str
@@ -46,7 +46,7 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class Loaded(msgspec.Struct, frozen=True):
-    """What one process saw. `disk` is the bytes that came from the disk while it loaded; None where nobody tells."""
+    """One process's figures. `disk` is the bytes read from disk while loading; None where the system does not count."""
 
     seconds: float
     resident: int
@@ -62,11 +62,11 @@ class Loads:
         manifest: The bundle's.
 
     Attributes:
-        trouble: Why there are no cold loads; empty while nothing is known against them.
-        seconds: What the last one took, with its process.
+        trouble: Why there are no cold loads; empty while they work.
+        seconds: Duration of the last one, with its process.
     """
 
-    def __init__(self, request: Request, manifest: Manifest) -> None:
+    def __init__(self, request: LoadRequest, manifest: Manifest) -> None:
         self._request = request
         self.files = files_of(manifest, request.name)
         self.bytes = sum(manifest.files[file].size for file in self.files)
@@ -92,7 +92,7 @@ class Loads:
             self._seen[cold].append(loaded)
 
     def loading(self) -> Loading | None:
-        """The figures; None where nothing was loaded warm."""
+        """Return the figures; None where nothing was loaded warm."""
         warm, cold = self._seen[False], self._seen[True]
         if not warm:
             return None
@@ -110,14 +110,14 @@ class Loads:
 
 
 def _seconds(loads: Sequence[Loaded]) -> Quantiles:
-    """Of a few loads; stable are those that are close to each other."""
+    """Return quantiles of a few loads; they are stable if they are close to each other."""
     seconds = [loaded.seconds for loaded in loads]
     close = max(seconds) - min(seconds) <= _CLOSE * min(seconds)
     return quantiles(seconds, stable=len(seconds) > 1 and close)
 
 
 def files_of(manifest: Manifest, name: str = "") -> tuple[str, ...]:
-    """The bundle's files that a member's or the student's whole graph needs, by name; all of the bundle for none."""
+    """Return the files that a member's or the student's whole graph needs; all of the bundle for an empty name."""
     if not name:
         return tuple(manifest.files)
     entry = next(entry for entry in manifest.graphs if entry.name == name)
@@ -127,7 +127,7 @@ def files_of(manifest: Manifest, name: str = "") -> tuple[str, ...]:
 
 
 def drop_from_cache(paths: Iterable[Path]) -> bool:
-    """Ask the system to forget files that it holds in memory; whether there is a way to ask."""
+    """Drop files from the system's file cache; return whether this system can."""
     if not hasattr(os, "posix_fadvise"):
         return False
     for path in paths:
@@ -140,7 +140,7 @@ def drop_from_cache(paths: Iterable[Path]) -> bool:
     return True
 
 
-def _in_a_process(request: Request) -> Loaded:
+def _in_a_process(request: LoadRequest) -> Loaded:
     command = [sys.executable, "-m", "edgemix.runtime.profiling.loading", msgspec.json.encode(request).decode()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
@@ -154,7 +154,7 @@ def _in_a_process(request: Request) -> Loaded:
     return msgspec.json.decode(output, type=Loaded)
 
 
-def _load(request: Request) -> Loaded:
+def _load(request: LoadRequest) -> Loaded:
     import onnxruntime  # noqa: F401 - importing it is not loading
     import psutil
 
@@ -173,7 +173,7 @@ def _load(request: Request) -> Loaded:
 
 
 def _disk(process: Any) -> int | None:
-    """Bytes that the process has had read from the disk; None where the system does not count them."""
+    """Return the bytes that the process has read from disk; None where the system does not count them."""
     try:
         return int(process.io_counters().read_bytes)
     except (AttributeError, OSError):
@@ -181,7 +181,7 @@ def _disk(process: Any) -> int | None:
 
 
 def _peak(process: Any) -> int:
-    """The most memory that this process has held."""
+    """Return the peak resident memory of this process in bytes."""
     try:
         import resource
     except ImportError:  # Windows
@@ -192,7 +192,7 @@ def _peak(process: Any) -> int:
 
 def main() -> None:
     """Serve one request from the command line."""
-    loaded = _load(msgspec.json.decode(sys.argv[1], type=Request))
+    loaded = _load(msgspec.json.decode(sys.argv[1], type=LoadRequest))
     sys.stdout.write(msgspec.json.encode(loaded).decode())
 
 

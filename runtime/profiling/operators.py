@@ -1,4 +1,4 @@
-"""Where the time of a graph goes, by ONNX Runtime's own profiler: operator types, and parts of the model."""
+"""A graph's time by operator type and by part of the model, from ONNX Runtime's profiler."""
 
 from __future__ import annotations
 
@@ -59,13 +59,15 @@ class Call:
 def profiled_calls(
     path: Path, entry: MemberEntry, provider: Provider, threads: int, prompt: Sequence[int]
 ) -> tuple[int, list[Call], list[Call]]:
-    """Calls of a graph with a prompt, cut to what one call can read, and calls with a token behind it: the tokens of
-    the prompt, and both kinds. The profiler's file does not stay.
+    """Profile calls of a graph with a prompt, cut to what one call can read, and with one token after it.
+
+    Returns:
+        The number of tokens of the prompt, the prefill calls and the decode calls.
 
     Raises:
         EdgemixError: The profiler's file cannot be written or read.
     """
-    provider = eager(provider)  # of a recording the profiler tells nothing
+    provider = eager(provider)  # the profiler cannot see inside a CUDA graph
     with storage_errors("writing ONNX Runtime's profile"), tempfile.TemporaryDirectory(prefix="edgemix-") as folder:
         session = open_session(path, provider, threads=threads, profile=Path(folder) / "calls")
         try:
@@ -81,15 +83,15 @@ def profiled_calls(
             trace = Path(session.end_profiling())  # before the folder goes
         calls = read_calls(trace.read_bytes())
     if len(calls) != PREFILLS + DECODES:
-        raise EdgemixError(f"ONNX Runtime's profiler told of {len(calls)} calls of {PREFILLS + DECODES}")
+        raise EdgemixError(f"ONNX Runtime's profiler recorded {len(calls)} calls of {PREFILLS + DECODES}")
     return len(tokens[0]), calls[1:PREFILLS], calls[PREFILLS + 1 :]
 
 
 def read_calls(trace: bytes) -> list[Call]:
-    """The calls in a file of the profiler.
+    """Read the calls in a file of the profiler.
 
     Raises:
-        EdgemixError: It is none.
+        EdgemixError: It is not such a file.
     """
     try:
         events = msgspec.json.decode(trace, type=list[_Event])
@@ -117,7 +119,7 @@ def read_calls(trace: bytes) -> list[Call]:
 def breakdown(
     graph: str, prompt: int, prefills: Sequence[Call], decodes: Sequence[Call], marks: Mapping[str, str]
 ) -> Breakdown:
-    """The time of one call of each kind, the median one, by operator type and by part of the model.
+    """Break the median call of each kind down by operator type and by part of the model.
 
     Args:
         graph: Its name.
@@ -142,12 +144,12 @@ def breakdown(
 
 
 def median(calls: Sequence[Call]) -> Call:
-    """The call in the middle by its time (the faster one of two)."""
+    """Return the call of median time (the faster one of two)."""
     return sorted(calls, key=lambda call: call.seconds)[(len(calls) - 1) // 2]
 
 
 def parts(call: Call, marks: Mapping[str, str]) -> list[str]:
-    """The part of the model that each kernel of a call belongs to."""
+    """Return the part of the model to which each kernel of a call belongs."""
     return spread(marks.get(kernel.name) or mark_of_name(kernel.name) for kernel in call.kernels)
 
 
@@ -159,6 +161,6 @@ def _sums(call: Call, keys: Iterable[str]) -> Mapping[str, float]:
 
 
 def _place(part: str) -> tuple[int, int]:
-    """Where a part stands in the model."""
+    """Return a part's sort key: its place in the model."""
     order = {EMBEDDING: 0, HEAD: 2, OTHER: 3}
     return (order[part], 0) if part in order else (1, int(part.split()[1]))

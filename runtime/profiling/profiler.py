@@ -1,4 +1,4 @@
-"""All measurements of a bundle, one after the other within a time, into one `Profile`."""
+"""Run all measurements of a bundle within a time limit and collect them in a `Profile`."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from edgemix.runtime.mixing.ensemble import WeightResolver
 from edgemix.runtime.mixture import Mixture
 from edgemix.runtime.options import ADAPTIVE
 from edgemix.runtime.profiling import loading, operators
-from edgemix.runtime.profiling.background_load import BOTHERSOME, Neighbours
+from edgemix.runtime.profiling.background_load import NOTABLE_LOAD, BackgroundLoad
 from edgemix.runtime.profiling.bench import Bench, Sizes
 from edgemix.runtime.profiling.energy import Meter, counters
 from edgemix.runtime.profiling.graphs import read_graph
 from edgemix.runtime.profiling.limits import bandwidth, measure_limits
 from edgemix.runtime.profiling.prompts import PASSAGES, Prompts
-from edgemix.runtime.profiling.roofline import Work, roof
-from edgemix.runtime.profiling.targets import contenders
+from edgemix.runtime.profiling.roofline import Work, roofline_point
+from edgemix.runtime.profiling.targets import list_targets
 from edgemix.runtime.profiling.timeline import Trace, encoding_seconds, overhead, watch
 from edgemix.runtime.profiling.timing import take_turns
 from edgemix.runtime.profiling.variants import (
-    Trial,
+    VariantBench,
     best_of,
     measure_variants,
     now,
@@ -54,21 +54,21 @@ if TYPE_CHECKING:
     from edgemix.results.profile import Breakdown, Loading, RooflinePoint, TargetResult, Variant
     from edgemix.runtime.graphs.providers import Provider
     from edgemix.runtime.options import WeightChoice
-    from edgemix.runtime.profiling.targets import Contender
+    from edgemix.runtime.profiling.targets import Target
     from edgemix.runtime.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Request:
+class ProfileRequest:
     """What to measure.
 
     Attributes:
-        bundle: The folder.
-        provider, threads, verify: As `Mixture.load` takes them; no plan counts.
-        weights: Of the mixture's members, see `WeightChoice`; `weights_name` is how people write that.
-        quick: In less than half a minute.
-        recommend: Measure the ways to run the mixture here, and keep the best as this machine's plan.
-        text: To continue, in the place of the built-in one.
+        bundle: The bundle's folder.
+        provider, threads, verify: As for `Mixture.load`; plans are ignored.
+        weights: The mixture's weights, see `WeightChoice`; `weights_name` is their text on the command line.
+        quick: Finish in less than half a minute.
+        recommend: Measure all variants, and keep the best as this machine's plan.
+        text: Text to continue in place of the built-in one.
     """
 
     bundle: Path
@@ -83,12 +83,12 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Pace:
-    """How the time is spent: seconds in all, and the share of it that is over when each stage ends.
+class MeasurementSettings:
+    """Time limit in seconds, and for each stage the share of it at which the stage ends.
 
     Attributes:
-        more: Seconds on top for recommending, however late it is.
-        loads: Cold and warm loads of the mixture; `each` of every graph alone.
+        more: Extra seconds for recommending, whatever time it is.
+        loads: Numbers of cold and warm loads of the mixture; `each`: of every graph alone.
     """
 
     seconds: float
@@ -103,8 +103,8 @@ class Pace:
 
 
 _FEW = 4
-"""Measurements that are named one by one."""
-QUICK = Pace(
+"""Up to this number of unstable measurements are listed by name."""
+QUICK = MeasurementSettings(
     seconds=26.5,
     more=60,
     limits=0.6,
@@ -113,9 +113,9 @@ QUICK = Pace(
     loaded=0.25,
     turns=0.77,
     operators=0.98,
-    sizes=Sizes((64,), (256,), (4,), tokens=16, texts=2, everybody=False, patience=1.0),
+    sizes=Sizes((64,), (256,), (4,), tokens=16, texts=2, all_targets=False, patience=1.0),
 )
-THOROUGH = Pace(
+THOROUGH = MeasurementSettings(
     seconds=165,
     more=150,
     limits=2,
@@ -124,17 +124,17 @@ THOROUGH = Pace(
     loaded=0.2,
     turns=0.76,
     operators=0.84,
-    sizes=Sizes((64, 512), (16, 256, 1024), (4, 16), tokens=24, texts=4, everybody=True, patience=3.0),
+    sizes=Sizes((64, 512), (16, 256, 1024), (4, 16), tokens=24, texts=4, all_targets=True, patience=3.0),
 )
 
 
 @dataclass
-class Measured:
-    """What has been found.
+class MeasuredProfile:
+    """A profile with its trace and plans.
 
     Attributes:
-        trace: A timeline of a text of each contender.
-        plans: Where the recommended plans lie, one for each provider that was tried.
+        trace: A timeline of one text of each target.
+        plans: Files of the recommended plans, one for each provider that was tried.
     """
 
     profile: Profile
@@ -143,43 +143,43 @@ class Measured:
 
 
 @dataclass
-class _Work:
-    """Measuring under way, and what was found on the way."""
+class _ProfileRun:
+    """State of a profile in progress."""
 
-    request: Request
+    request: ProfileRequest
     manifest: Manifest
     provider: Provider
     threads: int
-    pace: Pace
+    settings: MeasurementSettings
     begun: float
     progress: Progress
     machine: Machine = field(init=False)
     loads: dict[str, Loading] = field(default_factory=dict)
     trace: Trace = field(default_factory=Trace)
     notes: list[str] = field(default_factory=list)
-    neighbours: Neighbours = field(default_factory=Neighbours)
+    background_load: BackgroundLoad = field(default_factory=BackgroundLoad)
 
     def by(self, share: float) -> float:
-        """`time.perf_counter()` when a share of the time is over."""
-        return self.begun + share * self.pace.seconds
+        """Return `time.perf_counter()` at the end of a share of the time limit."""
+        return self.begun + share * self.settings.seconds
 
 
-def profile(request: Request, progress: Progress = NO_PROGRESS) -> Measured:
+def profile(request: ProfileRequest, progress: Progress = NO_PROGRESS) -> MeasuredProfile:
     """Measure a bundle on this machine.
 
     Raises:
         BundleError: The bundle is missing, damaged, unsafe, or its graphs do not load.
-        InputError: The weights are none of this bundle's.
+        InputError: The weights do not fit this bundle.
         EdgemixError: The provider does not work here, or a measurement fails.
     """
     begun = time.perf_counter()
     manifest = read_manifest(request.bundle)
     verify_bundle(request.bundle, manifest, checksums=request.verify)
     if request.weights != ADAPTIVE:
-        WeightResolver.of(manifest).fixed_weights(request.weights)  # before anything takes its time
+        WeightResolver.of(manifest).fixed_weights(request.weights)  # fail before any long work
     provider, threads = choose(request.provider), request.threads or default_threads()
-    pace = QUICK if request.quick else THOROUGH
-    work = _Work(request, manifest, provider, threads, pace, begun, progress)
+    settings = QUICK if request.quick else THOROUGH
+    work = _ProfileRun(request, manifest, provider, threads, settings, begun, progress)
     work.loads = _loads(work)
     work.machine = _machine(work)
     with (
@@ -187,20 +187,20 @@ def profile(request: Request, progress: Progress = NO_PROGRESS) -> Measured:
         _whole_student(work) as student,
     ):
         bench = Bench(
-            contenders(mixture, request.weights, student=student),
+            list_targets(mixture, request.weights, student=student),
             Prompts(mixture.tokenizer, request.text),
-            pace.sizes,
+            settings.sizes,
             Meter(counters()),
         )
         bench.warm_up()
-        take_turns(bench.measurements, until=work.by(pace.turns), progress=progress)
+        take_turns(bench.measurements, until=work.by(settings.turns), progress=progress)
         work.machine = _again(work)
         breakdowns = tuple(_breakdowns(work, bench.prompts))
-        results = tuple(_result(work, bench, each, mixture.tokenizer) for each in bench.contenders.values())
+        results = tuple(_result(work, bench, each, mixture.tokenizer) for each in bench.targets.values())
     _note(work, bench)
     prompts, meter = bench.prompts, bench.meter
     del bench
-    gc.collect()  # the graphs go, before others are opened
+    gc.collect()  # free the graphs before others are opened
     variants, plans = _variants(work, prompts, meter)
     found = Profile(
         bundle=request.bundle.resolve().name,
@@ -216,11 +216,11 @@ def profile(request: Request, progress: Progress = NO_PROGRESS) -> Measured:
         notes=tuple(work.notes),
         weights=request.weights_name,
     )
-    return Measured(found, work.trace, plans)
+    return MeasuredProfile(found, work.trace, plans)
 
 
-def _whole_student(work: _Work) -> AbstractContextManager[Mixture | None]:
-    """The student alone, opened where the mixture drafts with another graph of it; None elsewhere."""
+def _whole_student(work: _ProfileRun) -> AbstractContextManager[Mixture | None]:
+    """Load the student alone where the mixture drafts with another graph of it; else give None."""
     entry = work.manifest.student
     if entry is None or entry.draft is None:
         return nullcontext()
@@ -228,19 +228,19 @@ def _whole_student(work: _Work) -> AbstractContextManager[Mixture | None]:
     return closing(Mixture.assemble(work.request.bundle, alone, work.provider.name, work.threads))
 
 
-def _loads(work: _Work) -> dict[str, Loading]:
-    """Loading everything (""), and each graph alone; in the time that there is for it."""
+def _loads(work: _ProfileRun) -> dict[str, Loading]:
+    """Measure loading everything (""), and each graph alone, as far as time allows."""
     found: dict[str, Loading] = {}
     names = [entry.name for entry in work.manifest.graphs] if len(work.manifest.graphs) > 1 else []
     with work.progress.stage("loading", 1 + len(names)) as task:
         for name in ("", *names):
-            request = loading.Request(str(work.request.bundle), work.provider.name, work.threads, name)
+            request = loading.LoadRequest(str(work.request.bundle), work.provider.name, work.threads, name)
             loads = loading.Loads(request, work.manifest)
-            cold, warm = work.pace.each if name else work.pace.loads
+            cold, warm = work.settings.each if name else work.settings.loads
             order = [False] * min(1, warm) + [True] * cold + [False] * (warm - 1)
             for number, is_cold in enumerate(order):
                 needed = not name and number == 0
-                if needed or time.perf_counter() + loads.seconds < work.by(work.pace.loaded):
+                if needed or time.perf_counter() + loads.seconds < work.by(work.settings.loaded):
                     loads.take(cold=is_cold)
             if (loaded := loads.loading()) is not None:
                 found[name] = loaded
@@ -250,9 +250,9 @@ def _loads(work: _Work) -> dict[str, Loading]:
     return found
 
 
-def _machine(work: _Work) -> Machine:
+def _machine(work: _ProfileRun) -> Machine:
     with work.progress.stage("limits of the machine"):
-        limits = measure_limits(work.provider, work.threads, seconds=work.pace.limits)
+        limits = measure_limits(work.provider, work.threads, seconds=work.settings.limits)
     here = describe()
     return Machine(
         processor=here.processor.name,
@@ -270,32 +270,32 @@ def _machine(work: _Work) -> Machine:
     )
 
 
-def _again(work: _Work) -> Machine:
-    """The machine with the better of two bandwidths: its memory may be shared with other machines."""
+def _again(work: _ProfileRun) -> Machine:
+    """Return the machine with the better of two bandwidths: its memory may be shared with other machines."""
     machine = work.machine
     if machine.bandwidth is None:
         return machine
-    again = bandwidth(work.threads, work.pace.limits / 3)
+    again = bandwidth(work.threads, work.settings.limits / 3)
     return msgspec.structs.replace(machine, bandwidth=max(machine.bandwidth, again))
 
 
-def _breakdowns(work: _Work, prompts: Prompts) -> Iterator[Breakdown]:
-    """Of every graph, as far as the time goes."""
+def _breakdowns(work: _ProfileRun, prompts: Prompts) -> Iterator[Breakdown]:
+    """Yield the breakdown of every graph, as far as time allows."""
     entries = {entry.graph: entry for entry in reversed(work.manifest.graphs)}
-    prompt = prompts.take(min(work.pace.sizes.contexts[0], _context(work.manifest)))
+    prompt = prompts.take(min(work.settings.sizes.contexts[0], _context(work.manifest)))
     seconds, late = 0.0, []
     with work.progress.stage("operators", len(entries)) as task:
         for entry in reversed(entries.values()):
             begun = time.perf_counter()
-            if begun + seconds > work.by(work.pace.operators):
+            if begun + seconds > work.by(work.settings.operators):
                 late.append(entry.name)
                 continue
-            path, voices = resolve(work.request.bundle, entry.graph), _voices(work.manifest, entry)
+            path, members = resolve(work.request.bundle, entry.graph), _member_names(work.manifest, entry)
             try:
                 calls = operators.profiled_calls(path, entry, work.provider, work.threads, prompt)
-                yield operators.breakdown(voices, *calls, read_graph(path).marks())
+                yield operators.breakdown(members, *calls, read_graph(path).marks())
             except EdgemixError as error:
-                work.notes.append(f"the operators of {voices} are not known: {error.message}")
+                work.notes.append(f"the operators of {members} were not measured: {error.message}")
             seconds = time.perf_counter() - begun
             task.advance(note=entry.name)
     if late:
@@ -303,95 +303,93 @@ def _breakdowns(work: _Work, prompts: Prompts) -> Iterator[Breakdown]:
 
 
 def _context(manifest: Manifest) -> int:
-    """Tokens of a prompt that leave room for the tokens behind it, in every graph."""
+    """Return the longest prompt, in tokens, that leaves room for decoding in every graph."""
     return max(1, min(entry.config.context for entry in manifest.graphs) - operators.DECODES)
 
 
-def _voices(manifest: Manifest, first: MemberEntry) -> str:
-    """The name of a graph: those of all members that it speaks for."""
+def _member_names(manifest: Manifest, first: MemberEntry) -> str:
+    """Return a graph's name: the names of its members."""
     return ", ".join(entry.name for entry in manifest.graphs if entry.graph == first.graph)
 
 
-def _result(work: _Work, bench: Bench, contender: Contender, tokenizer: Tokenizer) -> TargetResult:
-    """What was found of a contender, with the time outside ONNX Runtime and its rooflines."""
-    found, sizes = bench.result(contender.name), bench.sizes
+def _result(work: _ProfileRun, bench: Bench, target: Target, tokenizer: Tokenizer) -> TargetResult:
+    """Return a target's result with its overhead outside ONNX Runtime and its roofline points."""
+    found, sizes = bench.result(target.name), bench.sizes
     prompt = bench.prompts.take(sizes.contexts[0])
-    timeline, tokens = watch(contender, prompt, sizes.tokens, tokenizer, patience=sizes.patience)
-    work.trace.add(contender.name, timeline.spans)
+    timeline, tokens = watch(target, prompt, sizes.tokens, tokenizer, patience=sizes.patience)
+    work.trace.add(target.name, timeline.spans)
     text = work.request.text or "".join(PASSAGES)
     return msgspec.structs.replace(
         found,
         overhead=overhead(timeline, tokens, encoding_seconds(tokenizer, text[:10_000])),
-        roofline=tuple(_roofs(work, contender, found)),
-        loading=work.loads.get(contender.name) if contender.kind != "mixture" else None,
+        roofline=tuple(_roofline_points(work, target, found)),
+        loading=work.loads.get(target.name) if target.kind != "mixture" else None,
     )
 
 
-def _roofs(work: _Work, contender: Contender, found: TargetResult) -> Iterator[RooflinePoint]:
-    """Over a prompt and over a token, where it is known which graphs are called."""
-    if not contender.plain:
+def _roofline_points(work: _ProfileRun, target: Target, found: TargetResult) -> Iterator[RooflinePoint]:
+    """Yield the roofline points of prefill and decoding, where it is known which graphs are called."""
+    if not target.plain:
         return
     machine = work.machine
     works = [
         Work.of(read_graph(resolve(work.request.bundle, entry.graph)), member, entry.format)
-        for entry, member in zip(contender.entries, contender.ensemble.graphs, strict=True)
+        for entry, member in zip(target.entries, target.ensemble.graphs, strict=True)
     ]
     if found.prefill:
         longest = found.prefill[-1]
         seconds = longest.ttft.p50
-        if over := roof("prefill", works, machine, tokens=longest.tokens, context=0, seconds=seconds):
+        if over := roofline_point("prefill", works, machine, tokens=longest.tokens, context=0, seconds=seconds):
             yield over
     if found.decode:
         shortest = found.decode[0]
         seconds = shortest.tpot.p50
-        if over := roof("decode", works, machine, tokens=1, context=shortest.context, seconds=seconds):
+        if over := roofline_point("decode", works, machine, tokens=1, context=shortest.context, seconds=seconds):
             yield over
 
 
-def _variants(work: _Work, prompts: Prompts, meter: Meter) -> tuple[tuple[Variant, ...], tuple[Path, ...]]:
-    """The mixture by provider, threads and way to generate; with `recommend` a provider's best one becomes its plan."""
-    request, pace = work.request, work.pace
+def _variants(work: _ProfileRun, prompts: Prompts, meter: Meter) -> tuple[tuple[Variant, ...], tuple[Path, ...]]:
+    """Measure variants by provider, threads and speculation; with `recommend` a provider's best becomes its plan."""
+    request, settings = work.request, work.settings
     if request.quick and not request.recommend:
         return (), ()
     asked = request.provider != "auto"
     providers = [work.provider.name] if asked else working_providers(work.provider.name)
-    trial = Trial(
+    bench = VariantBench(
         request.bundle,
         work.manifest,
         request.weights,
-        all_ways=request.recommend,
+        all_modes=request.recommend,
         prompts=prompts,
-        sizes=pace.sizes,
+        sizes=settings.sizes,
         meter=meter,
     )
-    found, troubles = measure_variants(
-        trial,
+    found, failures = measure_variants(
+        bench,
         providers,
         [request.threads] if request.threads else thread_counts(default_threads()),
-        until=max(time.perf_counter(), work.by(1.0)) + pace.more if request.recommend else work.by(1.0),
+        until=max(time.perf_counter(), work.by(1.0)) + settings.more if request.recommend else work.by(1.0),
         progress=work.progress,
     )
-    work.notes += troubles
+    work.notes += failures
     if not request.recommend:
         return tuple(found), ()
     tried = [[variant for variant in found if variant.provider == name] for name in providers]
     best = [best_of(each) for each in tried if each]
     if not best:
-        work.notes.append("there is no plan, as no way to run the mixture worked")
+        work.notes.append("there is no plan, as no variant of the mixture could be run")
     plans = tuple(write_plan(plan_of(each, work.manifest)) for each in best)
     return tuple(msgspec.structs.replace(each, chosen=each in best) for each in found), plans
 
 
-def _note(work: _Work, bench: Bench) -> None:
-    """What a reader must know."""
+def _note(work: _ProfileRun, bench: Bench) -> None:
+    """Add notes on missing and unstable measurements, energy and background load."""
     if missing := bench.missing():
         work.notes.append(f"there was no time to measure: {'; '.join(missing)}")
     if unstable := bench.unstable():
         names = f": {'; '.join(unstable)}" if len(unstable) <= _FEW else ""
         work.notes.append(f"{len(unstable)} measurements are not stable in the rounds that there was time for{names}")
     if not bench.meter.counters:
-        work.notes.append("this machine tells of no energy (no counter that can be read)")
-    if (share := work.neighbours.share()) > BOTHERSOME:
-        work.notes.append(
-            f"other processes took {share:.0%} of the processor meanwhile, and figures are the worse for it"
-        )
+        work.notes.append("energy was not measured: this machine has no counter that can be read")
+    if (share := work.background_load.share()) > NOTABLE_LOAD:
+        work.notes.append(f"other processes used {share:.0%} of the processor meanwhile, which makes the figures worse")

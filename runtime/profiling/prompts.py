@@ -1,6 +1,4 @@
-"""The text that is continued while it is measured. It says nothing twice, so that drafts from the text are not better
-than they would be.
-"""
+"""The prompts of a profile. Their text does not repeat itself, which would make drafts from the text too good."""
 
 from __future__ import annotations
 
@@ -104,10 +102,10 @@ class Prompts:
 
     Args:
         tokenizer: Encodes them.
-        text: What to take them from; the passages above by default.
+        text: Text to take them from; the passages above by default.
 
     Attributes:
-        count: Different beginnings.
+        count: Number of distinct beginnings.
     """
 
     def __init__(self, tokenizer: Tokenizer, text: str | None = None) -> None:
@@ -124,13 +122,11 @@ class Prompts:
         self.count = len(self._starts)
 
     def take(self, tokens: int, number: int = 0) -> list[int]:
-        """A prompt of so many tokens, at least one, from the beginning of that number; where the text ends it begins
-        again.
-        """
+        """Return a prompt of `tokens` tokens, at least one, from the given beginning; the text wraps around."""
         start = self._starts[number % self.count]
         wanted = np.arange(start, start + tokens - len(self._bos))
         return [*self._bos, *self._ids.take(wanted, mode="wrap").tolist()][:tokens]
 
     def batch(self, tokens: int, size: int) -> Sequence[list[int]]:
-        """Prompts for so many texts at once."""
+        """Return `size` prompts of `tokens` tokens."""
         return [self.take(tokens, number) for number in range(size)]

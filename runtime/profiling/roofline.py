@@ -1,5 +1,5 @@
-"""How far a phase is from what the machine allows (Williams et al. 2009): the time to read from memory what a call must
-read, or to do its multiply-adds, whichever is longer.
+"""The roofline model (Williams et al. 2009): a call takes at least the time to read its bytes from memory, and at least
+the time of its multiply-adds.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _IN_INT8 = frozenset({"int8", "int8-dynamic", "int4"})
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a graph has to do.
+    """The bytes and multiply-adds of a graph.
 
     Attributes:
-        weights: Bytes that every call reads.
-        state: Bytes of keys and values of a token.
-        products: Multiply-adds of a token.
-        attention: Multiply-adds of a token, for each token before it.
-        int8: Whether products are in 8 bits.
+        weights: Bytes of weights that every call reads.
+        state: Bytes of keys and values per token.
+        products: Multiply-adds per token.
+        attention: Multiply-adds per token for each token before it.
+        int8: Whether products are computed in 8 bits.
     """
 
     weights: int
@@ -40,7 +40,7 @@ class Work:
 
     @classmethod
     def of(cls, graph: Graph, decoder: DecoderGraph, format_: str) -> Work:
-        """The work in a member's graph."""
+        """Return the work of a member's graph."""
         slots = decoder.layout.slots
         numbers = sum(slot.heads * slot.head_size for slot in slots)
         size = slots[0].head_size if slots else 0
@@ -53,15 +53,15 @@ class Work:
         )
 
     def bytes(self, tokens: int, context: int) -> int:
-        """Read by a call of so many tokens behind a context: weights once; keys and values, once for all its tokens."""
+        """Return the bytes read by a call of `tokens` tokens after a context: weights, keys and values, each once."""
         return self.weights + self.state * (tokens + context)
 
     def operations(self, tokens: int, context: int) -> int:
-        """Of such a call: every token attends to those before it and itself."""
+        """Return the multiply-adds of such a call: every token attends to those before it and itself."""
         return tokens * self.products + self.attention * (tokens * context + tokens * (tokens + 1) // 2)
 
 
-def roof(
+def roofline_point(
     phase: Literal["prefill", "decode"],
     works: Sequence[Work],
     machine: Machine,
@@ -70,8 +70,8 @@ def roof(
     context: int,
     seconds: float,
 ) -> RooflinePoint | None:
-    """The roof over a call of so many tokens, of one graph or of several one after the other; None where neither limit
-    of the machine is known.
+    """Return the roofline point of a call of `tokens` tokens of one graph, or of several in sequence; None where neither
+    limit of the machine is known.
     """
     read = sum(work.bytes(tokens, context) for work in works)
     memory = read / machine.bandwidth if machine.bandwidth else 0.0

@@ -1,4 +1,4 @@
-"""What is measured: each member alone, the student alone, the mixture plainly, the mixture in fewer calls."""
+"""What is measured: each member alone, the student alone, the mixture in the plain loop and with speculation."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     from edgemix.runtime.profiling.energy import Meter
 
 PLAIN, FAST = "mixture, plain", "mixture"
-LEAST = 4
-"""Tokens that are decoded in any case."""
+MIN_TOKENS = 4
+"""Tokens that are decoded at least."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One text that was generated.
+    """Timing of one generated text or batch.
 
     Attributes:
-        ttft: From the prompt's token ids to the first token (of each text).
-        tpot: Seconds of every later step; of fewer calls, where a step brings several tokens, of a token on average.
-        tokens: Written after the first step, in `seconds`.
+        ttft: Seconds from the prompt's token ids to the first token (of each text).
+        tpot: Seconds of every later step; with speculation, where a step gives several tokens, their mean per token.
+        tokens: Tokens generated after the first step, in `seconds`.
         calls, drafted, accepted: See `SpeculativeDecoding`; after the first step.
-        joules: By counter, of those tokens.
+        joules: Energy of those tokens, by counter.
     """
 
     ttft: float
@@ -51,16 +51,16 @@ class Run:
 
 
 @dataclass(frozen=True, eq=False)
-class Contender:
-    """Something that generates.
+class Target:
+    """A way to generate that is measured.
 
     Attributes:
         name, kind, format, files: As in the profile's `TargetResult`.
-        entries: Of the graphs that it asks.
-        ensemble: What it mixes.
-        speculation: How; "off" for the plain loop.
+        entries: Manifest entries of its graphs.
+        ensemble: The graphs and their weights.
+        speculation: Where drafts come from; "off" for the plain loop.
         context: Most tokens of a sequence.
-        student: What drafts, where that is loaded; `ngrams`, where the bundle has them.
+        student: The drafting student, if loaded; `ngrams`, if the bundle has them.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Contender:
         return self.speculation == "off"
 
     def start(self, prompts: Sequence[Sequence[int]], new: int) -> StaticBatch | SpeculativeDecoding:
-        """Generation of so many tokens, greedy, that no end of text ends; close it."""
+        """Start greedy generation of `new` tokens that ignores the end of text; the caller closes it."""
         if self.plain:
             seeds = [0] * len(prompts)
             return StaticBatch(
@@ -100,22 +100,22 @@ class Contender:
         )
 
     def run(self, prompts: Sequence[Sequence[int]], new: int, *, meter: Meter, patience: float) -> Run:
-        """Generate so many tokens after the first, or fewer where that would take longer than `patience` seconds."""
+        """Generate `new` tokens after the first, or fewer where that would take longer than `patience` seconds."""
         steps, tokens = [], 0
         begun = time.perf_counter()
         with closing(self.start(prompts, new + 1)) as decoding:
             decoding.step()
             first = last = time.perf_counter()
-            told, readings = _counts(decoding), meter.readings()
+            before, readings = _counts(decoding), meter.readings()
             while step := decoding.step():
                 now = time.perf_counter()
                 steps.append(now - last)
                 tokens, last = tokens + len(step), now
-                if now - first > patience and tokens >= LEAST * len(prompts):
+                if now - first > patience and tokens >= MIN_TOKENS * len(prompts):
                     break
             seconds = last - first
             joules = meter.spent(readings)
-            calls, drafted, accepted = (now - was for now, was in zip(_counts(decoding), told, strict=True))
+            calls, drafted, accepted = (now - was for now, was in zip(_counts(decoding), before, strict=True))
         tpot = steps if self.plain else [seconds / tokens] if tokens else []
         return Run(first - begun, tpot, tokens, seconds, calls, drafted, accepted, joules)
 
@@ -126,12 +126,12 @@ def _counts(decoding: StaticBatch | SpeculativeDecoding) -> tuple[int, int, int]
     return decoding.calls, decoding.drafted, decoding.accepted
 
 
-def contenders(mixture: Mixture, weights: WeightChoice = None, *, student: Mixture | None = None) -> list[Contender]:
-    """All that a loaded bundle has; of a single member there is no mixture to be mixed plainly.
+def list_targets(mixture: Mixture, weights: WeightChoice = None, *, student: Mixture | None = None) -> list[Target]:
+    """Return the targets of a loaded bundle; a single member has no plain mixture.
 
     Args:
         mixture: The bundle's.
-        weights: Of the members.
+        weights: The members' weights.
         student: The student alone, where the mixture drafts with another graph of it.
     """
     manifest = mixture.manifest
@@ -148,15 +148,15 @@ def contenders(mixture: Mixture, weights: WeightChoice = None, *, student: Mixtu
     return [*found, _mixture(mixture, FAST, ensemble, "auto")]
 
 
-def ways(mixture: Mixture, weights: WeightChoice = None) -> list[Contender]:
-    """The mixture in every way to generate that its bundle has."""
+def list_modes(mixture: Mixture, weights: WeightChoice = None) -> list[Target]:
+    """Return the mixture as one target for each speculation mode that its bundle allows."""
     ensemble = mixture.ensemble(weights)
     names: list[Speculation] = ["off", "lookup", *(("student",) if mixture.drafting else ())]
     return [_mixture(mixture, name, ensemble, name) for name in (*names, *(("auto",) if mixture.drafting else ()))]
 
 
-def _alone(mixture: Mixture, entry: MemberEntry, kind: TargetKind, ensemble: Ensemble) -> Contender:
-    return Contender(
+def _alone(mixture: Mixture, entry: MemberEntry, kind: TargetKind, ensemble: Ensemble) -> Target:
+    return Target(
         entry.name,
         kind,
         entry.format,
@@ -168,14 +168,14 @@ def _alone(mixture: Mixture, entry: MemberEntry, kind: TargetKind, ensemble: Ens
     )
 
 
-def _mixture(mixture: Mixture, name: str, ensemble: Ensemble, speculation: Speculation) -> Contender:
+def _mixture(mixture: Mixture, name: str, ensemble: Ensemble, speculation: Speculation) -> Target:
     manifest = mixture.manifest
-    heard = {member.name for member in ensemble.graphs}
-    # A graph of several voices goes by the first one's name.
-    entries = tuple(entry for entry in _graphs(manifest) if entry.name in heard)
+    active = {member.name for member in ensemble.graphs}
+    # A graph of several members has the first one's name.
+    entries = tuple(entry for entry in _graphs(manifest) if entry.name in active)
     files = {file for entry in manifest.members for file in files_of(manifest, entry.name)}
     formats = ", ".join(dict.fromkeys(entry.format for entry in manifest.members))
-    return Contender(
+    return Target(
         name,
         "mixture",
         formats,
@@ -190,7 +190,7 @@ def _mixture(mixture: Mixture, name: str, ensemble: Ensemble, speculation: Specu
 
 
 def _graphs(manifest: Manifest) -> list[MemberEntry]:
-    """The first member of every graph."""
+    """Return the first member of every graph."""
     return list({entry.graph: entry for entry in reversed(manifest.members)}.values())[::-1]
 
 

@@ -1,7 +1,7 @@
-"""When what happens while a text is generated: spans on tracks, for the time outside ONNX Runtime, and for a picture.
+"""A timeline of generating a text: spans on tracks, for the time outside ONNX Runtime and for trace files.
 
-The production path carries one hook, around a graph's call (`DecoderGraph.watched`). The other spans are laid around
-methods of the one decoding that is looked at.
+The production path carries one hook, around a graph's call (`DecoderGraph.watched`). The other spans wrap methods of
+the one decoding that is observed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from edgemix.runtime.mixing.ensemble import Ensemble
-    from edgemix.runtime.profiling.targets import Contender
+    from edgemix.runtime.profiling.targets import Target
     from edgemix.runtime.text.tokenizer import Tokenizer
 
-_OURS = "edgemix: "
-# No member can be called so.
+_OURS = "edgemix: "  # no member can have such a name
 STEPS, MIXING, SAMPLING = "edgemix: steps", "edgemix: mixing", "edgemix: sampling"
 TOKENIZER, DRAFTING = "edgemix: tokenizer", "edgemix: drafting"
 
@@ -39,10 +38,10 @@ _LAZY_STATE_METHODS = {"partial_probabilities": MIXING, "member_probabilities": 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A stretch of time on a track, `time.perf_counter()` from begin to end.
+    """An interval on a track, `time.perf_counter()` from begin to end.
 
     Attributes:
-        own: Seconds of it that are not those of spans within it.
+        own: Seconds that are not in spans nested within it.
     """
 
     track: str
@@ -54,10 +53,10 @@ class Span:
 
 
 class Timeline:
-    """Spans, which may lie within each other.
+    """Spans, which may be nested.
 
     Attributes:
-        spans: All that have ended.
+        spans: All spans that have ended.
     """
 
     def __init__(self) -> None:
@@ -66,7 +65,7 @@ class Timeline:
 
     @contextmanager
     def span(self, track: str, name: str = "", tokens: int = 0) -> Iterator[None]:
-        """A span for as long as this context."""
+        """Record a span that lasts as long as this context."""
         begin = time.perf_counter()
         self._within.append(0.0)
         try:
@@ -79,7 +78,7 @@ class Timeline:
             self.spans.append(Span(track, name or track.removeprefix(_OURS), begin, end, end - begin - inner, tokens))
 
     def watch(self, ensemble: Ensemble) -> Ensemble:
-        """The same ensemble, whose every call of a graph is a span on a track of the member's name."""
+        """Return the ensemble with every call of a graph recorded as a span on a track of the member's name."""
 
         def call(name: str, tokens: int) -> Any:
             return self.span(name, "1 token" if tokens == 1 else f"{tokens} tokens", tokens)
@@ -87,14 +86,14 @@ class Timeline:
         return replace(ensemble, graphs=tuple(graph.watched(call) for graph in ensemble.graphs))
 
     def own(self, spans: Iterable[Span] | None = None) -> dict[str, float]:
-        """Track -> seconds that its spans took without those within them."""
+        """Return track -> seconds of its spans without those nested in them."""
         seconds: dict[str, float] = defaultdict(float)
         for span in self.spans if spans is None else spans:
             seconds[span.track] += span.own
         return seconds
 
     def around(self, thing: object, methods: dict[str, str]) -> None:
-        """Make every call of an object's methods, those that it has, a span on a track."""
+        """Record every call of an object's methods, those that it has, as a span on a track."""
         for method, track in methods.items():
             if hasattr(thing, method):
                 setattr(thing, method, self._around(getattr(thing, method), track))
@@ -109,16 +108,16 @@ class Timeline:
 
 
 def watch(
-    contender: Contender, prompt: Sequence[int], new: int, tokenizer: Tokenizer, *, patience: float
+    target: Target, prompt: Sequence[int], new: int, tokenizer: Tokenizer, *, patience: float
 ) -> tuple[Timeline, int]:
     """Generate a text with everything on a timeline: that, and the number of tokens written after the first step, fewer
     where more than `patience` seconds have passed.
     """
     timeline, written, begun = Timeline(), 0, time.perf_counter()
     watched = replace(
-        contender,
-        ensemble=timeline.watch(contender.ensemble),
-        student=timeline.watch(contender.student) if contender.student else None,
+        target,
+        ensemble=timeline.watch(target.ensemble),
+        student=timeline.watch(target.student) if target.student else None,
     )
     decoder = IncrementalDecoder(tokenizer, prompt)
     with closing(watched.start([prompt], new + 1)) as decoding:
@@ -142,12 +141,12 @@ def watch(
 
 
 def overhead(timeline: Timeline, tokens: int, encode: float) -> Overhead | None:
-    """Time outside ONNX Runtime for each token that was written after the prompt; None where there was none.
+    """Return the time outside ONNX Runtime per token generated after the prompt; None where there was none.
 
     Args:
-        timeline: Of one text.
-        tokens: That it says were written.
-        encode: Seconds of encoding, for each token of a prompt.
+        timeline: The timeline of one text.
+        tokens: Number of tokens generated in it.
+        encode: Seconds of encoding per prompt token.
     """
     first = min((span.end for span in timeline.spans if span.track == STEPS), default=0.0)
     own = timeline.own(span for span in timeline.spans if span.begin >= first)
@@ -163,7 +162,7 @@ def overhead(timeline: Timeline, tokens: int, encode: float) -> Overhead | None:
 
 
 def encoding_seconds(tokenizer: Tokenizer, text: str) -> float:
-    """Seconds that encoding a text takes for each of its tokens, at best of three."""
+    """Measure the seconds per token of encoding a text, best of three."""
     seconds = []
     for _ in range(3):
         begun = time.perf_counter()
@@ -173,14 +172,14 @@ def encoding_seconds(tokenizer: Tokenizer, text: str) -> float:
 
 
 class Trace:
-    """A file for Perfetto and chrome://tracing (Trace Event Format); each thing that was looked at is a process."""
+    """A file for Perfetto and chrome://tracing (Trace Event Format); each observed target is a process."""
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
         self._processes = 0
 
     def add(self, name: str, spans: Iterable[Span]) -> None:
-        """What happened in one run, its tracks in the order in which they begin; time begins at 0."""
+        """Add one run, its tracks in the order in which they begin; time begins at 0."""
         ordered = sorted(spans, key=lambda span: (span.begin, -span.end))
         if not ordered:
             return
@@ -200,7 +199,7 @@ class Trace:
             self._events.append(event | ({"args": {"tokens": span.tokens}} if span.tokens else {}))
 
     def encode(self) -> bytes:
-        """The file's bytes."""
+        """Return the file's bytes."""
         return msgspec.json.encode({"displayTimeUnit": "ms", "traceEvents": self._events})
 
 

@@ -1,4 +1,4 @@
-"""Measuring in rounds: everything has its turn, what is not stable has more, and a deadline ends it."""
+"""Interleaved measuring: each measurement has a turn per round, unstable ones have more, until a deadline."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 ROUNDS = 3
 """Rounds that a figure needs before it can be stable."""
-MOST_ROUNDS = 12
+MAX_ROUNDS = 12
 AGREEMENT = 0.1
 """Interquartile range of the medians of a stable figure's rounds, over the median of all, at most."""
 
@@ -35,13 +35,13 @@ class Series:
     rounds: list[list[float]] = field(default_factory=list)
 
     def add(self, samples: Iterable[float]) -> None:
-        """The samples of one more round; a round without any is none."""
+        """Add the samples of one more round; a round without any does not count."""
         if found := list(samples):
             self.rounds.append(found)
 
     @property
     def samples(self) -> list[float]:
-        """Those that count."""
+        """The samples that count."""
         return [sample for each in self._counting for sample in each]
 
     @property
@@ -54,7 +54,7 @@ class Series:
         return bool(high - low <= AGREEMENT * abs(np.median(self.samples)))
 
     def quantiles(self) -> Quantiles:
-        """What the profile says of it.
+        """Return the quantiles of the samples.
 
         Raises:
             ValueError: Nothing was measured.
@@ -82,13 +82,13 @@ def quantiles(samples: Sequence[float], *, stable: bool = True) -> Quantiles:
 
 @dataclass
 class Measurement:
-    """Something that can be measured again and again.
+    """A repeatable measurement.
 
     Attributes:
-        name: For people.
+        name: Name for display.
         take: Number of the round -> samples of each of its figures.
-        series: The figures.
-        seconds: What its last turn took.
+        series: The series of each figure.
+        seconds: Duration of the last turn.
     """
 
     name: str
@@ -99,7 +99,7 @@ class Measurement:
 
     @property
     def stable(self) -> bool:
-        """Whether all of its figures are."""
+        """Whether all of its figures are stable."""
         return bool(self.series) and all(each.stable for each in self.series.values())
 
     def turn(self) -> None:
@@ -111,7 +111,7 @@ class Measurement:
         self.seconds = time.perf_counter() - begun
 
     def figure(self, name: str) -> Quantiles | None:
-        """A figure by its name; None where it was never measured."""
+        """Return a figure's quantiles by its name; None where it was never measured."""
         return self.series[name].quantiles() if name in self.series and self.series[name].rounds else None
 
 
@@ -119,21 +119,21 @@ def take_turns(
     measurements: Sequence[Measurement],
     *,
     until: float,
-    rounds: int = MOST_ROUNDS,
+    rounds: int = MAX_ROUNDS,
     title: str = "measuring",
     progress: Progress = NO_PROGRESS,
 ) -> None:
-    """Give every measurement its turns, so that a machine that slows down does so for all.
+    """Interleave measurements, so that a machine that slows down does so for all.
 
-    Each has `ROUNDS`, the first ones first if time does not suffice; those that are not stable then have more. The very
-    first one has a turn in any case.
+    Each has `ROUNDS` turns, the first ones first if time is short; those that are not stable then have more. The first
+    measurement has at least one turn.
 
     Args:
         measurements: The most important first.
         until: `time.perf_counter()` at which it ends; a turn that is not likely to end by then is not begun.
-        rounds: Most turns of one.
-        title: Of the stage.
-        progress: Hears of the seconds spent.
+        rounds: Maximum turns of one measurement.
+        title: Title of the progress stage.
+        progress: Progress callback; counts seconds.
     """
     with progress.stage(title, max(0.0, until - time.perf_counter())) as task:
         for number in range(rounds):
@@ -144,7 +144,7 @@ def take_turns(
 
 
 def _turn(measurement: Measurement, until: float, task: ProgressTask) -> bool:
-    """A turn, if there is time for it."""
+    """Take a turn, if there is time for it."""
     begun = time.perf_counter()
     if begun + measurement.seconds > until:
         return False

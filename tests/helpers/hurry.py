@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 def hurry(patch: pytest.MonkeyPatch) -> None:
     """Let `--quick` be far quicker: one load, few tokens, small matrices."""
     patch.setattr(limits, "SIDE", 32)
-    patch.setattr(limits, "LEAST_BUFFER", 1 << 16)
-    patch.setattr(limits, "MOST_BUFFER", 1 << 16)
-    pace = profiler.Pace(
+    patch.setattr(limits, "MIN_BUFFER", 1 << 16)
+    patch.setattr(limits, "MAX_BUFFER", 1 << 16)
+    settings = profiler.MeasurementSettings(
         seconds=30,
         more=10,
         limits=0.01,
@@ -25,6 +25,6 @@ def hurry(patch: pytest.MonkeyPatch) -> None:
         loaded=0.5,
         turns=0.6,
         operators=0.9,
-        sizes=Sizes((8,), (12,), (2,), tokens=6, texts=1, everybody=True, patience=1.0),
+        sizes=Sizes((8,), (12,), (2,), tokens=6, texts=1, all_targets=True, patience=1.0),
     )
-    patch.setattr(profiler, "QUICK", pace)
+    patch.setattr(profiler, "QUICK", settings)

@@ -14,7 +14,7 @@ from edgemix.cli.outputs import check_output_file
 if TYPE_CHECKING:
     from edgemix.cli.console import Console
     from edgemix.results.profile import Profile
-    from edgemix.runtime.profiling.profiler import Measured
+    from edgemix.runtime.profiling.profiler import MeasuredProfile
 
 
 @command(
@@ -125,16 +125,16 @@ def _measure(
     file: Path | None,
     weights: Any,
     **loading: Any,
-) -> Measured:
+) -> MeasuredProfile:
     from edgemix.cli.texts import read_prompt
 
     text = read_prompt(None, file) if file else None
 
-    from edgemix.runtime.profiling.profiler import Request
+    from edgemix.runtime.profiling.profiler import ProfileRequest
     from edgemix.runtime.profiling.profiler import profile as measure
 
     named = ",".join(f"{name}={share:g}" for name, share in weights.items()) if isinstance(weights, dict) else weights
-    request = Request(
+    request = ProfileRequest(
         bundle,
         weights=weights,
         weights_name=named or "",

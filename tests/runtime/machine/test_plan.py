@@ -1,4 +1,4 @@
-"""What was measured to be fastest here is used from then on, and a plan that is no good changes nothing."""
+"""A plan is used where it applies, and an invalid one changes nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edgemix.bundle.reader import read_manifest
 from edgemix.errors import EdgemixError
 from edgemix.runtime import Mixture
 from edgemix.runtime.graphs.providers import PROVIDERS
-from edgemix.runtime.machine.plan import CACHE, Plan, cache_folder, find_plan, key_of, write_plan
+from edgemix.runtime.machine.plan import CACHE, RuntimePlan, cache_folder, find_plan, key_of, write_plan
 
 CPU = PROVIDERS["cpu"]
 
@@ -33,7 +33,7 @@ def manifest(student_bundle):
 
 def planned(manifest, **changes):
     fields = {"threads": 1, "speculation": "lookup", "drafts": False, "tpot": 0.01, "created": "now"}
-    return Plan(key_of(manifest, CPU), **(fields | changes))
+    return RuntimePlan(key_of(manifest, CPU), **(fields | changes))
 
 
 def test_a_plan_is_found_again(manifest, cache):
@@ -43,7 +43,7 @@ def test_a_plan_is_found_again(manifest, cache):
     assert find_plan(manifest, CPU) == planned(manifest)
 
 
-def test_there_is_none(manifest, cache):
+def test_there_is_no_plan(manifest, cache):
     assert find_plan(manifest, CPU) is None
     assert not cache.exists()
 
@@ -74,17 +74,17 @@ def test_a_plan_is_for_one_bundle_one_machine_and_one_provider(manifest, bundle,
         lambda _: b"[" * 50_000,
     ],
 )
-def test_a_damaged_plan_is_left_aside_with_a_warning(manifest, student_bundle, caplog, damage):
+def test_a_damaged_plan_is_ignored_with_a_warning(manifest, student_bundle, caplog, damage):
     path = write_plan(planned(manifest))
     path.write_bytes(damage(path.read_bytes()))
 
     with caplog.at_level(logging.WARNING), Mixture.load(student_bundle, "cpu") as mixture:
         assert mixture.plan is None
         assert mixture.drafting is not None
-    assert "is left aside" in caplog.text
+    assert "is ignored" in caplog.text
 
 
-def test_the_mixture_is_run_by_the_plan(manifest, student_bundle, opened):
+def test_the_mixture_follows_the_plan(manifest, student_bundle, opened):
     write_plan(planned(manifest))
 
     with Mixture.load(student_bundle, "cpu") as mixture:
@@ -93,7 +93,7 @@ def test_the_mixture_is_run_by_the_plan(manifest, student_bundle, opened):
     assert opened == [1, 1]
 
 
-def test_what_is_given_wins(manifest, student_bundle, opened):
+def test_arguments_take_precedence(manifest, student_bundle, opened):
     write_plan(planned(manifest))
 
     with Mixture.load(student_bundle, "cpu", threads=2, drafts=True) as mixture:
@@ -123,8 +123,8 @@ def test_without_the_plan_and_for_the_student_alone(manifest, student_bundle):
     ],
     ids=str,
 )
-def test_what_auto_means_is_the_plans_and_texts_stay_the_same(manifest, student_bundle, monkeypatch, case):
-    """Of the plan's way and the one asked for: whether student and text draft, for each text not written plainly."""
+def test_the_plan_defines_auto_and_texts_stay_the_same(manifest, student_bundle, monkeypatch, case):
+    """For each mode of the plan and of the call: whether student and text draft."""
     from edgemix.runtime.decoding import generate
 
     way, asked, drafting = case
@@ -147,7 +147,7 @@ def test_what_auto_means_is_the_plans_and_texts_stay_the_same(manifest, student_
 
 @pytest.fixture
 def opened(monkeypatch):
-    """Numbers of threads that graphs were opened with."""
+    """Thread counts with which graphs were opened."""
     from edgemix.runtime.graphs import decoder
 
     found, original = [], decoder.open_session
@@ -160,7 +160,7 @@ def opened(monkeypatch):
     return found
 
 
-def test_the_folder_goes_by_the_systems_rules(monkeypatch, tmp_path):
+def test_the_folder_follows_the_systems_rules(monkeypatch, tmp_path):
     monkeypatch.delenv(CACHE)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(platformdirs, "PlatformDirs", Unix)
@@ -178,7 +178,7 @@ def test_the_folder_goes_by_the_systems_rules(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / "local/edgemix"
 
 
-def test_no_place_for_a_cache(monkeypatch, manifest, student_bundle):
+def test_no_home_for_a_cache(monkeypatch, manifest, student_bundle):
     monkeypatch.delenv(CACHE)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(platformdirs, "PlatformDirs", Unix)
@@ -197,7 +197,7 @@ def test_a_folder_that_cannot_be_made(manifest, cache):
         write_plan(planned(manifest))
 
 
-def test_the_file_says_what_it_is_for(manifest):
+def test_the_file_names_what_it_applies_to(manifest):
     told = msgspec.json.decode(write_plan(planned(manifest)).read_bytes())
 
     assert manifest.checksum in told["key"]

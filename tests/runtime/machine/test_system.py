@@ -1,4 +1,4 @@
-"""What the machine offers: parsed from text, and looked up here."""
+"""The machine's description, parsed from text and looked up here."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_no_container_limit(monkeypatch, text):
     assert system.describe().memory.total > 1 << 27
 
 
-def test_without_onnxruntime_no_provider_works_and_the_remedy_is_told(monkeypatch):
+def test_without_onnxruntime_no_provider_works_and_a_remedy_is_given(monkeypatch):
     imported = builtins.__import__
 
     def refuse(name, *rest, **more):

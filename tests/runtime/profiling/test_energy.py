@@ -1,4 +1,4 @@
-"""Counters of energy, from files that stand for the system's."""
+"""Energy counters, read from files in place of the system's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgemix.runtime.profiling.energy import Meter, counters
 
 @pytest.fixture
 def powercap(tmp_path):
-    """A package, a zone within it, another package that nobody may read, and what is no zone at all."""
+    """A package, a zone within it, a package that cannot be read, and a folder that is not a zone."""
     for folder, name in (("intel-rapl:0", "package-0"), ("intel-rapl:0:0", "core"), ("intel-rapl:1", "package-1")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "name").write_text(f"{name}\n")
@@ -23,7 +23,7 @@ def powercap(tmp_path):
     return tmp_path
 
 
-def test_packages_count_and_what_is_within_them_does_not(powercap):
+def test_packages_are_counted_and_zones_within_them_are_not(powercap):
     assert [counter.name for counter in counters(powercap)] == ["package-0"]
 
 
@@ -36,7 +36,7 @@ def test_joules_between_two_readings(powercap):
     assert meter.spent(before) == {"package-0": pytest.approx(0.5)}
 
 
-def test_a_counter_begins_again_at_its_range(powercap):
+def test_a_counter_wraps_around_at_its_range(powercap):
     meter = Meter(counters(powercap))
     before = meter.readings()
 
@@ -46,7 +46,7 @@ def test_a_counter_begins_again_at_its_range(powercap):
 
 
 @pytest.mark.parametrize("content", ["", "no number", None])
-def test_a_counter_that_breaks_off_tells_nothing(powercap, content):
+def test_a_counter_that_becomes_unreadable_is_left_out(powercap, content):
     meter = Meter(counters(powercap))
     before = meter.readings()
     file = powercap / "intel-rapl:0/energy_uj"
@@ -58,13 +58,13 @@ def test_a_counter_that_breaks_off_tells_nothing(powercap, content):
     assert meter.spent(before) == {}
 
 
-def test_no_counters_at_all(tmp_path):
+def test_no_counters(tmp_path):
     meter = Meter(counters(tmp_path / "nothing"))
 
     assert meter.spent(meter.readings()) == {}
 
 
-def test_cards_count_through_pynvml(tmp_path, monkeypatch):
+def test_gpus_are_counted_through_pynvml(tmp_path, monkeypatch):
     class NVMLError(Exception):
         pass
 

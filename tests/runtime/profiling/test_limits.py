@@ -14,7 +14,7 @@ from edgemix.runtime.profiling import limits
     ("graph", "left", "result"),
     [(limits.fp32_product, np.float32, np.float32), (limits.int8_product, np.uint8, np.int32)],
 )
-def test_the_products_are_products(monkeypatch, graph, left, result):
+def test_graphs_compute_matrix_products(monkeypatch, graph, left, result):
     monkeypatch.setattr(limits, "SIDE", 32)
     encoded = graph()
     onnx.checker.check_model(onnx.load_from_string(encoded))
@@ -26,10 +26,10 @@ def test_the_products_are_products(monkeypatch, graph, left, result):
     assert np.array_equal(product, given.astype(np.int64) @ np.ones((32, 32), np.int64))
 
 
-def test_all_limits_of_a_cpu_are_found(monkeypatch):
+def test_all_limits_of_a_cpu_are_measured(monkeypatch):
     monkeypatch.setattr(limits, "SIDE", 32)
-    monkeypatch.setattr(limits, "LEAST_BUFFER", 1 << 16)
-    monkeypatch.setattr(limits, "MOST_BUFFER", 1 << 16)
+    monkeypatch.setattr(limits, "MIN_BUFFER", 1 << 16)
+    monkeypatch.setattr(limits, "MAX_BUFFER", 1 << 16)
 
     found = limits.measure_limits(PROVIDERS["cpu"], 2, seconds=0.01)
 
@@ -38,7 +38,7 @@ def test_all_limits_of_a_cpu_are_found(monkeypatch):
     assert found.int8_peak > 0
 
 
-def test_a_product_that_the_provider_does_not_have_has_no_peak():
+def test_an_operator_that_the_provider_lacks_has_no_peak():
     assert limits._peak(b"no graph", np.float32, PROVIDERS["cpu"], 1, 0.01) is None
 
 
@@ -52,6 +52,6 @@ def test_the_last_cache_is_the_largest(tmp_path):
 
 
 def test_the_buffer_is_larger_than_the_cache_and_not_more_than_memory():
-    assert limits.LEAST_BUFFER <= limits.buffer_bytes(40 << 20) <= limits.MOST_BUFFER
-    assert limits.buffer_bytes(1 << 50) <= limits.MOST_BUFFER
+    assert limits.MIN_BUFFER <= limits.buffer_bytes(40 << 20) <= limits.MAX_BUFFER
+    assert limits.buffer_bytes(1 << 50) <= limits.MAX_BUFFER
     assert limits.buffer_bytes(1) % 8 == 0

@@ -1,4 +1,4 @@
-"""Where a graph's time goes: nodes by type and by part of the model, and what the graph's file tells of its work."""
+"""A graph's time by operator and by part of the model, and the work read from its file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edgemix.runtime import Mixture
 from edgemix.runtime.graphs.providers import PROVIDERS
 from edgemix.runtime.profiling.graphs import mark_of_name, read_graph, spread
 from edgemix.runtime.profiling.operators import DECODES, PREFILLS, Call, Kernel, breakdown, profiled_calls, read_calls
-from edgemix.runtime.profiling.roofline import Work, roof
+from edgemix.runtime.profiling.roofline import Work, roofline_point
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_parts_of_the_model_by_the_names_of_nodes_outputs_and_weights(graph):
     assert spread(marks.values())[7] == "head"
 
 
-def test_nodes_before_the_first_layer_belong_to_none():
+def test_nodes_before_the_first_layer_belong_to_no_layer():
     assert spread(["", "embedding", "", "layer 0", "", "head", ""]) == [
         *("other", "embedding", "other", "layer 0", "layer 0", "head", "head")
     ]
@@ -82,7 +82,7 @@ def test_names_of_several_exporters(name, part):
     assert mark_of_name(name) == part
 
 
-def test_the_work_that_a_graph_tells_of(graph):
+def test_the_work_read_from_a_graph(graph):
     found = read_graph(graph)
 
     assert found.weight_bytes() == 4 * 40 + 4 * 16 + 8  # what nothing reads does not count; a tied table does
@@ -128,7 +128,7 @@ def test_nodes_belong_to_the_call_that_they_lie_in():
 
 
 @pytest.mark.parametrize("trace", [b"", b"{}", b'[{"cat": 1}]'])
-def test_what_is_no_trace(trace):
+def test_an_invalid_trace(trace):
     with pytest.raises(EdgemixError, match="cannot be read"):
         read_calls(trace)
 
@@ -198,24 +198,24 @@ def test_an_interruption_leaves_no_trace(bundle, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_roof_is_what_memory_or_arithmetic_takes_longer_for(bundle):
+def test_the_roofline_is_the_longer_of_memory_and_arithmetic(bundle):
     work = Work(weights=1000, state=10, products=500, attention=4, int8=True)
     machine = sample_machine()
 
-    decode = roof("decode", [work, work], machine, tokens=1, context=100, seconds=1.0)
+    decode = roofline_point("decode", [work, work], machine, tokens=1, context=100, seconds=1.0)
     assert decode.bytes == 2 * (1000 + 10 * 101)
     assert decode.operations == 2 * (500 + 4 * 101)
     assert (decode.bound, decode.floor) == ("memory", pytest.approx(decode.bytes / 100))
 
-    prefill = roof("prefill", [work], machine, tokens=100, context=0, seconds=1.0)
+    prefill = roofline_point("prefill", [work], machine, tokens=100, context=0, seconds=1.0)
     assert prefill.operations == 100 * 500 + 4 * 5050
     assert (prefill.bound, prefill.floor) == ("compute", pytest.approx(prefill.operations / 1000))
 
 
-def test_without_limits_there_is_no_roof():
+def test_without_limits_there_is_no_roofline():
     machine = msgspec.structs.replace(sample_machine(), bandwidth=None, fp32_peak=None, int8_peak=None)
 
-    assert roof("decode", [Work(1, 1, 1, 1, int8=False)], machine, tokens=1, context=1, seconds=1.0) is None
+    assert roofline_point("decode", [Work(1, 1, 1, 1, int8=False)], machine, tokens=1, context=1, seconds=1.0) is None
 
 
 def sample_machine():

@@ -1,22 +1,22 @@
-"""Figures are what their samples say, and rounds go on until they agree or the time is over."""
+"""Quantiles of samples, and rounds until they agree or time is over."""
 
 from __future__ import annotations
 
 import pytest
 
 from edgemix.runtime.profiling import timing
-from edgemix.runtime.profiling.timing import MOST_ROUNDS, ROUNDS, Measurement, Series, quantiles, take_turns
+from edgemix.runtime.profiling.timing import MAX_ROUNDS, ROUNDS, Measurement, Series, quantiles, take_turns
 
 
 class Clock:
-    """A clock that only work moves."""
+    """A clock that only measurements advance."""
 
     def __init__(self, monkeypatch):
         self.now = 100.0
         monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
 
     def measurement(self, name, figures, seconds=1.0):
-        """Takes so long a turn, and gives the next of some figures, the last one for ever."""
+        """Return a measurement that takes `seconds` per turn and yields the given figures, the last one repeatedly."""
         left = list(figures)
 
         def take(number):
@@ -44,7 +44,7 @@ def test_with_few_samples_high_quantiles_are_the_largest():
     assert (found.p50, found.p90, found.p99) == (2, 3, 3)
 
 
-def test_no_samples_are_no_figure():
+def test_no_samples_give_no_quantiles():
     with pytest.raises(ValueError, match="nothing was measured"):
         quantiles([])
     assert Measurement("m", lambda _: {}).figure("x") is None
@@ -68,25 +68,25 @@ def test_rounds_must_agree(rounds, stable):
     assert Series([[value] for value in rounds]).stable is stable
 
 
-def test_what_is_steady_has_its_rounds_and_no_more(clock):
+def test_a_stable_measurement_has_no_extra_rounds(clock):
     calm, wild = clock.measurement("calm", [1.0]), clock.measurement("wild", [1.0, 9.0, 1.0, 5.0, 1.0, 9.0])
 
     take_turns([calm, wild], until=1e6)
 
     assert calm.turns == ROUNDS
-    assert ROUNDS < wild.turns <= MOST_ROUNDS
+    assert ROUNDS < wild.turns <= MAX_ROUNDS
 
 
-def test_what_never_holds_still_says_so(clock):
-    wild = clock.measurement("wild", [float(2 ** (n % 5)) for n in range(MOST_ROUNDS)])
+def test_an_unstable_measurement_is_marked(clock):
+    wild = clock.measurement("wild", [float(2 ** (n % 5)) for n in range(MAX_ROUNDS)])
 
     take_turns([wild], until=1e6)
 
-    assert wild.turns == MOST_ROUNDS
+    assert wild.turns == MAX_ROUNDS
     assert wild.figure("x").stable is False
 
 
-def test_the_deadline_ends_it_and_the_first_ones_were_measured(clock):
+def test_the_deadline_ends_measuring_after_the_first_ones(clock):
     measurements = [clock.measurement(name, [1.0], seconds=4) for name in "abc"]
 
     take_turns(measurements, until=clock.now + 10)
@@ -95,7 +95,7 @@ def test_the_deadline_ends_it_and_the_first_ones_were_measured(clock):
     assert clock.now <= 100 + 12  # the third began before the end
 
 
-def test_a_turn_that_would_not_fit_is_not_begun(clock):
+def test_a_turn_without_time_is_not_started(clock):
     long, short = clock.measurement("long", [1.0], seconds=6), clock.measurement("short", [1.0], seconds=1)
 
     take_turns([long, short], until=clock.now + 10)
@@ -104,7 +104,7 @@ def test_a_turn_that_would_not_fit_is_not_begun(clock):
     assert clock.now <= 110
 
 
-def test_the_first_one_is_measured_however_late_it_is(clock):
+def test_the_first_measurement_always_has_a_turn(clock):
     first, second = clock.measurement("first", [1.0]), clock.measurement("second", [1.0])
 
     take_turns([first, second], until=clock.now - 5)

@@ -1,4 +1,4 @@
-"""What others take of the processor is told apart from what is one's own."""
+"""Background load counts other processes and not this one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Times(SimpleNamespace):
 @pytest.mark.parametrize(
     ("busy", "own", "share"), [(10.0, 10.0, 0.0), (10.0, 4.0, 0.3), (4.0, 10.0, 0.0), (100.0, 0.0, 1.0)]
 )
-def test_the_share_of_others(monkeypatch, busy, own, share):
+def test_share_of_other_processes(monkeypatch, busy, own, share):
     now = SimpleNamespace(seconds=0.0, busy=50.0, own=7.0)
     process = SimpleNamespace(cpu_times=lambda: SimpleNamespace(user=now.own, system=0.0))
     times = SimpleNamespace(
@@ -27,7 +27,7 @@ def test_the_share_of_others(monkeypatch, busy, own, share):
     )
     monkeypatch.setattr(background_load, "psutil", times)
     monkeypatch.setattr(background_load.time, "perf_counter", lambda: now.seconds)
-    watched = background_load.Neighbours()
+    watched = background_load.BackgroundLoad()
 
     now.seconds, now.busy, now.own = 10.0, 50.0 + busy, 7.0 + own
 

@@ -1,4 +1,4 @@
-"""Who is measured, what a run tells, and that looking at a text does not change it."""
+"""Targets, their runs and results, and that observing a text does not change it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from edgemix.runtime.profiling import targets as module
 from edgemix.runtime.profiling.bench import Bench, Sizes, speculation
 from edgemix.runtime.profiling.energy import Meter
 from edgemix.runtime.profiling.prompts import PASSAGES, Prompts
-from edgemix.runtime.profiling.targets import FAST, PLAIN, contenders, ways
+from edgemix.runtime.profiling.targets import FAST, PLAIN, list_modes, list_targets
 from edgemix.runtime.profiling.timeline import MIXING, STEPS, TOKENIZER, Timeline, Trace, overhead, watch
 
-SIZES = Sizes((8, 24), (5,), (2,), tokens=6, texts=2, everybody=True, patience=9.0)
+SIZES = Sizes((8, 24), (5,), (2,), tokens=6, texts=2, all_targets=True, patience=9.0)
 
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
     folder = write_bundle(
-        tmp_path_factory.mktemp("contenders") / "bundle",
+        tmp_path_factory.mktemp("targets") / "bundle",
         {"math": random_member(1, tokens=258), "code": random_member(2, tokens=258)},
         weights={"math": 0.7, "code": 0.3},
         student=random_member(1, tokens=258),
@@ -33,11 +33,11 @@ def mixture(tmp_path_factory):
 
 
 def test_members_student_and_both_mixtures(mixture):
-    found = {contender.name: contender for contender in contenders(mixture)}
+    found = {target.name: target for target in list_targets(mixture)}
 
     assert list(found) == ["math", "code", "student", PLAIN, FAST]
-    assert [contender.kind for contender in found.values()] == ["member", "member", "student", "mixture", "mixture"]
-    assert [contender.plain for contender in found.values()] == [True, True, True, True, False]
+    assert [target.kind for target in found.values()] == ["member", "member", "student", "mixture", "mixture"]
+    assert [target.plain for target in found.values()] == [True, True, True, True, False]
     assert found[PLAIN].files == found["math"].files + found["code"].files
     assert [entry.name for entry in found[PLAIN].entries] == ["math", "code"]
 
@@ -48,7 +48,7 @@ def test_the_student_alone_is_its_whole_graph(student_bundle):
         Mixture.load(student_bundle, "cpu", 1, plan=False) as mixture,
         Mixture.load(student_bundle, "cpu", 1, student=True) as student,
     ):
-        found = {contender.name: contender for contender in contenders(mixture, student=student)}
+        found = {target.name: target for target in list_targets(mixture, student=student)}
         run = found["student"].run([[1, 2, 3]], 5, meter=Meter([]), patience=9)
     assert [member.vocabulary for member in found["student"].ensemble.graphs] == [258]
     assert [member.vocabulary for member in found[FAST].student.graphs] == [manifest.student.draft.vocabulary]
@@ -57,25 +57,25 @@ def test_the_student_alone_is_its_whole_graph(student_bundle):
 
 
 def test_a_member_that_weighs_nothing_is_measured_but_not_mixed(mixture):
-    found = {contender.name: contender for contender in contenders(mixture, {"code": 1.0})}
+    found = {target.name: target for target in list_targets(mixture, {"code": 1.0})}
 
     assert [entry.name for entry in found[FAST].entries] == ["code"]
     assert "math" in found
 
 
-def test_the_ways_are_those_of_the_bundle(mixture, bundle):
-    assert [way.speculation for way in ways(mixture)] == ["off", "lookup", "student", "auto"]
+def test_speculation_modes_depend_on_the_bundle(mixture, bundle):
+    assert [target.speculation for target in list_modes(mixture)] == ["off", "lookup", "student", "auto"]
     with Mixture.load(bundle, "cpu", 1) as without_student:
-        assert [way.speculation for way in ways(without_student)] == ["off", "lookup"]
+        assert [target.speculation for target in list_modes(without_student)] == ["off", "lookup"]
 
 
 def test_a_single_member_is_not_mixed_plainly(tmp_path):
     with Mixture.load(write_bundle(tmp_path / "b", {"math": saying("1+2=3")}), "cpu", 1) as mixture:
-        found = contenders(mixture)
+        found = list_targets(mixture)
         bench = Bench(found, Prompts(mixture.tokenizer), SIZES, Meter([]))
         bench.measurements[0].turn()
 
-        assert [contender.name for contender in found] == ["math", FAST]
+        assert [target.name for target in found] == ["math", FAST]
         assert bench.result(FAST).speculation is not None
 
 
@@ -83,13 +83,13 @@ def test_a_single_member_is_not_mixed_plainly(tmp_path):
 def test_a_graph_of_several_members_is_one(tmp_path, stacked):
     forms = {"math": random_member(1, tokens=258), "code": random_member(2, tokens=258)}
     with Mixture.load(write_bundle(tmp_path / "b", forms, stacked=stacked), "cpu", 1) as mixture:
-        found = {contender.name: contender for contender in contenders(mixture)}
+        found = {target.name: target for target in list_targets(mixture)}
 
     assert len(found[PLAIN].entries) == len(found[PLAIN].ensemble.graphs) == (1 if stacked else 2)
 
 
 def test_a_run_counts_and_does_not_end_with_the_text(mixture):
-    found = {contender.name: contender for contender in contenders(mixture)}
+    found = {target.name: target for target in list_targets(mixture)}
     prompt = Prompts(mixture.tokenizer).take(9)
 
     plain = found[PLAIN].run([prompt], 12, meter=Meter([]), patience=99)
@@ -104,14 +104,14 @@ def test_a_run_counts_and_does_not_end_with_the_text(mixture):
 
 
 def test_a_slow_run_ends_early(mixture, monkeypatch):
-    monkeypatch.setattr(module, "LEAST", 3)
+    monkeypatch.setattr(module, "MIN_TOKENS", 3)
 
-    run = contenders(mixture)[0].run([[1, 2, 3]], 50, meter=Meter([]), patience=0)
+    run = list_targets(mixture)[0].run([[1, 2, 3]], 50, meter=Meter([]), patience=0)
 
     assert run.tokens == 3
 
 
-def test_every_prompt_is_of_the_length_that_was_asked(mixture):
+def test_every_prompt_has_the_requested_length(mixture):
     prompts = Prompts(mixture.tokenizer)
 
     assert prompts.count == len(PASSAGES)
@@ -120,14 +120,14 @@ def test_every_prompt_is_of_the_length_that_was_asked(mixture):
     assert bytes(prompts.take(10)).decode() == PASSAGES[0][:10]
 
 
-def test_prompts_of_a_text_of_ones_own(mixture):
+def test_prompts_of_a_given_text(mixture):
     assert bytes(Prompts(mixture.tokenizer, "abc").take(5)) == b"abcab"
     with pytest.raises(InputError, match="no text"):
         Prompts(mixture.tokenizer, "")
 
 
-def test_a_bench_measures_what_it_says(mixture):
-    bench = Bench(contenders(mixture), Prompts(mixture.tokenizer), SIZES, Meter([]))
+def test_a_bench_measures_every_size(mixture):
+    bench = Bench(list_targets(mixture), Prompts(mixture.tokenizer), SIZES, Meter([]))
     for measurement in bench.measurements:
         measurement.turn()
 
@@ -143,21 +143,21 @@ def test_a_bench_measures_what_it_says(mixture):
     assert bench.missing() == []
 
 
-def test_what_there_was_no_time_for_is_missing(mixture):
-    bench = Bench(contenders(mixture), Prompts(mixture.tokenizer), SIZES, Meter([]))
+def test_measurements_without_time_are_missing(mixture):
+    bench = Bench(list_targets(mixture), Prompts(mixture.tokenizer), SIZES, Meter([]))
 
     assert len(bench.missing()) == len(bench.measurements)
     assert bench.result("math").decode == ()
 
 
-def test_sizes_keep_to_the_context():
+def test_sizes_are_cut_to_the_context():
     assert SIZES.within(20).contexts == (8, 14)
     assert SIZES.within(9).contexts == (3,)
     assert SIZES.within(1).contexts == (1,)
     assert SIZES.within(4).prompts == (4,)
 
 
-def test_energy_of_a_token(mixture):
+def test_energy_per_token(mixture):
     class Counter:
         name = "package-0"
         total = 0.0
@@ -169,7 +169,7 @@ def test_energy_of_a_token(mixture):
         def spent(self, before, after):
             return after - before
 
-    bench = Bench(contenders(mixture), Prompts(mixture.tokenizer), SIZES, Meter([Counter()]))
+    bench = Bench(list_targets(mixture), Prompts(mixture.tokenizer), SIZES, Meter([Counter()]))
     bench.measurements[1].turn()
 
     energy = bench.result("math").energy
@@ -189,24 +189,24 @@ def test_speculation_by_hand():
     assert speculation([(run(1, 1), run(1, 1))]).acceptance is None
 
 
-def test_looking_at_a_text_does_not_change_it(mixture):
+def test_observing_a_text_does_not_change_it(mixture):
     prompt = Prompts(mixture.tokenizer).take(12)
-    for contender in contenders(mixture):
+    for target in list_targets(mixture):
         written = []
-        decoding = contender.start([prompt], 9)
+        decoding = target.start([prompt], 9)
         while step := decoding.step():
             written += [token.id for token in step]
 
-        timeline, tokens = watch(contender, prompt, 8, mixture.tokenizer, patience=99)
+        timeline, tokens = watch(target, prompt, 8, mixture.tokenizer, patience=99)
 
         assert len(written) == 9
         assert tokens == 8
         assert {STEPS, TOKENIZER} <= set(timeline.own())
 
 
-def test_time_outside_is_what_is_left_of_the_steps(mixture):
-    contender = {each.name: each for each in contenders(mixture)}[PLAIN]
-    timeline, tokens = watch(contender, [1, 2, 3], 8, mixture.tokenizer, patience=99)
+def test_overhead_is_the_time_outside_onnx_runtime(mixture):
+    target = {each.name: each for each in list_targets(mixture)}[PLAIN]
+    timeline, tokens = watch(target, [1, 2, 3], 8, mixture.tokenizer, patience=99)
 
     found = overhead(timeline, tokens, 1e-6)
     first, *steps = sorted((span for span in timeline.spans if span.track == STEPS), key=lambda span: span.begin)
@@ -220,11 +220,11 @@ def test_time_outside_is_what_is_left_of_the_steps(mixture):
     assert found.encode == 1e-6
 
 
-def test_nothing_written_is_nothing_outside():
+def test_no_tokens_have_no_overhead():
     assert overhead(Timeline(), 0, 0.0) is None
 
 
-def test_spans_know_what_is_their_own(monkeypatch):
+def test_spans_exclude_nested_spans(monkeypatch):
     times = iter([0.0, 1.0, 3.0, 10.0])
     monkeypatch.setattr("edgemix.runtime.profiling.timeline.time.perf_counter", lambda: next(times))
     timeline = Timeline()
@@ -236,8 +236,8 @@ def test_spans_know_what_is_their_own(monkeypatch):
 
 
 def test_the_trace_has_members_as_tracks(mixture):
-    contender = {each.name: each for each in contenders(mixture)}[FAST]
-    timeline, _ = watch(contender, [1, 2, 3], 8, mixture.tokenizer, patience=99)
+    target = {each.name: each for each in list_targets(mixture)}[FAST]
+    timeline, _ = watch(target, [1, 2, 3], 8, mixture.tokenizer, patience=99)
     trace = Trace()
     trace.add(FAST, timeline.spans)
     trace.add("nothing", [])

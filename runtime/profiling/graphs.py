@@ -1,5 +1,5 @@
-"""The work in a graph, read from its file without ONNX Runtime: the part of the model of each node, the bytes of weights
-that a call reads, and the multiply-adds per token.
+"""The work in a graph, read from its file without ONNX Runtime: the part of the model of each node, the bytes of
+weights that a call reads, and the multiply-adds per token.
 """
 
 from __future__ import annotations

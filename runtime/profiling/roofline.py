@@ -70,7 +70,7 @@ def roofline_point(
     context: int,
     seconds: float,
 ) -> RooflinePoint | None:
-    """Return the roofline point of a call of `tokens` tokens of one graph, or of several in sequence; None where neither
+    """Return the roofline point of a call of `tokens` tokens of one graph, or of several in sequence; None where no
     limit of the machine is known.
     """
     read = sum(work.bytes(tokens, context) for work in works)

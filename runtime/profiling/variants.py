@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from edgemix.runtime.profiling.targets import Target
 
 NEARLY = 1.02
-"""Variants up to this factor slower than the fastest count as equal: then one without student, with fewer threads, wins."""
+"""Variants up to this factor slower than the fastest count as equal: then one without student, or with fewer threads,
+wins."""
 MIN_TOKENS = 48
 """Minimum tokens of a run: the student reads the prompt before its first draft, and draft lengths adapt."""
 _SIMPLEST = ("lookup", "off", "auto", "student")

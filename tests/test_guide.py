@@ -6,6 +6,8 @@ import asyncio
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -133,6 +135,12 @@ def test_the_readme_is_short_and_names_every_page():
     assert len(readme.splitlines()) <= 150
     for page in GUIDE:
         assert f"(edgemix/guide/{page.name})" in readme
+
+
+def test_the_figure_shows_the_measurements(tmp_path):
+    tool = ROOT / "tools" / "mixture_figure.py"
+    subprocess.run([sys.executable, str(tool), "-o", str(tmp_path / "drawn.svg")], check=True)
+    assert (tmp_path / "drawn.svg").read_text("utf-8") == (ROOT / "edgemix/guide/mixture.svg").read_text("utf-8")
 
 
 def run(*arguments: str):

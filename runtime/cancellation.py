@@ -1,4 +1,4 @@
-"""Work in a thread of its own that can be called off between two calls of a graph, and its way into asyncio."""
+"""Work in a thread that can be cancelled between two calls of a graph, and its bridge to asyncio."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_CALLED_OFF: ContextVar[threading.Event | None] = ContextVar("called_off", default=None)
+_CANCELLED: ContextVar[threading.Event | None] = ContextVar("cancelled", default=None)
 
 
 class Cancelled(BaseException):
-    """Nobody waits for this work any more. No error: handlers of errors let it through."""
+    """Raised in work that was cancelled. It is no `Exception`: handlers of errors let it through."""
 
 
 def check() -> None:
-    """Raise Cancelled in a thread whose work was called off; costs nothing elsewhere."""
-    event = _CALLED_OFF.get()
+    """Raise Cancelled in a thread whose work was cancelled; does nothing elsewhere."""
+    event = _CANCELLED.get()
     if event is not None and event.is_set():
         raise Cancelled
 
 
 async def in_thread(work: Callable[[], T]) -> T:
-    """What some work returns or raises; a task that is cancelled calls it off, and waits until it has ended."""
+    """Run work in a thread, and return or raise what it does; cancelling the task cancels the work and waits for its
+    end.
+    """
 
     def once() -> Generator[T]:
         yield work()
@@ -40,9 +42,9 @@ async def in_thread(work: Callable[[], T]) -> T:
 
 
 async def iterate(items: Generator[T]) -> AsyncGenerator[T]:
-    """Items as a generator makes them in a thread of its own, each when it is asked for.
+    """Yield the items that a generator makes in a thread of its own, each when it is requested.
 
-    Closing this, or cancelling the task that waits for the next item, calls the work off and waits until it has ended.
+    Closing this, or cancelling the task that waits for the next item, cancels the work and waits until it has ended.
     """
     stream = _Stream(asyncio.get_running_loop(), items)
     stream.start()
@@ -55,7 +57,7 @@ async def iterate(items: Generator[T]) -> AsyncGenerator[T]:
                 raise item.error
             yield item.value
     finally:
-        await stream.call_off()
+        await stream.cancel()
 
 
 class _Item(Generic[T]):
@@ -69,34 +71,34 @@ class _Failure:
 
 
 class _Stream(threading.Thread, Generic[T]):
-    """The thread, and what it tells the event loop."""
+    """The thread, and the queue by which it passes items to the event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, items: Generator[T]) -> None:
         super().__init__(name="edgemix", daemon=True)
         self.queue: asyncio.Queue[_Item[T] | _Failure | None] = asyncio.Queue()
         self.wanted = threading.Semaphore(0)
-        self._ended, self._called_off = asyncio.Event(), threading.Event()
+        self._ended, self._cancelled = asyncio.Event(), threading.Event()
         self._loop, self._items = loop, items
 
     def run(self) -> None:
-        _CALLED_OFF.set(self._called_off)
+        _CANCELLED.set(self._cancelled)
         last: _Failure | None = None
         try:
             with suppress(Cancelled), closing(self._items):
                 self._wait()
                 for item in self._items:
-                    self._tell(self.queue.put_nowait, _Item(item))
+                    self._post(self.queue.put_nowait, _Item(item))
                     self._wait()
-        except Exception as error:  # noqa: BLE001 - whoever waits is told
+        except Exception as error:  # noqa: BLE001 - passed on to the task that waits
             last = _Failure(error)
         except BaseException as error:  # noqa: BLE001 - a panic of a library in Rust, say
             last = _Failure(EdgemixError(f"{type(error).__name__}: {error}"))
-        self._tell(self.queue.put_nowait, last)
-        self._tell(self._ended.set)
+        self._post(self.queue.put_nowait, last)
+        self._post(self._ended.set)
 
-    async def call_off(self) -> None:
+    async def cancel(self) -> None:
         """Stop the work, and wait until it has ended, however often the task that waits is cancelled."""
-        self._called_off.set()
+        self._cancelled.set()
         self.wanted.release()
         cancelled: asyncio.CancelledError | None = None
         while not self._ended.is_set() and not self._loop.is_closed():
@@ -110,19 +112,19 @@ class _Stream(threading.Thread, Generic[T]):
             raise cancelled
 
     def _wait(self) -> None:
-        """Wait until the next item is asked for.
+        """Wait until the next item is requested.
 
         Raises:
-            Cancelled: It never will be.
+            Cancelled: It will not be.
         """
         while not self.wanted.acquire(timeout=1):
             if self._loop.is_closed():
                 raise Cancelled
         check()
 
-    def _tell(self, function: Callable[..., object], *arguments: object) -> None:
+    def _post(self, function: Callable[..., object], *arguments: object) -> None:
         try:
             self._loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:  # the loop is closed: nobody listens
-            self._called_off.set()
+        except RuntimeError:  # the event loop is closed
+            self._cancelled.set()
             self.wanted.release()

@@ -1,4 +1,4 @@
-"""A bundle's graphs, opened, and how they are mixed: what `Mixture` does with text stands on this."""
+"""The loaded graphs of a bundle, and the ensembles made of them: the base of `Mixture`."""
 
 from __future__ import annotations
 
@@ -20,23 +20,20 @@ if TYPE_CHECKING:
     from edgemix.runtime.graphs.providers import Provider
     from edgemix.runtime.machine.plan import RuntimePlan
     from edgemix.runtime.mixing.arithmetic import Combine
-    from edgemix.runtime.options import WeightChoice
+    from edgemix.runtime.mixing.ensemble import WeightChoice
     from edgemix.runtime.text.tokenizer import Tokenizer
 
 _ELSEWHERE: list[object] = []
-"""Graphs of the process that this one was forked from: freeing them would wait for threads that are not here."""
+"""Graphs of the parent process: freeing them after a fork would wait for threads that this process does not have."""
 
 
 class LoadedBundle:
-    """Members that are loaded, by their bundle's manifest.
-
-    Its attributes are told of in `Mixture`.
-    """
+    """The loaded graphs of a bundle; `Mixture` documents the attributes."""
 
     def __init__(
         self,
         manifest: Manifest,
-        members: Sequence[DecoderGraph],
+        graphs: Sequence[DecoderGraph],
         tokenizer: Tokenizer,
         provider: Provider,
         *,
@@ -50,17 +47,17 @@ class LoadedBundle:
         self.members = tuple(entry.name for entry in manifest.members)
         self.weights: Mapping[str, float] = dict(manifest.weights.default)
         self.vocabulary = manifest.tokenizer.vocabulary
-        self.context = min(graph.context for graph in members)
+        self.context = min(graph.context for graph in graphs)
         self.provider = provider.name
         self._weight_resolver = WeightResolver.of(manifest)
         self._process = os.getpid()
         self.plan = plan
-        self._loaded = tuple(members)
+        self._loaded = tuple(graphs)
         self._drafter, self.ngrams = drafter, ngrams
         self.prefixes = PrefixCache(prefix_bytes)
 
     def close(self) -> None:
-        """Free the graphs; the mixture is of no more use."""
+        """Free the graphs; the mixture cannot be used afterwards."""
         if self._process != os.getpid():
             _ELSEWHERE.append((self._loaded, self._drafter))
         self._loaded, self._drafter = (), None
@@ -74,28 +71,32 @@ class LoadedBundle:
 
     @property
     def drafting(self) -> Ensemble | None:
-        """The student as an ensemble of one, where it was opened beside the members."""
+        """The student as an ensemble of one, where it was loaded beside the members; else None."""
         return None if self._drafter is None else Ensemble((self._drafter,), np.ones(1), "linear", self.vocabulary)
 
     def ensemble(self, weights: WeightChoice = None, combine: Combine = "linear") -> Ensemble:
-        """The members that weigh something, and how they are mixed, for callers who need more than text.
+        """Return the members with a weight above zero, and how they are mixed.
+
+        Args:
+            weights: See `WeightChoice`.
+            combine: How the members' distributions are mixed.
 
         Raises:
-            InputError: An argument makes no sense.
+            InputError: The weights are none of this bundle's, or do not go with `combine`.
         """
         return self._weight_resolver.ensemble(self.graphs(), weights, combine)
 
     def full_ensemble(self, weights: WeightChoice = None, combine: Combine = "linear") -> Ensemble:
-        """As `ensemble`, of all members, those that weigh nothing too."""
+        """Return the same with all members, those of weight zero included."""
         return self._weight_resolver.full_ensemble(self.graphs(), weights, combine)
 
     def check_length(self, ids: Sequence[int], what: str) -> None:
-        """Raise InputError if token ids are more than the context."""
+        """Raise InputError if there are more token ids than the context allows."""
         if len(ids) > self.context:
             raise InputError(f"{what} has {len(ids)} tokens, more than the context of {self.context}", "Shorten it.")
 
     def graphs(self) -> tuple[DecoderGraph, ...]:
-        """The members' graphs, opened.
+        """Return the members' graphs.
 
         Raises:
             EdgemixError: The mixture is closed, or belongs to the process that this one was forked from: ONNX Runtime's

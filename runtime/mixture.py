@@ -22,7 +22,8 @@ from edgemix.runtime.graphs.loading import open_graphs
 from edgemix.runtime.graphs.providers import choose
 from edgemix.runtime.loaded_bundle import LoadedBundle
 from edgemix.runtime.machine.plan import find_plan
-from edgemix.runtime.options import GenerateOptions, Settings, WeightChoice
+from edgemix.runtime.mixing.ensemble import WeightChoice
+from edgemix.runtime.options import GenerateOptions, Settings
 from edgemix.runtime.results import Chunk, Completion, Score
 from edgemix.runtime.sequences import prefix_file
 from edgemix.runtime.sequences.prefix_cache import PrefixCache
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from edgemix.runtime.mixing.arithmetic import Combine
 
 PREFIX_BYTES = 64 << 20
-"""Memory for texts that were read, by default: of SmolLM2-135M 1,400 tokens of one member."""
+"""Default memory of the prefix cache; of SmolLM2-135M it holds 1,400 tokens of one member."""
 
 
 class Mixture(LoadedBundle):
@@ -54,16 +55,16 @@ class Mixture(LoadedBundle):
     Interrupting a call (Ctrl-C, closing a stream) frees its caches and leaves the mixture as it was.
 
     Attributes:
-        manifest: What the bundle says of itself; of a student alone, as if that were all of it.
+        manifest: The bundle's manifest; for a student alone, a manifest with it as the only member.
         members: The members' names, in the manifest's order.
-        weights: Member name -> share: the bundle's own weights.
+        weights: Member name -> share: the bundle's fixed weights.
         tokenizer: Text to token ids and back.
         vocabulary: Number of token ids.
         context: Most tokens of a sequence: the smallest of the members' contexts.
         provider: Where the graphs run, by its name in `PROVIDERS`.
-        ngrams: What usually follows what in the training text, to draft from; None where the bundle has none.
-        plan: How this bundle was measured to run fastest on this machine, where that is used.
-        prefixes: Texts that were read, so that one that begins alike is not read again.
+        ngrams: N-grams of the training text, to draft from; None where the bundle has none.
+        plan: The fastest settings measured for this bundle on this machine, where they are used.
+        prefixes: The cache of texts that were read: a text with the same beginning is not read again from its start.
     """
 
     @classmethod
@@ -88,13 +89,12 @@ class Mixture(LoadedBundle):
                 it works, else the CPU; `provider` then tells which.
             threads: Threads within an operator; as many as there are physical cores by default.
             verify: Compare the checksums of all files. Without it only structure, paths and sizes are checked.
-            student: Open the student alone, a mixture of one: the members' files are not even read.
+            student: Open the student alone, a mixture of one; the members' files are not read.
             drafts: Open the student beside the members, where there is one, to draft what they verify; by default
                 unless the plan says otherwise.
-            prefix_bytes: Most memory for texts that were read, so that one that begins alike is not read again; 0 keeps
-                none.
-            packed: A folder of your own where weights are kept as this machine's kernels want them, two to three times
-                their size: written at first, mapped into memory from then on.
+            prefix_bytes: Most memory of the prefix cache; 0 turns it off.
+            packed: A folder of your own for weights in the layout of this machine's kernels, two to three times their
+                size: written at the first load, mapped into memory from then on.
             plan: Where `edgemix profile --recommend` has measured what is fastest for this bundle on this machine, take
                 threads, drafts, and what speculation="auto" means, from there; what is given here or in a call wins.
 
@@ -143,7 +143,7 @@ class Mixture(LoadedBundle):
         packed: Path | None = None,
         plan: RuntimePlan | None = None,
     ) -> Self:
-        """Open the files of a bundle whose manifest is at hand: one that is being made.
+        """Open the files of a bundle that is being made, by its manifest.
 
         Raises:
             BundleError: A file is damaged, or a graph does not load.
@@ -187,7 +187,7 @@ class Mixture(LoadedBundle):
             A completion, or a list of them in the prompts' order.
 
         Raises:
-            InputError: A prompt is empty or longer than the context, or an option makes no sense.
+            InputError: A prompt is empty or longer than the context, or an option is out of its bounds.
         """
         settings = Settings.of(**options)
         started = time.perf_counter()
@@ -203,7 +203,7 @@ class Mixture(LoadedBundle):
         return ordered[0] if isinstance(prompts, str) else ordered
 
     def stream(self, prompt: str, **options: Unpack[GenerateOptions]) -> Iterator[Chunk]:
-        """Continue one prompt, and give the text as it comes: whole characters, and never a piece of a stop string.
+        """Continue one prompt, and yield the text as it is generated: whole characters, and no part of a stop string.
 
         Arguments are checked at once. The last chunk carries the completion. Closing the iterator ends the work.
         """
@@ -220,28 +220,29 @@ class Mixture(LoadedBundle):
     async def agenerate(
         self, prompts: str | Sequence[str], **options: Unpack[GenerateOptions]
     ) -> Completion | list[Completion]:
-        """As `generate`, for asyncio: the work is done in a thread, and called off when the task is cancelled."""
+        """As `generate`, for asyncio: the work is done in a thread, and cancelled with the task."""
         return await in_thread(lambda: self.generate(prompts, **options))
 
     def astream(self, prompt: str, **options: Unpack[GenerateOptions]) -> AsyncGenerator[Chunk]:
-        """As `stream`, for asyncio. Closing it, or cancelling the task that waits for it, calls the work off.
+        """As `stream`, for asyncio. Closing it, or cancelling the task that waits for it, cancels the work.
 
-        Where many ask at once, `serve` does more in the same time: its tickets can be iterated and awaited, too.
+        For many requests at once `serve` has more throughput; its handles can be iterated and awaited, too.
         """
         return iterate(self._stream(self.tokenizer.encode(prompt), Settings.of(**options)))
 
     def session(self, messages: Sequence[Mapping[str, Any]] = ()) -> Session:
-        """A conversation that reads only what is new at each turn.
+        """Begin a conversation that reads only new tokens at each turn.
 
         Args:
-            messages: How it begins: a system message, say.
+            messages: Its beginning, such as a system message.
         """
         return Session(self, messages)
 
     def restore(self, path: str | Path) -> Session:
-        """The session that `Session.save` wrote to a file; one of another bundle's is read again at its next turn.
+        """Return the session that `Session.save` wrote to a file. If another bundle wrote it, its text is read again at
+        the next turn.
 
-        Open only files of your own: what they say was read is taken for it.
+        Open only files of your own: their key-value state is trusted.
 
         Raises:
             InputError: There is no such file, or it is damaged.
@@ -251,7 +252,7 @@ class Mixture(LoadedBundle):
         return Session(self, messages, kept)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerateOptions]) -> Completion:
-        """The assistant's next message in a conversation, written down with the tokenizer's chat template.
+        """Generate the assistant's next message in a conversation, by the tokenizer's chat template.
 
         Args:
             messages: Mappings with `role` ("system", "user", "assistant") and `content`.
@@ -297,21 +298,21 @@ class Mixture(LoadedBundle):
         window: int | None = None,
         progress: Progress = NO_PROGRESS,
     ) -> Score | list[Score]:
-        """How probable texts are, under the mixture and under each member.
+        """Compute how probable texts are under the mixture and under each member.
 
         A text longer than `window` is read in windows of that many tokens, each with an empty past; the first token of
         a window is scored as the continuation of the window before, so every token but the text's first is scored.
-        The memory needed does not grow with the text. All members are evaluated, whatever they weigh.
+        The memory needed does not grow with the text. All members are evaluated, whatever their weights.
 
         Args:
             texts: One text, or several; each at least two tokens (a beginning-of-text token counts).
             weights: As in `GenerateOptions`; so is `combine`.
             combine: How the members are mixed.
             window: Most tokens that are read with one past; the context by default, and at most.
-            progress: Hears of the tokens scored.
+            progress: Progress callback, in scored tokens.
 
         Raises:
-            InputError: A text is too short, or an argument makes no sense.
+            InputError: A text is too short, or an argument is out of its bounds.
         """
         ensemble = self.full_ensemble(weights, combine)
         window = self.context if window is None else window
@@ -340,10 +341,10 @@ class Mixture(LoadedBundle):
     def next_token_distribution(
         self, text: str, weights: WeightChoice = None, combine: Combine = "linear"
     ) -> NDArray[np.float64]:
-        """Probability of every token id to come next after a text: float64 [vocabulary], sum one.
+        """Return the probability of every token id to come next after a text: float64 [vocabulary], sum one.
 
         Raises:
-            InputError: The text is empty or longer than the context, or an argument makes no sense.
+            InputError: The text is empty or longer than the context, or an argument is out of its bounds.
         """
         ids = self.tokenizer.encode(text)
         self.check_length(ids, "the text")
@@ -352,16 +353,16 @@ class Mixture(LoadedBundle):
         return np.asarray(probabilities / probabilities.sum())
 
     def serve(self, *, most: int = 16, waiting: int = 256) -> BatchScheduler:
-        """A server that generates many texts at once, which come and go.
+        """Start a scheduler that generates for many requests at once, with continuous batching.
 
         Args:
-            most: Texts that are generated at once; others wait.
-            waiting: Texts that may wait; more are refused.
+            most: Requests that run at once; others wait.
+            waiting: Requests that may wait; more are refused.
         """
         return BatchScheduler(self, most=most, waiting=waiting)
 
     def save_prefixes(self, path: str | Path) -> None:
-        """Write the texts that were read to a file, for `load_prefixes` in another process.
+        """Write the prefix cache to a file, for `load_prefixes` in another process.
 
         Raises:
             EdgemixError: It cannot be written; an old file is untouched.

@@ -1,4 +1,4 @@
-"""What a call may say about generation, checked before any work starts."""
+"""Options of generation, checked before any work starts."""
 
 from __future__ import annotations
 
@@ -11,22 +11,13 @@ from edgemix.errors import InputError
 from edgemix.progress import NO_PROGRESS
 from edgemix.runtime.decoding.sampling import Sampling
 from edgemix.runtime.mixing.arithmetic import Combine, check_combine
+from edgemix.runtime.mixing.ensemble import WeightChoice
 from edgemix.runtime.text.grammar import Constraint
 
 if TYPE_CHECKING:
     from typing import Self, SupportsIndex, Unpack
 
     from edgemix.progress import Progress
-
-WeightChoice = Mapping[str, float] | str | None
-"""The weights of one call: member name -> number (normalized; a missing name weighs nothing), the name of one of the
-bundle's domains, "adaptive" for weights that follow the text (see `adaptive`), "fixed" for the bundle's own weights at
-every token, or None for what the bundle says: adaptive where its weights were fitted on several domains, else fixed."""
-
-ADAPTIVE = "adaptive"
-"""The choice of weights that follow the text."""
-FIXED = "fixed"
-"""The choice of the bundle's own weights, the same at every token."""
 
 Speculation = Literal["auto", "lookup", "student", "off"]
 
@@ -36,7 +27,7 @@ class GenerateOptions(TypedDict, total=False):
 
     Attributes:
         max_new_tokens: 128. Most tokens to generate.
-        temperature: 0: the most probable token. Above 0 tokens are drawn, the wilder the higher.
+        temperature: 0: the most probable token. Above 0, tokens are sampled; higher values are more random.
         top_k: 0: all tokens. Else only the k most probable ones.
         top_p: 1: all tokens. Else the smallest set of most probable tokens that holds this share.
         min_p: 0: all tokens. Else those at least this share as probable as the most probable one.
@@ -48,17 +39,16 @@ class GenerateOptions(TypedDict, total=False):
         combine: "linear" (weighted mean of probabilities) or "log-linear" (normalised weighted geometric mean).
         speculation: "auto": a text alone is generated in fewer calls, with drafts from the text itself and from
             the bundle's n-grams ("lookup") and from its student ("student"), as long as that is faster; members are
-            asked only where the answer depends on them. What is generated does not change; with a seed tokens are drawn
+            evaluated only where the result depends on them. The result does not change; with a seed tokens are sampled
             one by one, so that they are the same on every machine. Where this machine has a plan, it says what "auto"
             means. "off": one token after the other, by all members.
-        json_schema: None. A JSON schema (or its text) that the text follows, see `constraints`; needs
-            edgemix[constrained]. A text that `max_new_tokens` or the context cuts short is only the beginning of one.
+        json_schema: None. A JSON schema (or its text) that the text follows, see `grammar`; needs
+            edgemix[constrained]. A text that `max_new_tokens` or the context cuts short is incomplete.
         regex: None. A regular expression that the whole text matches.
-        choices: None. The texts of which it is one.
-        attribution: False. True: chunks and completions tell who spoke, each member's share in every token
-            (`responsibilities`) and its log-probability (`member_logprobs`); so every member that weighs something
-            reads every token.
-        progress: None. Hears of a prompt's tokens as members read them, which takes seconds where it is long.
+        choices: None. Texts, one of which is generated.
+        attribution: False. True: chunks and completions carry each member's share in every token (`responsibilities`)
+            and its log-probability of it (`member_logprobs`); every active member then reads every token.
+        progress: None. Progress callback, in tokens of the prompt as members read them.
     """
 
     max_new_tokens: int
@@ -99,7 +89,7 @@ class Settings:
         """Check options and fill in what is missing.
 
         Raises:
-            InputError: A value makes no sense.
+            InputError: A value is out of its bounds.
             TypeError: There is no such option.
         """
         if unknown := options.keys() - GenerateOptions.__annotations__.keys():
@@ -123,7 +113,7 @@ class Settings:
             )
         if (attribution := options.get("attribution", False)) and combine != "linear":
             raise InputError(
-                f"attribution is of the linear mixture; in the {combine} one no member says a token alone",
+                f"attribution needs the linear mixture; in the {combine} mixture no token comes from one member",
                 'Leave one of them out, or choose combine="linear".',
             )
         return cls(
@@ -140,7 +130,7 @@ class Settings:
         )
 
     def seeds(self, prompts: int) -> list[int | None]:
-        """A seed for each of so many prompts.
+        """Return a seed for each prompt.
 
         Raises:
             InputError: A negative seed, or not one for each prompt.
@@ -155,7 +145,7 @@ class Settings:
 
 
 def _whole(name: str, number: SupportsIndex) -> int:
-    """The integer that `number` is (numpy's count)."""
+    """Return a number as an integer; numpy's integers are accepted."""
     try:
         return operator.index(number)
     except TypeError:

@@ -1,4 +1,4 @@
-"""What the runtime answers: typed, frozen, and with everything that was measured on the way."""
+"""Results of the runtime: completions, chunks and scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """How long one completion took.
+    """Timings of one completion.
 
     Attributes:
         ttft: Seconds from the call to the first token (prefill of the whole batch).
@@ -35,16 +35,16 @@ class Completion:
     """One generated text.
 
     Attributes:
-        text: Without the prompt, without special tokens, cut before the stop string if one was found.
-        token_ids: Every token generated, with the end-of-text token or the stop string's where they came.
+        text: The generated text without special tokens, cut before the stop string if one was found.
+        token_ids: All generated tokens, including the end-of-text token or those of the stop string.
         finish_reason: `stop` (end-of-text token or stop string) or `length` (max_new_tokens or the context).
         log_probabilities: float64 [tokens], of `token_ids` under the mixture, before temperature and filters, in nats.
         prompt_tokens: Number of tokens of the prompt.
         timings: How long it took.
-        responsibilities: float64 [tokens, members], each member's share in the token, in the manifest's order; where
-            that was asked for, see `attribution`.
-        member_logprobs: float64 [tokens, members], the token's log-probability under each member, nats; NaN for those
-            that weigh nothing.
+        responsibilities: float64 [tokens, members], each member's share in the token, in the manifest's order; None
+            without `attribution`.
+        member_logprobs: float64 [tokens, members], the token's log-probability under each member, nats; NaN for members
+            of weight zero.
     """
 
     text: str
@@ -61,7 +61,7 @@ class Completion:
 class Chunk:
     """A piece of a completion as it is generated: new text and tokens; the last one carries the whole completion.
 
-    `responsibilities` and `member_logprobs` are as there, of the new tokens.
+    `responsibilities` and `member_logprobs` are those of the new tokens.
     """
 
     text: str

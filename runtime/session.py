@@ -1,4 +1,4 @@
-"""A conversation that keeps what its members have read between its turns."""
+"""A conversation whose key-value state is kept between turns."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from edgemix.runtime.sequences.prefix_cache import PrefixCache
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator, Sequence
 
-    from edgemix.runtime.mixture import Mixture
+    from edgemix.runtime.loaded_bundle import LoadedBundle
     from edgemix.runtime.results import Chunk, Completion
 
 
 class Session:
     """A conversation: each turn reads only what is new. Made by `Mixture.session`; one turn at a time.
 
-    What is said goes through the tokenizer's chat template. A turn that is broken off (its stream closed, its task
+    Messages go through the tokenizer's chat template. A turn that is interrupted (its stream closed, its task
     cancelled) leaves the beginning of the answer in the conversation; one that fails leaves the conversation as it was.
 
     Attributes:
-        messages: The conversation so far: mappings with `role` and `content`. Change it as you like: what still begins
-            alike is not read again.
+        messages: The conversation so far: mappings with `role` and `content`. You may change it: what its beginning
+            has in common with what was read is not read again.
     """
 
     def __init__(
-        self, mixture: Mixture, messages: Sequence[Mapping[str, Any]] = (), prefixes: PrefixCache | None = None
+        self, mixture: LoadedBundle, messages: Sequence[Mapping[str, Any]] = (), prefixes: PrefixCache | None = None
     ) -> None:
         if not all(isinstance(message, Mapping) for message in messages):
             raise InputError("a session begins with messages, each with a role and content")
@@ -44,22 +44,22 @@ class Session:
 
     @property
     def bytes(self) -> int:
-        """Of key-value state that is kept."""
+        """Bytes of key-value state that are kept."""
         return self._prefixes.bytes
 
     def stream(self, content: str, **options: Unpack[GenerateOptions]) -> Generator[Chunk]:
-        """Say something, and get the assistant's answer piece by piece; see `Mixture.stream`.
+        """Send a message, and stream the assistant's answer; see `Mixture.stream`.
 
         Raises:
             InputError: As `Mixture.chat`.
         """
-        asked = [*self.messages, {"role": "user", "content": content}]
-        ids, settings = self._mixture.tokenizer.render(asked), Settings.of(**options)
+        messages = [*self.messages, {"role": "user", "content": content}]
+        ids, settings = self._mixture.tokenizer.render(messages), Settings.of(**options)
         decoded = decode(self._mixture, [ids], settings, started=time.perf_counter(), kept=self._prefixes)
-        return self._answer(asked, chunks(decoded))
+        return self._answer(messages, chunks(decoded))
 
     def send(self, content: str, **options: Unpack[GenerateOptions]) -> Completion:
-        """Say something, and wait for the assistant's whole answer.
+        """Send a message, and return the assistant's whole answer.
 
         Raises:
             InputError: As `Mixture.chat`.
@@ -75,7 +75,10 @@ class Session:
         return await in_thread(lambda: self.send(content, **options))
 
     def fork(self) -> Self:
-        """Another session that begins as this one is; neither hears of the other's turns. Costs no memory."""
+        """Return another session that begins with this conversation; later turns of one do not affect the other.
+
+        It costs no memory.
+        """
         return type(self)(self._mixture, self.messages, self._prefixes.shared())
 
     def save(self, path: str | Path) -> None:
@@ -87,15 +90,15 @@ class Session:
         mixture = self._mixture
         prefix_file.write(Path(path), self._prefixes, mixture.manifest, mixture.graphs(), self.messages)
 
-    def _answer(self, asked: list[dict[str, Any]], answer: Generator[Chunk]) -> Generator[Chunk]:
-        """Hand on an answer's chunks; it is part of the conversation as far as it has come."""
-        before, said = self.messages, ""
+    def _answer(self, messages: list[dict[str, Any]], answer: Generator[Chunk]) -> Generator[Chunk]:
+        """Yield an answer's chunks; what was generated so far is part of the conversation."""
+        before, text = self.messages, ""
         with closing(answer):
             try:
                 for chunk in answer:
-                    said += chunk.text
-                    if said or chunk.completion is not None:
-                        self.messages = [*asked, {"role": "assistant", "content": said}]
+                    text += chunk.text
+                    if text or chunk.completion is not None:
+                        self.messages = [*messages, {"role": "assistant", "content": text}]
                     yield chunk
             except Exception:
                 self.messages = before

@@ -1,4 +1,4 @@
-"""Who hears, in this thread, of the tokens that graphs read: a long prompt's progress."""
+"""Progress of long prompts: a callback, by context, for the tokens that graphs read."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_HEARS: ContextVar[Callable[[float], None] | None] = ContextVar("hears", default=None)
+_CALLBACK: ContextVar[Callable[[float], None] | None] = ContextVar("callback", default=None)
 
 
-def heard(tokens: int) -> None:
-    """Tell that a graph's call has read so many tokens."""
-    if (hears := _HEARS.get()) is not None:
-        hears(tokens)
+def report_tokens(tokens: int) -> None:
+    """Report that a graph's call has read `tokens` tokens."""
+    if (callback := _CALLBACK.get()) is not None:
+        callback(tokens)
 
 
 @contextmanager
-def told(hears: Callable[[float], None]) -> Iterator[None]:
-    """Within, `hears` is called with the tokens of every call."""
-    token = _HEARS.set(hears)
+def token_callback(callback: Callable[[float], None]) -> Iterator[None]:
+    """Within this context, call `callback` with the tokens of every call of a graph."""
+    token = _CALLBACK.set(callback)
     try:
         yield
     finally:
-        _HEARS.reset(token)
+        _CALLBACK.reset(token)

@@ -234,7 +234,7 @@ class BatchSequence:
             known = np.where(self.weights > 0, log_probabilities, np.nan)
             self.request.attributions.append(TokenAttribution(known[:, None], self.weights[:, None]))
         if self._posterior is not None:
-            self._posterior.hear(log_probabilities)
+            self._posterior.observe_token(log_probabilities)
             self.weights = self._posterior.weights
 
 

@@ -1,4 +1,4 @@
-"""From prompts to chunks of text: which way of decoding a call takes, and its tokens written down as they come."""
+"""From prompts to chunks of text: choose the way of decoding, and build completions from its tokens."""
 
 from __future__ import annotations
 
@@ -12,35 +12,40 @@ from edgemix.runtime.decoding.speculative import SpeculativeDecoding
 from edgemix.runtime.decoding.static_batch import StaticBatch
 from edgemix.runtime.text.completion import CompletionBuilder
 from edgemix.runtime.text.grammar import Grammar
-from edgemix.runtime.token_progress import told
+from edgemix.runtime.token_progress import token_callback
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
 
+    from edgemix.runtime.loaded_bundle import LoadedBundle
     from edgemix.runtime.mixing.attribution import TokenAttribution
     from edgemix.runtime.mixing.ensemble import Ensemble
-    from edgemix.runtime.mixture import Mixture
     from edgemix.runtime.options import Settings
     from edgemix.runtime.results import Chunk, Completion
     from edgemix.runtime.sequences.prefix_cache import PrefixCache
 
 
 def decode(
-    mixture: Mixture, prompts: list[list[int]], settings: Settings, *, started: float, kept: PrefixCache | None = None
+    mixture: LoadedBundle,
+    prompts: list[list[int]],
+    settings: Settings,
+    *,
+    started: float,
+    kept: PrefixCache | None = None,
 ) -> Generator[tuple[int, Chunk]]:
-    """Continue prompts: yields the index of a prompt with its next chunk. Closing it frees the caches.
+    """Continue prompts: yield the index of a prompt with its next chunk. Closing the generator frees the caches.
 
     Arguments are checked at once.
 
     Args:
-        mixture: Whose members, tokenizer, context, student and prefixes serve.
+        mixture: What generates.
         prompts: Token ids, at least one each.
         settings: Checked.
         started: `time.perf_counter()` when the call began.
-        kept: Of one prompt alone, what was read of it before, and where all of it will be kept.
+        kept: For a single prompt: the prefix cache to use in the place of the mixture's.
 
     Raises:
-        InputError: A prompt is longer than the context, or an option makes no sense.
+        InputError: A prompt is longer than the context, or an option is out of its bounds.
     """
     for index, prompt in enumerate(prompts):
         mixture.check_length(prompt, "the prompt" if len(prompts) == 1 else f"prompt {index + 1}")
@@ -51,14 +56,14 @@ def decode(
 
 
 def chunks(decoded: Generator[tuple[int, Chunk]]) -> Generator[Chunk]:
-    """What `decode` yields for a prompt alone, without its index."""
+    """Yield the chunks that `decode` yields for a single prompt, without its index."""
     with closing(decoded):
         for _, chunk in decoded:
             yield chunk
 
 
 def completed(answer: Iterable[Chunk]) -> Completion:
-    """The completion that the last chunk carries.
+    """Return the completion that the last chunk carries.
 
     Raises:
         EdgemixError: It carries none.
@@ -71,9 +76,9 @@ def completed(answer: Iterable[Chunk]) -> Completion:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """Everything that a call is about, checked."""
+    """The checked arguments of a call."""
 
-    mixture: Mixture
+    mixture: LoadedBundle
     ensemble: Ensemble
     prompts: list[list[int]]
     settings: Settings
@@ -89,15 +94,15 @@ class _Call:
         """
         decoding = self._decoding()
         with closing(decoding):
-            writers = self._writers(decoding, started)
+            builders = self._builders(decoding, started)
             total = sum(map(len, self.prompts)) * len(self.ensemble.graphs)
-            with self.settings.progress.stage("prompt", total) as task, told(task.advance):
+            with self.settings.progress.stage("prompt", total) as task, token_callback(task.advance):
                 tokens = decoding.step()
             while tokens:
                 finished: set[int] = set()
                 for token in tokens:
-                    # A step may bring tokens behind a stop string.
-                    if token.sequence in finished or (chunk := writers[token.sequence].add(token)) is None:
+                    # A step may yield tokens after a stop string.
+                    if token.sequence in finished or (chunk := builders[token.sequence].add(token)) is None:
                         continue
                     if chunk.completion is not None:
                         finished.add(token.sequence)
@@ -105,7 +110,7 @@ class _Call:
                     yield token.sequence, chunk
                 tokens = decoding.step()
 
-    def _writers(self, decoding: StaticBatch | SpeculativeDecoding, started: float) -> list[CompletionBuilder]:
+    def _builders(self, decoding: StaticBatch | SpeculativeDecoding, started: float) -> list[CompletionBuilder]:
         mixture, settings = self.mixture, self.settings
         members = mixture.full_ensemble(settings.weights, settings.combine).active if settings.attribution else None
 
@@ -127,8 +132,10 @@ class _Call:
         ]
 
     def _decoding(self) -> StaticBatch | SpeculativeDecoding:
-        """A sequence alone in fewer calls, several as a batch. What is drawn with a seed is drawn token by token in any
-        case, so that it is the same alone, in a batch, and on a machine of another speed.
+        """Return speculative decoding for a single sequence, and a static batch for several.
+
+        With a seed, tokens are sampled one by one in any case, so that they are the same alone, in a batch, and on a
+        machine of another speed.
         """
         settings, mixture = self.settings, self.mixture
         speculation = settings.speculation

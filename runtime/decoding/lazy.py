@@ -288,7 +288,7 @@ class LazyState:
         if self._ensemble.combine != "linear":
             return np.array(self._geometric)
         found = self.attribution()
-        mixed: NDArray[np.float64] = np.logaddexp.reduce(found.own + np.log(found.weights), axis=0)
+        mixed: NDArray[np.float64] = np.logaddexp.reduce(found.log_probabilities + np.log(found.weights), axis=0)
         return mixed
 
     def attribution(self) -> TokenAttribution:

@@ -161,7 +161,7 @@ class SpeculativeDecoding:
     def attribution(self, sequence: int, first: int = 0) -> TokenAttribution:  # noqa: ARG002 - there is one
         """Return the active members' attribution of the tokens so far, from index `first` on."""
         found = self.state.attribution()
-        return TokenAttribution(found.own[:, first:], found.weights[:, first:])
+        return TokenAttribution(found.log_probabilities[:, first:], found.weights[:, first:])
 
     def close(self) -> None:
         """Free the caches."""

@@ -16,8 +16,7 @@ from edgemix.runtime.evaluation.decode_rate import decoding_rates
 from edgemix.runtime.evaluation.draft_agreement import Comparison, compare_tokens
 from edgemix.runtime.mixing.adaptive import AdaptivePrior, adaptive_targets
 from edgemix.runtime.mixing.arithmetic import linear_targets
-from edgemix.runtime.mixing.ensemble import Ensemble
-from edgemix.runtime.options import ADAPTIVE
+from edgemix.runtime.mixing.ensemble import ADAPTIVE, Ensemble
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -140,7 +139,7 @@ class _Line:
         """The mixture's log-probabilities, float64 [tokens]."""
         if self.experts is None:
             return linear_targets(text.log_probabilities, self.shares)
-        own = text.log_probabilities[: self.experts.table.shape[1]]
+        own = text.log_probabilities[: self.experts.components.shape[1]]
         texts = np.split(own, np.cumsum(text.lengths)[:-1], axis=1)
         return np.concatenate([adaptive_targets(each, self.experts)[0] for each in texts])
 

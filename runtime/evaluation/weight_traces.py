@@ -10,7 +10,7 @@ from edgemix.progress import NO_PROGRESS
 from edgemix.results.evaluation import WeightTrace
 from edgemix.runtime.evaluation.scoring import score_tokens
 from edgemix.runtime.mixing.adaptive import adaptive_targets
-from edgemix.runtime.options import ADAPTIVE
+from edgemix.runtime.mixing.ensemble import ADAPTIVE
 from edgemix.runtime.text.tokenizer import IncrementalDecoder
 
 if TYPE_CHECKING:

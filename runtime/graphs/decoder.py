@@ -28,7 +28,7 @@ from edgemix.runtime.graphs.providers import (
     run_options,
 )
 from edgemix.runtime.graphs.shared_cache import SharedCache
-from edgemix.runtime.token_progress import heard
+from edgemix.runtime.token_progress import report_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -270,7 +270,7 @@ class DecoderGraph:
         except onnxruntime_errors() as error:
             raise EdgemixError(f"member {self.name!r} failed on {self.provider.name}: {plain(error)}") from error
         cache.advance(call.binding, new)
-        heard(ids.size)
+        report_tokens(ids.size)
         return call.logits
 
     def _feed(self, cache: KVCache, call: _Call, ids: NDArray[np.int64], mask: NDArray[np.int64] | None) -> Any:

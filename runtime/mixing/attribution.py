@@ -17,31 +17,32 @@ if TYPE_CHECKING:
 
 
 class TokenAttribution(NamedTuple):
-    """What members gave the tokens of a text.
+    """The members' log-probabilities of a text's tokens, and their weights.
 
     Attributes:
-        own: float64 [members, tokens], log-probabilities, nats.
-        weights: float64 [members, tokens], theirs when the token was chosen.
+        log_probabilities: float64 [members, tokens], the members' log-probabilities, nats.
+        weights: float64 [members, tokens], their weights when the token was chosen.
     """
 
-    own: NDArray[np.float64]
+    log_probabilities: NDArray[np.float64]
     weights: NDArray[np.float64]
 
     @classmethod
     def joined(cls, parts: Sequence[TokenAttribution]) -> TokenAttribution:
-        """Of stretches of a text, one after the other."""
-        own, weights = zip(*parts, strict=True)
-        return cls(np.concatenate(own, axis=1), np.concatenate(weights, axis=1))
+        """Concatenate the attributions of consecutive parts of a text."""
+        log_probabilities, weights = zip(*parts, strict=True)
+        return cls(np.concatenate(log_probabilities, axis=1), np.concatenate(weights, axis=1))
 
     def of_all(self, members: NDArray[np.int64], count: int) -> TokenAttribution:
-        """The same for so many members, of which `members` were listened to; the others' log-probabilities are NaN."""
-        own, weights = np.full((count, self.own.shape[1]), np.nan), np.zeros((count, self.own.shape[1]))
-        own[members], weights[members] = self.own, self.weights
-        return TokenAttribution(own, weights)
+        """Return the same for `count` members, of which these are `members`; the others have weight 0 and NaN."""
+        shape = (count, self.log_probabilities.shape[1])
+        log_probabilities, weights = np.full(shape, np.nan), np.zeros(shape)
+        log_probabilities[members], weights[members] = self.log_probabilities, self.weights
+        return TokenAttribution(log_probabilities, weights)
 
     def responsibilities(self) -> NDArray[np.float64]:
-        """float64 [tokens, members], each row's sum one; zero for a member without weight."""
+        """Return each member's share, float64 [tokens, members]; rows sum to one, a member of weight zero has zero."""
         with np.errstate(divide="ignore"):
-            joint = np.where(self.weights > 0, self.own + np.log(self.weights), -np.inf)
+            joint = np.where(self.weights > 0, self.log_probabilities + np.log(self.weights), -np.inf)
         shares = np.exp(joint - joint.max(axis=0))
         return np.asarray((shares / shares.sum(axis=0)).T)

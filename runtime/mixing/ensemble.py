@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,7 +12,6 @@ import numpy as np
 from edgemix.errors import InputError
 from edgemix.runtime.mixing.adaptive import AdaptivePrior
 from edgemix.runtime.mixing.arithmetic import check_combine, normalize
-from edgemix.runtime.options import ADAPTIVE, FIXED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     from edgemix.bundle.manifest import Manifest, Weights
     from edgemix.runtime.graphs.decoder import DecoderGraph
     from edgemix.runtime.mixing.arithmetic import Combine
-    from edgemix.runtime.options import WeightChoice
+
+
+WeightChoice = Mapping[str, float] | str | None
+"""The weights of one call: member name -> number (normalized; a missing name weighs nothing), the name of one of the
+bundle's domains, "adaptive" for weights that follow the text (see `adaptive`), "fixed" for the bundle's own weights at
+every token, or None for what the bundle says: adaptive where its weights were fitted on several domains, else fixed."""
+
+ADAPTIVE = "adaptive"
+"""The choice of weights that follow the text."""
+FIXED = "fixed"
+"""The choice of the bundle's own weights, the same at every token."""
 
 
 class ActiveGraph(NamedTuple):

@@ -20,9 +20,8 @@ from edgemix.results.profile import Machine, Profile
 from edgemix.runtime.graphs.providers import choose, default_threads
 from edgemix.runtime.machine.plan import write_plan
 from edgemix.runtime.machine.system import describe
-from edgemix.runtime.mixing.ensemble import WeightResolver
+from edgemix.runtime.mixing.ensemble import ADAPTIVE, WeightResolver
 from edgemix.runtime.mixture import Mixture
-from edgemix.runtime.options import ADAPTIVE
 from edgemix.runtime.profiling import loading, operators
 from edgemix.runtime.profiling.background_load import NOTABLE_LOAD, BackgroundLoad
 from edgemix.runtime.profiling.bench import Bench, Sizes
@@ -53,7 +52,7 @@ if TYPE_CHECKING:
     from edgemix.progress import Progress
     from edgemix.results.profile import Breakdown, Loading, RooflinePoint, TargetResult, Variant
     from edgemix.runtime.graphs.providers import Provider
-    from edgemix.runtime.options import WeightChoice
+    from edgemix.runtime.mixing.ensemble import WeightChoice
     from edgemix.runtime.profiling.targets import Target
     from edgemix.runtime.text.tokenizer import Tokenizer
 

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from edgemix.bundle.manifest import Manifest, MemberEntry
     from edgemix.bundle.ngram_table import NgramTable
     from edgemix.results.profile import TargetKind
-    from edgemix.runtime.mixing.ensemble import Ensemble
+    from edgemix.runtime.mixing.ensemble import Ensemble, WeightChoice
     from edgemix.runtime.mixture import Mixture
-    from edgemix.runtime.options import Speculation, WeightChoice
+    from edgemix.runtime.options import Speculation
     from edgemix.runtime.profiling.energy import Meter
 
 PLAIN, FAST = "mixture, plain", "mixture"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from edgemix.bundle.manifest import Manifest
     from edgemix.progress import Progress
-    from edgemix.runtime.options import WeightChoice
+    from edgemix.runtime.mixing.ensemble import WeightChoice
     from edgemix.runtime.profiling.bench import Sizes
     from edgemix.runtime.profiling.energy import Meter
     from edgemix.runtime.profiling.prompts import Prompts

@@ -1,4 +1,4 @@
-"""Many texts at once, which come and go: a thread of its own generates, and anybody may ask."""
+"""A scheduler that generates for many requests at once, in a thread of its own, by continuous batching."""
 
 from __future__ import annotations
 
@@ -24,33 +24,35 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemix.runtime.decoding.tokens import Token
-    from edgemix.runtime.mixture import Mixture
+    from edgemix.runtime.loaded_bundle import LoadedBundle
     from edgemix.runtime.results import Chunk, Completion
 
 
 class RequestHandle:
-    """A text that was asked for: iterate it for chunks as they come, or wait for its completion; `async for` and
-    `aresult` are the same for asyncio. One reader only.
+    """A submitted request: iterate it for chunks as they are generated, or wait for its completion.
+
+    `async for` and `aresult` are the same for asyncio. Only one consumer may read it.
     """
 
-    def __init__(self, server: BatchScheduler, request: GenerationRequest, writer: CompletionBuilder) -> None:
-        self.request, self.writer, self._server = request, writer, server
+    def __init__(self, scheduler: BatchScheduler, request: GenerationRequest, completion: CompletionBuilder) -> None:
+        self.request, self.completion, self._scheduler = request, completion, scheduler
         self._chunks: queue.SimpleQueue[Chunk | Exception | None] = queue.SimpleQueue()
         self._last: Chunk | Exception | None = None
         self._ended = self._read = False
-        self._news: Callable[[], object] = _nobody
+        self._notify: Callable[[], object] = _ignore
 
-    def tell(self, chunk: Chunk | Exception | None) -> None:
-        """Hand on what is new; the server does."""
+    def put(self, chunk: Chunk | Exception | None) -> None:
+        """Pass on a chunk, an error, or None where the request was cancelled. The scheduler calls this."""
         self._chunks.put(chunk)
-        self._news()
+        self._notify()
 
     def __iter__(self) -> Iterator[Chunk]:
-        """New text and tokens as they come; the last chunk carries the completion. Ends early when cancelled.
+        """Yield new text and tokens as they are generated; the last chunk carries the completion. Ends early when
+        cancelled.
 
         Raises:
-            InputError: Somebody else reads it.
-            EdgemixError: A graph fails, or the server was closed.
+            InputError: Another consumer reads it.
+            EdgemixError: A graph fails, or the scheduler was closed.
         """
         with self._reading():
             while True:
@@ -61,41 +63,41 @@ class RequestHandle:
                     return
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
-        """The same for asyncio. A task that is cancelled while it waits, or a loop that is left, cancels the text.
+        """Yield the same for asyncio. Cancelling the task that waits, or leaving the loop, cancels the request.
 
         Raises:
             InputError, EdgemixError: As `__iter__`.
         """
-        loop, news = asyncio.get_running_loop(), asyncio.Event()
+        loop, arrived = asyncio.get_running_loop(), asyncio.Event()
 
-        def tell() -> None:
+        def notify() -> None:
             try:
-                loop.call_soon_threadsafe(news.set)
-            except RuntimeError:  # the loop is closed: nobody listens
-                self._news = _nobody
+                loop.call_soon_threadsafe(arrived.set)
+            except RuntimeError:  # the event loop is closed
+                self._notify = _ignore
                 self.cancel()
 
         with self._reading():
-            self._news = tell
+            self._notify = notify
             try:
                 while True:
                     try:
                         chunk = self._last if self._ended else self._chunks.get_nowait()
                     except queue.Empty:
-                        await news.wait()
-                        news.clear()
+                        await arrived.wait()
+                        arrived.clear()
                         continue
                     if (new := self._take(chunk)) is not None:
                         yield new
                     if self._ended:
                         return
             finally:
-                self._news = _nobody
+                self._notify = _ignore
                 if not self._ended:
                     self.cancel()
 
     async def aresult(self) -> Completion:
-        """The whole completion, for asyncio; raises as `result`."""
+        """Wait for the whole completion with asyncio; raises as `result`."""
         async for chunk in self:
             if chunk.completion is not None:
                 return chunk.completion
@@ -103,9 +105,9 @@ class RequestHandle:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Be the one who reads."""
+        """Be the only consumer."""
         if self._read:
-            raise InputError("somebody reads this ticket already", "Submit the prompt again for another reader.")
+            raise InputError("another consumer reads this request already", "Submit the prompt again.")
         self._read = True
         try:
             yield
@@ -113,7 +115,7 @@ class RequestHandle:
             self._read = False
 
     def _take(self, chunk: Chunk | Exception | None) -> Chunk | None:
-        """What is new; remembers whether it is the last of it."""
+        """Return a chunk, or raise an error; remembers whether it is the last one."""
         self._ended = chunk is None or isinstance(chunk, Exception) or chunk.completion is not None
         self._last = chunk
         if isinstance(chunk, Exception):
@@ -121,10 +123,10 @@ class RequestHandle:
         return chunk
 
     def result(self) -> Completion:
-        """The whole completion, waited for.
+        """Wait for the whole completion.
 
         Raises:
-            EdgemixError: A graph fails, the server was closed, or the text was cancelled.
+            EdgemixError: A graph fails, the scheduler was closed, or the text was cancelled.
         """
         for chunk in self:
             if chunk.completion is not None:
@@ -132,47 +134,47 @@ class RequestHandle:
         raise EdgemixError("the text was cancelled")
 
     def cancel(self) -> None:
-        """Stop generating; what is there stays with those who have it."""
-        self._server.cancel(self)
+        """Stop generating; chunks that were yielded stay valid."""
+        self._scheduler.cancel(self)
 
 
-def _nobody() -> None:
-    """Nobody waits for news."""
+def _ignore() -> None:
+    """Do nothing: no event loop waits for chunks."""
 
 
 class BatchScheduler:
-    """Generates many texts at once with one mixture. Close it, or use it as a context manager.
+    """Generates for many requests at once with one mixture. Close it, or use it as a context manager.
 
     Args:
-        mixture: Must stay open as long as the server.
-        most: Texts in the batch; others wait.
-        waiting: Texts that may wait; more are refused.
+        mixture: Must stay open as long as the scheduler.
+        most: Requests in the batch; others wait.
+        waiting: Requests that may wait; more are refused.
     """
 
-    def __init__(self, mixture: Mixture, *, most: int = 16, waiting: int = 256) -> None:
+    def __init__(self, mixture: LoadedBundle, *, most: int = 16, waiting: int = 256) -> None:
         if most < 1 or waiting < 0:
-            raise InputError(f"a batch of {most} texts with {waiting} waiting makes no sense")
+            raise InputError(f"most must be at least 1 and waiting at least 0, not {most} and {waiting}")
         self._mixture, self._most, self._room = mixture, most, most + waiting
-        everyone = mixture.ensemble(dict.fromkeys(mixture.members, 1.0))
-        self._batch = ContinuousBatch(everyone, most, mixture.prefixes)
-        self._tickets: dict[int, RequestHandle] = {}
+        all_members = mixture.ensemble(dict.fromkeys(mixture.members, 1.0))
+        self._batch = ContinuousBatch(all_members, most, mixture.prefixes)
+        self._handles: dict[int, RequestHandle] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock, self._closed = threading.Lock(), False
         self._thread = threading.Thread(target=self._work, name="edgemix", daemon=True)
         self._thread.start()
 
     def submit(self, prompt: str, **options: Unpack[GenerateOptions]) -> RequestHandle:
-        """Ask for the continuation of a prompt; arguments are checked at once, and the call does not wait.
+        """Submit a prompt to be continued; arguments are checked at once, and the call does not wait.
 
-        What it yields is what `Mixture.generate` yields for it in a batch.
+        The result is the one that `Mixture.generate` gives for it.
 
         Raises:
-            InputError: The prompt is empty or longer than the context, or an option makes no sense.
-            EdgemixError: Too many texts are waiting, or the server is closed.
+            InputError: The prompt is empty or longer than the context, or an option is out of its bounds.
+            EdgemixError: Too many requests are waiting, or the scheduler is closed.
         """
-        begun, settings, mixture = time.perf_counter(), Settings.of(**options), self._mixture
+        started, settings, mixture = time.perf_counter(), Settings.of(**options), self._mixture
         if options.get("progress") is not None:
-            raise InputError("a server reads many prompts at once and tells no one's progress", "Leave progress out.")
+            raise InputError("a scheduler reads many prompts at once and reports no progress", "Leave progress out.")
         ids = mixture.tokenizer.encode(prompt)
         mixture.check_length(ids, "the prompt")
         (seed,) = settings.seeds(1)
@@ -193,35 +195,35 @@ class BatchScheduler:
         def log_probabilities() -> NDArray[np.float64]:
             return np.array(request.log_probabilities, np.float64)
 
-        writer = CompletionBuilder(
+        completion = CompletionBuilder(
             mixture.tokenizer,
             ids,
             settings.stop,
             batch_tokens=len(ids),
-            started=begun,
+            started=started,
             log_probabilities=log_probabilities,
             attribution=request.attribution_from if settings.attribution else None,
         )
-        ticket = RequestHandle(self, request, writer)
+        handle = RequestHandle(self, request, completion)
         with self._lock:
             if self._closed:
-                raise EdgemixError("this server is closed")
-            if len(self._tickets) >= self._room:
-                raise EdgemixError(f"{self._room} texts are being generated or waiting", "Ask again later.")
-            self._tickets[id(request)] = ticket
+                raise EdgemixError("this scheduler is closed")
+            if len(self._handles) >= self._room:
+                raise EdgemixError(f"{self._room} requests are running or waiting", "Submit it again later.")
+            self._handles[id(request)] = handle
         self._inbox.put(partial(self._batch.add, request))
-        return ticket
+        return handle
 
-    def cancel(self, ticket: RequestHandle) -> None:
+    def cancel(self, handle: RequestHandle) -> None:
         """See `RequestHandle.cancel`."""
         with self._lock:
-            known = self._tickets.pop(id(ticket.request), None)
-        if known is not None:
-            self._inbox.put(partial(self._batch.cancel, ticket.request))
-            ticket.tell(None)
+            found = self._handles.pop(id(handle.request), None)
+        if found is not None:
+            self._inbox.put(partial(self._batch.cancel, handle.request))
+            handle.put(None)
 
     def close(self) -> None:
-        """Stop, and free the caches; texts that are not finished fail."""
+        """Stop, and free the caches; requests that are not finished fail."""
         self._inbox.put(None)
         self._thread.join()
 
@@ -232,45 +234,49 @@ class BatchScheduler:
         self.close()
 
     def _work(self) -> None:
-        trouble: Exception = EdgemixError("this server is closed")
+        failure: Exception = EdgemixError("this scheduler is closed")
         try:
-            while self._take_in():
+            while self._apply_actions():
                 for request, token in self._batch.step():
-                    self._tell(request, token)
-        except Exception as error:  # noqa: BLE001 - whoever waits is told
-            trouble = error
+                    self._deliver(request, token)
+        except Exception as error:  # noqa: BLE001 - passed on to those who wait
+            failure = error
         except BaseException as error:  # noqa: BLE001 - a panic of a library in Rust, say
-            trouble = EdgemixError(f"{type(error).__name__}: {error}")
+            failure = EdgemixError(f"{type(error).__name__}: {error}")
         with self._lock:
             self._closed = True
-            unfinished, self._tickets = list(self._tickets.values()), {}
-        for ticket in unfinished:
-            ticket.tell(trouble)
+            unfinished, self._handles = list(self._handles.values()), {}
+        for handle in unfinished:
+            handle.put(failure)
         self._batch.close()
 
-    def _take_in(self) -> bool:
-        """Do what was asked for since the last step; where there is nothing to generate, wait. False to stop."""
+    def _apply_actions(self) -> bool:
+        """Apply what was submitted and cancelled since the last step; wait where there is nothing to generate.
+
+        Returns:
+            False where the scheduler is to stop.
+        """
         while not (self._inbox.empty() and len(self._batch)):
-            order = self._inbox.get()
-            if order is None:
+            action = self._inbox.get()
+            if action is None:
                 return False
-            order()
+            action()
         return True
 
-    def _tell(self, request: GenerationRequest, token: Token | EdgemixError) -> None:
+    def _deliver(self, request: GenerationRequest, token: Token | EdgemixError) -> None:
         with self._lock:
             failed = isinstance(token, EdgemixError)
-            ticket = self._tickets.pop(id(request), None) if failed else self._tickets.get(id(request))
-        if ticket is None:
+            handle = self._handles.pop(id(request), None) if failed else self._handles.get(id(request))
+        if handle is None:
             return
         if isinstance(token, EdgemixError):
-            ticket.tell(token)
+            handle.put(token)
             return
-        if (chunk := ticket.writer.add(token)) is None:
+        if (chunk := handle.completion.add(token)) is None:
             return
         if chunk.completion is not None:
             with self._lock:
-                self._tickets.pop(id(request), None)
+                self._handles.pop(id(request), None)
             if token.finish_reason is None:  # a stop string
                 self._batch.cancel(request)
-        ticket.tell(chunk)
+        handle.put(chunk)

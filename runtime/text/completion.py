@@ -91,7 +91,7 @@ class CompletionBuilder:
         if self._attribution is None:
             return None, None
         count, attribution = len(self._tokens) - first, self._attribution(first)
-        return attribution.responsibilities()[:count], attribution.own[:, :count].T.copy()
+        return attribution.responsibilities()[:count], attribution.log_probabilities[:, :count].T.copy()
 
     def _timings(self) -> Timings:
         ttft = self._first - self._started

@@ -61,6 +61,6 @@ def test_what_was_read_before_is_not_heard_again(mixture):
     assert listener.heard < listener.stages[0][1] / 4
 
 
-def test_a_server_tells_none(mixture):
-    with mixture.serve() as server, pytest.raises(InputError, match="tells no one's progress"):
+def test_a_scheduler_reports_no_progress(mixture):
+    with mixture.serve() as server, pytest.raises(InputError, match="reports no progress"):
         server.submit("a", progress=Listener())

@@ -29,7 +29,7 @@ def test_it_begins_with_the_prior():
 def test_domains_share_a_half():
     experts = AdaptivePrior.of(NAMES, WEIGHTS, {"x": {"a": 0.9, "b": 0.1}, "y": {"c": 1.0}})
     np.testing.assert_allclose(experts.weights, [0.475, 0.175, 0.35])
-    assert experts.table.shape == (5, 3)
+    assert experts.components.shape == (5, 3)
 
 
 def test_a_member_without_weight_never_speaks():
@@ -42,7 +42,7 @@ def test_a_member_without_weight_never_speaks():
 def test_the_posterior_is_that_of_every_path_of_experts(own):
     """Fixed share is Bayes' rule over all sequences of experts, of which each may follow each."""
     experts = AdaptivePrior.of(NAMES, WEIGHTS, {"x": {"a": 0.4, "b": 0.6}})
-    said, prior, share = experts.table @ np.exp(own[:, :4]), experts.prior, experts.share
+    said, prior, share = experts.components @ np.exp(own[:, :4]), experts.probabilities, experts.share
     count = len(prior)
     step = (1 - share) * np.eye(count) + share * prior
     joint = np.zeros(count)
@@ -53,7 +53,7 @@ def test_the_posterior_is_that_of_every_path_of_experts(own):
         joint[path[-1]] += chance
     posterior = Posterior(experts)
     posterior.observe(own[:, :4])
-    np.testing.assert_allclose(posterior.weights, joint / joint.sum() @ experts.table)
+    np.testing.assert_allclose(posterior.weights, joint / joint.sum() @ experts.components)
 
 
 def test_a_text_that_switches_is_followed():

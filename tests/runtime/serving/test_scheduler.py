@@ -99,7 +99,7 @@ def test_what_makes_no_sense_is_refused_at_once(pair):
         with pytest.raises(InputError, match="temperature"):
             server.submit("x", temperature=-1)
         tickets = [server.submit("x", max_new_tokens=2000) for _ in range(2)]
-        with pytest.raises(EdgemixError, match="Ask again later"):
+        with pytest.raises(EdgemixError, match="again later"):
             server.submit("x")
         tickets[0].cancel()
     with pytest.raises(EdgemixError, match="closed"):

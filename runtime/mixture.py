@@ -22,7 +22,6 @@ from edgemix.runtime.graphs.loading import open_graphs
 from edgemix.runtime.graphs.providers import choose
 from edgemix.runtime.loaded_bundle import LoadedBundle
 from edgemix.runtime.machine.plan import find_plan
-from edgemix.runtime.mixing.ensemble import WeightChoice
 from edgemix.runtime.options import GenerateOptions, Settings
 from edgemix.runtime.results import Chunk, Completion, Score
 from edgemix.runtime.sequences import prefix_file
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from edgemix.progress import Progress
     from edgemix.runtime.machine.plan import RuntimePlan
     from edgemix.runtime.mixing.arithmetic import Combine
+    from edgemix.runtime.mixing.ensemble import WeightChoice
 
 PREFIX_BYTES = 64 << 20
 """Default memory of the prefix cache; of SmolLM2-135M it holds 1,400 tokens of one member."""

@@ -11,13 +11,13 @@ from edgemix.errors import InputError
 from edgemix.progress import NO_PROGRESS
 from edgemix.runtime.decoding.sampling import Sampling
 from edgemix.runtime.mixing.arithmetic import Combine, check_combine
-from edgemix.runtime.mixing.ensemble import WeightChoice
 from edgemix.runtime.text.grammar import Constraint
 
 if TYPE_CHECKING:
     from typing import Self, SupportsIndex, Unpack
 
     from edgemix.progress import Progress
+    from edgemix.runtime.mixing.ensemble import WeightChoice
 
 Speculation = Literal["auto", "lookup", "student", "off"]
 

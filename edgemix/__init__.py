@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from edgemix.bundle.manifest import Manifest as Manifest
     from edgemix.errors import EdgemixError as EdgemixError
     from edgemix.recipe.schema import Recipe as Recipe
@@ -50,7 +52,31 @@ __all__ = [
     "Score",
     "Session",
     "__version__",
+    "load",
 ]
+
+
+def load(path: str | Path, **options: Any) -> Mixture:
+    """Open a bundle of any task.
+
+    Args:
+        path: The bundle's folder.
+        options: Those of the task's class; for text generation, of `Mixture.load`.
+
+    Returns:
+        The object that runs the bundle's task: a `Mixture` for text generation.
+
+    Raises:
+        BundleError: There is no bundle, it is from a newer edgemix, or it is damaged.
+    """
+    from pathlib import Path
+
+    from edgemix.bundle.reader import read_manifest
+    from edgemix.tasks import TASKS
+
+    module, _, name = TASKS[read_manifest(Path(path)).task].runtime_class.rpartition(".")
+    loaded: Mixture = getattr(import_module(module), name).load(path, **options)
+    return loaded
 
 
 def __getattr__(name: str) -> Any:

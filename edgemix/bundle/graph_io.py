@@ -15,9 +15,13 @@ runtime reads them there. How the cache moves from one call to the next is the g
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
+
+if TYPE_CHECKING:
+    from edgemix.tasks import GraphKind
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
@@ -26,6 +30,42 @@ LOGITS_TO_KEEP = "logits_to_keep"
 LOGITS = "logits"
 PAST_PREFIX = "past_key_values."
 PRESENT_PREFIX = "present."
+
+
+@dataclass(frozen=True)
+class GraphTensors:
+    """The inputs and outputs of a kind of graph, but for its state and for optional inputs with a default value.
+
+    Attributes:
+        inputs: Inputs that every graph has.
+        optional_inputs: Inputs that a graph may have.
+        outputs: Outputs that every graph has.
+        stateful: Whether each layer has a state: a past key and value as inputs, a present one as outputs.
+    """
+
+    inputs: frozenset[str]
+    optional_inputs: frozenset[str]
+    outputs: frozenset[str]
+    stateful: bool
+
+    @property
+    def min_layers(self) -> int:
+        """Smallest number of layers with a state."""
+        return 1 if self.stateful else 0
+
+    def past_inputs(self, layers: int) -> frozenset[str]:
+        """Return the names of the inputs that hold the state of `layers` layers."""
+        return frozenset(name(layer) for layer in range(layers) for name in (past_key, past_value))
+
+
+GRAPH_TENSORS: dict[GraphKind, GraphTensors] = {
+    "decoder": GraphTensors(
+        inputs=frozenset({INPUT_IDS, ATTENTION_MASK}),
+        optional_inputs=frozenset({POSITION_IDS}),
+        outputs=frozenset({LOGITS}),
+        stateful=True,
+    )
+}
 
 CacheKind = Literal["shared", "growing"]
 """`shared` (GroupQueryAttention): past and present are one buffer [batch, kv_heads, capacity, head_size], written in

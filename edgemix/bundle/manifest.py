@@ -20,6 +20,7 @@ import msgspec
 from edgemix.bundle.graph_io import GraphConfig
 from edgemix.files import FileEntry
 from edgemix.formats import Format, Target
+from edgemix.tasks import DEFAULT_TASK, GraphKind, TaskName
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -217,7 +218,7 @@ class MemberEntry(_Record, frozen=True):
     quantization: QuantizationParity | None = None
     fallbacks: tuple[str, ...] = ()
     forced: bool = False
-    kind: Literal["decoder"] = "decoder"
+    kind: GraphKind = "decoder"
     pruning: PruningFigures | None = None
     sparse: SparseWeights | None = None
     eight_bits: float = 0.0
@@ -271,6 +272,7 @@ class Manifest(_Record, frozen=True):
         student: The small model that was distilled from the mixture; it is no member, and has no weight.
         quantization: What quantisation costs the mixture; None where it has one member, or all are fp32.
         budget: What decided on the members' formats; None where the recipe did.
+        task: What the members predict; manifests without it are of the default task.
         ngrams: How many n-grams of the training text it has to draft from; 0 where there is no such file.
     """
 
@@ -288,6 +290,7 @@ class Manifest(_Record, frozen=True):
     quantization: MixtureParity | None = None
     budget: BudgetFigures | None = None
     ngrams: int = 0
+    task: TaskName = DEFAULT_TASK
 
     @property
     def graphs(self) -> tuple[MemberEntry, ...]:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from edgemix.bundle import paths
+from edgemix.bundle.graph_io import GRAPH_TENSORS
 from edgemix.bundle.manifest import MANIFEST, MEMBER_NAME, NGRAMS, SCHEMA, STUDENT, TOKENIZER
+from edgemix.tasks import TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,11 +71,15 @@ def _graph_errors(manifest: Manifest) -> Iterator[str]:
             yield f"{where}: a negative number of parameters"
         if not entry.graph.endswith(".onnx"):
             yield f"{where}: its graph {entry.graph!r} is no .onnx file"
-        limits = {"layers": MAX_LAYERS, "vocabulary": MAX_VOCABULARY, "context": MAX_CONTEXT}
-        for name, limit in limits.items():
+        kind: str = TASKS[manifest.task].graph
+        if entry.kind != kind:
+            yield f"{where}: its graph is a {entry.kind}, and {manifest.task} needs a {kind}"
+        fewest = GRAPH_TENSORS[entry.kind].min_layers
+        bounds = {"layers": (fewest, MAX_LAYERS), "vocabulary": (1, MAX_VOCABULARY), "context": (1, MAX_CONTEXT)}
+        for name, (least, most) in bounds.items():
             value = getattr(entry.config, name)
-            if not 1 <= value <= limit:
-                yield f"{where}: {name} is {value}, and may be 1 to {limit}"
+            if not least <= value <= most:
+                yield f"{where}: {name} is {value}, and may be {least} to {most}"
         if not 0 <= entry.eight_bits <= 1:
             yield f"{where}: a share of {entry.eight_bits} in 8 bits"
         if entry.sparse is not None and entry.sparse.size < 1:

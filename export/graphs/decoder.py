@@ -1,4 +1,4 @@
-"""A torch model to an ONNX decoder graph with a key-value cache, by the first of three paths that passes the gate.
+"""Export a torch model as an ONNX decoder graph with a key-value cache, by the first of three paths within limits.
 
 1. `mobius`: ONNX Runtime's own model definitions, GroupQueryAttention over a shared cache. The fast one.
 2. `mobius-unfused`: the same definitions with the standard Attention over a growing cache, for head sizes and masks
@@ -6,14 +6,14 @@
 3. `transformers`: traced from the torch model itself, a growing cache. Knows every architecture, takes minutes.
 
 Every path yields an fp32 graph with the tensors of `edgemix.bundle.graph_io`; for the target `cuda` too: the
-quantisation stage turns the whole graph, cache and logits included, to fp16 there. The files depend on the model alone.
+quantization stage turns the whole graph, cache and logits included, to fp16 there. The files depend on the model alone.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -47,7 +47,7 @@ _CUDA_OPSET = 23
 27729): those nodes would run on the CPU, with copies around each."""
 
 _ALL = 2**40
-"""Logits to keep: more than any sequence has, and still a number where a stack of members multiplies it."""
+"""Default of logits to keep: more than any sequence has, and no overflow where several members multiply it."""
 _LAST = (("end", 2**63 - 1), ("axis", 1), ("zero", 0))
 
 Gate = Callable[[Path, GraphConfig], "GraphParity"]
@@ -55,7 +55,7 @@ Gate = Callable[[Path, GraphConfig], "GraphParity"]
 
 @dataclass(frozen=True)
 class ExportedGraph:
-    """A graph that passed the gate: its file, what the runtime must know of it, the paths refused before it."""
+    """A graph that passed the gate: its file, its config, the paths that were refused before it, its figures."""
 
     path: Path
     config: GraphConfig
@@ -64,7 +64,7 @@ class ExportedGraph:
 
 
 @dataclass(frozen=True)
-class _Path:
+class ExportPath:
     """One way to make a graph."""
 
     exporter: Literal["mobius", "mobius-unfused", "transformers"]
@@ -72,10 +72,10 @@ class _Path:
     build: Callable[[PreTrainedModel], ir.Model]
 
 
-_PATHS = (
-    _Path("mobius", "shared", lambda model: mobius.build(model, fused=True)),
-    _Path("mobius-unfused", "growing", lambda model: mobius.build(model, fused=False)),
-    _Path("transformers", "growing", traced.build),
+PATHS = (
+    ExportPath("mobius", "shared", lambda model: mobius.build(model, fused=True)),
+    ExportPath("mobius-unfused", "growing", lambda model: mobius.build(model, fused=False)),
+    ExportPath("transformers", "growing", traced.build),
 )
 
 
@@ -86,6 +86,7 @@ def export_graph(
     target: Target,
     gate: Gate | None = None,
     force: bool = False,
+    paths: Sequence[ExportPath] | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> ExportedGraph:
     """Write `folder`/model.onnx and its external data for `model`.
@@ -95,8 +96,9 @@ def export_graph(
         folder: Where to; created if it is not there.
         target: The provider that the graph will run on. It decides the opset only.
         gate: Measures a graph against its source; by default `check_graph` against `model`.
-        force: Where no path passes the gate, take the first whose graph runs.
-        progress: Told of every path that is refused, and why.
+        force: If no path passes the gate, take the first whose graph runs.
+        paths: The ways to make the graph, in order; `PATHS` by default.
+        progress: Progress callback; logs every path that is refused, and why.
 
     Raises:
         ParityError: Graphs run, but none of them is the model.
@@ -108,33 +110,33 @@ def export_graph(
     refused: dict[str, str] = {}
     kind: type[EdgemixError] = EdgemixError
     for forced in (False, True) if force else (False,):
-        for path in _PATHS:
+        for path in paths or PATHS:
             try:
                 config, parity = _attempt(path, model, folder, target, measure, forced=forced)
             except OSError:
-                raise  # the disk's trouble is no path's fault
-            except Exception as error:  # noqa: BLE001 - exporters raise anything; the reason is told and recorded
+                raise  # a failing disk says nothing about the path
+            except Exception as error:  # noqa: BLE001 - exporters raise anything; the reason is logged and recorded
                 reason = _one_line(error).replace(f"{folder}{os.sep}", "")
                 if path.exporter not in refused:
                     progress.log(f"{model_type}: the path {path.exporter} is refused: {reason}")
                 refused[path.exporter] = reason
                 kind = ParityError if isinstance(error, ParityError) else kind
             else:
-                return ExportedGraph(folder / MODEL_FILE, config, _listed(refused), parity)
+                return ExportedGraph(folder / MODEL_FILE, config, _as_lines(refused), parity)
     raise kind(
-        f"no exporter can make a graph of the model type {model_type!r}:\n  " + "\n  ".join(_listed(refused)),
+        f"no exporter can make a graph of the model type {model_type!r}:\n  " + "\n  ".join(_as_lines(refused)),
         "Use --force to take the first graph that runs." if kind is ParityError else "",
     )
 
 
 def _attempt(
-    path: _Path, model: PreTrainedModel, folder: Path, target: Target, measure: Gate, *, forced: bool
+    path: ExportPath, model: PreTrainedModel, folder: Path, target: Target, measure: Gate, *, forced: bool
 ) -> tuple[GraphConfig, GraphParity]:
     """Build, write, load and measure one path's graph; it reaches `folder` only if it passes."""
     graph = path.build(model)
     config = _finish(graph, model, path, target)
     scratch = folder / f".{path.exporter}"
-    shutil.rmtree(scratch, ignore_errors=True)  # what a killed export left
+    shutil.rmtree(scratch, ignore_errors=True)  # left by a killed export
     scratch.mkdir()
     try:
         ir.save(graph, scratch / MODEL_FILE, external_data=DATA_FILE)
@@ -147,8 +149,8 @@ def _attempt(
     return config, parity
 
 
-def _finish(graph: ir.Model, model: PreTrainedModel, path: _Path, target: Target) -> GraphConfig:
-    """Give the graph the axes of `graph_io`, strip what depends on the machine, and tell its config."""
+def _finish(graph: ir.Model, model: PreTrainedModel, path: ExportPath, target: Target) -> GraphConfig:
+    """Name the graph's axes, strip what depends on the machine, and return its config."""
     for value in [value for value in graph.graph.inputs if value.name == graph_io.POSITION_IDS and not value.uses()]:
         graph.graph.inputs.remove(value)
     vocabulary = _name_axes(graph.graph)
@@ -169,17 +171,15 @@ def _finish(graph: ir.Model, model: PreTrainedModel, path: _Path, target: Target
 
 
 def _name_axes(graph: ir.Graph) -> int:
-    """Name the dynamic axes of every input and output as `graph_io` does; the logits' width is returned."""
-    tokens = {graph_io.INPUT_IDS, graph_io.POSITION_IDS}
+    """Name the dynamic axes of every input and output as `graph_io` does, and return the logits' width."""
+    kind = graph_io.GRAPH_TENSORS["decoder"]
     for value in graph.inputs:
-        if value.name in tokens:
-            value.shape = ir.Shape(["batch", "sequence"])
-        elif value.name == graph_io.ATTENTION_MASK:
-            value.shape = ir.Shape(["batch", "total"])
+        if value.name in kind.inputs | kind.optional_inputs:
+            value.shape = ir.Shape(["batch", "total" if value.name == graph_io.ATTENTION_MASK else "sequence"])
         elif value.name.startswith(graph_io.PAST_PREFIX):
             value.shape = ir.Shape(["batch", value.shape[1], "past", value.shape[3]])
         else:
-            raise EdgemixError(f"its graph has an input of its own, {value.name}")
+            raise EdgemixError(f"its graph has an unknown input, {value.name}")
     pasts = {value.name: value for value in graph.inputs if value.name.startswith(graph_io.PAST_PREFIX)}
     presents = {graph_io.present_of(name): value for name, value in pasts.items()}
     vocabulary = 0
@@ -191,14 +191,14 @@ def _name_axes(graph: ir.Graph) -> int:
             past = presents.pop(value.name)
             value.shape = ir.Shape(["batch", past.shape[1], "total", past.shape[3]])
         else:
-            raise EdgemixError(f"its graph has an output of its own, {value.name}")
+            raise EdgemixError(f"its graph has an unknown output, {value.name}")
     if presents or not isinstance(vocabulary, int) or not vocabulary:
         raise EdgemixError("its graph has no logits or does not give back its whole cache")
     return vocabulary
 
 
 def _share_tied_head(graph: ir.Graph) -> None:
-    """Let a tied head read the embedding through a Transpose, where the exporter made a transposed copy of it."""
+    """Let a tied head read the embedding through a Transpose instead of a transposed copy."""
     tables = [
         node.inputs[0] for node in graph if node.op_type == "Gather" and node.inputs[1].name == graph_io.INPUT_IDS
     ]
@@ -211,9 +211,9 @@ def _share_tied_head(graph: ir.Graph) -> None:
 
 
 def _keep_some_logits(graph: ir.Graph) -> None:
-    """Let callers ask for the last tokens' logits only: reading a prompt then does without most of the head's work.
+    """Add an input for the number of last tokens that get logits: a prompt then skips most of the head's work.
 
-    The new input has a value, all, for callers that do not know it. A head that is not found reads every token.
+    The input has a default, all tokens. Without a known head, the graph stays as it is.
     """
     linear = head(graph)
     hidden = None if linear is None else linear.node.inputs[0]
@@ -241,12 +241,12 @@ def _is_transpose(value: ir.Value, table: ir.Value) -> bool:
     return np.array_equal(value.const_value.numpy(), table.const_value.numpy().T)
 
 
-def _listed(refused: dict[str, str]) -> tuple[str, ...]:
+def _as_lines(refused: dict[str, str]) -> tuple[str, ...]:
     return tuple(f"{exporter}: {reason}" for exporter, reason in refused.items())
 
 
 def _one_line(error: Exception) -> str:
-    """What went wrong, on one line; the error's type where it is not edgemix's own."""
+    """Return an error's message on one line, with its type unless it is edgemix's own."""
     message = error.message if isinstance(error, EdgemixError) else str(error)
     line = message.rpartition("Status Message: ")[2].strip().partition("\n")[0][:300]
     return line if isinstance(error, EdgemixError) else f"{type(error).__name__}: {line}"

@@ -13,6 +13,7 @@ import torch
 from edgemix.errors import EdgemixError
 from edgemix.export.models.architecture import context_length, norm_epsilon, sliding_windows
 from edgemix.export.parity.limits import CHECKED_WINDOW
+from edgemix.tasks import DEFAULT_TASK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def build(model: PreTrainedModel, *, fused: bool) -> ir.Model:
-    """An fp32 decoder graph of `model` that holds its weights by reference, not by copy where it can.
+    """Build an fp32 decoder graph of `model`, which refers to the model's weights without a copy where possible.
 
     Args:
         model: A causal language model in fp32 on the CPU.
@@ -37,7 +38,7 @@ def build(model: PreTrainedModel, *, fused: bool) -> ir.Model:
     model_type = model.config.model_type
     if model_type not in registry:
         raise EdgemixError("it does not know this model type")
-    if (task := _default_task_for_model(model_type)) != "text-generation":
+    if (task := _default_task_for_model(model_type)) != DEFAULT_TASK:
         raise EdgemixError(f"it builds this model type for another task, {task}")
     if "chunked_attention" in (getattr(model.config, "layer_types", None) or ()):
         raise EdgemixError("it builds chunked attention as full attention")
@@ -70,8 +71,9 @@ def build(model: PreTrainedModel, *, fused: bool) -> ir.Model:
 
 
 def _check_rotation(graph: ir.Graph, model: PreTrainedModel) -> None:
-    """Compare the table of rotary angles with the model's over the whole context: the parity gate reads short texts,
-    where a wrong scaling of long positions hardly shows.
+    """Compare the table of rotary angles with the model's over the whole context.
+
+    The parity gate reads short texts, where a wrong scaling of long positions hardly shows.
     """
     frequencies = [module.inv_freq for module in model.modules() if hasattr(module, "inv_freq")]
     tables = [value for name, value in graph.initializers.items() if name.endswith("rotary_emb.cos_cache")]
@@ -83,14 +85,14 @@ def _check_rotation(graph: ir.Graph, model: PreTrainedModel) -> None:
         (module.attention_scaling for module in model.modules() if hasattr(module, "attention_scaling")), 1.0
     )
     expected = torch.outer(positions.float(), frequencies[0].float()).cos() * scaling
-    # In fp32 an angle of 100,000 is known to 1e-2.
+    # In fp32 an angle of 100,000 is exact to 1e-2.
     if (table[: len(positions)] - expected).abs().max() > 0.05:
         raise EdgemixError("its rotary embedding is not the model's at long positions")
 
 
 def _fit_attention(graph: ir.Graph, windows: tuple[int | None, ...]) -> None:
-    """Give each GroupQueryAttention its layer's sliding window, for fusing drops the mask that held it, and take away
-    what ONNX Runtime does not know: it reads in the table of angles how much of a head is rotated.
+    """Set each GroupQueryAttention's sliding window, which fusing drops with the mask, and remove an attribute that
+    ONNX Runtime does not know: it reads from the table of angles how much of a head is rotated.
 
     Raises:
         EdgemixError: A layer is not fused, or has sizes that the operator cannot do.
@@ -112,7 +114,7 @@ def _fit_attention(graph: ir.Graph, windows: tuple[int | None, ...]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep mobius' advice about its own options out of the user's terminal; the parity gate judges the graph."""
+    """Silence mobius' warnings about its own options; the parity gate checks the graph."""
     logger = logging.getLogger("mobius")
     level = logger.level
     logger.setLevel(logging.ERROR)

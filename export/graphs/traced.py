@@ -1,4 +1,4 @@
-"""Decoder graphs traced from the torch model by transformers' own exporters: slow, but they know every architecture."""
+"""Decoder graphs traced from the torch model by transformers' own exporters: slow, but for every architecture."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 # The tracer takes equal sizes for the same axis, and ones for constants.
 _BATCH, _PAST, _SEQUENCE = 2, 5, 3
 _OPSET = 21
-"""The first with a QuantizeLinear of blocks, which int8-dynamic rounds activations with."""
+"""The first opset whose QuantizeLinear takes blocks, which int8-dynamic rounds activations with."""
 
 
 def build(model: PreTrainedModel) -> ir.Model:
-    """An fp32 decoder graph of `model` with a growing cache, for any batch, past and sequence.
+    """Trace an fp32 decoder graph of `model` with a growing cache, for any batch, past and sequence.
 
     Raises:
-        EdgemixError: The model's state is not a plain key-value cache. What the tracer raises is passed on.
+        EdgemixError: The model's state is not a plain key-value cache. The tracer raises other errors.
     """
     with _quiet():
         sample = _sample(model)
@@ -46,7 +46,7 @@ def build(model: PreTrainedModel) -> ir.Model:
 
 
 def _sample(model: PreTrainedModel) -> dict[str, Any]:
-    """Inputs to trace with: a few tokens after a past."""
+    """Return inputs to trace with: a few tokens after a past."""
     past = torch.ones(_BATCH, _PAST, dtype=torch.long)
     with torch.no_grad():
         # A plain growing cache for sliding layers too: the mask applies their window.
@@ -65,7 +65,7 @@ def _sample(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _dynamic_axes(layers: int) -> dict[str, Any]:
-    """The axes of `_sample` that stay open; naming only these spares the tracer most of its work."""
+    """Return the dynamic axes of `_sample`; naming only these spares the tracer most of its work."""
     tokens = {0: Dim.AUTO, 1: Dim.AUTO}
     return {
         graph_io.INPUT_IDS: tokens,
@@ -76,7 +76,7 @@ def _dynamic_axes(layers: int) -> dict[str, Any]:
 
 
 def _rename(graph: ir.Graph) -> None:
-    """From transformers' tensor names to those of `graph_io`."""
+    """Rename transformers' tensors to the names of `graph_io`."""
     for prefix, values in ((graph_io.PAST_PREFIX, graph.inputs), (graph_io.PRESENT_PREFIX, graph.outputs)):
         for value in values:
             _, found, rest = (value.name or "").partition("past_key_values.layers.")
@@ -87,7 +87,7 @@ def _rename(graph: ir.Graph) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the tracer's diary out of the user's terminal; the parity gate judges the graph."""
+    """Silence the tracer's output; the parity gate checks the graph."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

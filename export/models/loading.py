@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from optimum.exporters.tasks import TasksManager
+import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from edgemix.bundle.manifest import ModelSource
 from edgemix.errors import InputError
 from edgemix.export.models.location import Location, locate, reading
 from edgemix.progress import NO_PROGRESS, PrefixedProgress, Progress
+from edgemix.tasks import DEFAULT_TASK, TASKS, TaskName
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from edgemix.recipe.schema import MemberRecipe
-
-_TASK = "text-generation"
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class LoadedMember:
 
 @dataclass(frozen=True)
 class _Base:
-    """A model as it was read, for all adapters on it."""
+    """A model as it was read, shared by all adapters on it."""
 
     location: Location
     model: PreTrainedModel
@@ -50,7 +49,7 @@ class _Base:
 
 
 class MemberLoader:
-    """Loads members one after the other, and keeps the last base model for the next adapter on it."""
+    """Load members one after the other; the last base model is kept for the next adapter on it."""
 
     def __init__(self, folder: Path, progress: Progress = NO_PROGRESS) -> None:
         self._folder = folder
@@ -58,10 +57,10 @@ class MemberLoader:
         self._base: _Base | None = None
 
     def load(self, spec: MemberRecipe) -> LoadedMember:
-        """Read one member of a recipe.
+        """Load one member of a recipe.
 
         Raises:
-            InputError: The files are missing, damaged, pickled or of a model that transformers does not know.
+            InputError: The files are missing, damaged, pickled, or of a model type that transformers does not know.
         """
         location = locate(spec.model, self._folder)
         adapter = locate(spec.adapter, self._folder) if spec.adapter else None
@@ -87,24 +86,25 @@ class MemberLoader:
 
 
 def load_member(spec: MemberRecipe, folder: Path, progress: Progress = NO_PROGRESS) -> LoadedMember:
-    """Read one member; see `MemberLoader.load`."""
+    """Load one member; see `MemberLoader.load`."""
     return MemberLoader(folder, progress).load(spec)
 
 
-def load_model(location: Location, *, quantization: Any = None) -> PreTrainedModel:
-    """Read a causal language model as fp32 on the CPU, weights dequantised, in evaluation mode.
+def load_model(location: Location, *, quantization: Any = None, task: TaskName = DEFAULT_TASK) -> PreTrainedModel:
+    """Load a model as fp32 on the CPU, weights dequantized, in evaluation mode.
 
     Args:
-        location: Where it lies.
-        quantization: transformers' configuration of a quantisation to be made while the weights are read, one after
-            the other, so that they never lie in memory whole; not for GGUF files.
+        location: Its files.
+        quantization: transformers' configuration of a quantization that is applied to each weight as it is read, so
+            that the weights are never in memory as a whole; not for GGUF files.
+        task: The task, which decides the model's head.
 
     Raises:
         InputError: See `MemberLoader.load`.
     """
     location.weight_files()
     with reading(location):
-        config, loader = _class_of(location)
+        config, loader = _class_of(location, task)
         if quantization is not None and hasattr(config, "quantization_config"):
             raise _already_quantized(location)
         model = loader.from_pretrained(
@@ -116,28 +116,29 @@ def load_model(location: Location, *, quantization: Any = None) -> PreTrainedMod
             **({} if quantization is None else {"quantization_config": quantization, "device_map": {"": "cpu"}}),
         )
     if quantization is None and getattr(model, "hf_quantizer", None) is not None:
-        model = _forget_quantization(model, location)
+        model = _clear_quantization(model, location)
     return model.eval().requires_grad_(False)
 
 
-def load_skeleton(location: Location) -> PreTrainedModel:
-    """A model's modules and their shapes, without its weights (torch's meta device).
+def load_skeleton(location: Location, *, task: TaskName = DEFAULT_TASK) -> PreTrainedModel:
+    """Build a model without its weights, on torch's meta device.
 
     Raises:
         InputError: See `MemberLoader.load`.
     """
     with reading(location), torch.device("meta"):
-        config, loader = _class_of(location)
+        config, loader = _class_of(location, task)
         return loader.from_config(config, trust_remote_code=False)
 
 
-def _class_of(location: Location) -> tuple[Any, Any]:
+def _class_of(location: Location, task: TaskName) -> tuple[Any, Any]:
+    """Return a model's configuration and the class of transformers that loads it with the head of a task."""
     config = AutoConfig.from_pretrained(**location.arguments, trust_remote_code=False)
-    return config, TasksManager.get_model_class_for_task(_TASK, model_type=config.model_type)
+    return config, getattr(transformers, TASKS[task].auto_class)
 
 
-def _forget_quantization(model: PreTrainedModel, location: Location) -> PreTrainedModel:
-    """A GGUF file's weights are plain floats once they are read: drop what says otherwise."""
+def _clear_quantization(model: PreTrainedModel, location: Location) -> PreTrainedModel:
+    """Remove the marks of quantization from a GGUF file's model, whose weights are plain floats once they are read."""
     if location.gguf is None:
         raise _already_quantized(location)
     model.hf_quantizer = None
@@ -149,7 +150,7 @@ def _forget_quantization(model: PreTrainedModel, location: Location) -> PreTrain
 
 def _already_quantized(location: Location) -> InputError:
     return InputError(
-        f"{location.name}: its weights are already quantised", "Give the unquantised model, or a GGUF file."
+        f"{location.name}: its weights are already quantized", "Give the unquantized model, or a GGUF file."
     )
 
 
@@ -157,13 +158,13 @@ def load_tokenizer(location: Location) -> PreTrainedTokenizerBase:
     """Read a fast tokenizer.
 
     Raises:
-        InputError: There is none, or it has no fast form.
+        InputError: There is no tokenizer, or no fast one.
     """
     with reading(location):
         tokenizer = AutoTokenizer.from_pretrained(**location.arguments, trust_remote_code=False)
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
-            f"{location.name}: its tokenizer has no tokenizer.json form", "Convert it to a fast tokenizer."
+            f"{location.name}: its tokenizer cannot be written as tokenizer.json", "Convert it to a fast tokenizer."
         )
     return tokenizer
 
@@ -181,7 +182,7 @@ def merge_adapter(model: PreTrainedModel, adapter: Location) -> PreTrainedModel:
 def add_adapter(
     model: PreTrainedModel | PeftModel, adapter: Location, name: str = "default", *, trainable: bool = False
 ) -> PeftModel:
-    """Put a LoRA adapter's layers into a model, which may have others already.
+    """Add a LoRA adapter's layers to a model, which may have others already.
 
     Raises:
         InputError: It is not a LoRA adapter in safetensors, or it does not fit the model.
@@ -203,14 +204,14 @@ def add_adapter(
 
 
 def end_ids(member: LoadedMember) -> set[int]:
-    """The ids that end a generation: the tokenizer's and those of the model's generation settings."""
+    """Return the ids that end a generation: the tokenizer's and those of the model's generation settings."""
     stated = getattr(member.model.generation_config, "eos_token_id", None)
     ids = stated if isinstance(stated, list) else [stated]
     return {i for i in [*ids, member.tokenizer.eos_token_id] if i is not None}
 
 
 def _license(location: Location) -> str | None:
-    """The license that the model's card or its GGUF metadata states."""
+    """Return the license that the model's card or its GGUF metadata states."""
     if location.gguf:
         from gguf import GGUFReader
 
@@ -226,7 +227,7 @@ def _license(location: Location) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """The libraries that decide what an export holds."""
+    """Return the versions of the libraries that an export depends on."""
     from importlib.metadata import version
 
     names = ("torch", "transformers", "mobius-onnx", "onnx-ir", "onnxruntime", "peft", "bitsandbytes")

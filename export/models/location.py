@@ -20,10 +20,12 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.
 
 @dataclass(frozen=True)
 class Location:
-    """Where a model or an adapter lies on this machine: a folder, or one GGUF file in it.
+    """The files of a model or an adapter on this machine: a folder, or one GGUF file in it.
 
     Attributes:
-        name: How the manifest calls it: without the parents that only this machine has.
+        folder: The folder.
+        gguf: Name of the GGUF file, if it is one.
+        name: Its name in the manifest, without this machine's folders.
     """
 
     folder: Path
@@ -32,15 +34,15 @@ class Location:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What transformers' `from_pretrained` takes to read it, and only it."""
+        """Arguments for transformers' `from_pretrained`, which then reads local files only."""
         source: dict[str, Any] = {"pretrained_model_name_or_path": str(self.folder), "local_files_only": True}
         return source | ({"gguf_file": self.gguf} if self.gguf else {})
 
     def weight_files(self) -> list[Path]:
-        """The files that hold the weights, in a fixed order.
+        """Return the files of the weights, in a fixed order.
 
         Raises:
-            InputError: There are none in safetensors or GGUF.
+            InputError: There are no weights in safetensors or GGUF.
         """
         if self.gguf:
             return [self.folder / self.gguf]
@@ -52,7 +54,7 @@ class Location:
         return files
 
     def sha256(self) -> str:
-        """Digest over the weights, the configuration and the tokenizer: equal digests load equal members."""
+        """Return a digest of the weights, the configuration and the tokenizer; equal digests load equal members."""
         small = [] if self.gguf else sorted(self.folder.glob("*.json")) + sorted(self.folder.glob("*.jinja"))
         digest = hashlib.sha256()
         for file in self.weight_files() + small:
@@ -89,19 +91,19 @@ def _download(repository: str) -> Path:
         raise InputError(f"{repository}: no such folder, and the model hub cannot be reached", remedy) from None
     except (HfHubHTTPError, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{repository}: no such folder, and the model hub says: {first}") from None
+        raise InputError(f"{repository}: no such folder, and the model hub answered: {first}") from None
 
 
 @contextmanager
 def reading(location: Location) -> Iterator[None]:
-    """Give the many errors of model libraries one form; they name a file, a key or a shape, which is what helps."""
+    """Turn the errors of model libraries into an InputError that keeps their first line."""
     try:
         yield
     except EdgemixError:
         raise
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        detail = lines[0] if lines else "no further word"
+        detail = lines[0] if lines else "no message"
         if "trust_remote_code" in str(error):
             detail = "it needs code of its own repository, which edgemix never runs"
         raise InputError(f"{location.name}: cannot be read: {type(error).__name__}: {detail}") from error

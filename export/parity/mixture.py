@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 MIXTURE_TOKENS = 1_024
 """About how many tokens the mixtures are compared on."""
 
-_ROWS = 32
+MIXED_ROWS = 32
 """Tokens that are mixed at once."""
 
 
@@ -88,8 +88,8 @@ def compare_mixtures(
             exact = [file and file.get_slice(str(number)) for file in files]
             with closing(read(ensemble.graphs, ids, vocabulary=ensemble.vocabulary, window=len(ids))) as pieces:
                 for place, logits, targets in pieces:
-                    for start in range(0, len(targets), _ROWS):
-                        rows = slice(start, min(start + _ROWS, len(targets)))
+                    for start in range(0, len(targets), MIXED_ROWS):
+                        rows = slice(start, min(start + MIXED_ROWS, len(targets)))
                         p, q = _mixed(weights, exact, logits, place.start, rows)
                         distance.add(p, q, targets[rows])
                     task.advance(len(targets))

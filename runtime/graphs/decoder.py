@@ -348,17 +348,13 @@ class DecoderGraph:
 
     def _check(self) -> None:
         """Refuse a graph that is not what `graph_io` and the config say, before anything is sized by it."""
-        layers = range(self.config.layers)
-        pasts = {name(i) for i in layers for name in (graph_io.past_key, graph_io.past_value)}
-        wanted = {graph_io.INPUT_IDS, graph_io.ATTENTION_MASK, *pasts}
-        presents = {graph_io.LOGITS, *map(graph_io.present_of, pasts)}
+        kind = graph_io.GRAPH_TENSORS["decoder"]
+        pasts = kind.past_inputs(self.config.layers)
+        inputs, outputs = kind.inputs | pasts, kind.outputs | {*map(graph_io.present_of, pasts)}
         problems = [
-            *(f"it has no input {name}" for name in sorted(wanted - self._inputs.keys())),
-            *(
-                f"its input {name} is unknown"
-                for name in sorted(self._inputs.keys() - wanted - {graph_io.POSITION_IDS})
-            ),
-            *(f"it has no output {name}" for name in sorted(presents - self._outputs.keys())),
+            *(f"it has no input {name}" for name in sorted(inputs - self._inputs.keys())),
+            *(f"its input {name} is unknown" for name in sorted(self._inputs.keys() - inputs - kind.optional_inputs)),
+            *(f"it has no output {name}" for name in sorted(outputs - self._outputs.keys())),
         ]
         if not problems:
             problems = [*self._misshapen(pasts)]

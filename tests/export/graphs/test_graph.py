@@ -13,8 +13,8 @@ from helpers.tiny_models import tiny_model
 
 from edgemix.bundle.manifest import GraphParity
 from edgemix.errors import EdgemixError, ParityError
-from edgemix.export.graphs import decoder, mobius
-from edgemix.export.graphs.decoder import export_graph
+from edgemix.export.graphs import mobius
+from edgemix.export.graphs.decoder import PATHS, ExportPath, export_graph
 from edgemix.progress import NO_PROGRESS
 
 if TYPE_CHECKING:
@@ -73,16 +73,16 @@ def operators(model: ir.Model) -> Counter[str]:
     return Counter(node.op_type for node in model.graph)
 
 
-def only(monkeypatch: pytest.MonkeyPatch, exporter: str) -> None:
-    """Leave one path of the three."""
-    monkeypatch.setattr(decoder, "_PATHS", tuple(path for path in decoder._PATHS if path.exporter == exporter))
+def only(exporter: str) -> list[ExportPath]:
+    """Return one path of the three."""
+    return [path for path in PATHS if path.exporter == exporter]
 
 
-def failing(message: str) -> decoder._Path:
+def failing(message: str) -> ExportPath:
     def build(model: PreTrainedModel) -> ir.Model:
         raise RuntimeError(message)
 
-    return decoder._Path("mobius", "shared", build)
+    return ExportPath("mobius", "shared", build)
 
 
 @pytest.mark.parametrize(("architecture", "exporter"), EXPORTERS.items())
@@ -100,10 +100,10 @@ def test_graph_is_the_model(architecture: str, exporter: str, tmp_path: Path) ->
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
 
 
-def test_traced_graph_is_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_traced_graph_is_the_model(tmp_path: Path) -> None:
     """One graph serves prefill, decode and batches, honours a sliding window, and holds a tied weight once."""
-    only(monkeypatch, "transformers")
-    exported = export_graph(tiny_model("mistral-window", tie_word_embeddings=True), tmp_path, target="cpu")
+    model = tiny_model("mistral-window", tie_word_embeddings=True)
+    exported = export_graph(model, tmp_path, target="cpu", paths=only("transformers"))
     figures = exported.parity
     assert max(figures.prefill, figures.decode, figures.padded_batch) < TOLERANCE
     assert (exported.config.exporter, exported.config.cache, exported.config.layers) == ("transformers", "growing", 2)
@@ -159,10 +159,9 @@ def test_graph_without_its_sliding_windows_is_refused(tmp_path: Path, monkeypatc
     """GroupQueryAttention replaces the mask that holds the windows, so the graph forgot them; and mobius' Gemma 2 with
     standard Attention gives them to the wrong layers."""
     monkeypatch.setattr(mobius, "sliding_windows", lambda config: (None,) * config.num_hidden_layers)
-    monkeypatch.setattr(decoder, "_PATHS", decoder._PATHS[:2])
     listener = Listener()
     with pytest.raises(ParityError) as caught:
-        export_graph(tiny_model("gemma2"), tmp_path, target="cpu", progress=listener)
+        export_graph(tiny_model("gemma2"), tmp_path, target="cpu", paths=PATHS[:2], progress=listener)
     for exporter, line in zip(("mobius", "mobius-unfused"), listener.lines, strict=True):
         assert f"{exporter} is refused: the graph differs from the torch model" in line
         assert f"{exporter}: the graph differs from the torch model" in str(caught.value)
@@ -211,9 +210,8 @@ def test_graph_with_weights_that_the_model_lacks_is_refused() -> None:
 def test_type_that_no_path_knows_is_named_with_every_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     monkeypatch.setattr(type(model.config), "model_type", "abacus")
-    monkeypatch.setattr(decoder, "_PATHS", (*decoder._PATHS[:1], failing("first line\nsecond line")))
     with pytest.raises(EdgemixError) as caught:
-        export_graph(model, tmp_path, target="cpu")
+        export_graph(model, tmp_path, target="cpu", paths=(PATHS[0], failing("first line\nsecond line")))
     assert not isinstance(caught.value, ParityError)
     assert "'abacus'" in str(caught.value)
     assert "RuntimeError: first line" in str(caught.value)
@@ -221,33 +219,36 @@ def test_type_that_no_path_knows_is_named_with_every_reason(tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_graph_over_the_limit_needs_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    only(monkeypatch, "mobius")
+def test_graph_over_the_limit_needs_force(tmp_path: Path) -> None:
+    paths = only("mobius")
     figures = GraphParity(prefill=0.5, decode=0.1, padded_batch=0.1, limit=1e-4)
     with pytest.raises(ParityError, match=r"prefill 0\.5 \(limit 0\.0001\)"):
-        export_graph(tiny_model("llama"), tmp_path, target="cpu", gate=lambda path, config: figures)
+        export_graph(tiny_model("llama"), tmp_path, target="cpu", paths=paths, gate=lambda path, config: figures)
     assert list(tmp_path.iterdir()) == []
-    exported = export_graph(tiny_model("llama"), tmp_path, target="cpu", gate=lambda path, config: figures, force=True)
+    exported = export_graph(
+        tiny_model("llama"), tmp_path, target="cpu", paths=paths, gate=lambda path, config: figures, force=True
+    )
     assert exported.parity == figures
     assert exported.path.is_file()
 
 
-def test_force_does_not_take_a_graph_that_gives_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    only(monkeypatch, "mobius")
+def test_force_does_not_take_a_graph_that_gives_no_numbers(tmp_path: Path) -> None:
+    paths = only("mobius")
     figures = GraphParity(prefill=0.0, decode=float("nan"), padded_batch=0.0, limit=1e-4)
     with pytest.raises(ParityError):
-        export_graph(tiny_model("llama"), tmp_path, target="cpu", gate=lambda path, config: figures, force=True)
+        export_graph(
+            tiny_model("llama"), tmp_path, target="cpu", paths=paths, gate=lambda path, config: figures, force=True
+        )
 
 
-def test_reasons_hold_no_paths_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reasons_hold_no_paths_of_this_machine(tmp_path: Path) -> None:
     """They go into the manifest, which is the same wherever it is made."""
 
     def gate(path: Path, config: object) -> GraphParity:
         raise EdgemixError(f"cannot load {path}")
 
-    monkeypatch.setattr(decoder, "_PATHS", decoder._PATHS[:1])
     with pytest.raises(EdgemixError) as caught:
-        export_graph(tiny_model("llama"), tmp_path, target="cpu", gate=gate)
+        export_graph(tiny_model("llama"), tmp_path, target="cpu", paths=PATHS[:1], gate=gate)
     assert "mobius: cannot load .mobius/model.onnx" in str(caught.value)
 
 

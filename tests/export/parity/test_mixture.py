@@ -112,7 +112,7 @@ def test_texts_are_cut_to_the_smallest_context(tmp_path: Path) -> None:
 
 def test_pieces_do_not_change_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = measure(tmp_path / "whole", STORED)
-    monkeypatch.setattr(mixture, "_ROWS", 7)
+    monkeypatch.setattr(mixture, "MIXED_ROWS", 7)
     parts = measure(tmp_path / "parts", STORED)
     assert parts.kl == pytest.approx(whole.kl, rel=1e-6)
 

@@ -330,7 +330,7 @@ class Mixture(LoadedBundle):
                     ensemble.weights,
                     ids,
                     combine=combine,
-                    experts=ensemble.prior,
+                    prior=ensemble.prior,
                     vocabulary=self.vocabulary,
                     window=window,
                     advance=task.advance,

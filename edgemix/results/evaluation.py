@@ -44,7 +44,9 @@ class Row:
         files: File name -> figures.
         overall: The figures over the tokens of all files.
         kind: Whether it is a member, a mixture or the student.
-        decode_rate: Decoded tokens per second at batch size 1; None if not measured.
+        decode_rate: Decoded tokens per second at batch size 1 in the plain loop; None if not measured.
+        generation_rate: The same as `generate` decodes by default, with speculation and lazy evaluation; only of the
+            mixture with the bundle's default weights.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Row:
     overall: Figures
     kind: RowKind = "member"
     decode_rate: float | None = None
+    generation_rate: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

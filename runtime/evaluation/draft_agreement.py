@@ -1,7 +1,7 @@
-"""How close single models come to the mixture: members, and the student that was distilled from it.
+"""Agreement of single models (members, student) with the mixture.
 
-Two measures, at every token of a text. Greedy agreement: the model's most probable next token is the mixture's. And
-the acceptance that a model would have as a draft of the mixture's text, drawn at temperature 1,
+Two measures at every token of a text. Greedy agreement: the model's most probable next token is the mixture's. And
+the acceptance rate that a model would have as the mixture's draft model at temperature 1,
 
     sum_y min(P_model(y), P_mixture(y)) = 1 - TV(P_model, P_mixture)
 
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Text as each of several models sees it, and how close that is to what the mixture sees.
+    """Log-probabilities of a text under several models, and their agreement with the mixture.
 
     Attributes:
         log_probabilities: float64 [models, tokens], of the tokens but a text's first, in nats.
         agreements: bool [models, tokens], whether the model's most probable token is the mixture's.
         acceptances: float64 [models, tokens], sum_y min(P_model(y), P_mixture(y)).
         bytes: UTF-8 bytes of the tokens.
-        lengths: Of the texts, in tokens, their first ones not counted.
+        lengths: The texts' lengths in tokens, without their first ones.
     """
 
     log_probabilities: NDArray[np.float64]
@@ -47,7 +47,7 @@ class Comparison:
 
     @classmethod
     def of(cls, parts: Sequence[Comparison]) -> Comparison:
-        """Several texts as one."""
+        """Concatenate several texts."""
         return cls(
             np.concatenate([part.log_probabilities for part in parts], axis=1),
             np.concatenate([part.agreements for part in parts], axis=1),
@@ -60,14 +60,14 @@ class Comparison:
 def compare_tokens(
     ensemble: Ensemble, ids: NDArray[np.int64], *, scored_bytes: int, window: int, advance: Callable[[float], None]
 ) -> Comparison:
-    """Read a text with several models, and hold each against their mixture.
+    """Read a text with several models and compare each with their mixture.
 
     Args:
-        ensemble: The models with their weights; one that is no member weighs nothing, and is compared all the same.
+        ensemble: The models with their weights; a student has weight zero.
         ids: int64 [tokens], at least two, all within the vocabulary.
         scored_bytes: UTF-8 bytes of all tokens but the first.
-        window: Most tokens that are read with one past, see `scoring.read`.
-        advance: Told how many tokens have been read since it was last told.
+        window: Maximum tokens that are read with one past, see `scoring.read`.
+        advance: Progress callback; takes the number of newly read tokens.
 
     Raises:
         EdgemixError: A graph fails, or computes something that is not a number.
@@ -76,8 +76,8 @@ def compare_tokens(
     found = Comparison(np.empty(shape), np.empty(shape, np.bool_), np.empty(shape), scored_bytes, shape[1:])
     row = np.empty((len(ensemble.weights), ensemble.vocabulary), np.float32)
     shares = ensemble.weights.astype(np.float32)
-    with closing(read(ensemble.graphs, ids, vocabulary=ensemble.vocabulary, window=window)) as pieces:
-        for place, logits, targets in pieces:
+    with closing(read(ensemble.graphs, ids, vocabulary=ensemble.vocabulary, window=window)) as chunks:
+        for place, logits, targets in chunks:
             # A token at a time: its distributions stay within the processor's cache.
             for t, target in enumerate(targets):
                 for model, each in enumerate(logits):
@@ -93,7 +93,7 @@ def compare_tokens(
 
 
 def _to_probabilities(logits: NDArray[np.float32], target: np.int64) -> NDArray[np.float64]:
-    """Turn logits [models, vocabulary] into probabilities, in place: the target's logarithms, float64 [models]."""
+    """Turn logits [models, vocabulary] into probabilities in place; return the target's logarithm, float64 [models]."""
     logits -= logits.max(axis=1, keepdims=True)
     of_target = logits[:, target].astype(np.float64)
     np.exp(logits, out=logits)

@@ -1,4 +1,4 @@
-"""How well a bundle predicts texts, all in one pass: each member, their mixtures, the student."""
+"""Evaluation of a bundle on texts, in one pass: each member, their mixtures, the student."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgemix.bundle.manifest import STUDENT
 from edgemix.errors import InputError
 from edgemix.progress import NO_PROGRESS, PrefixedProgress
 from edgemix.results.evaluation import Evaluation, Figures, Row
-from edgemix.runtime.evaluation.decode_rate import decoding_rates
+from edgemix.runtime.evaluation.decode_rate import decoding_rates, generation_rate
 from edgemix.runtime.evaluation.draft_agreement import Comparison, compare_tokens
 from edgemix.runtime.mixing.adaptive import AdaptivePrior, adaptive_targets
 from edgemix.runtime.mixing.arithmetic import linear_targets
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from edgemix.runtime.mixture import Mixture
 
 WINDOW = 512
-"""Tokens that are read with one past, unless told otherwise or the context is smaller."""
+"""Default for the maximum tokens of a chunk; less if the context is smaller."""
 
 
 def evaluate(
@@ -41,25 +41,25 @@ def evaluate(
     speed: bool = False,
     progress: Progress = NO_PROGRESS,
 ) -> Evaluation:
-    """Measure a bundle's members, their mixtures and its student on texts, each of which is read once.
+    """Evaluate a bundle's members, their mixtures and its student on texts, each of which is read once.
 
     Args:
-        mixture: The bundle, loaded.
-        files: Name of a file or domain -> its documents; documents of less than two tokens have nothing to score.
-        student: The bundle's student, loaded.
-        window: Most tokens that are read with one past; see `WINDOW`.
-        max_tokens: Read so many tokens of each file at most, from its beginning.
-        speed: Measure, too, how fast members, mixture and student decode; takes some seconds.
-        progress: Hears of the tokens scored.
+        mixture: The loaded bundle.
+        files: Name of a file or domain -> its documents; documents of less than two tokens are left out.
+        student: The bundle's student, loaded alone.
+        window: Maximum tokens of a chunk; see `WINDOW`.
+        max_tokens: Maximum tokens of each file, from its beginning.
+        speed: Measure decoding rates, too; takes some seconds.
+        progress: Progress callback; counts scored tokens.
 
     Raises:
         InputError: A file has nothing to score.
     """
     if not files:
         raise InputError("there is no text to evaluate on")
-    opened = [mixture] if student is None else [mixture, student]
-    models = tuple(model for each in opened for model in each.ensemble(dict.fromkeys(each.members, 1.0)).graphs)
-    context = min(each.context for each in opened)
+    loaded = [mixture] if student is None else [mixture, student]
+    models = tuple(model for each in loaded for model in each.ensemble(dict.fromkeys(each.members, 1.0)).graphs)
+    context = min(each.context for each in loaded)
     lines = _lines(mixture, student)
     own = next(line for line in reversed(lines) if line.name == _own_name(mixture))  # not a member of that name
     ensemble = Ensemble(models, own.shares, "linear", mixture.vocabulary)
@@ -82,6 +82,13 @@ def evaluate(
         ensembles = [Ensemble.of(models, lines[i].shares, "linear", mixture.vocabulary) for i in timed]
         for i, rate in zip(timed, decoding_rates(ensembles, prompt, context=context, progress=progress), strict=True):
             rows[i] = replace(rows[i], decode_rate=rate)
+        used = own
+        if mixture.manifest.weights.adaptive and len(mixture.members) > 1:
+            used = next(line for line in lines if line.prior is not None)
+        prompts = [mixture.tokenizer.encode(documents[0]) for documents in taken.values()]
+        as_generated = generation_rate(mixture, prompts, progress)
+        place = next(i for i, line in enumerate(lines) if line is used)
+        rows[place] = replace(rows[place], generation_rate=as_generated)
     return Evaluation(tuple(rows), own.name)
 
 
@@ -94,17 +101,17 @@ def score_documents(
     max_tokens: int | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> NDArray[np.float64]:
-    """Every member's log-probabilities of the documents' tokens, in nats: float64 [members, tokens].
+    """Return every member's log-probabilities of the documents' tokens, in nats: float64 [members, tokens].
 
     Documents of less than two tokens are left out, and so is each document's first token.
 
     Args:
-        mixture: The bundle, loaded.
-        name: What the documents are called in a message.
-        documents: Texts that share nothing.
-        window: Most tokens that are read with one past; see `WINDOW`.
-        max_tokens: Read so many tokens at most, from the beginning.
-        progress: Hears of the tokens scored.
+        mixture: The loaded bundle.
+        name: The documents' name in messages.
+        documents: Independent texts.
+        window: Maximum tokens of a chunk; see `WINDOW`.
+        max_tokens: Maximum tokens, from the beginning.
+        progress: Progress callback; counts scored tokens.
 
     Raises:
         InputError: There is nothing to score.
@@ -116,14 +123,14 @@ def score_documents(
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """A row to be, by its shares float64 [models] of the members and the student after them; with experts, those are
-    only the shares before any text.
+    """What a row compares: weights float64 [models] of the members and, last, the student; with a prior, the weights
+    before any text.
     """
 
     name: str
     kind: RowKind
     shares: NDArray[np.float64]
-    experts: AdaptivePrior | None = None
+    prior: AdaptivePrior | None = None
 
     def row(self, members: Sequence[str], files: Mapping[str, Comparison], pooled: Comparison) -> Row:
         weights = {} if self.kind == "student" else dict(zip(members, self.shares.tolist(), strict=False))
@@ -136,17 +143,17 @@ class _Line:
         )
 
     def _targets(self, text: Comparison) -> NDArray[np.float64]:
-        """The mixture's log-probabilities, float64 [tokens]."""
-        if self.experts is None:
+        """Return the mixture's log-probabilities, float64 [tokens]."""
+        if self.prior is None:
             return linear_targets(text.log_probabilities, self.shares)
-        own = text.log_probabilities[: self.experts.components.shape[1]]
+        own = text.log_probabilities[: self.prior.components.shape[1]]
         texts = np.split(own, np.cumsum(text.lengths)[:-1], axis=1)
-        return np.concatenate([adaptive_targets(each, self.experts)[0] for each in texts])
+        return np.concatenate([adaptive_targets(each, self.prior)[0] for each in texts])
 
     def _figures(self, text: Comparison) -> Figures:
-        surprise = -float(self._targets(text).sum())
+        nll = -float(self._targets(text).sum())
         tokens = text.log_probabilities.shape[1]
-        figures = Figures(tokens, text.bytes, math.exp(surprise / tokens), surprise / math.log(2) / text.bytes)
+        figures = Figures(tokens, text.bytes, math.exp(nll / tokens), nll / math.log(2) / text.bytes)
         if self.kind == "mixture":
             return figures
         model = int(self.shares.argmax())
@@ -155,37 +162,37 @@ class _Line:
 
 
 def _lines(mixture: Mixture, student: Mixture | None) -> list[_Line]:
-    """What the table compares: each member, the ways to weigh them, the student."""
+    """Return the rows' contents: each member, the mixtures, the student."""
     members, fitted = mixture.members, mixture.manifest.weights
     one_hot = np.eye(len(members) + (student is not None))
     lines = [_Line(name, "member", shares) for name, shares in zip(members, one_hot, strict=False)]
     if len(members) > 1:
-        ways: dict[str, Mapping[str, float]] = {"uniform": dict.fromkeys(members, 1 / len(members))}
-        ways |= {_own_name(mixture): fitted.default}
-        ways |= {f"fitted to {domain}": weights for domain, weights in fitted.domains.items()}
-        for name, weights in ways.items():
+        choices: dict[str, Mapping[str, float]] = {"uniform": dict.fromkeys(members, 1 / len(members))}
+        choices |= {_own_name(mixture): fitted.default}
+        choices |= {f"fitted to {domain}": weights for domain, weights in fitted.domains.items()}
+        for name, weights in choices.items():
             shares = np.zeros(len(one_hot))
             shares[: len(members)] = [weights[member] for member in members]
             lines.append(_Line(name, "mixture", shares))
-        experts = AdaptivePrior.of(members, fitted.default, fitted.domains)
+        prior = AdaptivePrior.of(members, fitted.default, fitted.domains)
         shares = np.zeros(len(one_hot))
-        shares[: len(members)] = experts.weights
-        lines.append(_Line(ADAPTIVE, "mixture", shares, experts))
+        shares[: len(members)] = prior.weights
+        lines.append(_Line(ADAPTIVE, "mixture", shares, prior))
     return lines if student is None else [*lines, _Line(STUDENT, "student", one_hot[-1])]
 
 
 def _own_name(mixture: Mixture) -> str:
-    """What the table calls the mixture with the bundle's own weights."""
+    """Return the row name of the mixture with the bundle's own weights."""
     if len(mixture.members) == 1:
         return mixture.members[0]
     return {"uniform": "uniform", "given": "given", "fit": "fitted"}[mixture.manifest.weights.method]
 
 
 def scored_documents(mixture: Mixture, name: str, documents: Sequence[str], max_tokens: int | None) -> list[str]:
-    """The documents that there is something to score in, up to so many tokens.
+    """Return the documents with at least two tokens, up to `max_tokens` tokens in all.
 
     Raises:
-        InputError: There is none.
+        InputError: There are none.
     """
     taken, left = [], max_tokens
     for document in documents:

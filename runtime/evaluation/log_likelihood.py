@@ -1,6 +1,6 @@
-"""How probable continuations are, where many texts begin alike: what one has in common with another is read once.
+"""Log-likelihoods of continuations; common beginnings of texts are read once.
 
-Evaluations ask for that: several answers to one question, the same examples before every question.
+Benchmarks need that: several answers to one question, the same examples before every question.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Continuation(NamedTuple):
 
     Attributes:
         context: Token ids, at least one.
-        ids: Those that follow, at least one.
+        ids: Token ids that follow, at least one.
     """
 
     context: Sequence[int]
@@ -36,11 +36,11 @@ class Continuation(NamedTuple):
 
 
 class ContinuationScore(NamedTuple):
-    """How probable the second part is.
+    """Log-likelihood of a continuation.
 
     Attributes:
         log_probabilities: float64 [tokens], of each token under the mixture, in nats.
-        greedy: bool [tokens], whether each was the most probable one.
+        greedy: bool [tokens], whether each is the most probable token.
     """
 
     log_probabilities: NDArray[np.float64]
@@ -50,16 +50,16 @@ class ContinuationScore(NamedTuple):
 def score_continuations(
     ensemble: Ensemble, continuations: Sequence[Continuation]
 ) -> Generator[tuple[int, ContinuationScore]]:
-    """Score continuations: yields the index of one with its score, those that begin alike one after the other.
+    """Score continuations: yield the index of each with its score, in an order that shares beginnings.
 
-    Closing it frees the caches, which are of one text. A score is what `Mixture.score` says of those tokens.
+    Closing the generator frees the caches. A score equals that of `Mixture.score` for those tokens.
 
     Args:
-        ensemble: The members, and how they are mixed.
-        continuations: Each as long as the context at most, not counting its last token, which is never read.
+        ensemble: The members and their weights.
+        continuations: Each at most as long as the context, not counting its last token, which is never read.
 
     Raises:
-        InputError: Something is empty or too long.
+        InputError: A part is empty, or a text is too long.
         EdgemixError: A graph fails, or computes something that is not a number.
     """
     context = min(graph.context for graph in ensemble.graphs)
@@ -73,21 +73,21 @@ def score_continuations(
             )
     # Big-endian bytes are in the order of the numbers, and take less memory than those do.
     order = sorted(range(len(continuations)), key=lambda i: np.array(_text(continuations[i]), ">u4").tobytes())
-    listener = _Listener(ensemble)
+    scorer = _TextScorer(ensemble)
     try:
         for index in order:
             one = continuations[index]
-            yield index, listener.score(np.array(_text(one), np.int64), len(one.context))
+            yield index, scorer.score(np.array(_text(one), np.int64), len(one.context))
     finally:
-        listener.close()
+        scorer.close()
 
 
 def _text(continuation: Continuation) -> list[int]:
     return [*continuation.context, *continuation.ids]
 
 
-class _Listener:
-    """A ensemble that listens to one text after the other."""
+class _TextScorer:
+    """Scores one text after another, and reads only what is new in each."""
 
     def __init__(self, ensemble: Ensemble) -> None:
         active = ensemble.active
@@ -97,25 +97,25 @@ class _Listener:
         self._chunk = min(graph.chunk for graph in ensemble.graphs)
         self._combine = ensemble.combine
         self._weights = ensemble.weights[active]
-        self._experts = ensemble.prior.narrowed(active) if ensemble.prior else None
+        self._prior = ensemble.prior.narrowed(active) if ensemble.prior else None
         self._parts = np.empty((len(active), ensemble.vocabulary), np.float32)
         self._text = np.empty(0, np.int64)
         self._own = np.empty((len(active), 0))
 
     def score(self, text: NDArray[np.int64], start: int) -> ContinuationScore:
-        """Score the tokens of a text from a place on."""
+        """Score the tokens of a text from position `start` on."""
         common = common_length(self._text, text)
         own = np.full((len(self._weights), len(text)), np.nan)
         own[:, :common] = self._own[:, :common]
-        # Weights that follow the text hear all of it, and what was heard before still counts.
-        first = start if self._experts is None else min(start, max(common, 1))
+        # Adaptive weights need the log-probabilities of the whole text; those of the common beginning are known.
+        first = start if self._prior is None else min(start, max(common, 1))
         for sequence in self._sequences:
             sequence.truncate(min(common, first - 1))
-        posterior = None if self._experts is None else Posterior(self._experts)
+        posterior = None if self._prior is None else Posterior(self._prior)
         if posterior is not None:
             posterior.observe(own[:, 1:first])
         scored = ContinuationScore(np.empty(len(text) - start), np.empty(len(text) - start, np.bool_))
-        for place, members in self._listen(text, first):
+        for place, members in self._forward(text, first):
             target = text[place]
             for part, logits in zip(self._parts, members, strict=True):
                 log_softmax(logits, out=part)
@@ -135,8 +135,8 @@ class _Listener:
         for sequence in self._sequences:
             sequence.close()
 
-    def _listen(self, text: NDArray[np.int64], first: int) -> Iterator[tuple[int, list[NDArray[np.float32]]]]:
-        """Each place of a text from the first one on, with every member's logits [vocabulary] of what comes there."""
+    def _forward(self, text: NDArray[np.int64], first: int) -> Iterator[tuple[int, list[NDArray[np.float32]]]]:
+        """Yield each position of a text from `first` on, with every member's logits [vocabulary] for it."""
         for begin in range(first, len(text), self._chunk):
             end = min(begin + self._chunk, len(text))
             members: list[NDArray[np.float32]] = []
@@ -147,9 +147,9 @@ class _Listener:
                 yield place, [logits[place - begin] for logits in members]
 
     def _mix(self, own: NDArray[np.float64], target: np.int64, weights: NDArray[np.float64]) -> tuple[float, np.intp]:
-        """The mixture's log-probability of a token, of which members said `own`, and its most probable token."""
+        """Return the mixture's log-probability of a token from the members' `own`, and its most probable token."""
         if self._combine == "linear":
-            mass = weights.astype(np.float32) @ np.exp(self._parts)
-            return float(linear_targets(own[:, None], weights)[0]), mass.argmax()
+            probabilities = weights.astype(np.float32) @ np.exp(self._parts)
+            return float(linear_targets(own[:, None], weights)[0]), probabilities.argmax()
         mixed = log_linear(self._parts, weights)
         return float(mixed[target]), mixed.argmax()

@@ -1,4 +1,4 @@
-"""How probable a given text is: token ids in, log-probabilities out, in memory that does not grow with the text."""
+"""Log-probabilities of given texts, in memory that does not grow with the text."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from edgemix.runtime.mixing.arithmetic import Combine
 
 
-class Piece(NamedTuple):
-    """A stretch of a text as several models have read it.
+class TextChunk(NamedTuple):
+    """A chunk of a text with the logits of several models.
 
     Attributes:
-        place: Where its tokens' successors lie among the scored tokens, which are all but the text's first.
-        logits: Each model's, member by member: float32 [tokens, vocabulary]; the next piece overwrites them.
+        place: Position of its tokens' successors among the scored tokens, which are all but the text's first.
+        logits: Each member's: float32 [tokens, vocabulary]; the next chunk overwrites them.
         targets: int64 [tokens], the tokens' successors.
     """
 
@@ -39,17 +39,19 @@ class Piece(NamedTuple):
     targets: NDArray[np.int64]
 
 
-def read(models: Sequence[DecoderGraph], ids: NDArray[np.int64], *, vocabulary: int, window: int) -> Generator[Piece]:
-    """Read a text with several models, a bounded piece at a time.
+def read(
+    models: Sequence[DecoderGraph], ids: NDArray[np.int64], *, vocabulary: int, window: int
+) -> Generator[TextChunk]:
+    """Read a text with several models in chunks of bounded size.
 
-    A text longer than `window` is read in windows of that many tokens that share nothing: each begins with an empty
-    past, so that its first token is scored, as the last one's continuation, by the window before.
+    A text longer than `window` is read in independent windows of that many tokens: each begins with an empty past, and
+    its first token is scored by the window before.
 
     Args:
-        models: Who reads.
+        models: The graphs.
         ids: int64 [tokens], at least two, all within the vocabulary.
         vocabulary: The tokenizer's; logits beyond it are cut off.
-        window: Most tokens that are read with one past; at most the context.
+        window: Maximum tokens that are read with one past; at most the context.
 
     Raises:
         EdgemixError: A graph fails.
@@ -68,7 +70,7 @@ def read(models: Sequence[DecoderGraph], ids: NDArray[np.int64], *, vocabulary: 
                     for model, cache in zip(models, caches, strict=True)
                     for member in model.parts(model.extend_all(cache, [ids[place]])[0])
                 ]
-                yield Piece(place, logits, ids[place.start + 1 : place.stop + 1])
+                yield TextChunk(place, logits, ids[place.start + 1 : place.stop + 1])
     finally:
         for cache in caches:
             cache.free()
@@ -80,33 +82,33 @@ def score_tokens(
     ids: NDArray[np.int64],
     *,
     combine: Combine,
-    experts: AdaptivePrior | None = None,
+    prior: AdaptivePrior | None = None,
     vocabulary: int,
     window: int,
     advance: Callable[[float], None],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Log-probabilities of every token after the first.
+    """Compute the log-probabilities of every token after the first.
 
     Args:
-        members: All members; each is evaluated, whatever it weighs.
+        members: All members' graphs; each is evaluated, whatever its weight.
         weights: float64 [members], sum one.
         ids: As `read`; so are `vocabulary` and `window`.
         combine: How the members are mixed.
-        experts: What the weights follow the text by, through all of it; None for weights that stay.
+        prior: The prior of adaptive weights; None for fixed weights.
         vocabulary: See `read`.
         window: See `read`.
-        advance: Told how many tokens have been scored since it was last told.
+        advance: Progress callback; takes the number of newly scored tokens.
 
     Raises:
         EdgemixError: A graph fails, or computes something that is not a number.
 
     Returns:
-        The mixture's, float64 [tokens - 1], and each member's, float64 [members, tokens - 1], in nats.
+        Log-probabilities in nats: of the mixture, float64 [tokens - 1], and of members, float64 [members, tokens - 1].
     """
     mixed = np.empty(len(ids) - 1, np.float64)
     own = np.empty((len(weights), len(ids) - 1), np.float64)
-    with closing(read(members, ids, vocabulary=vocabulary, window=window)) as pieces:
-        for place, logits, targets in pieces:
+    with closing(read(members, ids, vocabulary=vocabulary, window=window)) as chunks:
+        for place, logits, targets in chunks:
             own[:, place] = [target_log_probabilities(each, targets) for each in logits]
             check_numbers(own[:, place])
             mixed[place] = (
@@ -115,15 +117,15 @@ def score_tokens(
                 else _geometric_targets(logits, weights, targets)
             )
             advance(len(targets))
-    if experts is not None:
-        mixed, _ = adaptive_targets(own, experts)
+    if prior is not None:
+        mixed, _ = adaptive_targets(own, prior)
     return mixed, own
 
 
 def _geometric_targets(
     logits: Sequence[NDArray[np.float32]], weights: NDArray[np.float64], targets: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """The targets' log-probabilities under `log_linear`, a token at a time so as not to copy all logits."""
+    """Compute the targets' log-probabilities under `log_linear`, token by token so as not to copy all logits."""
     active = np.flatnonzero(weights).tolist()
     scored = np.empty(len(targets), np.float64)
     for t, target in enumerate(targets):

@@ -104,12 +104,15 @@ def _percent(share: float | None) -> str:
 
 
 def _show_speed(console: Console, evaluation: Evaluation) -> None:
-    rates = [(row.name, row.decode_rate) for row in evaluation.rows if row.decode_rate is not None]
-    mixture_rate = dict(rates)[evaluation.mixture]
+    plain, generated = "plain loop", "as generated"
+    rates = [(row.name, plain, row.decode_rate) for row in evaluation.rows if row.decode_rate is not None]
+    mixture_rate = next(rate for name, _, rate in reversed(rates) if name == evaluation.mixture)
+    rates += [(row.name, generated, row.generation_rate) for row in evaluation.rows if row.generation_rate is not None]
     console.table(
         "Decoding on this machine",
-        ("", "Tokens/s", "Relative to the mixture"),
-        [(name, f"{rate:,.1f}", f"{rate / mixture_rate:.2f}") for name, rate in rates],
+        ("", "", "Tokens/s", "Relative to the mixture's plain loop"),
+        [(name, how, f"{rate:,.1f}", f"{rate / mixture_rate:.2f}") for name, how, rate in rates],
+        left=2,
     )
 
 

@@ -106,9 +106,9 @@ def _size(data: ReportData, evaluation: Evaluation) -> Figure:
 def decode_rates(data: ReportData, evaluation: Evaluation) -> list[tuple[Row, str, float]]:
     """Return the rows with a measured decode rate, each with its label and its tokens per second."""
     if data.profile is None:
-        return [
-            (row, row_label(row, evaluation), row.decode_rate) for row in evaluation.rows if row.decode_rate is not None
-        ]
+        plain = [(row, _plain_label(row, evaluation), row.decode_rate) for row in evaluation.rows]
+        generated = [(row, row_label(row, evaluation), row.generation_rate) for row in evaluation.rows]
+        return [(row, name, rate) for row, name, rate in (*plain, *generated) if rate is not None]
     found, weights = [], data.profile.weights
     rows = {row.name: row for row in reversed(evaluation.rows) if row.kind != "mixture"}
     mixtures = {row.name.removeprefix("fitted to "): row for row in evaluation.rows if row.kind == "mixture"}
@@ -118,6 +118,12 @@ def decode_rates(data: ReportData, evaluation: Evaluation) -> list[tuple[Row, st
         if row is not None and result.rate is not None:
             found.append((row, formatting.name(result.name), result.rate))
     return found
+
+
+def _plain_label(row: Row, evaluation: Evaluation) -> str:
+    """Return a row's label, which says that a mixture's rate is that of the plain loop where both were measured."""
+    both = row.kind == "mixture" and any(each.generation_rate is not None for each in evaluation.rows)
+    return f"{row_label(row, evaluation)}, plain loop" if both else row_label(row, evaluation)
 
 
 def _speed(data: ReportData, evaluation: Evaluation, rates: list[tuple[Row, str, float]]) -> Figure:
@@ -177,7 +183,7 @@ def _agreement(data: ReportData, evaluation: Evaluation) -> Table:
                     "" if each.decode_rate is None else formatting.digits(each.decode_rate),
                 )
             )
-    columns = ("", "Perplexity", "Greedy agreement", "Acceptance rate as draft", "Tokens/s")
+    columns = ("", "Perplexity", "Greedy agreement", "Acceptance rate as draft", "Tokens/s, plain loop")
     timed = any(each.decode_rate is not None for each in evaluation.rows)
     width = len(columns) if timed else len(columns) - 1
     return Table("Agreement of each model with the mixture", columns[:width], tuple(cells[:width] for cells in rows))

@@ -87,7 +87,10 @@ def _rate(data: ReportData) -> float | None:
     result = default_mixture(data)
     if result is not None:
         return result.rate
-    return None if data.evaluation is None else mixture_row(data.evaluation).decode_rate
+    if data.evaluation is None:
+        return None
+    generated = (row.generation_rate for row in data.evaluation.rows if row.generation_rate is not None)
+    return next(generated, mixture_row(data.evaluation).decode_rate)
 
 
 def _speeds(data: ReportData) -> list[Kpi]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,9 @@ def test_the_students_figures(student_bundle, texts):
 
     shown = run("evaluate", student_bundle, texts[0]).stdout
     assert "Acceptance rate as the mixture's draft" in shown
+    assert rows["given"]["generation_rate"] > 0
+    assert re.search(r"\ngiven +plain loop ", shown)
+    assert re.search(r"\ngiven +as generated ", shown)
     assert shown.count("\nstudent ") == 5  # in every table but the one of the files
 
 

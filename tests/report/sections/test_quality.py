@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 import pytest
 from helpers.samples import evaluation, manifest, profile
@@ -21,6 +23,17 @@ def test_heat_is_relative_to_the_columns_minimum():
     ]
     assert heat_color(float("inf"), 1.0) == "h5"
     assert heat_color(0.0, 0.0) == "h0"
+
+
+def test_both_rates_of_the_mixture_are_named():
+    rows = evaluation().rows
+    rows = tuple(replace(row, generation_rate=99.0) if row.name == "fitted" else row for row in rows)
+    measured = replace(evaluation(), rows=rows)
+    data = ReportData("experts", manifest(), measured, (), None)
+
+    rates = {name: rate for row, name, rate in decode_rates(data, measured) if row.name == "fitted"}
+    assert list(rates) == ["mixture, fitted weights, plain loop", "mixture, fitted weights"]
+    assert rates["mixture, fitted weights"] == 99.0
 
 
 @pytest.mark.parametrize(("weights", "rows"), [("", {"fitted"}), ("adaptive", {"adaptive"}), ("a=1,b=2", set())])

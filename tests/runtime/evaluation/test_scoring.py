@@ -1,4 +1,4 @@
-"""How probable texts are, and what may follow them, against closed forms."""
+"""Log-probabilities of texts and next-token distributions against closed forms."""
 
 import math
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def test_scores_are_exact(pair, pair_forms):
     assert score.bits_per_byte == pytest.approx(-expected.sum() / math.log(2) / (len(ids) - 1), rel=1e-4)
 
 
-def test_log_linear_scores_are_normalised_over_the_vocabulary(pair, pair_forms):
+def test_log_linear_scores_are_normalized_over_the_vocabulary(pair, pair_forms):
     ids = list(b"Some text")
     product = sum(
         weight * form.log_probabilities(ids)[:-1] for weight, form in zip([0.7, 0.3], pair_forms.values(), strict=True)
@@ -98,7 +98,7 @@ class Listener:
     def log(self, line: str) -> None: ...
 
 
-def test_scoring_tells_its_progress(pair):
+def test_scoring_reports_progress(pair):
     listener = Listener()
     pair.score(["one text", "another"], progress=listener)
     assert listener.done == listener.total == len("one text") + len("another") - 2

@@ -17,7 +17,7 @@ def mixture(bundle):
         yield mixture
 
 
-def test_weights_are_those_that_each_token_was_predicted_with(mixture):
+def test_weights_are_those_before_each_token(mixture):
     (trace,) = trace_weights(mixture, {"sums": [MATH]})
 
     experts = mixture.full_ensemble("adaptive").prior
@@ -27,7 +27,7 @@ def test_weights_are_those_that_each_token_was_predicted_with(mixture):
     assert trace.weights["math"][-1] > 0.9
 
 
-def test_a_stream_has_the_texts_in_turn(mixture):
+def test_a_stream_alternates_between_the_texts(mixture):
     stream, sums, words = trace_weights(mixture, {"sums": [MATH * 3], "words": ["def x", "def x"]}, tokens=10)
 
     assert (stream.name, sums.name, words.name) == (STREAM, "sums", "words")

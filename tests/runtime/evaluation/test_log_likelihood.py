@@ -1,4 +1,4 @@
-"""Continuations are scored as whole texts are, and what they have in common is read once."""
+"""Continuations have the scores of whole texts, and common beginnings are read once."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_a_continuation_has_the_score_of_its_tokens_in_the_whole_text(pair, mix)
 
 
 @pytest.mark.parametrize("mix", MIXES)
-def test_a_token_is_greedy_if_nothing_is_more_probable(pair, mix):
+def test_a_token_is_greedy_if_it_is_the_most_probable(pair, mix):
     likely = ""
     for _ in range(4):
         best = pair.next_token_distribution(CONTEXT + likely, **mix)[:128].argmax()
@@ -67,7 +67,7 @@ def test_a_token_is_greedy_if_nothing_is_more_probable(pair, mix):
 
 
 @pytest.mark.parametrize("mix", [{}, {"weights": "adaptive"}])
-def test_what_texts_have_in_common_is_read_once(pair, read, mix):
+def test_common_beginnings_are_read_once(pair, read, mix):
     scores(pair, [(CONTEXT, answer) for answer in ANSWERS], **mix)
     tokens = len(CONTEXT) + sum(map(len, ANSWERS))
     assert sum(read) <= 2 * tokens  # by both members; without that it would be 2 * 5 * 57 and more
@@ -116,7 +116,7 @@ def test_both_parts_must_have_a_token(pair, pair_of_texts):
         scores(pair, [pair_of_texts])
 
 
-def test_numbers_that_are_none_end_the_work(mixture_of):
+def test_nan_ends_the_work(mixture_of):
     broken = random_member(0, tokens=VOCABULARY)
     broken.table[ord("b")] = np.nan
     mixture = mixture_of({"a": broken})

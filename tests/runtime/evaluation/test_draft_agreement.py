@@ -1,4 +1,4 @@
-"""Agreement and acceptance, against closed forms; and the short measurement of speed beside them."""
+"""Agreement and acceptance, against closed forms; and the decoding rate."""
 
 import math
 
@@ -15,7 +15,7 @@ from edgemix.runtime.mixing.ensemble import Ensemble
 TOKENS = 16
 FORMS = [random_member(1, padding=3), random_member(2, cache="growing"), random_member(3, padding=7)]
 WEIGHTS = np.array([0.3, 0.7, 0.0])
-"""The third is a student: no member, but compared."""
+"""The third is a student with weight zero."""
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_closed_forms(ensemble):
     assert 0 < found.agreements.mean() < 1
 
 
-def test_pieces_do_not_change_the_result(ensemble, monkeypatch):
+def test_chunks_do_not_change_the_result(ensemble, monkeypatch):
     ids = list(range(TOKENS)) * 2
     whole = compare(ensemble, ids)
     for member in ensemble.graphs:
@@ -54,14 +54,14 @@ def test_pieces_do_not_change_the_result(ensemble, monkeypatch):
     np.testing.assert_array_equal(parts.agreements, whole.agreements)
 
 
-def test_what_is_the_mixture_is_always_accepted(load):
+def test_a_model_equal_to_the_mixture_is_always_accepted(load):
     same = load(FORMS[0])
     found = compare(Ensemble((same, same), np.array([1.0, 0.0]), "linear", TOKENS), [1, 2, 3])
     np.testing.assert_allclose(found.acceptances, 1, atol=1e-6)
     assert found.agreements.all()
 
 
-def test_what_shares_nothing_with_the_mixture_is_never_accepted(load):
+def test_a_model_disjoint_from_the_mixture_is_never_accepted(load):
     sure = np.full((2, TOKENS, TOKENS), -90.0, np.float32)
     sure[0, :, 3] = sure[1, :, 4] = 90
     models = tuple(load(ClosedForm(table)) for table in sure)
@@ -70,19 +70,19 @@ def test_what_shares_nothing_with_the_mixture_is_never_accepted(load):
     np.testing.assert_allclose(found.log_probabilities, [[0, -180], [-180, 0]], atol=1e-4)  # not -inf
 
 
-def test_no_numbers_are_an_error(load):
+def test_nan_is_an_error(load):
     table = np.full((TOKENS, TOKENS), np.nan, np.float32)
     with pytest.raises(EdgemixError, match="not numbers"):
         compare(Ensemble((load(ClosedForm(table)),), np.array([1.0]), "linear", TOKENS), [1, 2])
 
 
 def test_the_first_turn_is_a_warm_up_and_the_median_token_counts(ensemble, monkeypatch):
-    told = iter([[9.0], [9.0], [0.5, 7.0], [0.25], [0.5], [0.25, 0.2], [0.4, 0.5], [0.125, 0.25]])
-    monkeypatch.setattr(decode_rate, "_decode", lambda *_: next(told))
+    seconds = iter([[9.0], [9.0], [0.5, 7.0], [0.25], [0.5], [0.25, 0.2], [0.4, 0.5], [0.125, 0.25]])
+    monkeypatch.setattr(decode_rate, "_decode", lambda *_: next(seconds))
     assert decoding_rates([ensemble, ensemble], [1], context=100) == [2.0, 4.0]
 
 
-def test_every_turn_decodes_as_many_tokens(load, monkeypatch):
+def test_every_turn_decodes_the_same_number_of_tokens(load, monkeypatch):
     """An end of text would end a turn early, and another one for each model."""
     member = load(saying("No"))
     calls = []

@@ -1,4 +1,4 @@
-"""The table of an evaluation, against coins worked out by hand."""
+"""The table of an evaluation, against closed forms of members that toss coins."""
 
 import math
 
@@ -47,7 +47,7 @@ def names(evaluation):
     return [row.name for row in evaluation.rows]
 
 
-def test_figures_are_those_worked_out_by_hand(table):
+def test_figures_equal_those_computed_by_hand(table):
     found = table({"as": ["aaaaa"], "bs": ["bbb", "bb", "b", ""]}, **FIT)
     fond, uniform = found.row("fond"), found.row("uniform")
     assert (fond.files["as"].tokens, fond.files["bs"].tokens, fond.overall.tokens) == (4, 3, 7)
@@ -68,7 +68,7 @@ def test_adaptive_weights_follow_each_text_anew(table):
     assert 4 / 3 < found.row("adaptive").files["x"].perplexity < found.row("fitted").files["x"].perplexity
 
 
-def test_closeness_to_the_mixture_is_that_worked_out_by_hand(table):
+def test_agreement_equals_that_computed_by_hand(table):
     """The fitted mixture says "a" with 0.9 * 0.75 + 0.1 * 0.25 = 0.7, whatever came before."""
     found = table({"x": ["aab", "ba"], "y": ["aaa"]}, student=STUDENT, **FIT)
     fond, shy, student = (found.row(name) for name in ("fond", "shy", "student"))
@@ -84,13 +84,13 @@ def test_closeness_to_the_mixture_is_that_worked_out_by_hand(table):
     assert student.weights == {}
 
 
-def test_mixtures_are_not_held_against_themselves(table):
+def test_mixtures_are_not_compared_with_themselves(table):
     found = table({"x": ["ab"]}, student=STUDENT, **FIT)
     for row in found.rows:
         assert (row.overall.agreement is None) == (row.overall.acceptance is None) == (row.kind == "mixture")
 
 
-def test_a_row_for_each_model_and_each_way_to_mix(table):
+def test_a_row_for_each_model_and_each_mixture(table):
     assert names(table({"x": ["ab"]}, **FIT)) == ["fond", "shy", "uniform", "fitted", "fitted to as", "adaptive"]
     found = table({"x": ["ab"]}, student=STUDENT)
     assert names(found) == ["fond", "shy", "uniform", "given", "adaptive", "student"]
@@ -106,7 +106,7 @@ def test_a_mixture_of_one_is_its_member(table):
     assert found.row("student").overall.acceptance == pytest.approx(0.6 + 0.25)
 
 
-def test_the_bundles_own_weights_are_the_mixture_even_where_a_member_has_their_name(table):
+def test_the_mixture_has_the_bundles_weights_even_if_a_member_has_their_name(table):
     found = table({"x": ["aa"]}, members={"given": FOND, "shy": SHY}, weights={"given": 0.0, "shy": 1.0})
     assert names(found) == ["given", "shy", "uniform", "given", "adaptive"]
     assert [row.overall.acceptance for row in found.rows[:2]] == pytest.approx([0.5, 1.0])
@@ -123,7 +123,7 @@ def test_a_text_longer_than_the_smallest_context_is_read_in_windows(table):
     assert found.row("student").overall.agreement == pytest.approx(20 / 39)  # after each "a"
 
 
-def test_only_so_many_tokens_are_read(tmp_path):
+def test_max_tokens_limits_what_is_read(tmp_path):
     with Mixture.load(write_bundle(tmp_path / "b", {"fond": FOND, "shy": SHY}), threads=1) as mixture:
         found = evaluate(mixture, {"x": ["aaa", "bbb", "aaa"]}, max_tokens=5)
         assert found.rows[0].overall.tokens == 2 + 1
@@ -131,12 +131,21 @@ def test_only_so_many_tokens_are_read(tmp_path):
         np.testing.assert_allclose(np.exp(own), [[0.75, 0.75, 0.25], [0.25, 0.25, 0.75]], atol=1e-6)
 
 
-def test_speed_is_measured_where_it_is_wanted(table):
+def test_speed_is_measured_only_if_requested(table):
     for speed in (True, False):
         found = table({"x": ["ab"]}, student=STUDENT, speed=speed)
         timed = [row.name for row in found.rows if row.decode_rate is not None]
         assert timed == (["fond", "shy", "given", "student"] if speed else [])
         assert all(row.decode_rate > 0 for row in found.rows if row.decode_rate is not None)
+        generated = {row.name: row.generation_rate for row in found.rows if row.generation_rate is not None}
+        assert list(generated) == (["given"] if speed else [])
+        assert all(rate > 0 for rate in generated.values())
+
+
+def test_the_rate_as_generated_is_that_of_the_default_weights(table):
+    for adaptive, name in ((True, "adaptive"), (False, "fitted")):
+        found = table({"x": ["ab"], "y": ["aa"]}, speed=True, adaptive=adaptive, **FIT)
+        assert [row.name for row in found.rows if row.generation_rate is not None] == [name]
 
 
 @pytest.mark.parametrize("files", [{}, {"empty": ["", "a"]}])

@@ -1,9 +1,9 @@
-"""Calls of one shape that a GPU records once and then replays as a whole (CUDA graphs), kernel launches and all.
+"""CUDA graphs: calls of one shape that a GPU records once and then replays as a whole, kernel launches included.
 
-What is recorded are addresses and shapes, so inputs and logits have memory of their own that stays, the mask is as wide
-as the cache, and a call whose cache has moved is another one. ONNX Runtime keeps recordings by a number, as long as the
-session lives: -1 records nothing, and 0 is its own. The first call of a number runs several times; that changes
-nothing, as the cache's places are written anew each time.
+A recording holds addresses and shapes. So inputs and logits have memory of their own that stays in place, the mask is
+as wide as the cache, and a call whose cache has moved needs another recording. ONNX Runtime keeps recordings by number as
+long as the session lives: -1 records nothing, and 0 is reserved. The first call of a number runs several times; that
+changes nothing, as the cache's positions are written again each time.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ if TYPE_CHECKING:
     from edgemix.runtime.graphs.providers import Provider
 
 MOST = 64
-"""Recordings of a session; calls beyond them run as they are, or the memory for them would grow with every text."""
+"""Most recordings of a session; further calls run without, or their memory would grow with every text."""
 
 
 def numbers() -> Iterator[int]:
-    """Of a session's recordings."""
+    """Return the numbers of a session's recordings."""
     return iter(range(1, MOST + 1))
 
 
 class CudaGraph:
-    """Calls of one shape on one cache.
+    """The recorded call of one shape on one cache.
 
     Args:
-        binding: What ONNX Runtime reads and writes; inputs and logits are bound here, the cache by itself.
-        provider: A row that captures.
-        shapes: Of the int64 inputs, by name.
-        logits: An array like the logits.
-        number: Of the recording.
+        binding: ONNX Runtime's binding; inputs and logits are bound here, the cache elsewhere.
+        provider: A provider that records.
+        shapes: Shapes of the int64 inputs, by name.
+        logits: An array with the shape and dtype of the logits.
+        number: Number of the recording.
 
     Attributes:
-        options: How the calls run.
+        options: The call's run options.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class CudaGraph:
         self.options = run_options(number)
 
     def write(self, name: str, values: NDArray[np.int64]) -> None:
-        """Let an input have these values [rows, columns], and zeros behind them."""
+        """Write an input's values [rows, columns], followed by zeros."""
         host = self._hosts[name]
         host[:, : values.shape[1]] = values
         host[:, values.shape[1] :] = 0

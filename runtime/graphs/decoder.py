@@ -1,4 +1,4 @@
-"""One ONNX session with what it takes to read tokens into a KV cache and get logits out."""
+"""A decoder graph in an ONNX Runtime session: it reads tokens into a key-value cache and returns logits."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ if TYPE_CHECKING:
 MAX_CHUNK = 256
 """Most tokens read in one call."""
 FEW = 32
-"""Rows of one call that decoding may take, a batch of drafts at most; calls of more are for prompts."""
+"""Most rows times tokens of a call while decoding, drafts included; larger calls read prompts."""
 LOGITS_BYTES = 64 << 20
-"""About how many bytes of logits one call may return."""
+"""Approximate bound of the logits that one call returns, in bytes."""
 ATTENTION = (1, 32)
-"""The version of ONNX Runtime whose GroupQueryAttention takes all that graphs ask of it: keys and values in 8 bits, and
-several tokens of several texts.
+"""First version of ONNX Runtime whose GroupQueryAttention supports all that graphs use: keys and values in 8 bits, and
+several tokens of several sequences.
 """
 MAX_STATE = 1 << 20
-"""Most numbers a layer may keep of a token: far beyond every model there is, and nothing that exhausts memory."""
+"""Most numbers that a layer may keep for a token: beyond every existing model, and too few to exhaust memory."""
 
 _CACHES: dict[str, type[KVCache]] = {"shared": SharedCache, "growing": GrowingCache}
 _FLOATS: dict[str, np.dtype[Any]] = {
@@ -74,9 +74,15 @@ def _unwatched(name: str, tokens: int) -> AbstractContextManager[object]:  # noq
 
 @dataclass(slots=True)
 class _Call:
-    """A binding for ids [batch, new], with the buffer [batch, kept, vocabulary] or [batch, kept, members, vocabulary]
-    that their logits are written to, what it reads `kept` from, and for a provider that captures, whether it has run
-    before and what it is recorded with.
+    """A call's binding for ids [batch, new].
+
+    Attributes:
+        binding: ONNX Runtime's binding.
+        logits: The buffer [batch, kept, vocabulary] or [batch, kept, members, vocabulary] that logits are written to.
+        new: Tokens per row.
+        kept: The OrtValue that tells the graph how many logits to compute.
+        again: Whether it has run before.
+        captured: The recorded CUDA graph, where the provider records calls.
     """
 
     binding: Any
@@ -88,18 +94,18 @@ class _Call:
 
 
 class DecoderGraph:
-    """One decoder graph, loaded: a member, or several that share their base's weights.
+    """A loaded decoder graph of one member, or of several members that share their base's weights.
 
-    It holds no state between calls: several threads may use one member at once, each with its own cache. Logits of
-    several members end with the axes [members, vocabulary] in the place of [vocabulary]; `parts` takes them apart.
+    It holds no state between calls: several threads may use one graph at once, each with its own cache. Logits of
+    several members end with the axes [members, vocabulary] in the place of [vocabulary]; `parts` separates them.
 
     Attributes:
-        config: What the manifest says of the graph.
-        members: For how many members it speaks.
+        config: The graph's config in the manifest.
+        member_count: Number of members in the graph.
         vocabulary: Width of the logits, padding included.
         tokens: int64 [vocabulary], the ids that its logits are of, ascending; None where those are 0, 1, 2, ...
         context: Most tokens that a sequence can have.
-        layout: What its caches must know of it.
+        layout: The shapes of its caches.
         chunk: Most tokens that one call should read, so that its logits stay within `LOGITS_BYTES`.
     """
 
@@ -146,7 +152,7 @@ class DecoderGraph:
         packed: tuple[PrepackedWeights, str] | None = None,
         tokens: NDArray[np.int64] | None = None,
     ) -> DecoderGraph:
-        """Open a graph.
+        """Load a graph.
 
         Args:
             graph: The .onnx file.
@@ -168,17 +174,17 @@ class DecoderGraph:
         return cls(session, config, provider, name or graph.parent.name, tokens=tokens)
 
     def watched(self, watch: Watch) -> DecoderGraph:
-        """The same graph, whose every call of ONNX Runtime is made within `watch(name, tokens)`."""
+        """Return the same graph, whose every call of ONNX Runtime is made within `watch(name, tokens)`."""
         member = copy.copy(self)
         member._watch = watch
         return member
 
     def new_cache(self, batch: int = 1) -> KVCache:
-        """An empty cache for `batch` sequences; it takes memory only as tokens are read."""
+        """Return an empty cache for `batch` sequences; it takes memory only as tokens are read."""
         return _CACHES[self.config.cache](self.layout, batch)
 
     def extend(self, cache: KVCache, tokens: Tokens) -> NDArray[np.float32]:
-        """Read new tokens, and say what may follow each row's last one.
+        """Read new tokens, and return the logits after each row's last one.
 
         Args:
             cache: The state to continue; it is updated.
@@ -205,7 +211,7 @@ class DecoderGraph:
         return last.astype(np.float32, copy=False)
 
     def extend_all(self, cache: KVCache, tokens: Tokens) -> list[NDArray[np.float32]]:
-        """Read new tokens, and say what may follow every one of them.
+        """Read new tokens, and return the logits after every one of them.
 
         The caller bounds the memory: rows of at most `chunk` tokens keep to `LOGITS_BYTES` a row.
 
@@ -224,7 +230,7 @@ class DecoderGraph:
         return logits
 
     def forward(self, tokens: Tokens) -> list[NDArray[np.float32]]:
-        """One call of the graph on whole sequences, padded on the right to equal length, without a past.
+        """Run the graph on whole sequences, padded on the right to equal length, without a past.
 
         Returns:
             For each row, logits float32 [its tokens, vocabulary].
@@ -240,7 +246,7 @@ class DecoderGraph:
         return [row[:count] for row, count in zip(logits, counts, strict=True)]
 
     def parts(self, logits: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-        """Each member's logits [..., vocabulary]."""
+        """Return each member's logits [..., vocabulary]."""
         return [logits] if self.member_count == 1 else [logits[..., member, :] for member in range(self.member_count)]
 
     def _run(
@@ -251,9 +257,9 @@ class DecoderGraph:
         *,
         keep: int | None = None,
     ) -> NDArray[Any]:
-        """Call the graph on ids [batch, new]: logits [batch, new, vocabulary], which the next call overwrites.
+        """Run the graph on ids [batch, new]: logits [batch, new, vocabulary], which the next call overwrites.
 
-        With `keep`, those before the last so many tokens' may be missing.
+        With `keep`, only the logits of the last `keep` tokens may be present.
         """
         batch, new = ids.shape
         kept = min(keep, new) if keep and self._can_keep else new
@@ -274,7 +280,7 @@ class DecoderGraph:
         return call.logits
 
     def _feed(self, cache: KVCache, call: _Call, ids: NDArray[np.int64], mask: NDArray[np.int64] | None) -> Any:
-        """Give a call its inputs; returns the options that it runs with."""
+        """Bind a call's inputs, and return the options that it runs with."""
         new, captures = ids.shape[1], self.provider.captures
         inputs = {
             graph_io.INPUT_IDS: np.ascontiguousarray(ids),
@@ -287,7 +293,7 @@ class DecoderGraph:
             self._capture(cache, call, inputs)
         call.again = True
         if call.captured is None:
-            # Bound anew each time: a provider with memory of its own copies them when they are bound.
+            # Bound again each time: a provider with memory of its own copies them when they are bound.
             for name, values in inputs.items():
                 call.binding.bind_cpu_input(name, values)
             return run_options(-1) if captures else None
@@ -296,15 +302,15 @@ class DecoderGraph:
         return call.captured.options
 
     def _capture(self, cache: KVCache, call: _Call, inputs: Mapping[str, NDArray[np.int64]]) -> None:
-        """Let calls of this shape be recorded, where the cache stays where it is and there is room for one more."""
+        """Record calls of this shape from now on, where the cache stays in place and a recording is left."""
         if isinstance(cache, SharedCache) and (number := next(self._numbers, None)) is not None:
             shapes = {name: values.shape for name, values in inputs.items()}
             shapes[graph_io.ATTENTION_MASK] = (cache.batch, cache.widest(call.new))
             call.captured = CudaGraph(call.binding, self.provider, shapes, call.logits, number)
 
     def _call(self, cache: KVCache, batch: int, new: int, kept: int) -> _Call:
-        """The binding for a call of this size: those of few rows are all kept, with one buffer, and of others the last
-        one.
+        """Return the binding for a call of this size. All bindings of small calls are kept, with one buffer; of large
+        calls only the last one.
         """
         few, key = batch * new <= FEW, (batch, new, kept)
         call: _Call | None = cache.calls.get(key)
@@ -312,7 +318,7 @@ class DecoderGraph:
             shape = (batch, kept, *(() if self.member_count == 1 else (self.member_count,)), self.vocabulary)
             size = math.prod(shape)
             if few:
-                most = FEW * self.member_count * self.vocabulary  # memory that is never touched costs nothing
+                most = FEW * self.member_count * self.vocabulary  # memory that is never touched is never allocated
                 logits = cache.calls.setdefault(None, np.empty(most, self._logits_dtype))[:size].reshape(shape)
             else:
                 logits = np.empty(shape, self._logits_dtype)
@@ -333,7 +339,7 @@ class DecoderGraph:
         return _Call(binding, logits, new, number)
 
     def _rows(self, tokens: Tokens, cache: KVCache) -> list[NDArray[np.int64]]:
-        """The new tokens as arrays, once it is clear that the cache can take them."""
+        """Return the new tokens as arrays, after checking that the cache can take them."""
         rows = [np.asarray(row, np.int64) for row in tokens]
         counts = [len(row) for row in rows]
         if len(rows) != cache.batch or not all(counts):
@@ -384,5 +390,5 @@ class DecoderGraph:
 
 
 def _stacked(rows: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Rows of equal length as one array [rows, tokens]; of one row, a view."""
+    """Return rows of equal length as one array [rows, tokens]; a view for a single row."""
     return rows[0][None] if len(rows) == 1 else np.stack(rows)

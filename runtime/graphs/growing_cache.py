@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class GrowingCache(KVCache):
-    """Each call returns new tensors, the past with the new tokens appended, and they are the next call's past.
+    """Each call returns new tensors, the past with the new tokens appended, which are the next call's past.
 
-    Rows are aligned at their end: row b's tokens fill the last length_b of all places. So every row is without gaps,
-    and attention windows that are counted in places stay exact.
+    Rows are aligned at their end: row b's tokens fill the last length_b positions. So every row is without gaps, and
+    attention windows that are counted in positions stay exact.
     """
 
     keeps_bindings = False
@@ -105,7 +105,7 @@ class GrowingCache(KVCache):
             return [tensor.numpy() for tensor in self._tensors]
 
     def _stack(self, rows: Sequence[Sequence[NDArray[Any]]], lengths: NDArray[np.int64]) -> None:
-        """Replace the state by `rows`: for each, its slots [1, heads, places, head_size] that end with its tokens."""
+        """Replace the state by `rows`: for each, its slots [1, heads, positions, head_size] ending with its tokens."""
         places = int(lengths.max(initial=0))
         stacked = [self._blank(slot, len(rows), places) for slot in self.layout.slots]
         for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):

@@ -1,8 +1,8 @@
-"""A member's key-value state for a batch of sequences, whichever way a graph passes it on in (`graph_io.CacheKind`).
+"""The key-value cache of a graph for a batch of sequences, of either kind (`graph_io.CacheKind`).
 
-Both kinds, `shared_cache` and `growing_cache`, offer the same few moves, and the rest of the runtime knows no others:
-read more tokens, roll rows back, keep some rows, take the batch apart into single sequences and put it together again.
-A cache belongs to one call of one thread; sequences never see each other.
+Both kinds, `shared_cache` and `growing_cache`, have the same few operations, and the rest of the runtime uses no others:
+read more tokens, roll rows back, keep some rows, split the batch into single sequences and join them again. A cache
+belongs to one call of one thread; sequences are independent of each other.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """What a cache must know of its graph.
+    """The shapes and the place of a graph's cache.
 
     Attributes:
         slots: Keys and values of all layers.
         dtype: Their element type.
         provider: Where they live.
         context: Most tokens that a sequence can have.
-        members: For how many members the graph speaks: to it, each sequence is so many, with a part of its heads each.
+        member_count: Members in the graph: to it, each sequence is that many rows, with a part of the heads each.
     """
 
     slots: tuple[Slot, ...]
@@ -55,8 +55,8 @@ class KVCache(ABC):
 
     Attributes:
         lengths: int64 [batch], tokens read so far.
-        calls: Bindings that the member's calls left here to use again, by what they read, until the state moves.
-        keeps_bindings: Whether that can be done: a binding holds no state that was replaced.
+        calls: Bindings of the graph's calls, kept for later calls of the same size until the state moves.
+        keeps_bindings: Whether bindings can be kept: they hold no state that was replaced.
     """
 
     keeps_bindings = True
@@ -72,16 +72,16 @@ class KVCache(ABC):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
+        """Number of tokens of the longest sequence."""
         return max(self.lengths.tolist(), default=0)
 
     @abstractmethod
     def reads_together(self, counts: Sequence[int]) -> bool:
-        """Whether one call of the graph can read `counts[b]` new tokens of every row b."""
+        """Return whether one call of the graph can read `counts[b]` new tokens of every row b."""
 
     @abstractmethod
     def mask(self, new: int) -> NDArray[np.int64]:
-        """The attention mask of a call that reads `new` tokens a row."""
+        """Return the attention mask of a call that reads `new` tokens a row."""
 
     @abstractmethod
     def reserve(self, new: int) -> None:
@@ -97,7 +97,7 @@ class KVCache(ABC):
 
     @abstractmethod
     def rollback(self, lengths: Sequence[int] | NDArray[np.int64]) -> None:
-        """Forget each row's tokens beyond `lengths[b]`."""
+        """Drop each row's tokens beyond `lengths[b]`."""
 
     @abstractmethod
     def select(self, rows: Sequence[int]) -> None:
@@ -105,15 +105,15 @@ class KVCache(ABC):
 
     @abstractmethod
     def split(self, counts: Sequence[int]) -> list[Self]:
-        """Each row as a cache of its own, to read `counts[b]` tokens into it; `join` must follow."""
+        """Return each row as a cache of its own, to read `counts[b]` tokens into it; `join` must follow."""
 
     @abstractmethod
     def join(self, rows: Sequence[Self]) -> None:
-        """Put the rows from `split` together again."""
+        """Join the rows from `split` again."""
 
     @abstractmethod
     def append(self, row: Self) -> None:
-        """Take a copy of a cache of one row as the last row."""
+        """Copy a cache of one row as the last row."""
 
     @abstractmethod
     def drop(self, row: int) -> None:
@@ -121,22 +121,22 @@ class KVCache(ABC):
 
     @abstractmethod
     def state(self, length: int) -> list[NDArray[Any]]:
-        """What a cache of one row holds of its first tokens: a slot each, [heads, length, head_size]."""
+        """Return the state of the first tokens of a cache of one row: per slot [heads, length, head_size]."""
 
     @classmethod
     @abstractmethod
     def holding(cls, layout: CacheLayout, state: Sequence[NDArray[Any]]) -> Self:
-        """A cache of one row with a copy of that."""
+        """Return a cache of one row with a copy of that state."""
 
     def copy(self, length: int) -> Self:
-        """The first tokens of a cache of one row as a cache of its own."""
+        """Return the first tokens of a cache of one row as a cache of its own."""
         return self.holding(self.layout, self.state(length))
 
     @property
     @abstractmethod
     def bytes(self) -> int:
-        """Of the memory that it holds."""
+        """Bytes of the memory that it holds."""
 
     @abstractmethod
     def free(self) -> None:
-        """Let go of the memory; the cache is of no more use."""
+        """Free the memory; the cache cannot be used afterwards."""

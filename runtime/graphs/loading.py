@@ -1,4 +1,4 @@
-"""A bundle's graphs, opened side by side."""
+"""Load the graphs of a bundle side by side."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 def open_graphs(
     bundle: Path, manifest: Manifest, provider: Provider, threads: int | None, *, student: bool, packed: Path | None
 ) -> tuple[list[DecoderGraph], DecoderGraph | None]:
-    """Every graph of the members, in their order, and what the student drafts with.
+    """Load every graph of the members, in their order, and the graph that the student drafts with.
 
     Args:
         bundle: The folder.
-        manifest: Its own, or what there is of it while it is being made.
-        provider: Where they run.
+        manifest: The bundle's, or the one that is being made.
+        provider: Where the graphs run.
         threads: Threads within an operator; physical cores by default.
-        student: Open the student, too, if there is one: the graph that has some tokens only, where it has that.
-        packed: Where weights are kept as the provider's kernels want them.
+        student: Load the student, too, if there is one: its draft graph of the most frequent tokens where it has that.
+        packed: Where weights are kept in the layout of the provider's kernels.
 
     Raises:
         BundleError: A graph does not load.
     """
-    # Several members may share a graph, as its voices.
-    entries = [next(voices) for _, voices in groupby(manifest.members, key=lambda entry: entry.graph)]
+    # Several members may share a graph.
+    entries = [next(entries) for _, entries in groupby(manifest.members, key=lambda entry: entry.graph)]
     drafter = manifest.student if student else None
     kept = PrepackedWeights.of_this_machine(packed) if packed else None
 

@@ -1,9 +1,9 @@
-"""Weights as this machine's kernels want them, beside the bundle: written once, mapped into memory from then on.
+"""Prepacked weights: weights in the layout of this machine's kernels, written once and mapped into memory from then on.
 
-When ONNX Runtime opens a graph it lays quantised weights out anew for the processor, in memory that belongs to the
-session alone. Saved, that layout is a file that is mapped: it opens faster, needs hardly any memory of its own, can be
-dropped by the system and read again, and is there once for all sessions and processes. It takes two to three times the
-disk of the weights. Of SmolLM2-135M in int4, 141 MB of a session's memory become 10 MB.
+When ONNX Runtime opens a graph it packs quantized weights anew for the processor, in memory that belongs to the session
+alone. Saved, that layout is a file that is mapped: it opens faster, needs hardly any memory of its own, can be dropped
+by the system and read again, and exists once for all sessions and processes. It takes two to three times the disk space
+of the weights. Of SmolLM2-135M in int4, 141 MB of a session's memory become 10 MB.
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ LOG = logging.getLogger(__name__)
 _GRAPH = "model.onnx"
 _UNFINISHED = ".unfinished-"
 _STALE = 24 * 3600
-"""Seconds after which nobody is still at work on an unfinished one."""
+"""Age in seconds of an unfinished file whose writer is taken for dead."""
 _SMALLEST = 1024
-"""Bytes of a tensor that is not in the graph's own file."""
+"""Bytes from which a tensor is stored outside the graph's own file."""
 
 
 class PrepackedWeights:
-    """A folder with packed graphs, each in one of its own that goes by all that the layout depends on.
+    """A folder of packed graphs, each in a folder named after everything that the layout depends on.
 
-    It is trusted: whoever can write there decides what runs. It must not lie in the bundle, whose files are all listed.
+    The folder is trusted: whoever can write there decides what runs. It must not lie in the bundle, whose files are all
+    listed.
 
     Args:
-        folder: Made if need be.
-        machine: What kernels choose by: version, processor.
+        folder: Created if needed.
+        machine: What kernels are chosen by: ONNX Runtime's version and the processor.
     """
 
     def __init__(self, folder: Path, machine: str) -> None:
@@ -51,7 +52,7 @@ class PrepackedWeights:
 
     @classmethod
     def of_this_machine(cls, folder: Path) -> Self:
-        """The folder, for this processor and this ONNX Runtime."""
+        """Return the folder for this processor and this ONNX Runtime."""
         here = processor()
         versions = [f"{name} {installed_version(name)}" for name in ("onnxruntime", "onnxruntime-gpu")]
         return cls(folder, "\n".join([*versions, here.name, *here.instruction_sets]))
@@ -111,7 +112,7 @@ class PrepackedWeights:
             shutil.rmtree(made, ignore_errors=True)
 
     def _remove_leftovers(self) -> None:
-        """Of processes that were killed."""
+        """Remove the unfinished files of processes that were killed."""
         for folder in self._folder.glob(f"{_UNFINISHED}*"):
             if time.time() - folder.stat().st_mtime > _STALE:
                 shutil.rmtree(folder, ignore_errors=True)

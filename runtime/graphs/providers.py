@@ -1,4 +1,4 @@
-"""Where graphs run: one frozen record a provider, and everything that differs between providers.
+"""Execution providers: one frozen record a provider, with everything that differs between providers.
 
 A new provider is a new row in `PROVIDERS`; the rest of the runtime reads its record and never its name.
 """
@@ -35,7 +35,7 @@ _RECORDING, _NOTHING = RLock(), nullcontext()
 
 ProviderName = Literal["auto", "cpu", "cuda", "cuda-graphs"]
 
-# Y = X + X on float[2]: the smallest graph that tells whether a provider computes at all.
+# Y = X + X on float[2]: the smallest graph that shows whether a provider computes at all.
 _PROBE = bytes.fromhex(
     "080a3a390a0e0a01780a01781201792203416464120570726f62655a0f0a0178120a0a08080112040a020802620f0a0179120a0a0808011204"
     "0a02080242040a001015"
@@ -47,14 +47,14 @@ class Provider:
     """One ONNX Runtime execution provider.
 
     Attributes:
-        name: What users call it.
-        execution_provider: What ONNX Runtime calls it.
+        name: The name that users give.
+        execution_provider: ONNX Runtime's name of it.
         device: ONNX Runtime's name of the memory that holds the KV cache.
-        options: The provider's options, as ONNX Runtime takes them.
-        remedy: What to do where it is asked for and does not work.
-        packs: Whether its kernels have a layout of weights of their own, which can be saved.
-        captures: Whether calls of a shape that comes again are recorded and replayed; see `captured_calls`. For
-            programs that generate in few threads: ONNX Runtime records for each on its own.
+        options: The provider's options for ONNX Runtime.
+        remedy: What to do where it was requested and does not work.
+        packs: Whether its kernels have a weight layout of their own, which can be saved.
+        captures: Whether repeated calls of one shape are recorded and replayed; see `cuda_graphs`. Meant for programs
+            that generate in few threads, as ONNX Runtime records for each thread separately.
     """
 
     name: str
@@ -86,7 +86,7 @@ PROVIDERS: dict[str, Provider] = {
 
 
 def choose(name: str) -> Provider:
-    """The provider for `auto`, or for a name.
+    """Return the provider for `auto`, or for a name.
 
     `auto` takes CUDA where a graph really runs on it, else the CPU, and logs which.
 
@@ -108,7 +108,7 @@ def choose(name: str) -> Provider:
 
 @cache
 def why_not(provider: Provider) -> str:
-    """Why a provider does not work here; empty where a small graph ran on it and gave the right answer."""
+    """Return why a provider does not work here; empty where a small graph ran on it with the right result."""
     ort = _onnxruntime()
     if provider.execution_provider not in ort.get_available_providers():
         return f"this ONNX Runtime ({ort.__version__}) was built without {provider.execution_provider}"
@@ -124,18 +124,18 @@ def why_not(provider: Provider) -> str:
 
 
 def default_threads() -> int:
-    """As many threads as there are physical cores that this process may use."""
+    """Return the number of physical cores that this process may use."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
 
 
 def session_options(threads: int | None) -> Any:
-    """Session options for `threads` threads, made for sessions that take turns on the same cores."""
+    """Return session options for `threads` threads, for sessions that take turns on the same cores."""
     ort = _onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or default_threads()
     options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # what goes wrong is raised
+    options.log_severity_level = 4  # errors are raised
     # Within a call, threads that spin between operators save their wake-up; after it they would take the cores from the
     # session whose turn is next. Three members on two cores, tokens/s: 53 so, 41 without spinning, 20 with it alone.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
@@ -151,7 +151,7 @@ def open_session(
     packed: tuple[PrepackedWeights, str] | None = None,
     profile: Path | None = None,
 ) -> Any:
-    """An `onnxruntime.InferenceSession` of a graph file.
+    """Open an `onnxruntime.InferenceSession` of a graph file.
 
     Args:
         graph: The .onnx file; its external data is looked for beside it, plain or as a .sparse file.
@@ -195,7 +195,7 @@ def open_session(
 
 
 def open_bytes(graph: bytes, provider: Provider, *, threads: int | None = None) -> Any:
-    """An `onnxruntime.InferenceSession` of a graph in memory; what ONNX Runtime raises is raised."""
+    """Open an `onnxruntime.InferenceSession` of a graph in memory; exceptions of ONNX Runtime pass through."""
     return _create(graph, provider, session_options(threads))
 
 
@@ -212,7 +212,7 @@ def _give_files(options: Any, files: Mapping[str, NDArray[np.uint8]]) -> None:
 
 
 def check_version(least: tuple[int, int], what: str) -> None:
-    """Make sure that ONNX Runtime is new enough for something.
+    """Check that ONNX Runtime is recent enough for a feature.
 
     Raises:
         EdgemixError: It is older.
@@ -226,32 +226,32 @@ def check_version(least: tuple[int, int], what: str) -> None:
 
 
 def exclusive(provider: Provider) -> AbstractContextManager[object]:
-    """What to hold while a provider's memory is touched or it runs: while one call is recorded, no other may."""
+    """Return the lock to hold while a provider runs or its memory is used: nothing else may run during a recording."""
     return _RECORDING if provider.captures else _NOTHING
 
 
 def eager(provider: Provider) -> Provider:
-    """The row that runs on the same device and records nothing."""
+    """Return the row of the same device that records nothing."""
     rows = PROVIDERS.values()
     return next(row for row in rows if row.execution_provider == provider.execution_provider and not row.captures)
 
 
 def run_options(recording: int) -> Any:
-    """How a call runs on a provider that captures: the number that its recording has, -1 for none."""
+    """Return the run options of a call on a provider that records: the number of its recording, -1 for none."""
     options = _onnxruntime().RunOptions()
     options.add_run_config_entry("gpu_graph_id", str(recording))
     return options
 
 
 def place(array: NDArray[Any], provider: Provider) -> Any:
-    """An `OrtValue` with the array's values in the provider's memory; on the CPU it is the array's own memory."""
+    """Return an `OrtValue` of the array's values in the provider's memory; on the CPU that is the array's own."""
     with exclusive(provider):
         return _onnxruntime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), provider.device, 0)
 
 
 @cache
 def onnxruntime_errors() -> tuple[type[Exception], ...]:
-    """All exceptions that ONNX Runtime raises; its own share no base class."""
+    """Return all exceptions that ONNX Runtime raises; they share no base class of its own."""
     _onnxruntime()
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
@@ -260,7 +260,7 @@ def onnxruntime_errors() -> tuple[type[Exception], ...]:
 
 
 def plain(error: Exception) -> str:
-    """ONNX Runtime's message on one line, without its code: "[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : ..."."""
+    """Return ONNX Runtime's message on one line, without its code."""
     message = str(error).strip().split("\n", 1)[0]
     if message.startswith("[ONNXRuntimeError]"):
         message = message.split(" : ", 3)[-1]
@@ -278,7 +278,7 @@ def _create(graph: str | bytes, provider: Provider, options: Any) -> Any:
 
 @cache
 def _onnxruntime() -> Any:
-    """The onnxruntime module, imported when it is first needed: it is half of the runtime's import time."""
+    """Import onnxruntime when it is first needed: it is half of the runtime's import time."""
     try:
         import onnxruntime as ort
     except ImportError as error:

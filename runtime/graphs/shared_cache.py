@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FIRST_CAPACITY = 128
-"""Slots of a fresh shared cache; it doubles from there."""
+"""Capacity of a new shared cache, in tokens; it doubles from there."""
 _LEAST = 2
-"""Slots that a call writes at least: attention reads a single token doubled."""
+"""Tokens that a call writes at least: attention reads a single token doubled."""
 
 
 class SharedCache(KVCache):
     """One buffer [batch, heads, capacity, head_size] a slot, bound as past and as present and written in place.
 
-    Row b's tokens lie in places 0..length_b-1. A row is a contiguous part of the buffer, so it can be read into alone.
-    The capacity doubles as it is needed, up to the context; a rollback is only a shorter length.
+    Row b's tokens lie at positions 0..length_b-1. A row is a contiguous part of the buffer, so it can be read into
+    alone. The capacity doubles as needed, up to the context; a rollback is only a shorter length.
     """
 
     def __init__(self, layout: CacheLayout, batch: int) -> None:
@@ -62,7 +62,7 @@ class SharedCache(KVCache):
             binding.bind_output(slot.present, device, 0, dtype, shape, address)
 
     def widest(self, new: int) -> int:
-        """How wide a mask may be for `new` tokens a row, as long as nothing moves."""
+        """Return the widest mask for `new` tokens a row with which the buffers stay in place."""
         return min(self.capacity - max(0, _LEAST - new), self.layout.context)
 
     def advance(self, binding: Any, new: int) -> None:  # noqa: ARG002 - it was written in place
@@ -148,7 +148,7 @@ class SharedCache(KVCache):
         return min(capacity, self.layout.context + 1)
 
     def _move(self, rows: list[int], capacity: int, room: int) -> None:
-        """Copy `rows` into new buffers of `capacity` for `room` rows, through the host: it happens seldom."""
+        """Copy `rows` into new buffers of `capacity` for `room` rows, through the host; this is rare."""
         used = self.longest
         held = self._hosts() if used else []
         fresh = []
@@ -161,12 +161,12 @@ class SharedCache(KVCache):
         self._place(fresh)
 
     def _hosts(self) -> list[NDArray[Any]]:
-        """What the buffers hold: on the CPU they themselves, elsewhere copies, which `_place` puts back."""
+        """Return the buffers as arrays: on the CPU themselves, elsewhere copies, which `_place` writes back."""
         with exclusive(self.layout.provider):
             return self._arrays or [buffer.numpy() for buffer in self._buffers]
 
     def _place(self, arrays: list[NDArray[Any]]) -> None:
-        """Let arrays be the buffers, or their content."""
+        """Make arrays the buffers, or write their content to them."""
         if arrays is self._arrays:  # changed in place
             return
         self._arrays = arrays if self.layout.provider.device == "cpu" else []

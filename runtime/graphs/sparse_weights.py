@@ -24,7 +24,7 @@ _DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype("u1"), 8: np.dtype("u1"), 16: n
 
 
 def expanded_files(graph: Path) -> dict[str, Bytes]:
-    """The external data files of a graph that are stored as .sparse files: location -> the file's bytes.
+    """Return the external data files of a graph that are stored as .sparse files: location -> the file's bytes.
 
     Raises:
         BundleError: One is damaged, or stands for more bytes than the graph's tensors have.
@@ -49,7 +49,7 @@ def expanded_files(graph: Path) -> dict[str, Bytes]:
 
 
 def expand(path: Path, index: Index | None = None) -> Bytes:
-    """The file that a .sparse file stands for, uint8 [size].
+    """Return the file that a .sparse file stands for, uint8 [size].
 
     Beside the result, memory is needed for one tensor at a time, a byte or two for each of its elements.
 
@@ -79,7 +79,7 @@ def expand(path: Path, index: Index | None = None) -> Bytes:
 
 
 def _differences(segment: Segment, data: mmap.mmap, start: int) -> Elements:
-    """What a segment's streams hold, zeros included: [elements]."""
+    """Return the elements of a segment, zeros included: [elements]."""
     mask = None
     count = segment.elements
     if segment.mask:
@@ -103,7 +103,7 @@ def _differences(segment: Segment, data: mmap.mmap, start: int) -> Elements:
 
 
 def _values(width: int, planes: list[Bytes]) -> Elements:
-    """Values from their bytes: two of 4 bits in a byte, or a plane for each byte, the lowest first."""
+    """Return values from their bytes: two of 4 bits in a byte, or a plane for each byte, the lowest first."""
     if width == 4:
         return np.stack([planes[0] & 15, planes[0] >> 4], axis=1).ravel()
     values: Elements = np.stack(planes, axis=1).ravel().view(_DTYPES[width])
@@ -111,7 +111,7 @@ def _values(width: int, planes: list[Bytes]) -> Elements:
 
 
 def _background(segment: Segment, index: Index, content: Bytes) -> Elements:
-    """What the differences are from: one number, or each element's zero point."""
+    """Return the base of the differences: one number, or each element's zero point."""
     places = segment.zero_points
     if places is None:
         return np.array(segment.background, _DTYPES[segment.width])

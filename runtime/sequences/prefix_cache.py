@@ -1,7 +1,7 @@
-"""Key-value state of texts that have been read, for texts that begin alike: the same instructions, the turns before.
+"""The prefix cache: key-value state of texts that were read, for texts that have the same beginning.
 
-Kept are whole texts, the least recently used ones going first when there is no more room. A text that begins like one
-of them gets a copy of what both have in common, so nobody's text is changed by somebody else's.
+Whole texts are kept; the least recently used ones are dropped when there is no more room. A text that begins like one
+of them gets a copy of the state of what both have in common, so no text can change another one's state.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ if TYPE_CHECKING:
     from edgemix.runtime.mixing.ensemble import ActiveGraph
 
 LEAST = 16
-"""Tokens that must be in common for a copy to be worth it."""
+"""Fewest tokens in common for which a copy is worth its time."""
 
 
 @dataclass(frozen=True, eq=False)
 class PrefixEntry:
-    """What one graph has read.
+    """What one graph has read of one text.
 
     Attributes:
-        graph: The number by which the graph goes.
+        graph: Identity of the graph.
         text: int64 [tokens].
-        cache: Of one row, with all of it.
-        own: float64 [members of the graph, tokens], the text's log-probabilities, nats; NaN where nobody asked.
+        cache: Of one row, with the full text.
+        log_probabilities: float64 [members of the graph, tokens], nats; NaN where they were not computed.
     """
 
     graph: int
     text: NDArray[np.int64]
     cache: KVCache
-    own: NDArray[np.float64]
+    log_probabilities: NDArray[np.float64]
 
 
 class PrefixCache:
-    """Texts that graphs have read. Threads may share it.
+    """Texts that graphs have read. Threads may share one cache.
 
     Args:
         room: Most bytes of key-value state that are kept; None sets no limit.
@@ -53,121 +53,124 @@ class PrefixCache:
 
     def __init__(self, room: int | None, texts: int | None = None) -> None:
         self._room, self._texts, self._lock = room, texts, threading.Lock()
-        self._kept: list[PrefixEntry] = []  # the least recently used one first
+        self._entries: list[PrefixEntry] = []  # the least recently used one first
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._entries)
 
     @property
     def bytes(self) -> int:
-        """Of key-value state that is kept."""
-        return sum(kept.cache.bytes for kept in self._kept)
+        """Bytes of key-value state that are kept."""
+        return sum(entry.cache.bytes for entry in self._entries)
 
     def sequence(
-        self, active_graph: ActiveGraph, vocabulary: int, text: NDArray[np.int64], heard_from: int
+        self, active_graph: ActiveGraph, vocabulary: int, text: NDArray[np.int64], first_needed: int
     ) -> tuple[SequenceState, NDArray[np.float64]]:
-        """A graph's reader of a text, which has read as much of it as is known; never the last token.
+        """Return a graph's state of a text, which has read as much of it as is known; never the last token.
 
         Args:
-            listened: The graph, and who of it is listened to.
-            vocabulary: The tokenizer's.
+            active_graph: The graph and its active members.
+            vocabulary: Size of the tokenizer's vocabulary.
             text: int64 [tokens], at least one.
-            heard_from: The first place whose log-probabilities are needed; where they were never asked for, the text
+            first_needed: The first position whose log-probabilities are needed; where they were not computed, the text
                 must be read again from there.
 
         Returns:
-            The reader, and what the members that are listened to gave the tokens that it has read, and perhaps the next
+            The state, and the active members' log-probabilities of the tokens that it has read, and perhaps of the next
             one: float64 [members, tokens].
         """
-        graph, own = id(active_graph.graph), list(active_graph.local_indices)
+        graph, members = id(active_graph.graph), list(active_graph.local_indices)
         with self._lock:
             found, read, common = None, LEAST - 1, 0
-            for kept in self._kept:
-                if kept.graph == graph:
-                    both = common_length(kept.text, text)
-                    most = _readable(kept.own[own, :both], len(text), heard_from)
+            for entry in self._entries:
+                if entry.graph == graph:
+                    both = common_length(entry.text, text)
+                    most = _readable(entry.log_probabilities[members, :both], len(text), first_needed)
                     if most > read:
-                        found, read, common = kept, most, both
+                        found, read, common = entry, most, both
             if found is None:
-                return SequenceState(active_graph, vocabulary), np.empty((len(own), 0))
-            self._kept.remove(found)
-            self._kept.append(found)
-            return SequenceState(active_graph, vocabulary, found.cache.copy(read)), found.own[
-                own, : min(read + 1, common)
-            ]
+                return SequenceState(active_graph, vocabulary), np.empty((len(members), 0))
+            self._entries.remove(found)
+            self._entries.append(found)
+            known = found.log_probabilities[members, : min(read + 1, common)]
+            return SequenceState(active_graph, vocabulary, found.cache.copy(read)), known
 
-    def keep(self, sequence: SequenceState, text: NDArray[np.int64], own: NDArray[np.float64]) -> None:
-        """Keep what a reader has read; its cache is the reader's no more.
+    def keep(self, sequence: SequenceState, text: NDArray[np.int64], log_probabilities: NDArray[np.float64]) -> None:
+        """Keep what a sequence's state has read; the state loses its cache.
 
         Args:
-            reader: Of one graph.
+            sequence: The state of one graph.
             text: int64, which begins with what it has read.
-            own: float64 [its members, tokens], the text's log-probabilities.
+            log_probabilities: float64 [its active members, tokens].
         """
         read, cache = sequence.read, sequence.cache
         if read < LEAST:
             cache.free()
             return
-        whole = np.full((sequence.active_graph.graph.member_count, read), np.nan)
-        whole[list(sequence.active_graph.local_indices)] = own[:, :read]
+        full = np.full((sequence.active_graph.graph.member_count, read), np.nan)
+        full[list(sequence.active_graph.local_indices)] = log_probabilities[:, :read]
         cache.calls = {}
-        self.add(PrefixEntry(id(sequence.active_graph.graph), text[:read].copy(), cache, whole))
+        self.add(PrefixEntry(id(sequence.active_graph.graph), text[:read].copy(), cache, full))
 
-    def add(self, kept: PrefixEntry) -> None:
-        """Keep one more, unless it is larger than all the room; others go if there is no more."""
-        if self._room is not None and kept.cache.bytes > self._room:
-            kept.cache.free()
+    def add(self, entry: PrefixEntry) -> None:
+        """Add an entry, unless it is larger than all the room; others are dropped if there is no more room."""
+        if self._room is not None and entry.cache.bytes > self._room:
+            entry.cache.free()
             return
         with self._lock:
             # What a longer text has is not kept twice.
-            self._kept = [each for each in self._kept if each.graph != kept.graph or not _begins(kept.text, each.text)]
-            self._kept.append(kept)
+            self._entries = [
+                each for each in self._entries if each.graph != entry.graph or not _begins(entry.text, each.text)
+            ]
+            self._entries.append(entry)
             if self._texts is not None:
-                for old in [each for each in self._kept if each.graph == kept.graph][: -self._texts]:
-                    self._kept.remove(old)
+                for old in [each for each in self._entries if each.graph == entry.graph][: -self._texts]:
+                    self._entries.remove(old)
             while self._room is not None and self.bytes > self._room:
-                self._kept.pop(0).cache.free()
+                self._entries.pop(0).cache.free()
 
     def shared(self) -> PrefixCache:
-        """Another one that begins with the same texts; what is added to one is not in the other. Not for one with a
-        limit of bytes, which frees what others may still read.
+        """Return another cache that begins with the same texts; later additions to one are not in the other.
+
+        Not for a cache with a limit of bytes, which frees what others may still read.
         """
         other = PrefixCache(self._room, self._texts)
-        other._kept = [*self.each()]
+        other._entries = [*self.each()]
         return other
 
     def each(self) -> Iterator[PrefixEntry]:
-        """All that is kept, the least recently used one first; nothing is forgotten meanwhile."""
+        """Yield all entries, the least recently used one first; none is dropped meanwhile."""
         with self._lock:
-            yield from self._kept
+            yield from self._entries
 
     def clear(self) -> None:
-        """Forget all texts."""
+        """Drop all texts."""
         with self._lock:
-            for kept in self._kept:
-                kept.cache.free()
-            self._kept = []
+            for entry in self._entries:
+                entry.cache.free()
+            self._entries = []
 
 
-def _readable(own: NDArray[np.float64], tokens: int, heard_from: int) -> int:
-    """How much of what a text of so many tokens has in common with one that is kept can be taken from that.
+def _readable(log_probabilities: NDArray[np.float64], tokens: int, first_needed: int) -> int:
+    """Return how many tokens of a kept text can be taken over by a text of `tokens` tokens.
 
-    What follows the last token taken is not heard again, so where it matters it must be known.
+    The logits after the last token taken are not computed again: where its log-probability is needed it must be
+    known.
     """
-    common: int = own.shape[1]
-    if heard_from > common:
+    common: int = log_probabilities.shape[1]
+    if first_needed > common:
         return min(common, tokens - 1)
-    unheard = np.isnan(own[:, heard_from:]).any(axis=0)
-    known = heard_from + int(unheard.argmax()) if unheard.any() else common
-    return min(known - 1, tokens - 1) if known > heard_from else min(heard_from - 1, tokens - 1)
+    unknown = np.isnan(log_probabilities[:, first_needed:]).any(axis=0)
+    known = first_needed + int(unknown.argmax()) if unknown.any() else common
+    return min(known - 1, tokens - 1) if known > first_needed else min(first_needed - 1, tokens - 1)
 
 
 def common_length(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
-    """Tokens with which both begin."""
+    """Return the number of tokens that both begin with."""
     length = min(len(one), len(other))
     differ = np.flatnonzero(one[:length] != other[:length])
     return int(differ[0]) if len(differ) else length
 
 
-def _begins(whole: NDArray[np.int64], part: NDArray[np.int64]) -> bool:
-    return common_length(whole, part) == len(part)
+def _begins(full: NDArray[np.int64], part: NDArray[np.int64]) -> bool:
+    return common_length(full, part) == len(part)

@@ -75,7 +75,7 @@ def write(
     texts: list[_Text] = []
     tensors: dict[str, NDArray[Any]] = {}
     for number, entry in enumerate([*prefixes.each()][-_MAX_TEXTS:]):
-        arrays = [entry.text, entry.own, *entry.cache.state(len(entry.text))]
+        arrays = [entry.text, entry.log_probabilities, *entry.cache.state(len(entry.text))]
         texts.append(_Text(digests[entry.graph], _sha256(arrays)))
         tensors |= dict(zip(_names(number, len(arrays) - 2), arrays, strict=True))
     header = _encode(_Header(tuple(texts), tuple(map(dict, messages))))

@@ -1,1 +1,1 @@
-"""Texts as windows of token ids."""
+"""Turn documents into chunks of token ids."""

@@ -1,4 +1,4 @@
-"""Documents to windows of token ids, for training, calibration and validation, and the split that keeps them apart."""
+"""Turn documents into chunks of token ids, and split them into training and validation text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PIECE = 16_384
-"""Characters of the pieces that long documents are cut into: what is shuffled, split and tokenised at a time."""
+"""Characters of the pieces that long documents are cut into to be shuffled, split and tokenized."""
 
 
 def windows(
@@ -28,18 +28,18 @@ def windows(
     max_tokens: int | None = None,
     seed: int | None = None,
 ) -> list[list[int]]:
-    """Token windows of one length, packed from documents with the end-of-text token between them.
+    """Pack documents, separated by the end-of-text token, into chunks of token ids of one length.
 
-    Each window begins with the beginning-of-text token where the model family has one, as every text at run time does.
-    What is left after the last whole window is dropped; less text than one window gives one shorter window.
+    Each chunk begins with the beginning-of-text token if the model family has one, as every text at run time does.
+    Tokens after the last whole chunk are dropped; text shorter than one chunk gives one shorter chunk.
 
     Args:
         documents: The texts.
         tokenizer: A fast tokenizer.
-        length: Tokens of a window, at least two.
-        max_tokens: Take so many tokens at most; only the text that they need is tokenised. Less than `length` makes
-            one shorter window.
-        seed: Takes the pieces of the documents in an order shuffled by it; None keeps their order.
+        length: Tokens of a chunk, at least two.
+        max_tokens: Largest number of tokens; only as much text is tokenized. Less than `length` gives one shorter
+            chunk.
+        seed: Seed of the order of the documents' pieces; None keeps their order.
 
     Raises:
         InputError: The documents have less than two tokens together.
@@ -68,10 +68,10 @@ def calibration_windows(
     name: str = "",
     seed: int = 0,
 ) -> list[list[int]]:
-    """About `count` windows of one length for algorithms that look at activations: as many from every domain, and as
-    many from the one that is called like the member, `name`, as from all others together.
+    """Return about `count` chunks of one length for algorithms that observe activations.
 
-    Less text gives fewer windows, and less than one window of text a shorter one. Their order is shuffled by `seed`.
+    Every domain gives equally many, but the domain with the member's `name` as many as all others together. Less text
+    gives fewer chunks, or a single shorter one. Their order is shuffled by `seed`.
     """
     shares = {domain: 1.0 if domain != name else max(1.0, len(domains) - 1.0) for domain in domains}
     found = []
@@ -84,7 +84,7 @@ def calibration_windows(
 
 
 def split(documents: Sequence[str], share: float, *, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Keep a share of the text out of the rest, piece by piece; equal pieces never lie on both sides.
+    """Hold out a share of the text, piece by piece; equal pieces are never in both parts.
 
     Which pieces are held out depends on their content and the seed alone, not on their order.
 
@@ -100,7 +100,7 @@ def split(documents: Sequence[str], share: float, *, seed: int = 0) -> tuple[lis
 
 
 def _pieces(documents: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Documents cut at line ends into pieces of about `PIECE` characters, each with whether its document ends there."""
+    """Yield pieces of about `PIECE` characters, cut at line ends, and whether each is its document's last."""
     for document in documents:
         at = 0
         while len(document) - at > PIECE:
@@ -113,7 +113,7 @@ def _pieces(documents: Iterable[str]) -> Iterator[tuple[str, bool]]:
 
 
 def _token_runs(texts: Sequence[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """The ids of each piece, with the end-of-text token after the last one of a document."""
+    """Yield the ids of each piece, with the end-of-text token after the last piece of a document."""
     core, eos = tokenizer.backend_tokenizer, tokenizer.eos_token_id
     for text, ends in texts:
         ids = core.encode(text, add_special_tokens=False).ids
@@ -121,14 +121,14 @@ def _token_runs(texts: Sequence[tuple[str, bool]], tokenizer: PreTrainedTokenize
 
 
 def _pack(runs: Iterable[list[int]], start: list[int], length: int) -> Iterator[list[int]]:
-    room = length - len(start)
-    waiting: list[int] = []
+    capacity = length - len(start)
+    pending: list[int] = []
     packed = 0
     for run in runs:
-        waiting += run
-        while len(waiting) >= room:
-            yield [*start, *waiting[:room]]
+        pending += run
+        while len(pending) >= capacity:
+            yield [*start, *pending[:capacity]]
             packed += 1
-            waiting = waiting[room:]
-    if not packed and len(start) + len(waiting) >= 2:
-        yield [*start, *waiting]
+            pending = pending[capacity:]
+    if not packed and len(start) + len(pending) >= 2:
+        yield [*start, *pending]

@@ -1,1 +1,1 @@
-"""What a bundle drafts with: the draft head and the n-grams."""
+"""Make what a bundle drafts with: the draft head and the n-grams."""

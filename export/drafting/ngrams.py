@@ -1,7 +1,7 @@
-"""The n-grams of a recipe's training text that tell what comes next, counted for drafts that cost no call of a model.
+"""Count the n-grams of a recipe's training text that predict the next token, for drafts without a call of a model.
 
-Measured on mixtures of SmolLM2-135M's experts: where prompt lookup finds at most one token again, they are right at a
-quarter to two fifths of the places, and a further token in a verifying call takes a sixteenth of a call.
+Measured on mixtures of SmolLM2-135M's experts: where prompt lookup matches at most one token, n-grams are right at 25%
+to 40% of the positions, and a further token in a verifying call takes a sixteenth of a call.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from edgemix.recipe.schema import Recipe
 
 COUNTED, _LENGTH = 4_000_000, 512
-"""Tokens of all text that are counted, at most, in windows of so many."""
-_DOMAIN = 1_000_000
-"""Of one domain's."""
-_OFTEN, _LIKELY = 3, 0.1
-"""How often an n-gram goes on in the same way, and in what share of all cases, at least."""
-_CLOSE = 0.15
-"""A longer n-gram that says what a shorter one says, within so much of its share, is left out."""
+"""Largest number of counted tokens, and tokens of a chunk."""
+_DOMAIN_TOKENS = 1_000_000
+"""Largest number of counted tokens of one domain."""
+_MIN_COUNT, _MIN_SHARE = 3, 0.1
+"""Smallest count and share of an n-gram's most frequent next token."""
+_SHARE_MARGIN = 0.15
+"""A longer n-gram is left out if a shorter one predicts the same token with a share that differs by at most this."""
 
 
 def write_ngrams(context: ExportContext, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -51,7 +51,7 @@ def write_ngrams(context: ExportContext, tokenizer: PreTrainedTokenizerBase) -> 
 
     Raises:
         InputError: A text cannot be read.
-        EdgemixError: The disk refuses.
+        EdgemixError: The file cannot be written.
     """
     recipe, path = context.recipe, context.writer.folder / NGRAMS
     sources = recipe.data.training
@@ -74,7 +74,7 @@ def write_ngrams(context: ExportContext, tokenizer: PreTrainedTokenizerBase) -> 
 def _count_texts(
     recipe: Recipe, texts: Mapping[str, Sequence[str]], tokenizer: PreTrainedTokenizerBase, progress: Progress
 ) -> NgramTable:
-    most = min(_DOMAIN, COUNTED // len(texts))
+    most = min(_DOMAIN_TOKENS, COUNTED // len(texts))
     read: list[list[int]] = []
     with progress.stage("n-grams", len(texts)) as task:
         for domain, documents in texts.items():
@@ -84,11 +84,11 @@ def _count_texts(
 
 
 def count_ngrams(texts: Iterable[Sequence[int]], most: int) -> NgramTable:
-    """The n-grams of up to `LONGEST` tokens that tell what comes next; the most frequent ones if there are too many.
+    """Count the n-grams of up to `LONGEST` tokens that predict the next token; the most frequent ones are kept.
 
     Args:
-        texts: Token ids; nothing is counted from one into the next.
-        most: n-grams, at most.
+        texts: Token ids; no n-gram spans two texts.
+        most: Largest number of n-grams.
     """
     arrays = [np.asarray(text, np.int64) for text in texts]
     ids = np.concatenate(arrays)
@@ -99,8 +99,8 @@ def count_ngrams(texts: Iterable[Sequence[int]], most: int) -> NgramTable:
         one = keys[-1].copy()
         one[length - 1 :] = longer(one[length - 1 :], ids[: len(ids) - length])
         places = np.flatnonzero((before[:-1] >= length - 1) & (before[1:] > 0))
-        entries = _telling(one[places], ids[places + 1], places)
-        found = found.joined(entries.take(~_said(entries, found, keys[1:])))
+        entries = _predictive(one[places], ids[places + 1], places)
+        found = found.merge(entries.take(~_redundant(entries, found, keys[1:])))
         keys.append(one)
     chosen = found.take(np.argsort(-found.counts, kind="stable")[:most])
     chosen = chosen.take(np.argsort(chosen.keys))
@@ -108,14 +108,14 @@ def count_ngrams(texts: Iterable[Sequence[int]], most: int) -> NgramTable:
 
 
 class _Entries(NamedTuple):
-    """n-grams in the order of their keys, and what follows each most often.
+    """n-grams in the order of their keys, with the most frequent next token of each.
 
     Attributes:
         keys: uint64 [n-grams].
-        tokens: int64, what follows.
-        counts: int64, how often.
-        shares: float64, in what share of all cases; one case more is assumed that went on otherwise.
-        places: int64, where in the text each ends, once.
+        tokens: int64, the next token.
+        counts: int64, occurrences with that next token.
+        shares: float64, their share of all occurrences, with one more occurrence assumed that had another next token.
+        places: int64, a position at which the n-gram ends.
     """
 
     keys: NDArray[Any]
@@ -132,13 +132,13 @@ class _Entries(NamedTuple):
     def take(self, which: NDArray[np.int64] | NDArray[np.bool_]) -> Self:
         return type(self)(*(column[which] for column in self))
 
-    def joined(self, others: Self) -> Self:
+    def merge(self, others: Self) -> Self:
         columns = (np.concatenate(pair) for pair in zip(self, others, strict=True))
         return type(self)(*columns).take(np.argsort(np.concatenate((self.keys, others.keys))))
 
 
-def _telling(keys: NDArray[np.uint64], following: NDArray[np.int64], places: NDArray[np.int64]) -> _Entries:
-    """Of n-grams by their keys, with what follows each: those that go on in one way often and likely enough."""
+def _predictive(keys: NDArray[np.uint64], following: NDArray[np.int64], places: NDArray[np.int64]) -> _Entries:
+    """Return the n-grams with a next token that is frequent and likely enough, from all occurrences by key."""
     if not len(keys):
         return _Entries.none()
     order = np.lexsort((following, keys))
@@ -152,23 +152,23 @@ def _telling(keys: NDArray[np.uint64], following: NDArray[np.int64], places: NDA
     best = best[np.append(True, group[best][1:] != group[best][:-1])]
     at = begins[best]
     entries = _Entries(keys[at], following[at], counts[best], counts[best] / (totals + 1), places[at])
-    return entries.take((entries.counts >= _OFTEN) & (entries.shares > _LIKELY))
+    return entries.take((entries.counts >= _MIN_COUNT) & (entries.shares > _MIN_SHARE))
 
 
-def _said(entries: _Entries, shorter: _Entries, keys: Sequence[NDArray[np.uint64]]) -> NDArray[np.bool_]:
-    """Which n-grams say nothing that the longest known one at their end does not say, too: bool [n-grams].
+def _redundant(entries: _Entries, shorter: _Entries, keys: Sequence[NDArray[np.uint64]]) -> NDArray[np.bool_]:
+    """Return which n-grams predict the same as the longest known shorter one at their end: bool [n-grams].
 
     Args:
         entries: n-grams of one length.
-        shorter: All known shorter ones.
-        keys: For each shorter length, the keys of what ends at each place.
+        shorter: All known shorter n-grams.
+        keys: For each shorter length, the key of the n-gram that ends at each position.
     """
-    said, unknown = np.zeros(len(entries.keys), bool), np.ones(len(entries.keys), bool)
+    redundant, unknown = np.zeros(len(entries.keys), bool), np.ones(len(entries.keys), bool)
     for own in reversed(keys) if len(shorter.keys) else ():
         ends = own[entries.places]
         at = np.minimum(np.searchsorted(shorter.keys, ends), len(shorter.keys) - 1)
         hit = unknown & (shorter.keys[at] == ends)
-        alike = np.abs(shorter.shares[at] - entries.shares) <= _CLOSE
-        said |= hit & alike & (shorter.tokens[at] == entries.tokens)
+        alike = np.abs(shorter.shares[at] - entries.shares) <= _SHARE_MARGIN
+        redundant |= hit & alike & (shorter.tokens[at] == entries.tokens)
         unknown &= ~hit
-    return said
+    return redundant

@@ -1,9 +1,9 @@
-"""What members of one structure differ by: low-rank additions to the linears of their base, and nothing else.
+"""Find the low-rank additions to a base's linears by which members of one structure differ from it.
 
-A member that was fine-tuned with LoRA is its base plus a product of thin matrices in every linear, and the singular
+A member that was fine-tuned with LoRA is its base plus a product of low-rank matrices in every linear, and the singular
 value decomposition of the difference finds that product again, however the adapter named and scaled it. A full
-fine-tune has no such end; the largest singular values are the best approximation that a rank allows (Eckart and Young,
-1936), and the parity gate says whether that is enough.
+fine-tune has no such rank; the largest singular values are the best approximation that a rank allows (Eckart and Young,
+1936), and the parity gate decides whether that is enough.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ NEGLIGIBLE = 1e-6
 """A difference this small, in units of the weight that differs, is rounding."""
 
 _SPARE = 8
-"""Singular vectors beyond the wanted rank: a randomised decomposition is then exact (Halko et al., arXiv 0909.4061)."""
+"""Singular vectors beyond the wanted rank: a randomized decomposition is then exact (Halko et al., arXiv 0909.4061)."""
 _POWERS = 4
 _FIRST = 24
-"""Rank that is tried first: most adapters have less, and a decomposition takes as long as its rank is large."""
+"""Rank that is tried first: most adapters have less, and a decomposition's time grows with its rank."""
 
 
 class Delta(NamedTuple):
-    """What a member adds to a linear's weight: up @ down.
+    """A member's addition to a linear's weight: up @ down.
 
     Attributes:
         down: float32 [rank, K].
@@ -46,19 +46,20 @@ class Delta(NamedTuple):
 
     @property
     def rank(self) -> int:
+        """Rank of the product."""
         return len(self.down)
 
 
-def find_deltas(base: ir.Graph, members: Sequence[ir.Graph], most: int) -> dict[str, list[Delta]]:
-    """The members' additions to a base, by the name of the base's weight: for each member one, perhaps of rank 0.
+def find_deltas(base: ir.Graph, members: Sequence[ir.Graph], max_rank: int) -> dict[str, list[Delta]]:
+    """Find the members' additions to a base, by the name of the base's weight: one a member, perhaps of rank 0.
 
     Args:
         base: The base's fp32 graph.
-        members: Theirs, made the same way.
-        most: Largest rank; of what would need more, the best approximation.
+        members: The members' fp32 graphs, made the same way.
+        max_rank: Largest rank; a larger one is cut off.
 
     Raises:
-        InputError: Something else differs: another structure, a table, a norm's gain, the output layer.
+        InputError: Something else differs: the structure, an embedding, a norm's gain, the head.
     """
     last = head(base)
     weights = {linear.weight.name: linear for linear in linears(base) if last is None or linear.node is not last.node}
@@ -70,36 +71,38 @@ def find_deltas(base: ir.Graph, members: Sequence[ir.Graph], most: int) -> dict[
         linear = weights[name]
         shared = linear.matrix()
         matrices = (_matrix(member, name, transposed=linear.transposed) for member in members)
-        found[name] = [low_rank(matrix - shared, most, NEGLIGIBLE * float(np.abs(shared).max())) for matrix in matrices]
+        found[name] = [
+            low_rank(matrix - shared, max_rank, NEGLIGIBLE * float(np.abs(shared).max())) for matrix in matrices
+        ]
     return found
 
 
-def low_rank(difference: Matrix, most: int, negligible: float = 0.0) -> Delta:
-    """The product of least rank, up to `most`, that is closest to a matrix [N, K].
+def low_rank(difference: Matrix, max_rank: int, negligible: float = 0.0) -> Delta:
+    """Approximate a matrix by the product of smallest rank, up to `max_rank`, that is closest to it.
 
     Args:
         difference: float32 [N, K].
-        most: Largest rank.
-        negligible: Entries of about this size, all over the matrix, are rounding and need no rank.
+        max_rank: Largest rank.
+        negligible: Size of the entries of a difference that is only rounding, and needs no rank.
     """
     matrix = torch.from_numpy(difference)
     # A matrix of independent entries of that size has singular values up to about this.
     floor = negligible * (matrix.shape[0] ** 0.5 + matrix.shape[1] ** 0.5)
-    wanted = min(_FIRST if floor else most, most)
+    wanted = min(_FIRST if floor else max_rank, max_rank)
     while True:
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
             left, values, right = torch.svd_lowrank(matrix, q=min(wanted + _SPARE, *matrix.shape), niter=_POWERS)
-        rank = min(most, int((values > floor).sum()))
-        if rank < wanted or wanted == most:
+        rank = min(max_rank, int((values > floor).sum()))
+        if rank < wanted or wanted == max_rank:
             break
-        wanted = min(2 * wanted, most)
+        wanted = min(2 * wanted, max_rank)
     root = values[:rank].sqrt()
     return Delta((root[:, None] * right[:, :rank].T).numpy(), (left[:, :rank] * root).numpy())
 
 
 def _differing(base: ir.Graph, member: ir.Graph) -> list[str]:
-    """Names of the initializers that differ."""
+    """Return the names of the initializers that differ."""
     if _structure(base) != _structure(member):
         raise InputError("the members' graphs differ in structure")
     pairs = ((name, _array(base, name), _array(member, name)) for name in base.initializers)

@@ -1,4 +1,4 @@
-"""Which initializers of a decoder graph are weights, read from the graph's structure and never from names."""
+"""Find the weights among a graph's initializers, by the graph's structure and never by names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Matrix: TypeAlias = NDArray[np.float32]
 
 SMALLEST = 16
-"""Matrices with fewer rows or columns stay float: the smallest block would not fit, and there is nothing to save."""
+"""Matrices with fewer rows or columns stay float: blocks would not fit, and there is nothing to gain."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,17 @@ class Linear:
 
     @property
     def outputs(self) -> int:
-        """N."""
+        """Number of outputs, N."""
         return int(self.weight.const_value.shape[0 if self.transposed else 1])
 
     def matrix(self) -> Matrix:
-        """The weight as float32 [N, K] (outputs, inputs), contiguous."""
+        """Return the weight as contiguous float32 [N, K] (outputs, inputs)."""
         stored = self.weight.const_value.numpy()
         return np.ascontiguousarray(stored if self.transposed else stored.T)
 
 
 def linears(graph: ir.Graph) -> Iterator[Linear]:
-    """Every MatMul and plain Gemm whose right side is a float matrix among the initializers."""
+    """Yield every MatMul and plain Gemm whose right side is a float matrix among the initializers."""
     for node in graph:
         if node.domain == "" and node.op_type in ("MatMul", "Gemm"):
             linear = _linear(node)
@@ -58,7 +58,7 @@ def linears(graph: ir.Graph) -> Iterator[Linear]:
 
 
 def by_activation(found: Iterable[Linear]) -> list[list[Linear]]:
-    """The linears that read one activation together, in the graph's order."""
+    """Group linears by the activation that they read, in the graph's order."""
     readers: dict[ir.Value, list[Linear]] = {}
     for linear in found:
         readers.setdefault(linear.node.inputs[0], []).append(linear)
@@ -66,7 +66,7 @@ def by_activation(found: Iterable[Linear]) -> list[list[Linear]]:
 
 
 def lookups(graph: ir.Graph) -> Iterator[ir.Node]:
-    """Every Gather of rows of a float matrix by the token ids: the embeddings (not positions, not rotary tables)."""
+    """Yield every Gather of a float matrix's rows by token ids: the embeddings, not positions or rotary tables."""
     for node in graph:
         if (
             node.domain == ""
@@ -79,7 +79,7 @@ def lookups(graph: ir.Graph) -> Iterator[ir.Node]:
 
 
 def head(graph: ir.Graph) -> Linear | None:
-    """The linear that makes `logits`: the last one before them, behind casts, caps and scalings."""
+    """Return the linear that computes `logits`: the last one before them, behind casts, caps and scalings."""
     value = next((output for output in graph.outputs if output.name == LOGITS), None)
     while value is not None and (node := value.producer()) is not None:
         if node.op_type in ("MatMul", "Gemm"):
@@ -89,7 +89,7 @@ def head(graph: ir.Graph) -> Linear | None:
 
 
 def is_float_matrix(value: ir.Value | None) -> bool:
-    """True for a float32 initializer of two dimensions that is worth quantising."""
+    """Return whether a value is a float32 initializer of two dimensions that is large enough to quantize."""
     return (
         value is not None
         and value.is_initializer()
@@ -111,13 +111,13 @@ def _linear(node: ir.Node) -> Linear | None:
             return None
         transposed = bool(attributes.get_int("transB", 0))
     source = weight.producer() if weight is not None else None
-    if source is not None and source.op_type == "Transpose":  # a matrix has one permutation that does anything
+    if source is not None and source.op_type == "Transpose":  # a matrix has only one permutation but the identity
         weight, transposed = source.inputs[0], not transposed
     return Linear(node, weight, transposed, bias) if is_float_matrix(weight) else None
 
 
 def _are_token_ids(value: ir.Value | None) -> bool:
-    """Whether the indices are the graph's input ids [batch, sequence], perhaps cast or reshaped to that again."""
+    """Return whether indices are the graph's input ids [batch, sequence], perhaps cast or reshaped to that shape."""
     if value is None or value.shape is None or value.shape.rank() != 2:
         return False
     while (node := value.producer()) is not None:

@@ -1,4 +1,4 @@
-"""What exporting must know of a torch model beyond its weights, read from the model and its configuration."""
+"""Properties of a torch model beyond its weights: context length, sliding windows, the epsilon of its norms."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 _CONTEXT_KEYS = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "seq_length")
 _CONTEXT_WITHOUT_LIMIT = 2048
-"""For models without position tables (ALiBi) whose configuration names no length: what such models were trained on."""
+"""Context of models without position tables (ALiBi) whose configuration has no length: a usual training length."""
 
 
 def context_length(config: Any) -> int:
-    """Longest sequence in tokens that the graph may be used for.
+    """Return the longest sequence, in tokens, that a graph of the model may be used for.
 
     Rotary embeddings that change with the sequence's length (`dynamic`, `longrope`) cannot be cached exactly, so there
     it is the original length, up to which they do not change.
@@ -33,14 +33,14 @@ def context_length(config: Any) -> int:
 
 
 def sliding_windows(config: Any) -> tuple[int | None, ...]:
-    """For each layer, how many tokens its attention reaches back (the token itself counted), or None for all."""
-    if hasattr(config, "attention_layers"):  # GPT-Neo's own way to say it
+    """Return each layer's sliding window in tokens, the token itself included, or None for full attention."""
+    if hasattr(config, "attention_layers"):  # GPT-Neo
         return tuple(config.window_size if kind == "local" else None for kind in config.attention_layers)
     return tuple(layer.sliding_window if layer.is_sliding else None for layer in DynamicCache(config=config).layers)
 
 
 def norm_epsilon(model: PreTrainedModel) -> float | None:
-    """The epsilon of the model's normalisation layers, or None if they do not agree on one."""
+    """Return the epsilon of the model's normalization layers, or None if they differ."""
     epsilons = {
         value
         for module in model.modules()

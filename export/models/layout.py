@@ -1,7 +1,7 @@
 """The structure of a Hugging Face decoder: which linears read and write the residual stream, between which norms.
 
-What rotates, folds, quantises or prunes a model works on this view of it, whatever its family calls or packs its parts.
-The structure is read from the modules; one with a part that is not known here is refused, never guessed at.
+Rotation, folding, quantization and pruning work on this view of a model, whatever names and packed linears its family
+has. The structure is read from the modules; a model with an unknown part is refused.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ _OUTPUT = ("o_proj", "c_proj", "dense", "out_proj")
 _UP = ("up_proj", "c_fc", "dense_h_to_4h", "fc1")
 _DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "fc2")
 _HEAD_NORMS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
-"""Norms of single heads' queries and keys: nothing that is folded, turned or cut here passes through them."""
+"""Norms of single heads' queries and keys, which folding, rotation and pruning leave alone."""
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One linear map: a module, or some rows (outputs) of one that several are packed in.
+    """One linear map: a module, or some rows (outputs) of a module that packs several.
 
     Attributes:
         module: The module.
-        rows: Its outputs that are meant: None for all, a range, or their int64 indices.
+        rows: Its outputs: None for all, a range, or their int64 indices.
     """
 
     module: Linear
@@ -79,21 +79,21 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """A normalisation with a gain for each channel.
+    """A normalization with a gain for each channel.
 
     Attributes:
         module: With `weight` [channels], and `bias` where there is one.
-        offset: What its forward adds to `weight` (1 in gemma).
-        centred: Whether it subtracts the mean (LayerNorm) or not (RMSNorm).
+        offset: Added to `weight` by its forward (1 in gemma).
+        centered: Whether it subtracts the mean (LayerNorm) or not (RMSNorm).
     """
 
     module: nn.Module
     offset: float
-    centred: bool
+    centered: bool
 
     @property
     def gain(self) -> Tensor:
-        """What normalised values are multiplied with, [channels]."""
+        """Factors of the normalized values, [channels]."""
         return self.module.weight.detach() + self.offset
 
     def set_gain(self, gain: Tensor) -> None:
@@ -108,18 +108,18 @@ class Norm:
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class DecoderLayer:
     """One decoder layer: attention, then a feed-forward network, each after a norm (or both at once on the same input).
 
     Attributes:
-        name: Of the module within the model.
+        name: The module's name within the model.
         module: The layer.
-        attention_norm: Before query, key and value.
-        mlp_norm: Before gate and up.
-        later_norms: Norms of what attention and feed-forward network add to the residual stream (gemma 2 and 3).
+        attention_norm: The norm before query, key and value.
+        mlp_norm: The norm before gate and up.
+        later_norms: Norms of the outputs of attention and feed-forward network (gemma 2 and 3).
         query, key, value: [heads * head_dim, hidden], the latter two [key_value_heads * head_dim, hidden].
         output: [hidden, heads * head_dim].
-        gate: [channels, hidden], what is activated and multiplied with `up`'s outputs; None if those are activated.
+        gate: [channels, hidden], activated and multiplied with `up`'s outputs; None if `up` is activated itself.
         up, down: [channels, hidden] and [hidden, channels].
         heads, key_value_heads, head_dim: Query head h reads key-value head h // (heads / key_value_heads).
     """
@@ -142,23 +142,23 @@ class Layer:
 
     @property
     def attention_readers(self) -> tuple[Part, ...]:
-        """What reads the attention norm."""
+        """The linears that read the attention norm."""
         return self.query, self.key, self.value
 
     @property
     def mlp_readers(self) -> tuple[Part, ...]:
-        """What reads the feed-forward norm."""
+        """The linears that read the feed-forward norm."""
         return (self.up,) if self.gate is None else (self.gate, self.up)
 
     def linears(self) -> dict[str, Part]:
-        """Name within the model -> whole linear modules, packed ones once, in the order they are computed."""
+        """Return whole linear modules by name within the model, packed ones once, in the order of computation."""
         parts = (*self.attention_readers, self.output, *self.mlp_readers, self.down)
         modules = dict.fromkeys(part.module for part in parts)
         names = {module: name for name, module in self.module.named_modules()}
         return {f"{self.name}.{names[module]}": Part(module) for module in modules}
 
     def groups(self) -> list[tuple[str, ...]]:
-        """The names of `linears`, those together that read one activation; exporters may pack their weights."""
+        """Group the names of `linears` by the activation that they read; exporters may pack the weights of a group."""
         names = {part.module: name for name, part in self.linears().items()}
         readers = (self.attention_readers, (self.output,), self.mlp_readers, (self.down,))
         return [tuple(dict.fromkeys(names[part.module] for part in parts)) for parts in readers]
@@ -169,23 +169,23 @@ class Layout:
     """A decoder.
 
     Attributes:
-        embedding: Of tokens.
-        positions: Learned embeddings of positions, added to the tokens'.
-        layers: In order.
-        final_norm: Before the head.
+        embedding: Token embeddings.
+        positions: Learned position embeddings, added to the token embeddings.
+        layers: The layers, in order.
+        final_norm: The norm before the head.
         head: [vocabulary, hidden].
         tied: Whether head and embedding are one tensor.
     """
 
     embedding: nn.Embedding
     positions: tuple[nn.Embedding, ...]
-    layers: tuple[Layer, ...]
+    layers: tuple[DecoderLayer, ...]
     final_norm: Norm
     head: Part
     tied: bool
 
     def linears(self) -> dict[str, Part]:
-        """Name within the model -> the whole linear modules of all layers; not the head."""
+        """Return the whole linear modules of all layers by name within the model, without the head."""
         return {name: part for layer in self.layers for name, part in layer.linears().items()}
 
 
@@ -193,7 +193,7 @@ def layout(model: PreTrainedModel) -> Layout:
     """Find the parts of a decoder.
 
     Raises:
-        InputError: The model is built in a way that is not known here; the message says where.
+        InputError: The model has an unknown structure; the message names the part.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, Linear):
@@ -215,7 +215,7 @@ def layout(model: PreTrainedModel) -> Layout:
     return Layout(embedding, positions, layers, final_norm, Part(head), head.weight is embedding.weight)
 
 
-def _layer(model: PreTrainedModel, name: str, layer: nn.Module, config: object) -> Layer:
+def _layer(model: PreTrainedModel, name: str, layer: nn.Module, config: object) -> DecoderLayer:
     attention = _child(model, layer, _ATTENTION)
     if getattr(layer, "do_layer_norm_before", True) is False:
         raise _unknown(model, "norms after the layers (post-norm)")
@@ -241,7 +241,7 @@ def _layer(model: PreTrainedModel, name: str, layer: nn.Module, config: object) 
     shapes = [len(part.weight) / head_dim for part in (query, key, value)]
     if shapes[0] != heads or shapes[1] != shapes[2] or heads % shapes[1]:
         raise _unknown(model, f"attention of {heads} heads of {head_dim} with {shapes} heads of q, k, v")
-    return Layer(
+    return DecoderLayer(
         name,
         layer,
         attention_norm,
@@ -261,7 +261,7 @@ def _layer(model: PreTrainedModel, name: str, layer: nn.Module, config: object) 
 
 
 def _attention(model: PreTrainedModel, attention: nn.Module, heads: int, head_dim: int) -> Iterator[Part]:
-    """Query, key and value."""
+    """Yield query, key and value."""
     if hasattr(attention, "q_proj"):
         yield from (Part(_linear(model, attention, (f"{letter}_proj",))) for letter in "qkv")
         return
@@ -303,7 +303,7 @@ def _linear(model: PreTrainedModel, parent: nn.Module, names: Iterable[str]) -> 
 
 
 def _norm(model: PreTrainedModel, module: nn.Module) -> Norm:
-    """A norm, with the formula found by trying it: names do not tell which family adds one to its gains."""
+    """Return a norm with its formula, found by a probe: names do not show which family adds 1 to its gains."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.ndim != 1:
         raise _unknown(model, f"a norm {type(module).__name__} without gains")
@@ -313,18 +313,18 @@ def _norm(model: PreTrainedModel, module: nn.Module) -> Norm:
         made = module(probe[None].to(weight.dtype)).float()[0]
     bias = getattr(module, "bias", None)
     made = made if bias is None else made - bias.detach().float()
-    for centred in (False, True):
-        values = probe - probe.mean() if centred else probe
+    for centered in (False, True):
+        values = probe - probe.mean() if centered else probe
         values = values / values.square().mean().sqrt()
         for offset in (0.0, 1.0):
             expected = values * (weight.detach().float() + offset)
             if torch.allclose(made, expected, rtol=0.02, atol=0.02):
-                return Norm(module, offset, centred)
+                return Norm(module, offset, centered)
     raise _unknown(model, f"the norm {type(module).__name__}")
 
 
 def _refuse_others(model: PreTrainedModel, parent: nn.Module, known: Iterable[nn.Module]) -> None:
-    """Fail where a module has weights beside the known ones: a gate, an expert, a norm in between."""
+    """Raise an error if a module has weights beside the known ones: a gate, an expert, another norm."""
     own = [name for name, _ in parent.named_parameters(recurse=False)]
     kept = set(known)
     own += [
@@ -338,6 +338,6 @@ def _refuse_others(model: PreTrainedModel, parent: nn.Module, known: Iterable[nn
 
 def _unknown(model: PreTrainedModel, what: str) -> InputError:
     return InputError(
-        f"{type(model).__name__} is built in a way that edgemix cannot take apart: {what}",
-        "Leave out pruning, rotation and calibrated quantisation for this member.",
+        f"{type(model).__name__} has a structure that edgemix does not know: {what}",
+        "Leave out pruning, rotation and calibrated quantization for this member.",
     )

@@ -1,4 +1,4 @@
-"""One tokenizer for all members: proof that they share it, and its files in the bundle."""
+"""The tokenizer of all members: the check that they share it, and its files in the bundle."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _PROBES = (
     "UPPER lower CamelCase snake_case http://example.org/?q=1&r=%20",
     "ﬁ ① Å e\u0301 ½ \u200b\u2028",
 )
-"""Text on which normalisers and pre-tokenizers are known to differ: digits, spaces, case, scripts, composition."""
+"""Text on which normalizers and pre-tokenizers are known to differ: digits, spaces, case, scripts, composition."""
 
 
 def check_shared(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
-    """Make sure that all members turn every text into the same ids.
+    """Check that all members turn every text into the same ids.
 
-    Vocabularies, merges and added tokens are compared entry by entry, normalisers and pre-tokenizers on probes.
+    Vocabularies, merges and added tokens are compared entry by entry, normalizers and pre-tokenizers on probes.
 
     Args:
         tokenizers: Member name -> its tokenizer.
@@ -64,7 +64,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def describe(tokenizer: PreTrainedTokenizerBase, eos: set[int]) -> TokenizerEntry:
-    """The manifest's record of a tokenizer; `eos` are the ids that end a generation."""
+    """Return the manifest's record of a tokenizer; `eos` are the ids that end a generation."""
     identity = TokenizerIdentity.parse(tokenizer_json(tokenizer))
     return TokenizerEntry(
         sha256=identity.sha256(),
@@ -75,13 +75,13 @@ def describe(tokenizer: PreTrainedTokenizerBase, eos: set[int]) -> TokenizerEntr
 
 
 def leading_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The beginning-of-text token's id, if encoding puts it before every text."""
+    """Return the beginning-of-text token's id, if encoding puts it before every text."""
     bos: int | None = tokenizer.bos_token_id
     return bos if bos is not None and _ids(tokenizer, "a")[:1] == [bos] else None
 
 
 def save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the tokenizer's files where a bundle at `folder` has them."""
+    """Write the tokenizer's files to the bundle at `folder`."""
     path = folder / TOKENIZER
     shutil.rmtree(path.parent, ignore_errors=True)  # an earlier tokenizer may have had a chat template
     path.parent.mkdir(parents=True)
@@ -92,12 +92,12 @@ def save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def tokenizer_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Number of token ids, added tokens and gaps included."""
+    """Return the number of token ids, added tokens and gaps included."""
     return TokenizerIdentity.parse(tokenizer_json(tokenizer)).size
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The template that turns messages into text; the one named default where there are several."""
+    """Return the template that turns messages into text; the one named default if there are several."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
@@ -105,7 +105,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer as the tokenizers library's JSON text, without truncation and padding."""
+    """Return the tokenizer as JSON of the tokenizers library, without truncation and padding."""
     parsed = json.loads(tokenizer.backend_tokenizer.to_str())
     parsed["truncation"] = parsed["padding"] = None
     return json.dumps(parsed, ensure_ascii=False)

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from edgemix.bundle.manifest import QuantizationParity
-from edgemix.export.parity.limits import FLIP_MARGIN, LIMITS
+from edgemix.export.parity.limits import LIMITS, TOP1_MARGIN
 from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.runtime.graphs.decoder import DecoderGraph
 from edgemix.runtime.mixing.arithmetic import log_softmax
@@ -109,7 +109,7 @@ class Distance:
         self.tokens += len(p)
         self._kl += float((np.exp(p) * (p - q)).sum(dtype=np.float64))
         margin = p.max(axis=1) - p[rows, q.argmax(axis=1)]
-        self._top1_disagreements += int((margin > FLIP_MARGIN).sum())
+        self._top1_disagreements += int((margin > TOP1_MARGIN).sum())
         self._surprise += float((p - q)[rows, targets].sum(dtype=np.float64))
 
     @property
@@ -119,7 +119,7 @@ class Distance:
 
     @property
     def top1_disagreement(self) -> float:
-        """Share of positions at which p prefers its own most probable token to q's by more than `FLIP_MARGIN`."""
+        """Share of positions at which p prefers its own most probable token to q's by more than `TOP1_MARGIN`."""
         return self._top1_disagreements / self.tokens
 
     @property

@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Limits:
-    """How far a format may go from fp32: mean KL divergence (nats a token), top-1 disagreement, perplexity ratio."""
+    """Limits of a format's distance from fp32.
+
+    Attributes:
+        kl: Mean KL divergence, nats a token.
+        top1_disagreement: Share of positions with another most probable token.
+        perplexity_ratio: Perplexity over that of fp32.
+    """
 
     kl: float
     top1_disagreement: float
@@ -30,15 +36,14 @@ LIMITS: dict[Format, Limits] = {
     "int4": Limits(kl=0.45, top1_disagreement=0.35, perplexity_ratio=1.5),
     "nf4": Limits(kl=0.45, top1_disagreement=0.35, perplexity_ratio=1.5),
 }
-"""Set by SmolLM2-135M: small, and so hard to quantise. Worst of WikiText-2 and Python it has: int8 0.004, 0.015, 1.01;
-int4 0.29, 0.26, 1.27, nf4 a bit less; int8-dynamic 1.01 with its outliers treated, and otherwise, which must not pass,
-0.28, 0.23, 1.25. Text that the graph writes itself gives figures about a third higher: the rest of the
-room is for that."""
+"""Set by SmolLM2-135M, which is small and so hard to quantize. Its worst figures on WikiText-2 and Python are: int8
+0.004, 0.015, 1.01; int4 0.29, 0.26, 1.27; nf4 a bit less; int8-dynamic 1.01 with its outliers treated, and otherwise,
+which must not pass, 0.28, 0.23, 1.25. Sampled text gives figures about a third higher, which the limits allow."""
 
 
 @dataclass(frozen=True)
 class PruningLimits:
-    """How far a pruned model may go from the whole one: mean KL divergence (nats a token), perplexity ratio."""
+    """Limits of a pruned model's distance from the original: mean KL divergence (nats a token), perplexity ratio."""
 
     kl: float
     perplexity_ratio: float
@@ -50,34 +55,34 @@ GRAPH_TOLERANCE = 1e-4
 """Largest difference of log-probabilities (nats) between torch and a graph, where the torch model itself is stable."""
 
 NOISE = 1e-6
-"""Relative change of the embeddings, about what rounding adds up to in a deep model, that shows where it is not."""
+"""Relative change of the embeddings, about the size of rounding in a deep model, that shows where it is unstable."""
 
 NOISE_ROOM = 5
-"""How many times the change that `NOISE` makes a position may differ. Of SmolLM2-135M's graphs no position differs by
-more than 2.1 times; single positions, with huge activations in them, by up to 4e-3 nats, most by 4e-5."""
+"""Largest difference at a position, in units of the change by `NOISE`. In SmolLM2-135M's graphs none exceeds 2.1;
+single positions with huge activations differ by up to 4e-3 nats, most by 4e-5."""
 
 CHECKED_WINDOW = 1024
 """Sliding windows up to this length are crossed by `check_graph`'s sequence; longer ones would take it minutes."""
 
-FLIP_MARGIN = 0.1
-"""A near tie decided the other way is no flip: the fp32 graph must prefer its token by more than this, in nats."""
+TOP1_MARGIN = 0.1
+"""Margin in nats by which the fp32 graph must prefer its own token for a disagreement to count."""
 
 
 def enforce(
     figures: GraphParity | QuantizationParity | PruningFigures, *, forced: bool = False, member: str = ""
 ) -> bool:
-    """Stop where figures are over their limits.
+    """Raise an error if figures are over their limits.
 
     Args:
-        figures: As measured.
-        forced: The user wants the graph whatever its figures are.
+        figures: The measured figures.
+        forced: Accept finite figures over their limits.
         member: The member's name, for the message.
 
     Returns:
-        True if figures are over a limit and `forced` let them pass.
+        True if figures are over a limit and were accepted.
 
     Raises:
-        ParityError: Figures are over a limit and not `forced`, or no numbers at all.
+        ParityError: Figures are over a limit and not `forced`, or not finite.
     """
     if isinstance(figures, GraphParity):
         limits = dict.fromkeys(("prefill", "decode", "padded_batch"), figures.limit)
@@ -102,7 +107,7 @@ def enforce(
 
 
 def within(figures: GraphParity | QuantizationParity | PruningFigures) -> bool:
-    """Whether figures are within their limits."""
+    """Return whether figures are within their limits."""
     try:
         return not enforce(figures)
     except ParityError:

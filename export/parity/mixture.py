@@ -1,9 +1,9 @@
-"""What quantisation costs the mixture: the stored graphs' mixture against that of the fp32 graphs.
+"""Compare the mixture of the stored graphs with that of the fp32 graphs: the cost of quantization to the mixture.
 
 Averaging hides part of what the members lose, so their own figures do not tell. A member's fp32 graph is deleted before
-the next one is made, and all together may not fit in memory, so what stays of each is its distributions on a short
-text: fp16 log-probabilities, 100 MB for 1,024 tokens of 49,152. What that rounding does to the figures is some 1e-6
-nats, far below what any format loses.
+the next one is made, and all together may not fit in memory, so only the distributions of each on a short
+text are stored: fp16 log-probabilities, 100 MB for 1,024 tokens of 49,152. That rounding changes the figures by about
+1e-6 nats, far less than any format.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ MIXED_ROWS = 32
 def keep_distributions(
     path: Path, config: GraphConfig, texts: Sequence[Sequence[int]], output: Path, *, progress: Progress = NO_PROGRESS
 ) -> None:
-    """Write what an fp32 graph says to texts: for each, log-probabilities fp16 [tokens - 1, vocabulary], nats.
+    """Write an fp32 graph's log-probabilities for texts: fp16 [tokens - 1, vocabulary] each, in nats.
 
     Args:
-        path: The fp32 graph; `config` its own.
-        config: See `path`.
-        texts: Token ids, at least two each; what is beyond the graph's context is left out.
+        path: The file of the fp32 graph.
+        config: The graph's config.
+        texts: Token ids, at least two each; tokens beyond the graph's context are left out.
         output: A safetensors file, tensors "0", "1" and so on.
-        progress: Hears of the tokens read.
+        progress: Progress callback.
     """
-    member = DecoderGraph.load(path, msgspec.structs.replace(config, dtype="float32"))
+    graph = DecoderGraph.load(path, msgspec.structs.replace(config, dtype="float32"))
     kept = {}
     with progress.stage("fp32 distributions", sum(len(text) - 1 for text in texts)) as task:
         for number, text in enumerate(texts):
-            ids = np.asarray(text[: member.context], np.int64)
-            rows = np.empty((len(ids) - 1, member.vocabulary), np.float16)
-            with closing(read([member], ids, vocabulary=member.vocabulary, window=len(ids))) as pieces:
+            ids = np.asarray(text[: graph.context], np.int64)
+            rows = np.empty((len(ids) - 1, graph.vocabulary), np.float16)
+            with closing(read([graph], ids, vocabulary=graph.vocabulary, window=len(ids))) as pieces:
                 for place, (logits,), targets in pieces:
                     rows[place] = log_softmax(logits)
                     task.advance(len(targets))
@@ -73,11 +73,10 @@ def compare_mixtures(
     """Compare a mixture, with its own weights, with that of its members' fp32 graphs.
 
     Args:
-        mixture: Of the stored graphs.
-        kept: Member name -> what `keep_distributions` wrote of its fp32 graph; a member that is stored in fp32 needs
-            none.
-        texts: As they were given to `keep_distributions`.
-        progress: Hears of the tokens read.
+        mixture: The mixture of the stored graphs.
+        kept: Member name -> the file that `keep_distributions` wrote; members stored in fp32 need none.
+        texts: The texts that `keep_distributions` got.
+        progress: Progress callback.
     """
     ensemble, distance = mixture.ensemble(dict.fromkeys(mixture.members, 1.0)), Distance()
     weights = np.array([mixture.weights[name] for name in mixture.members])
@@ -109,12 +108,12 @@ def _mixed(
     start: int,
     rows: slice,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Both mixtures' log-probabilities [rows, vocabulary]; `exact` are tensors in files, None for an fp32 member."""
-    heavy = np.flatnonzero(weights).tolist()
-    stored = np.stack([log_softmax(logits[model][rows]) for model in heavy])
+    """Return both mixtures' log-probabilities [rows, vocabulary]; `exact` has quantized members' stored tensors."""
+    active = np.flatnonzero(weights).tolist()
+    stored = np.stack([log_softmax(logits[model][rows]) for model in active])
     fp32 = stored.copy()
-    for place, model in enumerate(heavy):
+    for place, model in enumerate(active):
         if (tensor := exact[model]) is not None:
             kept = tensor[start + rows.start : start + rows.stop, : stored.shape[-1]]
             fp32[place] = log_softmax(kept.astype(np.float32))
-    return linear(fp32, weights[heavy]), linear(stored, weights[heavy])
+    return linear(fp32, weights[active]), linear(stored, weights[active])

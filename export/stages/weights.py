@@ -52,12 +52,12 @@ def fit(
     tolerance: float = 1e-9,
     max_steps: int = 2_000,
 ) -> Fit:
-    """Find the weights that maximise the mean log-likelihood of the mixture.
+    """Find the weights that maximize the mean log-likelihood of the mixture.
 
     Args:
         log_probabilities: float64 [members, tokens], each member's log-probability of each actual token.
         tolerance: Stop when a step gains less than this, in nats a token.
-        max_steps: Stop after so many steps at the latest.
+        max_steps: Largest number of steps.
 
     Raises:
         InputError: No tokens, or a token that is impossible for every member.
@@ -87,7 +87,7 @@ def _mean_log(mixed: NDArray[np.float64], top: NDArray[np.float64]) -> float:
 
 
 def given_weights(recipe: Recipe) -> Weights:
-    """The weights before any fitting: the recipe's own, normalised, or uniform ones."""
+    """Return the weights before any fitting: the recipe's own, normalized, or uniform ones."""
     names = [member.name for member in recipe.members]
     if isinstance(recipe.weights, dict):
         return Weights("given", dict(zip(names, normalize(recipe.weights, names).tolist(), strict=True)))
@@ -120,8 +120,8 @@ def fit_weights(
     Args:
         mixture: The loaded mixture; all its members are evaluated, whatever its weights are.
         domains: Domain name -> documents.
-        window: Most tokens that are read with one past.
-        max_tokens: Take so many tokens of each domain at most.
+        window: Largest number of tokens that are read with one past.
+        max_tokens: Largest number of tokens of each domain.
 
     Raises:
         InputError: A domain has no text to score.

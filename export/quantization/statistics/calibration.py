@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional
 
 from edgemix.errors import InputError
-from edgemix.export.models.layout import Layer, Layout, Part, layout
+from edgemix.export.models.layout import DecoderLayer, Layout, Part, layout
 from edgemix.export.training.token_loss import has_fast_bfloat16
 from edgemix.progress import NO_PROGRESS, Progress
 
@@ -96,7 +96,7 @@ class CalibratedLayer:
             states [batch, length, hidden], one after the other.
     """
 
-    layer: Layer
+    layer: DecoderLayer
     linears: dict[str, Part]
     statistics: dict[str, Statistics]
     run: Callable[[], Iterator[Tensor]]
@@ -131,7 +131,7 @@ def calibrate(
     with progress.stage("calibrate", len(parts.layers)) as task:
         for index, layer in enumerate(parts.layers):
 
-            def run(index: int = index, layer: Layer = layer) -> Iterator[Tensor]:
+            def run(index: int = index, layer: DecoderLayer = layer) -> Iterator[Tensor]:
                 for state in states:
                     yield _run(layer, state, options[state.shape[:2]][index])
 
@@ -197,7 +197,7 @@ def output_gradients(
 
 
 def _observe(
-    layer: Layer, run: Callable[[], Iterator[Tensor]], gradients: Mapping[str, Gradients] | None
+    layer: DecoderLayer, run: Callable[[], Iterator[Tensor]], gradients: Mapping[str, Gradients] | None
 ) -> dict[str, Statistics]:
     """The statistics of a layer's linears; without weights, measured once for those that read the same tensor."""
     linears = layer.linears()
@@ -271,7 +271,7 @@ def _first_states(
     return states, options
 
 
-def _run(layer: Layer, state: Tensor, arguments: _Arguments) -> Tensor:
+def _run(layer: DecoderLayer, state: Tensor, arguments: _Arguments) -> Tensor:
     with torch.no_grad(), torch.autocast(state.device.type, torch.bfloat16, enabled=has_fast_bfloat16(state.device)):
         made = layer.module(state, *arguments.positional, **arguments.named)
     return (made if isinstance(made, torch.Tensor) else made[0]).to(state.dtype)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from edgemix.export.models.layout import Layer, Norm, Part
+    from edgemix.export.models.layout import DecoderLayer, Norm, Part
     from edgemix.export.quantization.statistics.calibration import CalibratedLayer, Statistics
 
 Place = Literal["attention", "output", "mlp", "down"]
@@ -64,7 +64,7 @@ class Fold:
         return spread
 
 
-def folds(layer: Layer) -> Iterator[Fold]:
+def folds(layer: DecoderLayer) -> Iterator[Fold]:
     """The activations of a layer whose scales can move.
 
     What a feed-forward network without a gate makes is not among them: its activation function lies in between.

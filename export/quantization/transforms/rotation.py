@@ -36,7 +36,7 @@ def can_rotate(parts: Layout) -> str | None:
     if any(layer.later_norms for layer in parts.layers):
         return "its layers normalise what they add to the residual stream, with gains"
     pairs = list(_norms_and_readers(parts))
-    if len({norm.centred for norm, _ in pairs}) > 1:
+    if len({norm.centered for norm, _ in pairs}) > 1:
         return "some of its norms subtract the mean and others do not"
     for norm, readers in pairs:
         gain = norm.gain.abs()
@@ -92,8 +92,8 @@ def rotate_residual(model: PreTrainedModel, parts: Layout, seed: int = 0) -> Lay
     """
     parts = fold_norms(model, parts)
     size, generator = parts.embedding.embedding_dim, torch.Generator().manual_seed(seed)
-    centred = parts.final_norm.centred
-    turn = (_rotation_around_ones if centred else _rotation)(size, generator).to(parts.embedding.weight.device)
+    centered = parts.final_norm.centered
+    turn = (_rotation_around_ones if centered else _rotation)(size, generator).to(parts.embedding.weight.device)
     for table in (parts.embedding, *parts.positions):
         weight = table.weight.detach()
         weight.copy_(weight.double() @ turn)

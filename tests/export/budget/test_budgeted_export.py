@@ -163,7 +163,7 @@ def test_a_gguf_file_that_fits_keeps_its_own_quantisation(tmp_path: Path, monkey
 
 
 def test_a_student_counts_with_what_it_drafts_with(folder: Path, ends, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(draft_head, "SMALLEST", 100)
+    monkeypatch.setattr(draft_head, "MIN_VOCABULARY", 100)
     limit = int(1.9 * ends["int4"][0])
     student = Student(steps=2, prune=Pruning(ffn=0.34))
     manifest = export_bundle(recipe(folder, student=student), tmp_path / "b", force=True, budget=Budget(limit))

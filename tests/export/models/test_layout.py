@@ -8,14 +8,14 @@ from helpers.tiny_models import tiny_model
 from torch.nn import functional
 
 from edgemix.errors import InputError
-from edgemix.export.models.layout import Layer, Layout, Norm, Part, layout
+from edgemix.export.models.layout import DecoderLayer, Layout, Norm, Part, layout
 
 FAMILIES = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gpt2", "gpt_neox", "opt", "gemma2"]
 IDS = torch.arange(3, 35).view(1, 32)
 
 
 def normalised(norm: Norm, x: torch.Tensor) -> torch.Tensor:
-    x = x - x.mean(-1, keepdim=True) if norm.centred else x
+    x = x - x.mean(-1, keepdim=True) if norm.centered else x
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * norm.gain
     return x if norm.bias is None else x + norm.bias
 
@@ -123,6 +123,6 @@ def test_an_unknown_structure_is_refused(family: str, options: dict[str, object]
 def test_the_layout_is_a_view() -> None:
     model = tiny_model("llama")
     found: Layout = layout(model)
-    layer: Layer = found.layers[1]
+    layer: DecoderLayer = found.layers[1]
     layer.attention_norm.set_gain(torch.full((64,), 3.0))
     assert model.model.layers[1].input_layernorm.weight[0] == 3

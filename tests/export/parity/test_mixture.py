@@ -10,7 +10,7 @@ from helpers.onnx_members import VOCABULARY, ClosedForm, random_member, write_bu
 from safetensors.numpy import load_file
 
 from edgemix.export.parity import mixture
-from edgemix.export.parity.limits import FLIP_MARGIN
+from edgemix.export.parity.limits import TOP1_MARGIN
 from edgemix.export.parity.mixture import compare_mixtures, keep_distributions
 from edgemix.runtime import Mixture
 
@@ -66,7 +66,7 @@ def test_figures_are_what_their_formulas_say(tmp_path: Path) -> None:
     assert (figures.weights, figures.tokens) == (WEIGHTS, 3 * 49)
     assert figures.kl == pytest.approx(divergence(p, q), rel=1e-3)
     preferred = p.max(-1) - np.take_along_axis(p, q.argmax(-1)[..., None], -1)[..., 0]
-    assert figures.top1_disagreement == pytest.approx((preferred > FLIP_MARGIN).mean(), abs=0.01)
+    assert figures.top1_disagreement == pytest.approx((preferred > TOP1_MARGIN).mean(), abs=0.01)
     surprise = (np.take_along_axis(p, targets, -1) - np.take_along_axis(q, targets, -1)).mean()
     assert figures.perplexity_ratio == pytest.approx(np.exp(surprise), rel=1e-3)
 

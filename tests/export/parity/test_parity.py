@@ -18,7 +18,7 @@ from edgemix.errors import ParityError
 from edgemix.export.graphs.decoder import export_graph
 from edgemix.export.parity.against_fp32 import check_quantized
 from edgemix.export.parity.against_torch import check_graph
-from edgemix.export.parity.limits import FLIP_MARGIN, LIMITS, enforce
+from edgemix.export.parity.limits import LIMITS, TOP1_MARGIN, enforce
 from edgemix.formats import FORMATS
 from edgemix.runtime.graphs.decoder import DecoderGraph
 
@@ -128,7 +128,7 @@ def test_figures_are_what_their_formulas_say(exact: Exported, rough: Exported, w
     preferred = p.amax(-1) - p.gather(-1, q.argmax(-1, keepdim=True))[..., 0]
     figures = check_quantized(exact.path, rough.path, exact.config, windows, format="int4")
     assert figures.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
-    assert figures.top1_disagreement == pytest.approx((preferred > FLIP_MARGIN).double().mean().item(), abs=0.005)
+    assert figures.top1_disagreement == pytest.approx((preferred > TOP1_MARGIN).double().mean().item(), abs=0.005)
     ratio = (p.gather(-1, next_ids) - q.gather(-1, next_ids)).mean().exp().item()
     assert figures.perplexity_ratio == pytest.approx(ratio, rel=1e-4)
     assert (figures.kl_limit, figures.top1_disagreement_limit) == (LIMITS["int4"].kl, LIMITS["int4"].top1_disagreement)

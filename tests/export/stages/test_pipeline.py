@@ -401,7 +401,7 @@ def test_ngrams_are_kept_over_an_interruption(folder, tmp_path, monkeypatch):
 
 
 def test_a_student_of_a_large_vocabulary_drafts_its_frequent_tokens(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(draft_head, "SMALLEST", 100)
+    monkeypatch.setattr(draft_head, "MIN_VOCABULARY", 100)
     manifest = export_bundle(student_recipe(folder), tmp_path / "bundle")
     assert manifest.student.draft == DraftGraph("student/draft.onnx", "student/draft_tokens.json", 64)
     verify_bundle(tmp_path / "bundle", manifest)
@@ -422,16 +422,16 @@ def test_a_student_of_a_large_vocabulary_drafts_its_frequent_tokens(folder, tmp_
 @pytest.mark.parametrize(
     ("cut", "reason"),
     [
-        (lambda *_: False, "that is of a form that cannot be cut"),
+        (lambda *_: False, "that has an unknown structure"),
         (lambda _, output, __: output.write_bytes(b"no graph"), "with a cut one it does not run"),
         (
             lambda source, output, tokens: cut_head(source, output, tokens[::-1]),
-            "with a cut one it says something else",
+            "with a cut one its logits differ",
         ),
     ],
 )
 def test_a_student_that_cannot_be_cut_drafts_with_its_whole_head(folder, tmp_path, monkeypatch, cut, reason):
-    monkeypatch.setattr(draft_head, "SMALLEST", 100)
+    monkeypatch.setattr(draft_head, "MIN_VOCABULARY", 100)
     monkeypatch.setattr(draft_head, "cut_head", cut)
     lines = []
     monkeypatch.setattr(type(NO_PROGRESS), "log", lambda _, line: lines.append(line))

@@ -1,8 +1,8 @@
 """CUDA graphs: calls of one shape that a GPU records once and then replays as a whole, kernel launches included.
 
 A recording holds addresses and shapes. So inputs and logits have memory of their own that stays in place, the mask is
-as wide as the cache, and a call whose cache has moved needs another recording. ONNX Runtime keeps recordings by number as
-long as the session lives: -1 records nothing, and 0 is reserved. The first call of a number runs several times; that
+as wide as the cache, and a call whose cache has moved needs another recording. ONNX Runtime keeps recordings by number
+as long as the session lives: -1 records nothing, and 0 is reserved. The first call of a number runs several times; that
 changes nothing, as the cache's positions are written again each time.
 """
 

@@ -1,8 +1,8 @@
 """The key-value cache of a graph for a batch of sequences, of either kind (`graph_io.CacheKind`).
 
-Both kinds, `shared_cache` and `growing_cache`, have the same few operations, and the rest of the runtime uses no others:
-read more tokens, roll rows back, keep some rows, split the batch into single sequences and join them again. A cache
-belongs to one call of one thread; sequences are independent of each other.
+Both kinds, `shared_cache` and `growing_cache`, have the same few operations, and the rest of the runtime uses no
+others: read more tokens, roll rows back, keep some rows, split the batch into single sequences and join them again.
+A cache belongs to one call of one thread; sequences are independent of each other.
 """
 
 from __future__ import annotations

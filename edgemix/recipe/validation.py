@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from edgemix.bundle.manifest import MEMBER_NAME, RESERVED_NAMES
 from edgemix.errors import InputError
+from edgemix.formats import FORMAT_SPECS
 from edgemix.recipe.compression import pruning_problems, quantization_problems, student_problems
 from edgemix.recipe.text_sources import read_documents
 from edgemix.recipe.yaml_loader import Problem, did_you_mean
@@ -105,9 +106,9 @@ def _format_problems(recipe: Recipe) -> Iterator[Problem]:
         formats += [(("members", i, "format"), m.format) for i, m in enumerate(recipe.members)]
         if recipe.student is not None:
             formats.append((("student", "format"), recipe.student.format))
-        for where, form in formats:
-            if form == "int8-dynamic":
-                yield Problem(where, "int8-dynamic runs on the CPU only; with target: cuda choose int8")
+        for where, name in formats:
+            if name is not None and recipe.target not in FORMAT_SPECS[name].targets:
+                yield Problem(where, f"{name} runs on the CPU only; with target: cuda choose int8")
 
 
 def _cache_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -115,10 +116,10 @@ def _cache_problems(recipe: Recipe) -> Iterator[Problem]:
         return
     if recipe.stack:
         yield Problem(("cache",), "int8 does not go with stack: a graph of several members keeps their state in float")
-    forms = [member.format or recipe.format for member in recipe.members]
+    formats = [member.format or recipe.format for member in recipe.members]
     if recipe.student is not None:
-        forms.append(recipe.student.format)
-    if any(form in ("fp32", "fp16") for form in forms):
+        formats.append(recipe.student.format)
+    if any(FORMAT_SPECS[name].floating_point for name in formats):
         yield Problem(("cache",), "int8 goes with quantised formats: fp32 and fp16 promise more than it keeps")
 
 

@@ -9,7 +9,8 @@ import msgspec
 import numpy as np
 
 from edgemix.bundle.manifest import QuantizationParity
-from edgemix.export.parity.limits import LIMITS, TOP1_MARGIN
+from edgemix.export.parity.limits import TOP1_MARGIN
+from edgemix.formats import FORMAT_SPECS
 from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.runtime.graphs.decoder import DecoderGraph
 from edgemix.runtime.mixing.arithmetic import log_softmax
@@ -58,7 +59,7 @@ def check_quantized(
         config: The stored graph's; the fp32 graph's differs in the dtype and computes one member only.
         windows: Texts as token ids. About 2,048 tokens of them are used, taken evenly. Fewer than 512 are filled up
             with texts sampled from the fp32 graph at temperature 1, so that recipes without data are checked, too.
-        format: The row of `LIMITS` to use.
+        format: The format, whose limits apply.
         member: Index of the member within the stored graph.
         seed: Seed of the sampled texts.
         progress: Progress callback.
@@ -78,7 +79,7 @@ def check_quantized(
         for text in some:
             for p, q, targets in _decoded_pairs(source, stored, member, text, _DECODED // len(some)):
                 decode.add(p, q, targets)
-    limits = LIMITS[format]
+    limits = FORMAT_SPECS[format].limits
     return QuantizationParity(
         tokens=prefill.tokens,
         kl=prefill.kl,

@@ -1,44 +1,15 @@
-"""The only table of tolerances: how far a graph may be from its source, and the error for one that is further."""
+"""Tolerances: how far a graph may be from its source, and the error for one that is further.
+
+Those of quantized graphs are in `edgemix.formats`.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from edgemix.bundle.manifest import GraphParity, PruningFigures, QuantizationParity
 from edgemix.errors import ParityError
-
-if TYPE_CHECKING:
-    from edgemix.formats import Format
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits of a format's distance from fp32.
-
-    Attributes:
-        kl: Mean KL divergence, nats a token.
-        top1_disagreement: Share of positions with another most probable token.
-        perplexity_ratio: Perplexity over that of fp32.
-    """
-
-    kl: float
-    top1_disagreement: float
-    perplexity_ratio: float
-
-
-LIMITS: dict[Format, Limits] = {
-    "fp32": Limits(kl=1e-6, top1_disagreement=0.001, perplexity_ratio=1.001),
-    "fp16": Limits(kl=1e-3, top1_disagreement=0.01, perplexity_ratio=1.01),
-    "int8": Limits(kl=0.02, top1_disagreement=0.05, perplexity_ratio=1.03),
-    "int8-dynamic": Limits(kl=0.05, top1_disagreement=0.1, perplexity_ratio=1.05),
-    "int4": Limits(kl=0.45, top1_disagreement=0.35, perplexity_ratio=1.5),
-    "nf4": Limits(kl=0.45, top1_disagreement=0.35, perplexity_ratio=1.5),
-}
-"""Set by SmolLM2-135M, which is small and so hard to quantize. Its worst figures on WikiText-2 and Python are: int8
-0.004, 0.015, 1.01; int4 0.29, 0.26, 1.27; nf4 a bit less; int8-dynamic 1.01 with its outliers treated, and otherwise,
-which must not pass, 0.28, 0.23, 1.25. Sampled text gives figures about a third higher, which the limits allow."""
 
 
 @dataclass(frozen=True)

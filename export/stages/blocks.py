@@ -20,17 +20,16 @@ from edgemix.export.quantization.statistics import calibration
 from edgemix.export.quantization.statistics.sensitivity import costs, most_sensitive
 from edgemix.export.training.checkpoints import Checkpoint
 from edgemix.export.training.loop import fingerprint
+from edgemix.formats import FORMAT_SPECS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from edgemix.export.context import ExportContext
     from edgemix.export.models.loading import LoadedMember
     from edgemix.export.stages.models import MemberModels
-    from edgemix.formats import Format
     from edgemix.recipe.schema import MemberRecipe
 
-_BITS: Mapping[Format, Literal[4, 8]] = {"int4": 4, "int8": 8}
 _GGUF_BLOCK = 32
 
 
@@ -56,11 +55,12 @@ class MemberBlocks:
             InputError: The member cannot be read, or its structure is not known.
         """
         weight_format, quantization = self._models.format(spec), self._models.quantization(spec)
-        if eight_bit is None and weight_format in _BITS:
-            own = self.repacked(spec, _BITS[weight_format])
+        row = FORMAT_SPECS[weight_format]
+        if eight_bit is None and row.block_bits is not None:
+            own = self.repacked(spec, row.block_bits)
             if own is not None:
                 return own
-        if weight_format != "int4" or quantization.algorithm in ("rtn", "hqq"):
+        if not row.mixed_bits or quantization.algorithm in ("rtn", "hqq"):
             return None
         if not self._models.has_text():
             note = "int4 by plain rounding; with text under data: calibration: it loses far less"

@@ -18,6 +18,7 @@ from edgemix.export.models.location import locate
 from edgemix.export.models.tokenizers import tokenizer_size
 from edgemix.export.parity.against_fp32 import sample_texts
 from edgemix.export.pruning.report import sparsity
+from edgemix.formats import FORMAT_SPECS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -98,8 +99,9 @@ class MemberGraphs:
         Raises:
             As `make`.
         """
-        needed = needed or weight_format == "int8-dynamic"
-        if not needed and weight_format not in ("int8", "int4"):
+        calibration = FORMAT_SPECS[weight_format].calibration
+        needed = needed or calibration == "required"
+        if not needed and calibration == "none":
             return []
         config = self.make(spec).config
         if spec.name not in self._windows:  # a budget asks for each candidate

@@ -19,6 +19,7 @@ from edgemix.export.pruning.packing import pack_weights
 from edgemix.export.quantization import quantize
 from edgemix.export.quantization.graph.key_value import cache_scales
 from edgemix.export.stages.graphs import GraphRecord
+from edgemix.formats import FORMAT_SPECS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -108,7 +109,7 @@ class MemberExporter:
         key = stage_key(
             graph=self._graphs.key(spec),
             format=weight_format,
-            quantization=self._models.quantization(spec) if weight_format in ("int4", "int8") else None,
+            quantization=self._models.quantization(spec) if FORMAT_SPECS[weight_format].block_bits else None,
             cache=self._context.recipe.cache,
             eight_bits=self._eight_bits.get(spec.name),
             data=self._models.data_digest(),

@@ -17,6 +17,7 @@ from edgemix.export.parity.limits import enforce
 from edgemix.export.pruning.prune import prune_member, pruning_domains
 from edgemix.export.quantization.statistics.calibration import LENGTH, WINDOWS
 from edgemix.export.quantization.transforms.preparation import prepare_model
+from edgemix.formats import FORMAT_SPECS
 from edgemix.recipe.text_sources import read_documents
 
 if TYPE_CHECKING:
@@ -120,8 +121,8 @@ class MemberModels:
         return {domain: read_documents(source, self._recipe.folder) for domain, source in sources.items()}
 
     def _prepares(self, spec: MemberRecipe) -> bool:
-        form, quantization = self.format(spec), self.quantization(spec)
-        return (quantization.rotate and form in ("int4", "int8-dynamic")) or (quantization.scale and form == "int4")
+        row, quantization = FORMAT_SPECS[self.format(spec)], self.quantization(spec)
+        return (quantization.rotate and row.rotatable) or (quantization.scale and row.mixed_bits)
 
     def _pruned_key(self, spec: MemberRecipe) -> str:
         parts = [self._digest(locate(part, self._recipe.folder)) for part in (spec.model, spec.adapter) if part]

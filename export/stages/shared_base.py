@@ -21,6 +21,7 @@ from edgemix.export.quantization import quantize
 from edgemix.export.quantization.algorithms.block_table import BlockTable
 from edgemix.export.quantization.algorithms.rtn import rtn
 from edgemix.export.stages.graphs import CALIBRATION_WINDOWS
+from edgemix.formats import FORMAT_SPECS
 from edgemix.recipe.schema import MemberRecipe
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ the exporter joined of three.
 
 _ADDITION_BITS, _ADDITION_BLOCK = 8, 16
 """Bits and block of the additions' first factors in int8 and int4; their second factors stay in floating point."""
-_SHARED_FORMATS = ("fp32", "fp16", "int8", "int8-dynamic", "int4")
+_SHARED_FORMATS = tuple(name for name, row in FORMAT_SPECS.items() if row.shared_base)
 
 
 class SharedBaseGraph(msgspec.Struct, frozen=True):
@@ -174,7 +175,7 @@ class SharedBaseGraphs:
     ) -> SharedBaseGraph:
         """Write the graph in its format, and compare each of its members with that member's fp32 graph."""
         weight_format, target, progress = self._models.format(group[0]), self._recipe.target, self._progress
-        table = _table(self._blocks.find(base), deltas) if weight_format in ("int4", "int8") else None
+        table = _table(self._blocks.find(base), deltas) if FORMAT_SPECS[weight_format].block_bits else None
         block = self._models.quantization(group[0]).group
         with progress.stage(weight_format), storage_errors(f"writing {output}"):
             shutil.rmtree(output.parent, ignore_errors=True)

@@ -7,17 +7,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from edgemix.formats import FORMAT_SPECS
 from edgemix.results.profile import RooflinePoint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from edgemix.formats import Format
     from edgemix.results.profile import Machine
     from edgemix.runtime.graphs.decoder import DecoderGraph
     from edgemix.runtime.profiling.graphs import Graph
-
-_IN_INT8 = frozenset({"int8", "int8-dynamic", "int4"})
-"""Formats whose products are computed in 8 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,7 @@ class Work:
     int8: bool
 
     @classmethod
-    def of(cls, graph: Graph, decoder: DecoderGraph, format_: str) -> Work:
+    def of(cls, graph: Graph, decoder: DecoderGraph, format_: Format) -> Work:
         """Return the work of a member's graph."""
         slots = decoder.layout.slots
         numbers = sum(slot.heads * slot.head_size for slot in slots)
@@ -49,7 +48,7 @@ class Work:
             state=numbers * decoder.layout.dtype.itemsize,
             products=decoder.member_count * graph.multiply_adds(),
             attention=2 * decoder.member_count * graph.query_heads * size or numbers,
-            int8=format_ in _IN_INT8,
+            int8=FORMAT_SPECS[format_].integer_products,
         )
 
     def bytes(self, tokens: int, context: int) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from edgemix.cli.command import command
 from edgemix.cli.console import megabytes
 from edgemix.cli.options import bundle_argument
+from edgemix.formats import FORMAT_SPECS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -149,7 +150,7 @@ def _show_budget(console: Console, manifest: Manifest, budget: BudgetFigures) ->
 
 
 def _share(entry: MemberEntry) -> str:
-    return f"{100 * entry.eight_bits:.0f}" if entry.format == "int4" else ""
+    return f"{100 * entry.eight_bits:.0f}" if FORMAT_SPECS[entry.format].mixed_bits else ""
 
 
 def _milliseconds(seconds: float | None) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import altair as alt
 
+from edgemix.formats import FORMAT_SPECS
 from edgemix.report import formatting
 from edgemix.report.blocks import Block, Cell, Figure, Note, Section, Table, row
 from edgemix.report.charts import basic
@@ -54,7 +55,9 @@ def _members(data: ReportData) -> Table:
         source = entry.source
         model = formatting.name(f"{source.model} + {source.adapter}" if source.adapter else source.model)
         eighth = (
-            f" ({formatting.share(entry.eight_bits)} at 8 bits)" if entry.format == "int4" and entry.eight_bits else ""
+            f" ({formatting.share(entry.eight_bits)} at 8 bits)"
+            if FORMAT_SPECS[entry.format].mixed_bits and entry.eight_bits
+            else ""
         )
         rows.append(
             row(

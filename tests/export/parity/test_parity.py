@@ -18,8 +18,8 @@ from edgemix.errors import ParityError
 from edgemix.export.graphs.decoder import export_graph
 from edgemix.export.parity.against_fp32 import check_quantized
 from edgemix.export.parity.against_torch import check_graph
-from edgemix.export.parity.limits import LIMITS, TOP1_MARGIN, enforce
-from edgemix.formats import FORMATS
+from edgemix.export.parity.limits import TOP1_MARGIN, enforce
+from edgemix.formats import FORMAT_SPECS, FORMATS
 from edgemix.runtime.graphs.decoder import DecoderGraph
 
 if TYPE_CHECKING:
@@ -131,7 +131,8 @@ def test_figures_are_what_their_formulas_say(exact: Exported, rough: Exported, w
     assert figures.top1_disagreement == pytest.approx((preferred > TOP1_MARGIN).double().mean().item(), abs=0.005)
     ratio = (p.gather(-1, next_ids) - q.gather(-1, next_ids)).mean().exp().item()
     assert figures.perplexity_ratio == pytest.approx(ratio, rel=1e-4)
-    assert (figures.kl_limit, figures.top1_disagreement_limit) == (LIMITS["int4"].kl, LIMITS["int4"].top1_disagreement)
+    limits = FORMAT_SPECS["int4"].limits
+    assert (figures.kl_limit, figures.top1_disagreement_limit) == (limits.kl, limits.top1_disagreement)
 
 
 def test_the_gate_decodes(exact: Exported, rough: Exported, windows: list[list[int]]) -> None:
@@ -218,7 +219,8 @@ def test_texts_longer_than_the_context_are_cut(exact: Exported) -> None:
 
 
 def test_every_format_has_limits() -> None:
-    assert set(LIMITS) == set(FORMATS)
+    assert [row.name for row in FORMAT_SPECS.values()] == list(FORMATS)
+    assert all(row.limits.kl > 0 for row in FORMAT_SPECS.values())
 
 
 def test_enforce_names_member_figures_limits_and_remedy() -> None:

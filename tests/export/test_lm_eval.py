@@ -3,8 +3,7 @@
 import json
 
 import pytest
-from helpers.tiny_models import tiny_model
-from test_members import tiny_tokenizer
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 
 from edgemix.export.pipeline import export_bundle
 from edgemix.recipe.schema import MemberRecipe, Recipe

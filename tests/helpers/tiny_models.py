@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 160,
@@ -61,3 +62,18 @@ def tiny_model(name: str, **options: Any) -> PreTrainedModel:
             scale = 0.3 if parameter.ndim == 1 else 0.12
             parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
     return model.eval()
+
+
+def tiny_tokenizer(merges=(("a", "b"),), bos=False):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
+    for left, right in merges:
+        vocabulary[left + right] = len(vocabulary)
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    if bos:
+        from tokenizers.processors import TemplateProcessing
+
+        backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")

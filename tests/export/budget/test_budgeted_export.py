@@ -8,7 +8,7 @@ import msgspec
 import onnx_ir as ir
 import pytest
 from helpers.distillation_setting import recipe_in, write_setting
-from test_member_blocks import recipe as gguf_recipe
+from helpers.exports import gguf_recipe
 
 from edgemix.bundle.reader import read_manifest
 from edgemix.bundle.verify import verify_bundle

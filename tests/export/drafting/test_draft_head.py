@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from helpers.quantized_graphs import VOCABULARY, run, shrink, write_decoder
 from helpers.tiny_models import tiny_model
 from onnx import TensorProto, helper, numpy_helper
-from test_quantization import VOCABULARY, run, shrink, write_decoder
 
 from edgemix.bundle.external_data import external_files, external_tensors
 from edgemix.bundle.manifest import GraphParity

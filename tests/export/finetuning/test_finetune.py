@@ -4,9 +4,8 @@ import signal
 import peft
 import pytest
 import torch
+from helpers.finetuning_setting import OPTIONS, TEXT, eos_tokenizer, weights
 from helpers.tiny_models import tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from edgemix.errors import InputError
 from edgemix.export.finetuning.finetune import finetune, finetune_model
@@ -15,27 +14,15 @@ from edgemix.export.models.location import locate
 from edgemix.files import acquire_lock
 from edgemix.progress import NO_PROGRESS
 
-TEXT = [f"the {animal} sat on the {place}, and all was well with the {animal}.\n" * 12
-        for animal in ("cat", "dog", "owl", "fox") for place in ("mat", "log", "bough")]  # fmt: skip
-OPTIONS = {"base_name": "tiny", "rank": 4, "steps": 12, "batch": 4, "length": 24, "learning_rate": 1e-2}
-
 
 @pytest.fixture
 def tokenizer():
-    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
-                                 if i < 159} | {"<eos>": 159}, []))  # fmt: skip
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+    return eos_tokenizer()
 
 
 @pytest.fixture
 def model():
     return tiny_model("llama")
-
-
-def weights(folder):
-    return (folder / "adapter_model.safetensors").read_bytes()
 
 
 def test_the_expert_specialises_and_the_base_stays(model, tokenizer, tmp_path):

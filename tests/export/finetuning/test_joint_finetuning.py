@@ -7,8 +7,8 @@ import msgspec
 import peft
 import pytest
 import torch
+from helpers.finetuning_setting import eos_tokenizer, weights
 from helpers.tiny_models import tiny_model
-from test_finetune import tokenizer, weights  # noqa: F401 - a fixture
 
 from edgemix.errors import InputError
 from edgemix.export.finetuning.finetune import finetune_model
@@ -22,6 +22,12 @@ from edgemix.recipe.load import load_recipe
 from edgemix.recipe.schema import Data, MemberRecipe, Recipe
 from edgemix.recipe.text_sources import TextSource
 
+
+@pytest.fixture
+def tokenizer():
+    return eos_tokenizer()
+
+
 ANIMALS = [f"the {a} sat on the {b}, and all was well with the {a}.\n" * 8
            for a in ("cat", "dog", "owl", "fox", "hen") for b in ("mat", "log", "bough", "wall")]  # fmt: skip
 NUMBERS = [f"{a} + {b} = {a + b}; {b} + {a} = {a + b}; {a} * {b} = {a * b};\n" * 8
@@ -31,7 +37,7 @@ OPTIONS = {"rank": 4, "steps": 12, "batch": 4, "length": 24, "learning_rate": 1e
 
 
 @pytest.fixture
-def recipe(tokenizer, tmp_path):  # noqa: F811
+def recipe(tokenizer, tmp_path):
     """Two members on one base, and one on another."""
     for name, model in (("base", tiny_model("llama")), ("gpt2", tiny_model("gpt2"))):
         model.save_pretrained(tmp_path / name)
@@ -75,7 +81,7 @@ def test_the_members_of_one_base_share_it_and_learn_by_responsibility(recipe):
 
 
 @pytest.mark.parametrize("separate", [False, True])
-def test_one_member_is_plain_fine_tuning(recipe, tokenizer, tmp_path, separate):  # noqa: F811
+def test_one_member_is_plain_fine_tuning(recipe, tokenizer, tmp_path, separate):
     recipe = msgspec.structs.replace(recipe, members=recipe.members[:1])
     report = finetune_mixture(recipe, tmp_path / "mixture", {"animals": ANIMALS}, separate=separate, **OPTIONS)
     plain = finetune_model(tiny_model("llama"), tokenizer, tmp_path / "p", ANIMALS, base_name="base", **OPTIONS)
@@ -87,7 +93,7 @@ def test_one_member_is_plain_fine_tuning(recipe, tokenizer, tmp_path, separate):
     assert report.members[0].parameters == plain.parameters
 
 
-def test_alone_each_member_learns_from_the_domain_of_its_name(recipe, tokenizer, tmp_path):  # noqa: F811
+def test_alone_each_member_learns_from_the_domain_of_its_name(recipe, tokenizer, tmp_path):
     """And from all text, if none has it."""
     recipe = msgspec.structs.replace(recipe, members=(recipe.members[0], MemberRecipe("general", "base")))
     report = finetune_mixture(recipe, tmp_path / "alone", TEXTS, separate=True, **OPTIONS)

@@ -11,9 +11,8 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_models import tiny_model
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 from helpers.trained_models import text, trained
-from test_members import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edgemix.bundle.reader import read_manifest

@@ -10,9 +10,9 @@ import onnx_ir as ir
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from helpers.gguf_files import Array, pack, write, write_gguf
+from helpers.quantized_graphs import log_softmax, run, without_int8_products
 from helpers.tiny_models import tiny_model
-from test_members import write_gguf
-from test_quantization import log_softmax, run, without_int8_products
 
 from edgemix.bundle.manifest import GraphParity
 from edgemix.errors import InputError
@@ -26,46 +26,17 @@ from edgemix.export.quantization.algorithms.rtn import rtn
 from edgemix.formats import TARGETS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from transformers import PreTrainedModel
 
     from edgemix.formats import Target
 
-Array = np.ndarray
 
 IDS = np.random.default_rng(1).integers(3, 160, (2, 24))
 
 KINDS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 """What is repacked, and into how many bits."""
-
-
-def pack(array: Array, kind: str) -> Array:
-    """The bytes of a matrix; K-quants, which gguf-py only reads, are random."""
-    if kind != "Q6_K":
-        return gguf.quantize(array, Kind[kind])
-    rng = np.random.default_rng(array.size)
-    stored = rng.integers(0, 256, (len(array), array.shape[1] // 256, 210), dtype=np.uint8)
-    stored[..., 192:208] = rng.integers(1, 30, stored[..., 192:208].shape)
-    stored[..., 208:] = np.array([2e-4], np.float16).view(np.uint8)
-    return stored.reshape(len(array), -1)
-
-
-def write(folder: Path, kinds: Mapping[str, str], otherwise: str, **options: object) -> Location:
-    """A tiny llama whose matrices have the kinds that parts of their names say.
-
-    Its widths, 64 (two sums, filled up) and 256 (eight sums), are both ways to make sums of activations.
-    """
-
-    def packed(name: str, array: Array) -> tuple[Array, Kind]:
-        kind = next((kind for part, kind in kinds.items() if part in name), otherwise)
-        return pack(array, kind), Kind[kind]
-
-    folder.mkdir(exist_ok=True)
-    model = tiny_model("llama", **{"vocab_size": 300, "intermediate_size": 256, **options})
-    write_gguf(folder / "tiny.gguf", model, packed)
-    return Location(folder, "tiny.gguf", "tiny.gguf")
 
 
 def matrices(model: PreTrainedModel) -> dict[str, Array]:

@@ -4,8 +4,7 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 import pytest
-from helpers.tiny_models import tiny_model
-from test_members import tiny_tokenizer
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 
 from edgemix.errors import EdgemixError, InputError, RecipeError
 from edgemix.export.budget.plan import Budget

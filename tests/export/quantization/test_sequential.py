@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.tiny_models import tiny_model
-from test_distilled import BLOCK, divergence, matrices, text, trained
+from helpers.trained_linears import BLOCK, divergence, matrices, text, trained
 
 from edgemix.errors import InputError
 from edgemix.export.models.layout import layout

@@ -4,8 +4,8 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from helpers.finetuning_setting import OPTIONS, TEXT, eos_tokenizer
 from helpers.tiny_models import tiny_model
-from test_finetune import OPTIONS, TEXT, tokenizer  # noqa: F401 - a fixture
 
 from edgemix.errors import InputError
 from edgemix.export.finetuning.finetune import finetune, finetune_model
@@ -17,12 +17,18 @@ from edgemix.export.training.qlora import load_base, quantize_linears, split_lin
 from edgemix.progress import NO_PROGRESS
 from edgemix.recipe.schema import MemberRecipe, Recipe
 
+
+@pytest.fixture
+def tokenizer():
+    return eos_tokenizer()
+
+
 OPTIONS_OF_A_FILE = {name: value for name, value in OPTIONS.items() if name != "base_name"}
 SHAPE = {"hidden_size": 128, "intermediate_size": 256}
 
 
 @pytest.fixture
-def base(tokenizer, tmp_path):  # noqa: F811
+def base(tokenizer, tmp_path):
     folder = tmp_path / "base"
     tiny_model("llama", **SHAPE).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -102,7 +108,7 @@ def test_members_in_4_bits_learn_jointly(base, tmp_path):
     assert report.validation_after < report.validation_before - 0.5
 
 
-def test_gpt2s_convolutions_are_kept_in_4_bits(tokenizer, tmp_path):  # noqa: F811
+def test_gpt2s_convolutions_are_kept_in_4_bits(tokenizer, tmp_path):
     model = quantize_linears(tiny_model("gpt2"))
     assert sum(isinstance(module, Linear4bit) for module in model.modules()) == 8
     full, ids = tiny_model("gpt2"), torch.arange(3, 60)[None]
@@ -120,7 +126,7 @@ def test_rows_of_whole_blocks_survive_4_bits(shape, fits):
     assert survives_nf4(*shape) is fits
 
 
-def test_layers_that_do_not_fit_stay_as_they_are(tokenizer, tmp_path):  # noqa: F811
+def test_layers_that_do_not_fit_stay_as_they_are(tokenizer, tmp_path):
     """intermediate_size is 96: a row of down_proj ends inside a block, and bitsandbytes would read it wrongly."""
     model = tiny_model("llama")
     assert {name.rpartition(".")[2] for name in split_linears(model).unsupported} == {"down_proj"}

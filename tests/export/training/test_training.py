@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from helpers.quadratic import WINDOWS, Quadratic
 from torch import nn
 
 from edgemix.errors import EdgemixError, InputError
@@ -15,8 +15,6 @@ from edgemix.export.training import loop
 from edgemix.export.training.checkpoints import Checkpoint
 from edgemix.export.training.loop import TrainingBudget, Validation, learning_rate_factor, train
 from edgemix.progress import NO_PROGRESS
-
-WINDOWS = np.arange(40, dtype=np.int64).reshape(20, 2)
 
 
 class Recorder:
@@ -206,22 +204,6 @@ def test_the_rate_rises_then_falls():
     assert learning_rate_factor(1.2, 300) == 0
 
 
-class Quadratic:
-    """A loss without noise, whose mean over windows is what it is over all of them at once."""
-
-    def __init__(self, size=6):
-        torch.manual_seed(0)
-        self.parameters = {"p": nn.Parameter(torch.randn(size))}
-
-    def __call__(self, ids):
-        target = ids.float().mean(1, keepdim=True) / 40
-        return ((self.parameters["p"] - target) ** 2).mean()
-
-    def train(self, steps=9, **options):
-        defaults = {"budget": TrainingBudget(steps), "batch": 6, "learning_rate": 0.1}
-        return train(self, self.parameters, WINDOWS, **defaults | options)
-
-
 def test_accumulated_gradients_are_a_larger_batchs():
     whole, parts = Quadratic(), Quadratic()
     expected = whole.train()
@@ -300,9 +282,10 @@ def test_moments_in_8_bits_train_as_well():
 _WORKER = """
 import sys, torch
 from pathlib import Path
-sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parents[1])]
+sys.path.insert(0, sys.argv[1])
 from accelerate import Accelerator
-from test_training import Quadratic, Validation
+from helpers.quadratic import Quadratic
+from edgemix.export.training.loop import Validation
 workers = Accelerator(cpu=True)
 run = Quadratic()
 state = run.train(batch=3, accelerator=workers, validation=Validation(lambda: 1.0, times=3, patience=2))
@@ -325,7 +308,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
         port = free.getsockname()[1]
     shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                            "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # fmt: skip
-    command = [sys.executable, "-c", _WORKER, str(Path(__file__).parent), values]
+    command = [sys.executable, "-c", _WORKER, str(Path(__file__).parents[2]), values]
     processes = [
         subprocess.Popen(command, env=shared | {"RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, text=True)
         for rank in "01"

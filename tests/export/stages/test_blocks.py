@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from test_gguf_blocks import write
-from test_pipeline import TEXT, Spy, graphs
+from helpers.exports import Spy, gguf_recipe, graphs
 
 from edgemix.export.pipeline import export_bundle
 from edgemix.export.stages import blocks
 from edgemix.recipe.compression import Quantization
-from edgemix.recipe.schema import Data, MemberRecipe, Recipe
-from edgemix.recipe.text_sources import TextSource
-
-
-def recipe(folder, kinds, otherwise, **changes):
-    write(folder, kinds, otherwise, vocab_size=320)
-    (folder / "text.txt").write_text(TEXT)
-    data = Data(calibration={"prose": TextSource("text.txt")})
-    options = {"members": (MemberRecipe("m", "tiny.gguf"),), "data": data, "format": "int4", "folder": folder}
-    return Recipe(**(options | changes))
+from edgemix.recipe.schema import Data, Recipe
 
 
 @pytest.mark.parametrize(
@@ -27,7 +17,7 @@ def recipe(folder, kinds, otherwise, **changes):
 )
 def test_they_are_repacked(kinds, otherwise, form, tmp_path, monkeypatch):
     trained = Spy(monkeypatch, "distill_blocks", blocks)
-    built = recipe(tmp_path / "m", kinds, otherwise, format=form)
+    built = gguf_recipe(tmp_path / "m", kinds, otherwise, format=form)
     member = export_bundle(built, tmp_path / "kept").members[0]
     assert not trained.calls
     assert member.eight_bits == 0
@@ -55,6 +45,6 @@ def test_they_are_repacked(kinds, otherwise, form, tmp_path, monkeypatch):
 def test_others_are_not(kinds, changes, tmp_path, monkeypatch):
     """A file that has blocks for some weights only, and recipes that name something else."""
     trained = Spy(monkeypatch, "distill_blocks", blocks)
-    built = recipe(tmp_path / "m", kinds, "Q4_0", **({"quantization": Quantization(steps=2)} | changes))
+    built = gguf_recipe(tmp_path / "m", kinds, "Q4_0", **({"quantization": Quantization(steps=2)} | changes))
     export_bundle(built, tmp_path / "bundle", force=True)
     assert len(trained.calls) == 1

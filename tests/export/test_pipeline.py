@@ -1,12 +1,10 @@
 """Recipe in, bundle out: what is kept, what is refused, what is the same every time."""
 
-import hashlib
-
 import msgspec
 import numpy as np
 import pytest
-from helpers.tiny_models import tiny_model
-from test_members import tiny_tokenizer
+from helpers.exports import TEXT, Spy, graphs
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 
 from edgemix.bundle.manifest import NGRAMS, DraftGraph
 from edgemix.bundle.reader import draft_tokens, ngram_table, read_manifest
@@ -29,8 +27,6 @@ from edgemix.recipe.text_sources import TextSource
 from edgemix.runtime import Mixture
 from edgemix.runtime.evaluation.evaluate import evaluate
 
-TEXT = "the quick brown fox jumps over the lazy dog, and then it sleeps. " * 40
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -48,24 +44,6 @@ def recipe(folder, **changes):
     text = {"prose": TextSource("text.txt")}
     options = {"members": members, "data": Data(validation=text, max_tokens=600), "format": "int8", "folder": folder}
     return Recipe(**(options | changes))
-
-
-class Spy:
-    """Calls through, and remembers with what."""
-
-    def __init__(self, monkeypatch, name, module):
-        self.calls, self._real = [], getattr(module, name)
-        monkeypatch.setattr(module, name, self)
-
-    def __call__(self, *arguments, **options):
-        self.calls.append(arguments)
-        return self._real(*arguments, **options)
-
-
-def graphs(bundle):
-    return {
-        path.relative_to(bundle): hashlib.sha256(path.read_bytes()).digest() for path in bundle.rglob("model.onnx*")
-    }
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_models import tiny_model
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
-from test_members import tiny_tokenizer
 
 from edgemix.bundle.reader import read_manifest
 from edgemix.bundle.verify import verify_bundle

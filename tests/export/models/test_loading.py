@@ -3,14 +3,12 @@
 import json
 import shutil
 
-import gguf
-import numpy as np
 import pytest
 import torch
-from helpers.tiny_models import tiny_model
+from helpers.gguf_files import write_gguf
+from helpers.tiny_models import tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import pre_tokenizers
 
 from edgemix.errors import InputError
 from edgemix.export.models.loading import MemberLoader, end_ids, load_member
@@ -18,21 +16,6 @@ from edgemix.export.models.tokenizers import check_shared, describe
 from edgemix.recipe.schema import MemberRecipe
 
 TOKENS = torch.arange(3, 23)[None]
-
-
-def tiny_tokenizer(merges=(("a", "b"),), bos=False):
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
-    for left, right in merges:
-        vocabulary[left + right] = len(vocabulary)
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    if bos:
-        from tokenizers.processors import TemplateProcessing
-
-        backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
 @pytest.fixture(scope="module")
@@ -92,62 +75,6 @@ def test_digest_follows_the_weights(base, tmp_path):
     assert same == load_member(MemberRecipe("m", "base"), base.parent).source
     tiny_model("llama", vocab_size=300, rms_norm_eps=1e-4).save_pretrained(tmp_path / "base")
     assert load_member(MemberRecipe("m", "base"), tmp_path).source.sha256 != same.sha256
-
-
-def in_8_bits(name, array):
-    return gguf.quantize(array, gguf.GGMLQuantizationType.Q8_0), gguf.GGMLQuantizationType.Q8_0
-
-
-def write_gguf(path, model, pack=in_8_bits):
-    """A llama as llama.cpp stores it: queries and keys in its rotary order, matrices as `pack` makes them of a name and
-    values: bytes and a type."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_license("mit")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10_000.0)
-    writer.add_vocab_size(config.vocab_size)
-    backend = json.loads(tiny_tokenizer().backend_tokenizer.to_str())["model"]
-    tokens = sorted(backend["vocab"], key=backend["vocab"].get)
-    # One token that transformers would add to a tokenizer of this kind.
-    tokens += ["<|endoftext|>", *(f"<pad{i}>" for i in range(config.vocab_size))][: config.vocab_size - len(tokens)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if t.startswith("<") and t.endswith(">") else 1 for t in tokens])
-    writer.add_token_merges([" ".join(m) for m in backend["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    names = {
-        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-        "model.layers": "blk",
-    }  # fmt: skip
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, tensor in model.state_dict().items():
-        array = tensor.numpy()
-        for part, count in heads.items():
-            if part in name:
-                array = array.reshape(count, 2, array.shape[0] // count // 2, -1).swapaxes(1, 2).reshape(array.shape)
-        ours = name
-        for part, theirs in names.items():
-            ours = ours.replace(part, theirs)
-        if array.ndim == 2:
-            packed, kind = pack(ours, np.ascontiguousarray(array))
-            writer.add_tensor(ours, packed, raw_dtype=kind)
-        else:
-            writer.add_tensor(ours, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_gguf(tmp_path):

@@ -41,7 +41,7 @@ def answers(models, kind, *arguments):
     return [getattr(model, kind)(asked, disable_tqdm=True) for model in models]
 
 
-def test_both_read_the_same(models):
+def test_both_models_get_the_same_tokens(models):
     theirs, ours = models
     for text in ("", "the quick brown fox", "<s>abab"):
         assert ours.tok_encode(text) == theirs.tok_encode(text)

@@ -1,4 +1,4 @@
-"""Recipe in, bundle out: what is kept, what is refused, what is the same every time."""
+"""Whole exports: stored stages, refusals, reproducible bytes."""
 
 import msgspec
 import numpy as np
@@ -80,7 +80,7 @@ def test_fitted_weights_are_the_most_likely(exported):
             assert best >= other - 1.0
 
 
-def test_what_quantisation_costs_the_mixture(exported, folder, tmp_path):
+def test_the_cost_of_quantization_to_the_mixture(exported, folder, tmp_path):
     """Measured where every member has passed its gate; a member's own loss counts by its weight, and not in full."""
     _, manifest = exported
     figures = manifest.quantization
@@ -162,7 +162,7 @@ def test_over_the_limit_stops_and_force_records(folder, tmp_path, monkeypatch):
     assert len(stored.calls) == 2  # the stages of the refused export are good
 
 
-def test_given_weights_are_normalised(folder, tmp_path):
+def test_given_weights_are_normalized(folder, tmp_path):
     manifest = export_bundle(recipe(folder, weights={"one": 3, "two": 1}), tmp_path / "bundle")
     assert manifest.weights.method == "given"
     assert manifest.weights.default == {"one": 0.75, "two": 0.25}
@@ -186,7 +186,7 @@ def test_too_small_a_vocabulary_is_refused(folder, tmp_path):
         export_bundle(recipe(folder, members=(MemberRecipe("narrow", "narrow"),)), tmp_path / "bundle")
 
 
-def test_mistakes_are_told_together(folder, tmp_path):
+def test_all_mistakes_are_reported_at_once(folder, tmp_path):
     with pytest.raises(RecipeError) as caught:
         export_bundle(recipe(folder, weights={"one": -1}, format="int3"), tmp_path / "bundle")
     assert "int3" in str(caught.value)
@@ -200,7 +200,7 @@ def test_cuda_bundles_are_half_precision(folder, tmp_path):
         assert mixture.generate("the quick", max_new_tokens=4).token_ids
 
 
-def test_a_write_cut_short_is_no_bug(folder, tmp_path, monkeypatch):
+def test_a_short_write_is_a_full_disk(folder, tmp_path, monkeypatch):
     """numpy tells of a full disk without an errno, and the export called it a bug."""
 
     def cut_short(*_, **__):
@@ -212,7 +212,7 @@ def test_a_write_cut_short_is_no_bug(folder, tmp_path, monkeypatch):
     assert "Free some space" in caught.value.remedy
 
 
-def test_enormous_weights_are_still_shares(folder, tmp_path):
+def test_enormous_weights_are_normalized(folder, tmp_path):
     manifest = export_bundle(recipe(folder, weights={"one": 1e308, "two": 1e308}), tmp_path / "bundle")
     assert manifest.weights.default == {"one": 0.5, "two": 0.5}
 
@@ -250,14 +250,14 @@ def test_trained_blocks_are_kept_over_an_interruption(folder, tmp_path, monkeypa
     assert len(trained.calls) == 1
 
 
-def test_members_may_be_quantised_in_their_own_way(folder, tmp_path):
+def test_members_may_have_their_own_quantization(folder, tmp_path):
     members = (MemberRecipe("one", "one", quantization=Quantization("rtn", group=64)), MemberRecipe("two", "one"))
     export_bundle(int4_recipe(folder, members=members, data=Data()), tmp_path / "bundle", force=True)
     sizes = [(tmp_path / "bundle/members" / name / "model.onnx.data").stat().st_size for name in ("one", "two")]
     assert sizes[0] < sizes[1]
 
 
-def test_the_parts_of_quantisation_can_be_named(folder, tmp_path):
+def test_each_quantization_setting_changes_the_graph(folder, tmp_path):
     parts = {"rotate": {"rotate": True}, "scale": {"scale": True}, "eight_bits": {"eight_bits": 0.5}}
     found, sizes = {}, {}
     for name, options in ({"gptq": {}} | parts).items():
@@ -305,7 +305,7 @@ def _cut(*_, **__):
         ({"student": Student()}, "learns from text; name some under data: training:"),
     ],
 )
-def test_compression_that_makes_no_sense_is_refused(folder, tmp_path, changes, message):
+def test_invalid_compression_settings_are_refused(folder, tmp_path, changes, message):
     with pytest.raises(RecipeError, match=message):
         export_bundle(int4_recipe(folder, **changes), tmp_path / "bundle")
 
@@ -337,8 +337,8 @@ def test_a_student_is_distilled_from_the_mixture_as_it_ships(folder, tmp_path, m
     assert found.row("student").overall.acceptance > 0.1
 
 
-def test_training_text_becomes_ngrams(folder, tmp_path):
-    """What follows what in it; the text that is written is the same, and nobody's text need be told."""
+def test_ngrams_are_counted_in_the_training_text(folder, tmp_path):
+    """N-grams draft what followed in the text; generated text does not change."""
     text = {"prose": TextSource("text.txt")}
     manifest = export_bundle(recipe(folder, data=Data(training=text)), tmp_path / "bundle")
     verify_bundle(tmp_path / "bundle", manifest)
@@ -348,10 +348,10 @@ def test_training_text_becomes_ngrams(folder, tmp_path):
         brown = mixture.tokenizer.encode("the quick brow")
         (token,) = mixture.tokenizer.encode("n")
         assert mixture.ngrams.guess(brown).token == token
-        said = [
+        texts = [
             mixture.generate("the quick", speculation=way, max_new_tokens=24).token_ids for way in ("off", "lookup")
         ]
-    assert said[0] == said[1]
+    assert texts[0] == texts[1]
     for changes in ({"data": Data(training=text), "ngrams": 0}, {"data": Data(calibration=text)}):
         manifest = export_bundle(recipe(folder, **changes), tmp_path / "bundle")
         assert manifest.ngrams == 0
@@ -389,10 +389,10 @@ def test_a_student_of_a_large_vocabulary_drafts_its_frequent_tokens(folder, tmp_
         assert {*mixture.tokenizer.encode(TEXT[::-1]), *manifest.tokenizer.eos} <= {*tokens}
         (drafter,) = mixture.drafting.graphs
         assert (drafter.vocabulary, drafter.tokens.tolist()) == (64, tokens)
-        said = [
+        texts = [
             mixture.generate("the quick", speculation=way, max_new_tokens=24).token_ids for way in ("off", "student")
         ]
-    assert said[0] == said[1]
+    assert texts[0] == texts[1]
     own = [entry.size for name, entry in manifest.files.items() if name.startswith("student/")]
     assert len(own) == 4, "no weights of its own"
 

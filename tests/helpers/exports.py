@@ -12,7 +12,7 @@ TEXT = "the quick brown fox jumps over the lazy dog, and then it sleeps. " * 40
 
 
 class Spy:
-    """Calls through, and remembers with what."""
+    """Calls a function of a module and records the arguments."""
 
     def __init__(self, monkeypatch, name, module):
         self.calls, self._real = [], getattr(module, name)

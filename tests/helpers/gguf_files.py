@@ -88,7 +88,7 @@ def pack(array: Array, kind: str) -> Array:
 
 
 def write(folder: Path, kinds: Mapping[str, str], otherwise: str, **options: object) -> Location:
-    """A tiny llama whose matrices have the kinds that parts of their names say.
+    """A tiny llama whose matrices have the kinds given by parts of their names.
 
     Its widths, 64 (two sums, filled up) and 256 (eight sums), are both ways to make sums of activations.
     """

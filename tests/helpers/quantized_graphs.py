@@ -106,7 +106,7 @@ def shrink(source: Path, output: Path, form: Format, target: Target = "cpu") -> 
 
 
 def without_int8_products(path: Path) -> Path:
-    """A copy whose MatMulNBits computes in float, so that only the weights are quantised."""
+    """A copy whose MatMulNBits computes in float, so that only the weights are quantized."""
     model = onnx.load(path)
     for node in model.graph.node:
         for attribute in node.attribute:

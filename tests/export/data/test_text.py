@@ -36,7 +36,7 @@ def test_little_text_makes_one_short_window(tokenizer):
     assert windows(["abcdefgh"], tokenizer, 100, max_tokens=3) == [[3, 4, 5]]
 
 
-def test_max_tokens_bounds_the_windows_and_the_text_that_is_tokenised(tokenizer):
+def test_max_tokens_bounds_the_chunks_and_the_tokenized_text(tokenizer):
     assert len(windows(["abcde" * 100], tokenizer, 10, max_tokens=39)) == 3
 
 
@@ -46,7 +46,7 @@ def test_no_text_is_an_error(tokenizer, documents):
         windows(documents, tokenizer, 8)
 
 
-def test_the_shuffle_is_the_seeds(tokenizer):
+def test_the_seed_decides_the_order(tokenizer):
     documents = [chr(97 + i) * 7 for i in range(26)]
     first = windows(documents, tokenizer, 8, seed=1)
     assert first == windows(documents, tokenizer, 8, seed=1)

@@ -102,7 +102,7 @@ def test_heads_of_exported_models_are_cut(model: str, form: Format, exported: di
     check_cut(tmp_path, 1e-5)
 
 
-def test_only_the_head_is_written_anew(tmp_path: Path) -> None:
+def test_only_the_head_is_stored_again(tmp_path: Path) -> None:
     """An int4 graph's head has 8 bits, and a table that is tied to it stays whole for lookups."""
     shrink(write_decoder(tmp_path, tied=True), tmp_path / "stored/model.onnx", "int4")
     assert cut_head(tmp_path / "stored/model.onnx", tmp_path / "stored" / GRAPH_FILE, TOKENS)
@@ -113,7 +113,7 @@ def test_only_the_head_is_written_anew(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["softmax", "read twice", "reshape", "no constant"])
-def test_a_head_of_another_form_is_left_alone(change: str, tmp_path: Path) -> None:
+def test_a_head_of_unknown_structure_is_left_alone(change: str, tmp_path: Path) -> None:
     path = write_decoder(tmp_path, tied=False)
     model = onnx.load(path)
     nodes = model.graph.node

@@ -53,7 +53,7 @@ def texts() -> list[list[int]]:
     return texts
 
 
-def test_ngrams_are_what_counting_finds(texts: list[list[int]]) -> None:
+def test_ngrams_equal_a_plain_count(texts: list[list[int]]) -> None:
     """The longest one that is known says it; those that say no more than a shorter one are left out."""
     known, table = counted_slowly(texts), count_ngrams(texts, 10**6)
     assert 100 < len(table) < 0.8 * len(known)
@@ -69,7 +69,7 @@ def test_ngrams_are_what_counting_finds(texts: list[list[int]]) -> None:
     assert told > 1000
 
 
-def test_no_ngram_reaches_into_another_text() -> None:
+def test_no_ngram_spans_two_texts() -> None:
     table = count_ngrams([[1, 2, 3]] * 5, 100)
     assert table.guess([3]) is None
     assert table.guess([1, 2]) == (3, pytest.approx(5 / 6, abs=1 / 255))
@@ -97,7 +97,7 @@ def test_a_table_is_read_from_its_file(texts: list[list[int]], tmp_path: Path) -
         NgramTable.open(path, len(table) + 1, 12)
 
 
-def test_tokens_of_large_vocabularies_are_told_apart() -> None:
+def test_tokens_of_large_vocabularies_have_distinct_keys() -> None:
     high = (1 << 24) - 1
     table = count_ngrams([[high, high, 7], [high - 1, high, 9]] * 4, 100)
     assert table.guess([high, high]) == (7, pytest.approx(4 / 5, abs=1 / 255))

@@ -1,4 +1,4 @@
-"""What a graph says of a token is the same to the last bit, alone, among others of its text, and among other texts."""
+"""A graph's logits for a token are the same to the last bit alone, within its text, and among other texts."""
 
 import numpy as np
 import onnx_ir as ir
@@ -31,20 +31,20 @@ def member(made, request, tmp_path):
 
 
 def by_chunks(member, text, counts):
-    cache, said = member.new_cache(), []
+    cache, found = member.new_cache(), []
     for end, count in zip(np.cumsum(counts), counts, strict=True):
-        said.append(member.extend_all(cache, [text[end - count : end]])[0].copy())
-    return np.concatenate(said)
+        found.append(member.extend_all(cache, [text[end - count : end]])[0].copy())
+    return np.concatenate(found)
 
 
-def test_a_token_alone_says_what_it_says_in_a_chunk(member):
+def test_a_single_token_has_the_logits_that_it_has_in_a_chunk(member):
     whole = by_chunks(member, TEXTS[0], [CONTEXT])
     assert np.isfinite(whole).all()
     for counts in ([1] * CONTEXT, [1, 2, 40, 1, 1, 16, 3, 1, 1, 61, 1], [CONTEXT - 1, 1]):
         np.testing.assert_array_equal(by_chunks(member, TEXTS[0], counts), whole)
 
 
-def test_a_token_in_a_batch_says_what_it_says_alone(member):
+def test_a_token_in_a_batch_has_the_logits_that_it_has_alone(member):
     lengths = [100, 7, 1]
     alone = [by_chunks(member, text[: length + 20], [length + 20]) for text, length in zip(TEXTS, lengths, strict=True)]
     cache = member.new_cache(3)

@@ -1,5 +1,5 @@
 """Graphs as they are exported, whose calls are recorded (compare tests/runtime/test_captured_calls.py): rotary tables
-end with the context, and attention that is steady writes a token more than it was given.
+end with the context, and batch-invariant attention writes one token more than it was given.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[Target, ExportedG
 
 
 @pytest.mark.parametrize(("target", "form"), [("cpu", "fp32"), ("cpu", "int8"), ("cuda", "fp32")])
-def test_to_the_end_of_the_context(
+def test_recorded_calls_are_exact_to_the_end_of_the_context(
     target: Target, form: Format, exported: dict[Target, ExportedGraph], tmp_path: Path
 ) -> None:
     """Masks as wide as the cache were wider than the tables, and too wide for the token that is written twice."""
     graph = exported[target]
     quantize(graph.path, tmp_path / "model.onnx", form, target=target)
-    ids, said = np.random.default_rng(0).integers(3, 160, CONTEXT), []
+    ids, found = np.random.default_rng(0).integers(3, 160, CONTEXT), []
     for provider in (PROVIDERS["cpu"], replace(PROVIDERS["cpu"], name="recording", captures=True)):
         member = DecoderGraph.load(tmp_path / "model.onnx", graph.config, provider, threads=1)
         cache = member.new_cache()
@@ -49,11 +49,11 @@ def test_to_the_end_of_the_context(
         for _ in range(3):
             cache.rollback([CONTEXT - 4])
             logits.append(member.extend_all(cache, [ids[-4:]])[0].copy())
-        said.append(np.concatenate(logits))
-    np.testing.assert_array_equal(said[1], said[0])
+        found.append(np.concatenate(logits))
+    np.testing.assert_array_equal(found[1], found[0])
 
 
-def test_as_many_logits_as_there_are(exported: dict[Target, ExportedGraph]) -> None:
+def test_logits_to_keep_may_exceed_the_tokens(exported: dict[Target, ExportedGraph]) -> None:
     """Who asks for the logits of more tokens than a call has gets them all."""
     session = DecoderGraph.load(exported["cpu"].path, exported["cpu"].config, threads=1)._session
     feeds = {"input_ids": np.array([[5, 6, 7]]), "attention_mask": np.ones((1, 3), np.int64)}

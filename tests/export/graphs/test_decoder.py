@@ -54,7 +54,7 @@ def run(path: Path, length: int, keep: int | None) -> np.ndarray:
 
 
 class Listener:
-    """Keeps what a progress listener is told."""
+    """Records progress messages."""
 
     stage = NO_PROGRESS.stage
 
@@ -101,7 +101,7 @@ def test_graph_is_the_model(architecture: str, exporter: str, tmp_path: Path) ->
 
 
 def test_traced_graph_is_the_model(tmp_path: Path) -> None:
-    """One graph serves prefill, decode and batches, honours a sliding window, and holds a tied weight once."""
+    """One graph serves prefill, decode and batches, honors a sliding window, and holds a tied weight once."""
     model = tiny_model("mistral-window", tie_word_embeddings=True)
     exported = export_graph(model, tmp_path, target="cpu", paths=only("transformers"))
     figures = exported.parity

@@ -83,7 +83,7 @@ STEPS = [IDS[:, :9], IDS[:, 9:10], IDS[:, 10:15], IDS[:, 15:16], IDS[:, 16:]]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "qwen2", "phi3", "qwen3", "gpt_neox"])
-def test_each_row_is_the_members_own_graph(architecture: str, tmp_path: Path) -> None:
+def test_each_member_of_a_shared_graph_computes_its_own_graphs_logits(architecture: str, tmp_path: Path) -> None:
     base = tiny_model(architecture)
     models = [fine_tuned(base, 1), base, fine_tuned(base, 2)]
     paths = [graph_of(model, tmp_path / str(i)) for i, model in enumerate(models)]
@@ -98,7 +98,7 @@ def test_each_row_is_the_members_own_graph(architecture: str, tmp_path: Path) ->
             np.testing.assert_allclose(logits[:, :, row], own[step][:, -2:], rtol=1e-3, atol=2e-4)
 
 
-def test_additions_have_the_rank_that_they_were_made_with(tmp_path: Path) -> None:
+def test_low_rank_additions_are_found_with_their_rank(tmp_path: Path) -> None:
     base = tiny_model("llama")
     paths = [graph_of(model, tmp_path / str(i)) for i, model in enumerate([base, fine_tuned(base, 1, but="down")])]
     own, other = (ir.load(path).graph for path in paths)
@@ -109,7 +109,7 @@ def test_additions_have_the_rank_that_they_were_made_with(tmp_path: Path) -> Non
     assert max(rank for both in ranks.values() for rank in both) == 3 * RANK  # queries, keys and values are one
 
 
-def test_the_best_product_of_a_rank_is_taken() -> None:
+def test_low_rank_is_the_best_approximation() -> None:
     rng = np.random.default_rng(0)
     matrix = (rng.standard_normal((60, 12)) @ rng.standard_normal((12, 40))).astype(np.float32)
     exact = low_rank(matrix, 16, 1e-5)
@@ -122,7 +122,7 @@ def test_the_best_product_of_a_rank_is_taken() -> None:
     np.testing.assert_allclose(np.linalg.norm(cut.up @ cut.down - matrix), np.linalg.norm(best - matrix), rtol=1e-3)
 
 
-def test_another_norm_cannot_be_stacked(tmp_path: Path) -> None:
+def test_members_with_another_norm_cannot_share_a_graph(tmp_path: Path) -> None:
     base, other = tiny_model("llama"), tiny_model("llama")
     with torch.no_grad():
         other.model.norm.weight += 0.1

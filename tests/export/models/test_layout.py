@@ -14,7 +14,7 @@ FAMILIES = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "smollm3", "phi3
 IDS = torch.arange(3, 35).view(1, 32)
 
 
-def normalised(norm: Norm, x: torch.Tensor) -> torch.Tensor:
+def normalized(norm: Norm, x: torch.Tensor) -> torch.Tensor:
     x = x - x.mean(-1, keepdim=True) if norm.centered else x
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * norm.gain
     return x if norm.bias is None else x + norm.bias
@@ -41,7 +41,7 @@ def test_norms_and_heads_compute_what_the_modules_do(family: str) -> None:
     assert len(parts.layers) == 2
     for norm in (parts.layers[1].attention_norm, parts.layers[1].mlp_norm, parts.final_norm):
         read, made = recorded(norm.module, model)
-        torch.testing.assert_close(normalised(norm, read), made, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(normalized(norm, read), made, rtol=1e-3, atol=1e-3)
     assert linear(parts.head, torch.zeros(64)).shape == (160,)
     assert parts.tied == (parts.head.module.weight is parts.embedding.weight)
 
@@ -98,7 +98,7 @@ def test_every_linear_of_the_layers_has_its_name() -> None:
         assert weights == sum(p.numel() for p in matrices if id(p) not in around)
 
 
-def test_gemma_adds_one_to_its_gains_and_normalises_what_it_adds() -> None:
+def test_gemma_adds_one_to_its_gains_and_normalizes_its_outputs() -> None:
     layer = layout(tiny_model("gemma2")).layers[0]
     assert layer.mlp_norm.offset == 1
     assert len(layer.later_norms) == 2

@@ -42,7 +42,7 @@ def logits(model):
         return model(TOKENS).logits
 
 
-def test_folder(base):
+def test_a_folder_is_loaded(base):
     member = load_member(MemberRecipe("first", "base"), base.parent)
     assert member.name == "first"
     assert member.source.model == "base"
@@ -77,7 +77,7 @@ def test_digest_follows_the_weights(base, tmp_path):
     assert load_member(MemberRecipe("m", "base"), tmp_path).source.sha256 != same.sha256
 
 
-def test_gguf(tmp_path):
+def test_a_gguf_file_is_loaded(tmp_path):
     model = tiny_model("llama", vocab_size=300)
     write_gguf(tmp_path / "tiny.gguf", model)
     member = load_member(MemberRecipe("m", "tiny.gguf"), tmp_path)
@@ -133,7 +133,7 @@ def text_file(folder):
         (lambda _: "gone.gguf", "there is no file or folder"),
     ],
 )
-def test_refused(base, tmp_path, spoil, words):
+def test_unreadable_models_are_refused(base, tmp_path, spoil, words):
     shutil.copytree(base, tmp_path / "base")
     with pytest.raises(InputError, match=words):
         load_member(MemberRecipe("m", spoil(tmp_path)), tmp_path)
@@ -168,7 +168,7 @@ def test_tokenizers_that_split_differently_are_named():
         check_shared({"x": tiny_tokenizer(), "y": other})
 
 
-def test_description():
+def test_the_tokenizer_entry_describes_the_tokenizer():
     entry = describe(tiny_tokenizer(), {1})
     assert (entry.vocabulary, entry.eos, entry.bos) == (259, (1,), None)
     assert describe(tiny_tokenizer(bos=True), {1}).bos == 0

@@ -1,4 +1,4 @@
-"""What quantisation costs a mixture, against closed forms."""
+"""What quantization costs a mixture, against closed forms."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def exact(seed: int) -> ClosedForm:
 
 
 def rough(seed: int, **options: int) -> ClosedForm:
-    """The same member with noise on its numbers, as quantisation leaves it."""
+    """The same member with noise on its numbers, as quantization leaves it."""
     table = exact(seed).table.copy()
     table[:, :VOCABULARY] += np.random.default_rng(9 + seed).normal(size=(VOCABULARY, VOCABULARY)) * 0.5
     return ClosedForm(table, pull=3.0, tilt=0.25, **options)
@@ -59,7 +59,7 @@ def divergence(p: np.ndarray, q: np.ndarray) -> float:
     return float((np.exp(p) * (p - q)).sum(-1).mean())
 
 
-def test_figures_are_what_their_formulas_say(tmp_path: Path) -> None:
+def test_figures_follow_their_formulas(tmp_path: Path) -> None:
     p, q = mixed([exact(1), exact(2)], WEIGHTS), mixed(list(STORED.values()), WEIGHTS)
     targets = np.array(TEXTS)[:, 1:, None]
     figures = measure(tmp_path, STORED)
@@ -71,13 +71,13 @@ def test_figures_are_what_their_formulas_say(tmp_path: Path) -> None:
     assert figures.perplexity_ratio == pytest.approx(np.exp(surprise), rel=1e-3)
 
 
-def test_averaging_hides_a_part(tmp_path: Path) -> None:
+def test_averaging_hides_part_of_the_members_losses(tmp_path: Path) -> None:
     """KL divergence is jointly convex; the figure needs no limit of its own."""
     own = [divergence(mixed([exact(seed)], {"": 1}), mixed([rough(seed)], {"": 1})) for seed in (1, 2)]
     assert 0 < measure(tmp_path, STORED).kl < 0.95 * (0.7 * own[0] + 0.3 * own[1])
 
 
-def test_nothing_lost_is_nothing(tmp_path: Path) -> None:
+def test_equal_graphs_have_no_distance(tmp_path: Path) -> None:
     config = write_graph(tmp_path / "model.onnx", exact(1))
     keep_distributions(tmp_path / "model.onnx", config, TEXTS, tmp_path / "kept.safetensors")
     folder = write_bundle(tmp_path / "bundle", {"one": exact(1), "two": exact(2)}, weights=WEIGHTS)
@@ -110,14 +110,14 @@ def test_texts_are_cut_to_the_smallest_context(tmp_path: Path) -> None:
     assert figures.kl == pytest.approx(expected, rel=1e-3)
 
 
-def test_pieces_do_not_change_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_do_not_depend_on_the_rows_mixed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = measure(tmp_path / "whole", STORED)
     monkeypatch.setattr(mixture, "MIXED_ROWS", 7)
     parts = measure(tmp_path / "parts", STORED)
     assert parts.kl == pytest.approx(whole.kl, rel=1e-6)
 
 
-def test_what_is_kept(tmp_path: Path) -> None:
+def test_kept_distributions_are_those_of_the_graph(tmp_path: Path) -> None:
     form = random_member(3, tokens=VOCABULARY, padding=6, context=30)
     config = write_graph(tmp_path / "model.onnx", form)
     keep_distributions(tmp_path / "model.onnx", config, TEXTS, tmp_path / "kept.safetensors")

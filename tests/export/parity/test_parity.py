@@ -37,7 +37,7 @@ class Exported(NamedTuple):
 
 
 def noisy(scale: float) -> PreTrainedModel:
-    """The tiny llama with noise on its weights, as quantisation leaves it."""
+    """The tiny llama with noise on its weights, as quantization leaves it."""
     model = tiny_model("llama")
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_graph_against_itself_has_no_distance(exact: Exported, windows: list[lis
     assert not enforce(figures)
 
 
-def test_figures_are_what_their_formulas_say(exact: Exported, rough: Exported, windows: list[list[int]]) -> None:
+def test_figures_follow_their_formulas(exact: Exported, rough: Exported, windows: list[list[int]]) -> None:
     with torch.no_grad():
         ids = torch.tensor(windows)
         p, q = (torch.log_softmax(member.model(ids).logits.double(), -1)[:, :-1] for member in (exact, rough))
@@ -135,7 +135,7 @@ def test_figures_are_what_their_formulas_say(exact: Exported, rough: Exported, w
     assert (figures.kl_limit, figures.top1_disagreement_limit) == (limits.kl, limits.top1_disagreement)
 
 
-def test_the_gate_decodes(exact: Exported, rough: Exported, windows: list[list[int]]) -> None:
+def test_decoding_is_measured(exact: Exported, rough: Exported, windows: list[list[int]]) -> None:
     """At 128 positions, evenly from six texts: the last 21 of each that have a successor."""
     with torch.no_grad():
         ids = torch.tensor(windows)
@@ -192,7 +192,7 @@ def test_near_ties_are_no_disagreement(exact: Exported, tmp_path: Path, windows:
     assert check_quantized(exact.path, close.path, exact.config, windows, format="int8").top1_disagreement == 0
 
 
-def test_gate_without_text_reads_what_the_graph_writes(exact: Exported, rough: Exported) -> None:
+def test_without_text_the_graph_samples_some(exact: Exported, rough: Exported) -> None:
     runs = [check_quantized(exact.path, rough.path, exact.config, None, format="int8", seed=seed) for seed in (0, 0, 1)]
     assert runs[0] == runs[1]
     assert runs[0].kl != runs[2].kl
@@ -200,13 +200,13 @@ def test_gate_without_text_reads_what_the_graph_writes(exact: Exported, rough: E
     assert runs[0].kl > 0.01
 
 
-def test_little_text_is_added_to(exact: Exported, rough: Exported) -> None:
+def test_little_text_is_filled_up_with_sampled_text(exact: Exported, rough: Exported) -> None:
     little = [[5, 6, 7], [8], []]
     figures = check_quantized(exact.path, rough.path, exact.config, little, format="int8")
     assert 500 <= figures.tokens < 600
 
 
-def test_much_text_is_read_in_part_from_all_over(exact: Exported, rough: Exported) -> None:
+def test_of_much_text_an_even_part_is_used(exact: Exported, rough: Exported) -> None:
     generator = np.random.default_rng(0)
     much = generator.integers(0, 160, (100, 200)).tolist()
     figures = check_quantized(exact.path, rough.path, exact.config, much, format="int8")
@@ -246,6 +246,6 @@ def test_enforce_holds_graphs_to_their_limit() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_no_numbers_cannot_be_forced(value: float) -> None:
+def test_figures_that_are_not_finite_cannot_be_forced(value: float) -> None:
     with pytest.raises(ParityError):
         enforce(msgspec.structs.replace(FIGURES, kl=value), forced=True)

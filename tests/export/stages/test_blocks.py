@@ -15,7 +15,7 @@ from edgemix.recipe.schema import Data, Recipe
     ("kinds", "otherwise", "form"),
     [({"token_embd": "Q8_0"}, "Q4_1", "int4"), ({}, "Q4_0", "int4"), ({}, "Q8_0", "int8")],
 )
-def test_they_are_repacked(kinds, otherwise, form, tmp_path, monkeypatch):
+def test_gguf_members_keep_the_blocks_of_their_file(kinds, otherwise, form, tmp_path, monkeypatch):
     trained = Spy(monkeypatch, "distill_blocks", blocks)
     built = gguf_recipe(tmp_path / "m", kinds, otherwise, format=form)
     member = export_bundle(built, tmp_path / "kept").members[0]
@@ -42,7 +42,7 @@ def test_they_are_repacked(kinds, otherwise, form, tmp_path, monkeypatch):
         ({}, {"quantization": Quantization(steps=2, eight_bits=0.1)}),
     ],
 )
-def test_others_are_not(kinds, changes, tmp_path, monkeypatch):
+def test_gguf_members_are_quantized_anew_if_the_recipe_or_the_file_requires_it(kinds, changes, tmp_path, monkeypatch):
     """A file that has blocks for some weights only, and recipes that name something else."""
     trained = Spy(monkeypatch, "distill_blocks", blocks)
     built = gguf_recipe(tmp_path / "m", kinds, "Q4_0", **({"quantization": Quantization(steps=2)} | changes))

@@ -88,7 +88,7 @@ def test_the_mixture_is_the_same(bundles: dict[bool, tuple[Path, Manifest]]) -> 
 
 
 @pytest.mark.parametrize("form", ["int8", "int8-dynamic", "int4"])
-def test_formats_of_a_stack_pass_the_gates_of_each_member(folder: Path, tmp_path: Path, form: Any) -> None:
+def test_formats_of_a_shared_graph_pass_the_gates_of_each_member(folder: Path, tmp_path: Path, form: Any) -> None:
     apart = export_bundle(recipe(folder, format=form, stack=False), tmp_path / "apart", force=True)
     found = export_bundle(recipe(folder, format=form), tmp_path / "bundle", force=True)
     lost = {entry.name: entry.quantization.kl for entry in found.members if entry.quantization}
@@ -98,7 +98,7 @@ def test_formats_of_a_stack_pass_the_gates_of_each_member(folder: Path, tmp_path
     assert found.quantization is not None
 
 
-def test_a_stack_is_taken_up_where_an_export_was_cut(
+def test_an_interrupted_export_continues_with_its_shared_graph(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from edgemix.export.stages import mixture as mixture_stage
@@ -116,7 +116,7 @@ def test_a_stack_is_taken_up_where_an_export_was_cut(
     assert again.members[0].config.member_count == 3
 
 
-def test_what_is_no_addition_keeps_its_graph(folder: Path, tmp_path: Path) -> None:
+def test_members_that_cannot_share_a_graph_keep_their_own(folder: Path, tmp_path: Path) -> None:
     """gpt2 has embeddings of positions, too."""
     members = (OTHER, MemberRecipe("twin", "other"))
     manifest = export_bundle(recipe(folder, members=members), tmp_path / "bundle")
@@ -139,13 +139,13 @@ def tuned(folder: Path) -> Path:
     return folder
 
 
-def test_full_fine_tunes_of_a_named_base_are_stacked(tuned: Path, tmp_path: Path) -> None:
+def test_full_fine_tunes_of_a_named_base_share_a_graph(tuned: Path, tmp_path: Path) -> None:
     members = (MemberRecipe("near", "near"), MemberRecipe("far", "far"), MATH)
     found = export_bundle(recipe(tuned, members=members, stack="base", format="fp32"), tmp_path / "bundle")
     assert [member.config.member_count for member in found.members] == [3, 3, 3]
 
 
-def test_what_takes_too_many_ranks_has_a_graph_of_its_own(
+def test_a_member_that_needs_too_large_a_rank_has_a_graph_of_its_own(
     tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from edgemix.export.stages import shared_base
@@ -165,6 +165,6 @@ def test_what_takes_too_many_ranks_has_a_graph_of_its_own(
         assert mixture.score("the quick brown fox").perplexity > 1
 
 
-def test_a_budget_wants_graphs_for_each(folder: Path, tmp_path: Path) -> None:
+def test_a_budget_is_refused_with_shared_graphs(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="stack"):
         export_bundle(recipe(folder), tmp_path / "bundle", budget=Budget(bytes=10**9))

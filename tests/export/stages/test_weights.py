@@ -49,7 +49,7 @@ def test_stops_on_tolerance_at_the_maximum(log_probabilities):
     assert slopes[1:] == pytest.approx([1, 1], abs=1e-3)
 
 
-def test_known_shares_are_found():
+def test_known_weights_are_recovered():
     """Tokens drawn from a mixture with known weights of two known distributions."""
     members = np.array([[0.7, 0.2, 0.1], [0.1, 0.2, 0.7]])
     tokens = np.random.default_rng(1).choice(3, size=200_000, p=np.array([0.3, 0.7]) @ members)
@@ -68,6 +68,6 @@ def test_probabilities_too_small_for_floats():
 
 
 @pytest.mark.parametrize("bad", [np.zeros((2, 0)), np.full((2, 3), -np.inf), np.full((2, 3), np.nan)])
-def test_nothing_to_fit_on(bad):
+def test_fitting_without_possible_tokens_is_an_error(bad):
     with pytest.raises(InputError):
         fit(bad)

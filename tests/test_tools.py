@@ -50,6 +50,7 @@ def formats(tool):
         ("int8-dynamic", "int8-dynamic", None),
         ("int8-dynamic-rotate", "int8-dynamic", Quantization(rotate=True)),
         ("int4-hqq", "int4", Quantization(algorithm="hqq")),
+        ("int4-learned-rounding-group=64", "int4", Quantization(algorithm="learned-rounding", group=64)),
         ("int4-gptq-group=128-scale-eight_bits=0.05", "int4",
          Quantization(algorithm="gptq", group=128, scale=True, eight_bits=0.05)),
     ],

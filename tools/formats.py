@@ -1,7 +1,7 @@
 r"""One model in several formats: perplexity, size, and tokens per second of decoding and prefill.
 
     python tools/formats.py MODEL TEXT... -o FOLDER [--adapter A] [--calibration FILE...]
-                            [--formats fp32 int8 int8-dynamic int4 int4-rtn int4-distil-group=128 int4-rotate ...]
+                            [--formats fp32 int8 int4 int4-rtn int4-learned-rounding-group=128 int4-rotate ...]
 
 A format is its name in a recipe. After dashes may follow an algorithm and other settings of a recipe's `quantization`,
 those that are true or false as their names, others as name=value. Each becomes a bundle in FOLDER, exported as `edgemix
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -82,10 +83,15 @@ def member(form: str, model: str, adapter: str | None) -> MemberRecipe:
     name = max((each for each in FORMATS if f"{form}-".startswith(f"{each}-")), key=len, default=None)
     if name is None:
         raise ValueError(f"{form}: no such format; there are {', '.join(FORMATS)}")
-    settings = dict(_setting(part, form) for part in filter(None, form.removeprefix(name).split("-")))
+    settings = dict(_setting(part, form) for part in filter(None, _parts(form.removeprefix(name))))
     if settings and name not in ("int4", "int8-dynamic"):
         raise ValueError(f"{form}: {name} is made in one way only")
     return MemberRecipe(NAME, model, adapter, format=name, quantization=Quantization(**settings) if settings else None)
+
+
+def _parts(settings: str) -> list[str]:
+    """Split settings at dashes, but not within an algorithm's name."""
+    return re.split(r"-(?!rounding)", settings)
 
 
 def _setting(part: str, form: str) -> tuple[str, Any]:

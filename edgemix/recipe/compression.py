@@ -1,4 +1,4 @@
-"""What a recipe says of compression: how weights are quantised, what is cut away, how the student learns."""
+"""A recipe's compression: quantization, pruning and the student."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ if TYPE_CHECKING:
 
 _ABOVE_ZERO = 1e-9
 
-Algorithm = Literal["auto", "distil", "gptq", "rtn", "hqq"]
+Algorithm = Literal["auto", "learned-rounding", "distil", "gptq", "rtn", "hqq"]
+"""Ways to quantize to int4; `distil` is the old name of `learned-rounding`."""
 Divergence = Literal["forward", "reverse", "skewed", "total-variation"]
 
 GROUPS = (16, 32, 64, 128, 256)
-"""Sizes of a block that ONNX Runtime's kernels have."""
+"""Block sizes of ONNX Runtime's kernels."""
 
 
 class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How int4 finds its blocks; the other formats have one way each.
+    """How weights are quantized to int4; `rotate` also applies to int8-dynamic.
 
     Attributes:
-        algorithm: `distil` trains roundings and scales against the model's own fp32 distributions, `gptq` makes up for
-            each rounding in the weights that are rounded after it, both on the text under data: calibration (or
-            training); `rtn` rounds to nearest; `hqq` fits zero points to the error (Half-Quadratic Quantization);
-            `auto` is `distil` where there is such text, else `rtn`.
+        algorithm: `learned-rounding` trains roundings and scales against the model's own fp32 distributions; `gptq`
+            compensates each rounding in the weights that are rounded after it. Both use the text under data:
+            calibration (or training). `rtn` rounds to nearest; `hqq` fits zero points to the error (Half-Quadratic
+            Quantization); `auto` is `learned-rounding` where there is such text, else `rtn`.
         group: Inputs that share a scale.
-        steps: Optimiser steps of `distil`, 2,048 tokens each.
-        rotate: Turn the residual stream and attention's values first, so that no channel stands out (QuaRot); of
-            int8-dynamic, too. Embedding and head are then stored apart.
-        scale: Move scales from weights to the activations that they read first (AWQ).
-        eight_bits: Share of the weights that gets 8 bits: the layers that suffer most from 4.
+        steps: Optimizer steps of `learned-rounding`, 2,048 tokens each.
+        rotate: Rotate the residual stream and attention's values first, against outlier channels (QuaRot). Embedding
+            and head are then stored separately.
+        scale: First move scales from weights to the activations that they read (AWQ).
+        eight_bits: Share of the weights that gets 8 bits: the most sensitive layers.
     """
 
     algorithm: Algorithm = "auto"
@@ -46,23 +47,27 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scale: bool = False
     eight_bits: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.algorithm == "distil":
+            msgspec.structs.force_setattr(self, "algorithm", "learned-rounding")
+
     @property
     def reads_text(self) -> bool:
-        """Whether it cannot do without text."""
-        return self.algorithm in ("distil", "gptq") or self.scale or bool(self.eight_bits)
+        """Whether it needs text."""
+        return self.algorithm in ("learned-rounding", "gptq") or self.scale or bool(self.eight_bits)
 
 
 class Pruning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is cut away from a model. Shares are between 0 and 1.
+    """What is removed from a model. Shares are between 0 and 1.
 
     Attributes:
-        layers: Share of the layers that is removed.
-        ffn: Share of each feed-forward network's channels that is removed.
-        heads: Share of each layer's key-value groups (with their query heads) that is removed.
-        sparsity: Share of the linears' weights that is set to zero; 0.5 for the pattern 2:4.
-        pattern: Where zeros may lie: anywhere in a row, or two of every four.
-        criterion: Whether a weight's own size decides (`magnitude`), or that times its input's norm (`wanda`).
-        steps: The cut is made in so many steps, with a recovery after each.
+        layers: Share of the layers to remove.
+        ffn: Share of each feed-forward network's channels to remove.
+        heads: Share of each layer's key-value groups (with their query heads) to remove.
+        sparsity: Share of the linears' weights to set to zero; 0.5 for the pattern 2:4.
+        pattern: Where zeros are: anywhere in a row, or two of every four.
+        criterion: A weight's importance: its magnitude, or that times its input's norm (`wanda`).
+        steps: Number of pruning steps, with a recovery after each.
         recover: Minutes of distillation from the unpruned model, over all steps; 0 leaves it out.
     """
 
@@ -77,7 +82,7 @@ class Pruning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def zeros(self) -> float:
-        """Share of the linears' weights that is zero in the end."""
+        """The final share of zeros among the linears' weights."""
         return 0.5 if self.pattern == "2:4" else self.sparsity
 
 
@@ -87,22 +92,22 @@ class Student(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         L = (1 - alpha) CE(y, p_s) + alpha T^2 D(p_mix,T, p_s,T)
 
     Attributes:
-        start: The member that it is cut from; without it, the one of the largest weight.
-        config: A folder with a config.json of its own: the student then starts from random weights.
-        prune: What is cut from the start, at once: its `steps` and `recover` do not count, as the student learns from
-            the mixture anyway. None takes the defaults, about a third of its decoding time.
-        format: Of its graph.
+        start: The member from which it is cut; by default the one of largest weight.
+        config: A folder with its own config.json: the student then starts from random weights.
+        prune: What is removed from the start, at once: `steps` and `recover` are ignored, as the student learns from
+            the mixture anyway. By default it is cut to about a third of the decoding time.
+        format: Its weight format.
         loss: D: KL(p_mix || p_s), KL(p_s || p_mix), KL(p_mix || (1 - skew) p_s + skew p_mix), or half the L1 distance.
-        alpha: Share of the mixture in the loss, against that of the text.
+        alpha: Weight of the mixture in the loss, against that of the text.
         temperature: T.
-        skew: Of the loss `skewed`.
-        samples: Share of the text that the student writes itself, in the second half of training.
-        top_k: Tokens of each teacher distribution that are kept; the rest is one number.
-        minutes: Longest training; `steps` the most optimiser steps. Without both, 30 minutes.
-        batch: Windows a step.
-        accumulate: Steps' gradients that are added up.
-        length: Tokens a window.
-        learning_rate: At its highest.
+        skew: Parameter of the loss `skewed`.
+        samples: Share of text sampled from the student, in the second half of training.
+        top_k: Tokens kept of each teacher distribution; the rest is one number.
+        minutes: Maximum training time; `steps`: maximum optimizer steps. Without both, 30 minutes.
+        batch: Windows per step.
+        accumulate: Steps whose gradients are added up.
+        length: Tokens per window.
+        learning_rate: Peak learning rate.
         eight_bit_optimizer: Keep AdamW's moments in 8 bits (bitsandbytes).
     """
 
@@ -126,18 +131,20 @@ class Student(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def quantization_problems(quantization: Quantization, where: Where) -> Iterator[Problem]:
-    """What is wrong with a recipe's `quantization`."""
+    """Yield the mistakes of a recipe's `quantization`."""
     if quantization.group not in GROUPS:
         yield Problem((*where, "group"), f"is {quantization.group}; it may be {', '.join(map(str, GROUPS))}")
     yield from _bounds(
         {"steps": (quantization.steps, 1, 1 << 40), "eight_bits": (quantization.eight_bits, 0, 1)}, where
     )
     if quantization.eight_bits and quantization.algorithm in ("rtn", "hqq"):
-        yield Problem((*where, "eight_bits"), f"goes with algorithm distil or gptq; {quantization.algorithm} has none")
+        yield Problem(
+            (*where, "eight_bits"), f"goes with algorithm learned-rounding or gptq; {quantization.algorithm} has none"
+        )
 
 
 def pruning_problems(pruning: Pruning, where: Where) -> Iterator[Problem]:
-    """What is wrong with a recipe's `prune`."""
+    """Yield the mistakes of a recipe's `prune`."""
     shares = {name: (getattr(pruning, name), 0, 0.95) for name in ("layers", "ffn", "heads", "sparsity")}
     yield from _bounds({**shares, "steps": (pruning.steps, 1, 100), "recover": (pruning.recover, 0, math.inf)}, where)
     if pruning.pattern == "2:4" and pruning.sparsity not in (0.0, 0.5):
@@ -147,13 +154,17 @@ def pruning_problems(pruning: Pruning, where: Where) -> Iterator[Problem]:
 
 
 def check_pruning(pruning: Pruning) -> None:
-    """Raise an InputError with all mistakes of a `Pruning` that was made in Python or from options."""
+    """Check a `Pruning` that was made in Python or from options.
+
+    Raises:
+        InputError: With all its mistakes.
+    """
     if problems := [str(problem) for problem in pruning_problems(pruning, ())]:
         raise InputError("; ".join(problems))
 
 
 def student_problems(student: Student, members: list[str], where: Where) -> Iterator[Problem]:
-    """What is wrong with a recipe's `student`."""
+    """Yield the mistakes of a recipe's `student`."""
     if student.start is not None and student.start not in members:
         yield Problem((*where, "start"), f"no member is called {student.start[:80]!r}; members: {', '.join(members)}")
     if student.start is not None and student.config is not None:

@@ -31,7 +31,7 @@ def load_recipe(path: Path) -> Recipe:
     problems = list(document.problems)
     recipe = document.value and msgspec.structs.replace(document.value, folder=path.parent)
     if recipe:
-        # What follows from a value that could not be read is no mistake of its own.
+        # Consequences of a value that could not be read are not reported.
         broken = {problem.where for problem in problems}
         problems += [found for found in problems_of(recipe) if not any(found.where[: len(at)] == at for at in broken)]
     if problems or recipe is None:
@@ -43,7 +43,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def check(recipe: Recipe) -> list[str]:
-    """All mistakes of a recipe that was made in Python, a line each; `load_recipe` has checked its own."""
+    """Return all mistakes of a recipe that was made in Python, one per line; `load_recipe` checks its own."""
     try:
         msgspec.convert(msgspec.to_builtins(recipe, enc_hook=str), Recipe, dec_hook=lambda kind, value: kind(value))
     except msgspec.ValidationError as error:
@@ -68,7 +68,7 @@ def _read_text(path: Path) -> str:
 
 
 def _long_form(kind: Any, node: yaml.Node) -> yaml.Node:
-    """The full form of a text source given as a path, and of texts given as a list: their domains are the files'
+    """Return the full form of a text source given as a path, and of texts given as a list, whose domains are the files'
     names without suffix.
     """
     if kind is TextSource and isinstance(node, yaml.ScalarNode) and node.value:

@@ -1,4 +1,4 @@
-"""What to build: the recipe, plain frozen data, in Python or from a YAML file."""
+"""The recipe: frozen data that describes a bundle, in Python or from a YAML file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgemix.recipe.text_sources import TextSource
 NGRAMS = 1 << 18
 
 CacheType = Literal["float", "int8"]
-"""How key-value state is kept."""
+"""How the key-value cache is stored."""
 
 
 class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -22,8 +22,8 @@ class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class MemberRecipe(_Part, frozen=True):
-    """One member: a name, a model (folder, hub id or .gguf file), an optional LoRA adapter, and what is its own of the
-    format, the quantisation and the pruning.
+    """One member: a name, a model (folder, hub id or .gguf file), an optional LoRA adapter, and optionally its own
+    format, quantization and pruning.
     """
 
     name: str
@@ -35,13 +35,12 @@ class MemberRecipe(_Part, frozen=True):
 
 
 class Data(_Part, frozen=True):
-    """The texts, by domain name. They must not overlap: weights are fitted on validation; quantisation and pruning look
-    at calibration (at training text where there is none), and gates measure on it; the student learns from training, of
-    which n-grams are counted, too.
+    """The texts, by domain name, which must not overlap. Weights are fitted on validation. Quantization, pruning and
+    the parity gates use calibration, or training where there is none. The student and the n-grams come from training.
 
     Attributes:
-        window: Longest stretch of text that is scored at once, in tokens.
-        max_tokens: Most tokens that are read of each text.
+        window: Maximum tokens that are scored at once.
+        max_tokens: Maximum tokens of each text.
     """
 
     validation: dict[str, TextSource] = {}
@@ -58,7 +57,7 @@ class Recipe(_Part, frozen=True):
         weights: "uniform", a number for each member, or fitted on the validation text: "adaptive" follows the text that
             is generated, beginning with the fitted weights, "fixed" stays with them, and "fit" is adaptive where there
             are several domains and fixed where there is one.
-        ngrams: Most n-grams of the training text that the bundle keeps to draft from.
+        ngrams: Maximum n-grams of the training text that the bundle keeps to draft from.
     """
 
     members: tuple[MemberRecipe, ...]
@@ -80,5 +79,5 @@ class Recipe(_Part, frozen=True):
         return self.weights in ("fit", "adaptive", "fixed")
 
     def resolve(self, path: str) -> Path:
-        """Where a path of the recipe lies."""
+        """Return a path of the recipe, relative to its folder."""
         return self.folder / Path(path).expanduser()

@@ -9,7 +9,7 @@ from edgemix.recipe.schema import NGRAMS
 
 
 def template(*models: str) -> str:
-    """A recipe with comments, for people to edit; it has no mistakes but files that may be missing.
+    """Return a commented recipe to edit; its only mistakes are files that may be missing.
 
     Args:
         models: The members' models, each a folder, hub id or .gguf file; without any, an example.
@@ -29,7 +29,7 @@ _EXAMPLE_MEMBERS = """\
     model: HuggingFaceTB/SmolLM2-135M
     adapter: adapters/math # a LoRA adapter; edgemix finetune makes one
     # format: int4           # this member's own format
-    # prune: {ffn: 0.25}     # share of its feed-forward channels that goes; also layers, heads, sparsity
+    # prune: {ffn: 0.25}     # share of its feed-forward channels to remove; also layers, heads, sparsity
 """
 
 
@@ -50,38 +50,38 @@ format: int8
 # {", ".join(TARGETS)}
 target: cpu
 
-# How int4 finds its weights. auto is distil (trained on the text under data: calibration; minutes) where there is such
-# text, else rtn (rounding to nearest); gptq looks at that text, too, but does not train; hqq is Half-Quadratic
-# Quantization.
+# How int4 finds its weights. auto is learned-rounding (trained on the text under data: calibration; minutes) where
+# there is such text, else rtn (rounding to nearest); gptq uses that text, too, but does not train; hqq is
+# Half-Quadratic Quantization.
 # quantization:
 #   algorithm: auto
 #   group: 32        # weights that share a scale
 #   steps: 160       # of training, 2,048 tokens each
-#   eight_bits: 0.1  # share of the weights that gets 8 bits: the layers that suffer most from 4
-#   scale: true      # move scales from weights to what they read first (AWQ)
-#   rotate: true     # turn the residual stream first (QuaRot); of int8-dynamic, too
+#   eight_bits: 0.1  # share of the weights that gets 8 bits: the most sensitive layers
+#   scale: true      # first move scales from weights to the activations that they read (AWQ)
+#   rotate: true     # first rotate the residual stream (QuaRot); also for int8-dynamic
 
-# Members that are one model and an adapter each, or not even that, in one graph: the model is stored and read once for
-# all of them, and of a quantised GGUF file it stays as it is, bit for bit. With the model's name in the place of true,
-# full fine-tunes of it become such members, too, where a few ranks of what differs are enough.
+# Put members that share one model (with an adapter each, or without) into one graph: the model is stored and read once
+# for all of them, and the blocks of a quantized GGUF file stay as they are. With the model's name in place of true,
+# full fine-tunes of it become such members, too, where a low-rank difference is enough.
 # stack: true
 
-# float, or int8: a text takes a quarter of the memory, with scales found on the text under data: calibration.
+# float, or int8: the key-value cache takes a quarter of the memory, with scales from the text under data: calibration.
 # cache: int8
 
-# A small model that is distilled from the mixture on the text under data: training, for where memory or power is short.
-# It is cut from the members to a third of one's decoding time.
+# A small model that is distilled from the mixture on the text under data: training, for when memory or power is short.
+# It is cut from a member to a third of its decoding time.
 # student:
 #   format: int4
 #   minutes: 30
 
-# How many n-grams of the text under data: training the bundle keeps, to draft from while it writes: what follows pieces
-# of up to four tokens that come three times at least, 13 bytes each. 0 if nobody should see pieces of that text.
+# Number of n-grams of the text under data: training that the bundle keeps to draft from: continuations of up to four
+# tokens that occur at least three times, 13 bytes each. 0 if pieces of that text must not be published.
 # ngrams: {NGRAMS}
 
 # Texts, one file for each domain: .txt, or .jsonl with a template for its lines. Weights are fitted on validation,
-# which no member was trained on. Quantisation looks at calibration, which may be training text; the check after it
-# reads that, or validation without it. The student learns from training, and its n-grams are counted.
+# which no member was trained on. Quantization uses calibration, which may be training text; the check after it
+# uses that, too, or validation without it. The student and the n-grams come from training.
 # data:
 #   validation:
 #     prose: data/prose.txt
@@ -92,8 +92,8 @@ target: cpu
 #     math: {{{{file: data/math-train.jsonl, template: "{{{{question}}}} {{{{answer}}}}"}}}}
 #   training:
 #     prose: data/prose-train.txt
-#   window: 512       # longest stretch that is scored at once, in tokens
-#   max_tokens: 8000  # most tokens that are read of each text
+#   window: 512       # maximum tokens that are scored at once
+#   max_tokens: 8000  # maximum tokens of each text
 
 seed: 0
 """

@@ -1,4 +1,4 @@
-"""Text files that a recipe or a command names, as documents."""
+"""Read the text files of recipes and commands as documents."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def read_documents(source: TextSource, folder: Path) -> list[str]:
     """
     try:
         path = folder / Path(source.file).expanduser()
-    except RuntimeError:  # ~ of a user that there is not
+    except RuntimeError:  # ~ of an unknown user
         raise InputError(f"{source.file}: no such file") from None
     text = _read_text(path)
     if path.suffix == ".jsonl":
@@ -56,7 +56,7 @@ def read_documents(source: TextSource, folder: Path) -> list[str]:
 
 
 def decode(data: bytes, where: str) -> str:
-    """Text from UTF-8 bytes.
+    """Decode UTF-8 text.
 
     Raises:
         InputError: They are not UTF-8; names `where` and the offset.
@@ -76,7 +76,7 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
     Only plain `{name}` is understood: str.format would also follow `{name.attribute}` into Python's objects.
 
     Raises:
-        InputError: The template is malformed, asks for more than a field, or has no field at all.
+        InputError: The template is malformed, has more than plain fields, or no field at all.
     """
     try:
         parts = list(Formatter().parse(template))

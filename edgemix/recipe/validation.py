@@ -1,4 +1,4 @@
-"""What can be wrong with a recipe beyond its structure: each mistake with its place and remedy."""
+"""Checks of a recipe beyond its structure: each mistake with its place and remedy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)
 
 
 def problems_of(recipe: Recipe) -> Iterator[Problem]:
-    """Everything that is wrong with a recipe that could be read."""
+    """Yield all mistakes of a recipe that could be read."""
     yield from _member_problems(recipe)
     yield from _format_problems(recipe)
     yield from _cache_problems(recipe)
@@ -115,12 +115,12 @@ def _cache_problems(recipe: Recipe) -> Iterator[Problem]:
     if recipe.cache != "int8":
         return
     if recipe.stack:
-        yield Problem(("cache",), "int8 does not go with stack: a graph of several members keeps their state in float")
+        yield Problem(("cache",), "int8 does not go with stack: a graph of several members keeps their cache in float")
     formats = [member.format or recipe.format for member in recipe.members]
     if recipe.student is not None:
         formats.append(recipe.student.format)
     if any(FORMAT_SPECS[name].floating_point for name in formats):
-        yield Problem(("cache",), "int8 goes with quantised formats: fp32 and fp16 promise more than it keeps")
+        yield Problem(("cache",), "int8 goes with quantized formats: it is less precise than fp32 and fp16")
 
 
 def _weight_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -131,7 +131,7 @@ def _weight_problems(recipe: Recipe) -> Iterator[Problem]:
     if not isinstance(weights, dict):
         return
     names = [member.name for member in recipe.members]
-    if all(names):  # a name that could not be read may be any of those that seem unknown
+    if all(names):  # an unreadable name may be one of those that seem unknown
         for name in weights.keys() - set(names):
             yield Problem(("weights", name), f"no member has this name; {did_you_mean(name, names)}")
         if missing := [name for name in names if name not in weights]:
@@ -158,7 +158,7 @@ def _text_problems(recipe: Recipe) -> Iterator[Problem]:
                 continue
             path = recipe.resolve(source.file).resolve()
             if (other := places.setdefault(path, f"data.{part}.{domain}")) != f"data.{part}.{domain}":
-                yield Problem(where, f"is the same file as {other}; no text may serve twice")
+                yield Problem(where, f"is the same file as {other}; no text may be used twice")
 
 
 def _compression_problems(recipe: Recipe) -> Iterator[Problem]:
@@ -169,16 +169,16 @@ def _compression_problems(recipe: Recipe) -> Iterator[Problem]:
         if member.prune is not None:
             yield from pruning_problems(member.prune, ("members", index, "prune"))
             if not (recipe.data.calibration or recipe.data.training):
-                yield Problem(("members", index, "prune"), "looks at text; name some under data: calibration:")
+                yield Problem(("members", index, "prune"), "needs text; name some under data: calibration:")
     for where, quantization in quantizations:
         yield from quantization_problems(quantization, where)
         if quantization.reads_text and not (recipe.data.calibration or recipe.data.training):
             word = next(word for word in ("scale", "eight_bits", "algorithm") if getattr(quantization, word))
-            yield Problem((*where, word), "looks at text; name some under data: calibration:")
+            yield Problem((*where, word), "needs text; name some under data: calibration:")
     if recipe.student is not None:
         yield from student_problems(recipe.student, [member.name for member in recipe.members], ("student",))
         if not recipe.data.training:
-            yield Problem(("student",), "learns from text; name some under data: training:")
+            yield Problem(("student",), "needs text; name some under data: training:")
         config = recipe.student.config
         if config is not None and ((path := _existing(config, recipe.folder)) is None or not _has_config(path)):
             yield Problem(
@@ -188,9 +188,9 @@ def _compression_problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def local_path(model: str, folder: Path) -> Path | None:
-    """Where a recipe's `model` lies on this machine; None if it is a hub id.
+    """Return the path of a recipe's `model` on this machine; None if it is a hub id.
 
-    What exists, relative to `folder`, is a path; of the rest, `name` and `organisation/name` are hub ids.
+    An existing path, relative to `folder`, comes first; otherwise `name` and `organization/name` are hub ids.
 
     Raises:
         InputError: It is neither.

@@ -1,7 +1,7 @@
-"""YAML text as typed structs, by the structs' own annotations; every mistake is kept with its line.
+"""Read YAML text as typed structs by their annotations, collecting every mistake with its line.
 
-Values are read as the type that the struct asks for, so that a member may be called `no` or `1.5` without quotes. What
-recipes do not need is refused: anchors and aliases, explicit tags, nesting beyond any recipe's.
+Values are read as the type of the struct's field, so that a member may be called `no` or `1.5` without quotes. Features
+that recipes do not need are refused: anchors and aliases, explicit tags, deep nesting.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 Where = tuple[str | int, ...]
 """A place in the data: keys, and indices of lists."""
 Rewrite = Callable[[Any, yaml.Node], yaml.Node]
-"""Given the type that is asked for, turns a short form of it into the full one."""
+"""Turns a short form of a type, given first, into the full one."""
 
 MAX_DEPTH = 16
 _PREFIX = "tag:yaml.org,2002:"
@@ -120,7 +120,7 @@ class _Reader:
         self._rewrite = rewrite
 
     def read(self, node: yaml.Node, kind: Any, where: Where) -> Any:
-        """The node's value as a `kind`, or _BROKEN after noting why not."""
+        """Return the node's value as a `kind`, or _BROKEN after recording the problem."""
         self.lines.setdefault(where, node.start_mark.line + 1)
         if node.tag not in _TAGS:
             return self._problem(where, f"the tag {node.tag.removeprefix(_PREFIX)} is not used here; leave it out")

@@ -226,7 +226,9 @@ def int4_recipe(folder, **changes):
 
 def test_int4_is_trained_where_there_is_text(folder, tmp_path):
     export_bundle(int4_recipe(folder), tmp_path / "auto", force=True)
-    export_bundle(int4_recipe(folder, quantization=Quantization("distil", steps=3)), tmp_path / "distil", force=True)
+    export_bundle(
+        int4_recipe(folder, quantization=Quantization("learned-rounding", steps=3)), tmp_path / "distil", force=True
+    )
     export_bundle(int4_recipe(folder, quantization=Quantization("rtn")), tmp_path / "rtn", force=True)
     export_bundle(int4_recipe(folder, data=Data()), tmp_path / "no-text", force=True)
     bare = int4_recipe(folder, data=Data(), quantization=Quantization("rtn"))
@@ -296,13 +298,13 @@ def _cut(*_, **__):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quantization": Quantization("distil"), "data": Data()}, "quantization.algorithm: looks at text"),
-        ({"quantization": Quantization(scale=True), "data": Data()}, "quantization.scale: looks at text"),
-        ({"quantization": Quantization("rtn", eight_bits=0.5)}, "goes with algorithm distil or gptq"),
+        ({"quantization": Quantization("learned-rounding"), "data": Data()}, "quantization.algorithm: needs text"),
+        ({"quantization": Quantization(scale=True), "data": Data()}, "quantization.scale: needs text"),
+        ({"quantization": Quantization("rtn", eight_bits=0.5)}, "goes with algorithm learned-rounding or gptq"),
         ({"quantization": Quantization(eight_bits=2)}, "eight_bits: is 2; it may be 0 to 1"),
         ({"quantization": Quantization(group=33)}, "is 33; it may be 16, 32"),
         ({"quantization": Quantization(steps=0)}, "steps: is 0"),
-        ({"student": Student()}, "learns from text; name some under data: training:"),
+        ({"student": Student()}, "needs text; name some under data: training:"),
     ],
 )
 def test_invalid_compression_settings_are_refused(folder, tmp_path, changes, message):

@@ -10,6 +10,7 @@ import pytest
 
 from edgemix.errors import InputError, RecipeError
 from edgemix.recipe import schema as recipe_module
+from edgemix.recipe.compression import Quantization
 from edgemix.recipe.load import check, load_recipe
 from edgemix.recipe.schema import Data, MemberRecipe, Recipe
 from edgemix.recipe.template import template
@@ -90,7 +91,7 @@ def test_a_whole_recipe(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("word", "value"), [("true", True), ("no", False), ("Off", False)])
-def test_switches(folder: Path, word: str, value: bool) -> None:
+def test_booleans(folder: Path, word: str, value: bool) -> None:
     """Any switch ended in a KeyError: nothing read true and false."""
     read = load(
         folder,
@@ -106,7 +107,7 @@ def test_switches(folder: Path, word: str, value: bool) -> None:
 
 
 @pytest.mark.parametrize("value", ["1", "'true'", "maybe", "[true]", "''"])
-def test_what_is_no_switch(folder: Path, value: str) -> None:
+def test_values_that_are_not_booleans(folder: Path, value: str) -> None:
     (told,) = mistakes(folder, f"members: [{{name: a, model: model}}]\nquantization: {{rotate: {value}}}")
     assert told.startswith("2: quantization.rotate: is ")
     assert told.endswith("; expected true or false")
@@ -117,7 +118,7 @@ def test_texts_as_a_list_are_domains_by_name(folder: Path) -> None:
     assert recipe.data.validation == {"prose": TextSource("prose.txt")}
 
 
-def test_all_mistakes_are_told_at_once_with_their_lines(folder: Path) -> None:
+def test_all_mistakes_are_reported_at_once_with_their_lines(folder: Path) -> None:
     (folder / "empty.txt").write_text(" \n")
     found = mistakes(
         folder,
@@ -246,7 +247,7 @@ MEMBER = "members: [{name: a, model: model}, {name: b, model: model}]\n"
         ),
     ],
 )
-def test_one_mistake_is_told_once(folder: Path, text: str, expected: str) -> None:
+def test_one_mistake_is_reported_once(folder: Path, text: str, expected: str) -> None:
     (told,) = mistakes(folder, text)
     assert told.startswith(expected)
 
@@ -258,12 +259,12 @@ def test_one_mistake_is_told_once(folder: Path, text: str, expected: str) -> Non
         (b"#" * ((1 << 20) + 1), "has more than 1,048,576 bytes"),
     ],
 )
-def test_files_that_are_no_recipes(folder: Path, text: bytes, message: str) -> None:
+def test_files_that_are_not_recipes(folder: Path, text: bytes, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load(folder, text)
 
 
-def test_recipes_that_are_not_there(folder: Path) -> None:
+def test_missing_recipes(folder: Path) -> None:
     with pytest.raises(RecipeError, match=r"no such recipe\n.*edgemix init"):
         load_recipe(folder / "missing.yaml")
     with pytest.raises(RecipeError, match="is no file"):
@@ -290,7 +291,7 @@ def test_recipes_in_python_are_checked_alike(folder: Path) -> None:
     assert "`$.seed`" in check(Recipe((member,), seed="0", folder=folder))[0]  # type: ignore[arg-type]
 
 
-def test_what_exists_is_a_path_and_the_rest_may_be_a_hub_id(folder: Path) -> None:
+def test_existing_paths_come_before_hub_ids(folder: Path) -> None:
     assert local_path("model", folder) == folder / "model"
     assert local_path(str(folder / "model"), Path()) == folder / "model"
     assert local_path("gpt2", folder) is None
@@ -300,7 +301,7 @@ def test_what_exists_is_a_path_and_the_rest_may_be_a_hub_id(folder: Path) -> Non
             local_path(name, folder)
 
 
-def test_the_template_lacks_nothing_but_the_users_files(folder: Path) -> None:
+def test_the_template_is_valid_but_for_missing_files(folder: Path) -> None:
     (told,) = mistakes(folder, template())
     assert "adapters/math" in told
     assert [member.model for member in load(folder, template("model", "organisation/name")).members] == [
@@ -311,7 +312,7 @@ def test_the_template_lacks_nothing_but_the_users_files(folder: Path) -> None:
     assert "there is no file or folder 'odd: \"path\" #1/model'" in told
 
 
-def test_what_the_template_comments_out_is_right_too(folder: Path) -> None:
+def test_commented_out_parts_of_the_template_are_valid(folder: Path) -> None:
     (folder / "data").mkdir()
     (folder / "data/prose.txt").write_text("text")
     (folder / "data/math.jsonl").write_text('{"question": "1+1", "answer": 2}')
@@ -324,3 +325,13 @@ def test_what_the_template_comments_out_is_right_too(folder: Path) -> None:
     assert recipe.data.validation["math"].template == "Question: {question}\nAnswer: {answer}\n"
     assert recipe_module.Data().window == recipe.data.window
     assert recipe_module.Data().max_tokens == recipe.data.max_tokens
+
+
+def test_the_old_name_of_learned_rounding_is_accepted(folder: Path) -> None:
+    assert Quantization("distil") == Quantization("learned-rounding")
+    (folder / "own.txt").write_text("text")
+    recipe = load(
+        folder,
+        "members: [{name: a, model: hub/id}]\nquantization: {algorithm: distil}\ndata: {calibration: {x: own.txt}}\n",
+    )
+    assert recipe.quantization.algorithm == "learned-rounding"

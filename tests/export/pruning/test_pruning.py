@@ -395,7 +395,7 @@ def test_the_export_stops_at_the_gate(folder, tmp_path, monkeypatch):
 
 def test_a_recipe_without_text_cannot_prune(folder, tmp_path):
     recipe = Recipe(members=(MemberRecipe("a", "base", prune=Pruning(ffn=0.5)),), folder=folder.parent)
-    with pytest.raises(RecipeError, match=r"members\[0\].prune: looks at text"):
+    with pytest.raises(RecipeError, match=r"members\[0\].prune: needs text"):
         export_bundle(recipe, tmp_path / "bundle")
     empty = Recipe(members=(MemberRecipe("a", "base", prune=Pruning()),), folder=folder.parent)
     with pytest.raises(RecipeError, match="removes nothing"):

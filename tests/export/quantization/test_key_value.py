@@ -121,8 +121,8 @@ def test_a_whole_mixture(recipe, tmp_path):
     ("change", "message"),
     [
         ({"stack": True}, "does not go with stack"),
-        ({"format": "fp16"}, "goes with quantised formats"),
-        ({"student": Student(format="fp32")}, "goes with quantised formats"),
+        ({"format": "fp16"}, "goes with quantized formats"),
+        ({"student": Student(format="fp32")}, "goes with quantized formats"),
     ],
 )
 def test_what_it_does_not_go_with(recipe, tmp_path, change, message):

@@ -4,11 +4,11 @@
     attention_mask               int64 [batch, past + sequence], 1 for a slot that holds a token, 0 for padding
     position_ids                 int64 [batch, sequence]; absent where the graph derives positions from the mask
     past_key_values.{i}.key      float or int8 [batch, kv_heads, past, head_size], and .value
-    logits_to_keep               int64 [1], of how many of the last tokens there shall be logits; optional: all of them
-    logits                       float [batch, kept, vocabulary]; of several voices [batch, kept, voices, vocabulary]
+    logits_to_keep               int64 [1], number of last tokens to compute logits for; optional, default all
+    logits                       float [batch, kept, vocabulary]; of several members [batch, kept, members, vocabulary]
     present.{i}.key              float or int8 [batch, kv_heads, past + sequence, head_size], and .value
 
-Of several voices, a text's keys and values are [batch * voices, ...], one voice's after the other's.
+In a graph of several members, keys and values are [batch * members, ...]: a text's rows, one member after the other.
 `past`, `sequence`, `kept` and `batch` are dynamic; kv_heads, head_size and vocabulary are fixed in the graph, and the
 runtime reads them there. How the cache moves from one call to the next is the graph's `CacheKind`.
 """

@@ -1,4 +1,4 @@
-"""What a bundle says of itself: the manifest of a folder with the tokenizer's files and each member's graph.
+"""The manifest of a bundle, a folder with the tokenizer's files and each member's graph.
 
 BUNDLE/
   edgemix.json                           the manifest below
@@ -6,7 +6,7 @@ BUNDLE/
   members/NAME/model.onnx, model.onnx.data
   student/model.onnx, model.onnx.data    where the bundle has a student
   student/draft.onnx, draft_tokens.json  where it drafts with fewer rows of its head
-  ngrams.bin                             what often follows what, where the recipe had training text
+  ngrams.bin                             frequent n-grams, where the recipe had training text
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MEMBER_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,62}[A-Za-z0-9_-])?")
 STUDENT = "student"
 """The student's name, and its folder."""
 RESERVED_NAMES = frozenset({STUDENT, "mixture", "uniform", "fitted", "given", "adaptive"})
-"""What tables call what is no member."""
+"""Names that tables use for mixtures and the student."""
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -118,7 +118,7 @@ class MixtureParity(_Record, frozen=True):
 
 
 class BudgetPoint(_Record, frozen=True):
-    """What a choice of formats costs.
+    """The costs of a choice of formats.
 
     Attributes:
         bytes: Of the bundle's folder.
@@ -197,7 +197,7 @@ class DraftGraph(_Record, frozen=True):
 class MemberEntry(_Record, frozen=True):
     """One member, or the student: its graph (a path inside the bundle), where it came from, and how close it stayed.
 
-    A graph of several voices is that of as many members, which follow each other in the voices' order.
+    A graph of several members is the entry of each of them; they follow each other in the order of its logits.
 
     Attributes:
         fallbacks: Exporter paths tried before `config.exporter`, each with why it was refused.
@@ -226,7 +226,7 @@ class MemberEntry(_Record, frozen=True):
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Of its graph, and of the one that it drafts with."""
+        """Paths of its graph and of its draft graph."""
         return (self.graph,) if self.draft is None else (self.graph, self.draft.graph)
 
 
@@ -270,7 +270,7 @@ class Manifest(_Record, frozen=True):
         files: Every other file's path in the bundle -> its size and checksum.
         checksum: Sha256 of the manifest itself, see `checksum_of`.
         student: The small model that was distilled from the mixture; it is no member, and has no weight.
-        quantization: What quantisation costs the mixture; None where it has one member, or all are fp32.
+        quantization: What quantization costs the mixture; None where it has one member, or all are fp32.
         budget: What decided on the members' formats; None where the recipe did.
         task: What the members predict; manifests without it are of the default task.
         ngrams: How many n-grams of the training text it has to draft from; 0 where there is no such file.

@@ -1,4 +1,4 @@
-"""What a manifest of the right structure may still have wrong: it comes from anywhere."""
+"""Checks of a decoded manifest: it may come from anywhere."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def validation_errors(manifest: Manifest) -> list[str]:
-    """What is wrong with a manifest of the right structure, a line each; empty if it is sound."""
+    """Return what is wrong with a decoded manifest, one line each; an empty list if it is valid."""
     return [
         *([] if 1 <= manifest.schema <= SCHEMA else [f"schema is {manifest.schema}, and edgemix knows 1 to {SCHEMA}"]),
         *_member_errors(manifest),
         *_graph_errors(manifest),
         *_draft_errors(manifest),
         *([] if manifest.ngrams >= 0 else [f"ngrams: there are {manifest.ngrams}"]),
-        *_voice_errors(manifest),
+        *_shared_graph_errors(manifest),
         *_weight_errors(manifest),
         *_tokenizer_errors(manifest),
         *_file_errors(manifest),
@@ -99,12 +99,12 @@ def _draft_errors(manifest: Manifest) -> Iterator[str]:
         yield f"student: drafts {draft.vocabulary} tokens of the tokenizer's {manifest.tokenizer.vocabulary}"
 
 
-def _voice_errors(manifest: Manifest) -> Iterator[str]:
+def _shared_graph_errors(manifest: Manifest) -> Iterator[str]:
     for graph, group in groupby(manifest.graphs, key=lambda entry: entry.graph):
         entries = list(group)
-        voices = {entry.config.member_count for entry in entries}
-        if voices != {len(entries)} or len({entry.config for entry in entries}) > 1:
-            wanted = ", ".join(map(str, sorted(voices)))
+        counts = {entry.config.member_count for entry in entries}
+        if counts != {len(entries)} or len({entry.config for entry in entries}) > 1:
+            wanted = ", ".join(map(str, sorted(counts)))
             yield f"members: the graph {graph!r} has {len(entries)} in a row, and should speak for {wanted}"
 
 
@@ -135,7 +135,7 @@ def _tokenizer_errors(manifest: Manifest) -> Iterator[str]:
 
 def _file_errors(manifest: Manifest) -> Iterator[str]:
     for name, entry in manifest.files.items():
-        if reason := paths.fault(name):
+        if reason := paths.path_error(name):
             yield f"files: the path {name[:200]!r} {reason}"
         if entry.size < 0:
             yield f"files: {name!r} has a negative size"

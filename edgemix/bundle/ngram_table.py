@@ -1,4 +1,4 @@
-"""What usually follows the last tokens of a text: the n-grams of a bundle's training text, for drafts without a model.
+"""The n-grams of a bundle's training text, which predict the next token of a text, for drafts without a model.
 
 A file of `ROW` bytes an n-gram, in three columns, one after the other, little-endian: the hash of its tokens (uint64,
 ascending), the token that follows it most often (uint32), and how often, as a share of 255 (uint8).
@@ -37,7 +37,7 @@ class Guess(NamedTuple):
 
 
 class NgramTable:
-    """n-grams and what follows them.
+    """n-grams and the token that follows each most often.
 
     Args:
         keys: uint64 [n-grams], ascending: their hashes.
@@ -78,7 +78,7 @@ class NgramTable:
         return b"".join(column.astype(kind).tobytes() for column, kind in columns)
 
     def guess(self, text: Sequence[int]) -> Guess | None:
-        """What follows the longest n-gram of those known that a text ends with; None if it ends with none."""
+        """Return the token after the longest known n-gram that a text ends with; None if it ends with none."""
         found, key = None, 0
         for token in reversed(text[-LONGEST:]):
             key = (key * _FACTOR + token + 1) & _ALL

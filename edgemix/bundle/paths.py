@@ -1,4 +1,4 @@
-"""Paths that come from a file somebody else wrote: they stay inside their folder, on every system."""
+"""Check that relative paths from untrusted files stay inside their folder, on every system."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _LONGEST_PART = 255
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f<>:"|?*\\\ud800-\udfff]')
 
 
-def fault(path: str) -> str | None:
-    """Why `path` is no plain relative path with forward slashes (`members/a/model.onnx`); None if it is one."""
+def path_error(path: str) -> str | None:
+    """Return why `path` is no plain relative path with forward slashes (`members/a/model.onnx`); None if it is one."""
     parts = path.split("/")
     reasons = {
         "is empty": not path,
@@ -32,12 +32,12 @@ def fault(path: str) -> str | None:
 
 
 def resolve(folder: Path, relative: str) -> Path:
-    """The path of `relative` in `folder`.
+    """Return the path of `relative` in `folder`.
 
     Raises:
         BundleError: It would leave the folder, by its text or through a symbolic link.
     """
-    if reason := fault(relative):
+    if reason := path_error(relative):
         raise BundleError(f"{folder}: the path {relative[:_LONGEST]!r} {reason}", "Do not use this bundle.")
     path = folder / relative
     try:

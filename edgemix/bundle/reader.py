@@ -1,6 +1,6 @@
-"""Reading, checking and writing a bundle: what can be known of it without running it.
+"""Read and check a bundle without running it.
 
-Nothing that a manifest says is believed before it is checked, so that a damaged or hostile bundle is refused before
+Nothing in a manifest is trusted before it is checked, so that a damaged or hostile bundle is refused before
 any memory is allocated by its numbers or any file outside it is opened.
 """
 
@@ -73,7 +73,7 @@ def read_manifest(bundle: Path) -> Manifest:
 
 
 def draft_tokens(bundle: Path, manifest: Manifest, draft: DraftGraph) -> list[int]:
-    """The ids of the tokens that a draft graph's logits are of, in their order.
+    """Read the token ids of a draft graph's logits, in their order.
 
     Raises:
         BundleError: They are not as many different ids, ascending, as the manifest says, or not the tokenizer's.
@@ -95,7 +95,7 @@ def draft_tokens(bundle: Path, manifest: Manifest, draft: DraftGraph) -> list[in
 
 
 def ngram_table(bundle: Path, manifest: Manifest) -> NgramTable | None:
-    """What usually follows what; None where the bundle has no n-grams.
+    """Open the bundle's n-grams; None where it has none.
 
     Raises:
         BundleError: Their file is not of as many as the manifest says, or names tokens that there are not.
@@ -108,7 +108,7 @@ def ngram_table(bundle: Path, manifest: Manifest) -> NgramTable | None:
 
 
 def graph_digest(manifest: Manifest, graph: str) -> str:
-    """Of a graph of the bundle and the files beside it, from their checksums; another graph may lie beside it."""
+    """Return a sha256 over a graph of the bundle and the files beside it, from their checksums."""
     folder = PurePosixPath(graph).parent
     files = [file for file in manifest.files if PurePosixPath(file).is_relative_to(folder)]
     if not files:
@@ -133,6 +133,7 @@ def _read_manifest_bytes(bundle: Path, path: Path) -> bytes:
 
 
 def check_sizes(bundle: Path, manifest: Manifest) -> None:
+    """Raise a BundleError unless every listed file is there in its full size."""
     for name, entry in manifest.files.items():
         path = resolve(bundle, name)
         with storage_errors(f"reading {path}"):

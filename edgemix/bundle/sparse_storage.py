@@ -1,4 +1,4 @@
-"""Weights with many zeros, stored small: the format of a .sparse file, which stands for a graph's external data file.
+"""The format of a .sparse file: a graph's external data file with many zeros, stored compactly.
 
     model.onnx.data.sparse
       header      MAGIC, size of the file it stands for, size of the index (little-endian)
@@ -6,10 +6,14 @@
       streams     the segments' streams, one after the other
 
 A segment's elements are numbers of `width` bits, stored as differences (modulo 2^width) from a background: a constant,
-or for quantised blocks their zero points, so that a weight of zero is a difference of zero in every format. A mask has
+or for quantized blocks their zero points, so that a weight of zero is a difference of zero in every format. A mask has
 a bit for each element, set where the difference is not zero; only those differences are stored, in planes of bytes.
 Mask and planes are streams of raw deflate, most of them coded by Huffman alone: weights do not repeat, their values
 are only unevenly frequent. Measured on SmolLM2-135M's layers, half of the weights zero: within 1% of the entropy.
+
+Plain compression of the weights is larger. Measured on normally distributed weights of 1024 x 2048, half of them zero
+(anywhere / 2:4), against this format: zlib level 9 of fp16 +18% / +18%, int8 +15% / +25%, int4 in blocks of 32 +9% /
++17%; zstd level 19, which would be a dependency, fp16 +10% / +11%, int8 +1% / +8%, int4 +1% / +12%.
 
 What stands between segments is zero. Nothing is allocated by a number that was not checked: sizes must fit each other,
 and no file may stand for more than `MAX_RATIO` times its own size.
@@ -103,7 +107,7 @@ class Index(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """Read what a .sparse file says of its size, and check that it is possible.
+    """Read the sizes in a .sparse file's header, and check that they are possible.
 
     Raises:
         BundleError: It is no such file, or stands for a file that is far too large.
@@ -143,13 +147,13 @@ def read_index(path: Path) -> Index:
         segments = msgspec.json.decode(data, type=tuple[Segment, ...])
     except (msgspec.DecodeError, RecursionError) as error:
         raise BundleError(f"{path}: its index is damaged: {error}", EXPORT_AGAIN) from None
-    if fault := next(_faults(header.size, segments, available), None):
-        raise BundleError(f"{path}: its index contradicts itself: {fault}", EXPORT_AGAIN)
+    if reason := next(_errors(header.size, segments, available), None):
+        raise BundleError(f"{path}: its index contradicts itself: {reason}", EXPORT_AGAIN)
     return Index(header.size, segments, start)
 
 
 def inflate(stored: bytes, size: int) -> bytes:
-    """A stream's content of exactly `size` bytes; what deflate cannot shrink is stored as it is.
+    """Decompress a stream to exactly `size` bytes; what deflate cannot shrink is stored as it is.
 
     Raises:
         ValueError: The stream is damaged, or holds more or fewer bytes.
@@ -167,7 +171,7 @@ def inflate(stored: bytes, size: int) -> bytes:
 
 
 def deflate(content: bytes) -> bytes:
-    """The smallest stream of `content`."""
+    """Compress `content` to the smallest stream."""
     streams = [content]
     for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_DEFAULT_STRATEGY):
         deflater = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, strategy)
@@ -176,17 +180,17 @@ def deflate(content: bytes) -> bytes:
 
 
 def plane_bytes(width: int, count: int) -> int:
-    """Bytes of each plane of `count` values."""
+    """Return the size in bytes of each plane of `count` values."""
     return (count + 1) // 2 if width == 4 else count
 
 
 def write_header(size: int, segments: Sequence[Segment]) -> bytes:
-    """Header and index; the segments' streams follow them."""
+    """Encode header and index; the segments' streams follow them."""
     index = msgspec.json.encode(segments)
     return HEADER.pack(MAGIC, size, len(index)) + index
 
 
-def _faults(size: int, segments: Sequence[Segment], available: int) -> Iterator[str]:
+def _errors(size: int, segments: Sequence[Segment], available: int) -> Iterator[str]:
     end = 0
     for number, segment in enumerate(segments):
         where = f"segment {number}"

@@ -38,35 +38,35 @@ class Stages:
         return any(True for _ in files_in(self._records))
 
     def done(self, name: str, key: str, kind: type[T]) -> T | None:
-        """The facts of a finished stage, or None if it must run: it never finished, had other inputs, or its files
-        have changed since. What an outdated stage has written is removed.
+        """Return the result of a finished stage, or None if it must run: it never finished, had other inputs, or its
+        files have changed since. What an outdated stage has written is removed.
 
         Args:
             name: The stage, as a relative path ("quantize/math").
-            key: Of its inputs now, from `stage_key`.
-            kind: Type of the facts that were given to `mark_done`.
+            key: Digest of its inputs now, from `stage_key`.
+            kind: Type of the result that was given to `mark_done`.
         """
         path = self._path(name)
         with storage_errors(f"reading {path}"):
             try:
                 record = msgspec.json.decode(path.read_bytes(), type=_StageRecord)
-                facts = msgspec.json.decode(record.facts, type=kind)
+                result = msgspec.json.decode(record.facts, type=kind)
             except (FileNotFoundError, ValueError):
                 return None
             if record.key == key and record.files == self._state(record.files):
-                return facts
+                return result
             path.unlink()
             for file in record.files:
                 resolve(self._staging, file).unlink(missing_ok=True)
         return None
 
-    def mark_done(self, name: str, key: str, facts: Any = True, files: Iterable[Path] = ()) -> None:
+    def mark_done(self, name: str, key: str, result: Any = True, files: Iterable[Path] = ()) -> None:
         """Record a stage as finished.
 
         Args:
             name: The stage, as a relative path.
-            key: Of its inputs, from `stage_key`.
-            facts: What later stages must know; anything that msgspec writes and reads as JSON.
+            key: Digest of its inputs, from `stage_key`.
+            result: What later stages must know; anything that msgspec writes and reads as JSON.
             files: The files that it wrote under the writer's `folder` or `scratch`; a folder stands for all in it.
         """
         with storage_errors(f"writing {self._staging}"):
@@ -74,7 +74,7 @@ class Stages:
             for path in written:
                 sync_file(path)
             state = self._state(path.relative_to(self._staging).as_posix() for path in written)
-            record = _StageRecord(key, msgspec.Raw(msgspec.json.encode(facts)), state)
+            record = _StageRecord(key, msgspec.Raw(msgspec.json.encode(result)), state)
             self._path(name).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._path(name), msgspec.json.encode(record))
 
@@ -88,5 +88,5 @@ class Stages:
 
 
 def stage_key(**inputs: Any) -> str:
-    """A digest of everything that a stage's result depends on: recipe parts, settings, checksums of files, versions."""
+    """Return a digest of all that a stage's result depends on: recipe parts, settings, checksums of files, versions."""
     return hashlib.sha256(msgspec.json.encode(inputs, enc_hook=str, order="deterministic")).hexdigest()

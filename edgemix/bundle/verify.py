@@ -31,7 +31,7 @@ def verify_bundle(
     only: MemberEntry | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> None:
-    """Check the bundle's files against its manifest, and that the lists of tokens among them make sense.
+    """Check the bundle's files against its manifest, and that its lists of token ids are valid.
 
     Args:
         bundle: The folder that `manifest` was read from.
@@ -39,7 +39,7 @@ def verify_bundle(
         checksums: Read every file and compare its sha256, and the tokenizer's fingerprint. Without it: sizes, paths,
             and that the graphs' external data is listed and lies within its files.
         only: The graph that will be opened, where it is one alone; the others' files are not read.
-        progress: Hears of the bytes read.
+        progress: Progress callback.
 
     Raises:
         BundleError: A file is missing, changed, not listed though it could be loaded, or outside the bundle.

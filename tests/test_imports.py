@@ -133,3 +133,66 @@ def test_every_package_is_shipped() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
     found = {name for package in PACKAGES for name, path in modules(package) if path.name == "__init__.py"}
     assert found == set(listed)
+
+
+ORDER = {
+    "edgemix": ("errors", "progress", "files", "formats", "tasks", "bundle", "recipe", "results", "report", "cli"),
+    "edgemix.export": (
+        *("models", "data", "training", "parity", "graphs", "quantization", "pruning", "distillation", "drafting"),
+        *("finetuning", "stages", "budget", "context", "pipeline", "demo"),
+    ),
+    "edgemix.runtime": (
+        *("cancellation", "token_progress", "results", "text", "graphs", "mixing", "sequences", "decoding", "options"),
+        *("machine", "loaded_bundle", "session", "serving", "evaluation", "mixture", "profiling"),
+    ),
+}
+"""Folders and top modules in the order in which data passes them: none imports one that stands after it."""
+BACKWARD = {
+    ("edgemix.export.distillation.distill", "demo"),
+    ("edgemix.export.distillation.teacher", "stages"),
+    ("edgemix.runtime.graphs.prepacked_weights", "machine"),
+}
+"""Imports against the order that are still there; the list may only become shorter."""
+LONG = {ROOT / "export/distillation/distill.py"}
+"""Modules of more than 400 lines that are still there."""
+ALL = {name: path for package in PACKAGES for name, path in modules(package)}
+
+
+def eager_imports(name: str) -> set[str]:
+    """The modules of edgemix that a module imports when it is itself imported."""
+    return {module for module, eager in imported(name, ALL[name]) if eager and module in ALL and module != name}
+
+
+def place(name: str) -> tuple[str, str]:
+    """The package of a module, and the folder or top module of it that the module belongs to."""
+    package = max((package for package in PACKAGES if within(name, package)), key=len)
+    return package, name.removeprefix(package).removeprefix(".").split(".")[0]
+
+
+def test_imports_point_one_way() -> None:
+    backward = set()
+    for name in ALL:
+        package, folder = place(name)
+        for module in eager_imports(name):
+            other_package, other = place(module)
+            if package == other_package and folder != other and {folder, other} <= set(ORDER[package]):
+                order = ORDER[package]
+                if order.index(folder) < order.index(other):
+                    backward.add((name, other))
+    assert backward <= BACKWARD
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    left = {name: eager_imports(name) for name in ALL}
+    while free := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left
+
+
+def test_folders_and_modules_stay_small() -> None:
+    counts: dict[Path, int] = {}
+    for path in ALL.values():
+        assert path in LONG or len(path.read_text("utf-8").splitlines()) <= 400, path
+        counts[path.parent] = counts.get(path.parent, 0) + (path.name != "__init__.py")
+    assert max(counts.values()) <= 15, counts

@@ -1,4 +1,4 @@
-"""Every failure that edgemix reports on purpose: what is wrong, where, and what to do about it."""
+"""The errors that edgemix raises: what is wrong, where, and what to do about it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 EXPORT_AGAIN = "Export or download the bundle again."
-"""What to do about a bundle that is damaged."""
+"""The remedy for a damaged bundle."""
 
 
 class EdgemixError(Exception):
@@ -56,10 +56,10 @@ _NOT_ALLOWED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 @contextmanager
 def storage_errors(doing: str) -> Iterator[None]:
-    """Turn what the file system refuses inside the block into an EdgemixError.
+    """Turn OSErrors inside the block into EdgemixErrors.
 
     Args:
-        doing: What goes on, to begin the message with: "writing out/edgemix.json".
+        doing: The operation, with which the message begins: "writing out/edgemix.json".
     """
     try:
         yield

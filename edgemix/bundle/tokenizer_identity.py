@@ -33,8 +33,8 @@ class TokenizerIdentity(msgspec.Struct, frozen=True):
         kind: The model's algorithm: BPE, WordPiece, Unigram or WordLevel.
         vocabulary: Token -> id, added tokens included.
         merges: BPE's merge rules in order, each as "left right"; for Unigram each piece's score.
-        added: Added token -> how it is matched (special, normalised, stripped, whole word).
-        settings: The remaining settings: normaliser, pre-tokenizer and the model's own.
+        added: Added token -> how it is matched (special, normalized, stripped, whole word).
+        settings: The remaining settings: normalizer, pre-tokenizer and the model's own.
     """
 
     kind: str
@@ -90,7 +90,7 @@ class TokenizerIdentity(msgspec.Struct, frozen=True):
 def first_difference(a: TokenizerIdentity, b: TokenizerIdentity) -> str | None:
     """The first thing that can give one text different ids, in words ("a" and "b" stand for the two); None if none.
 
-    Normaliser and pre-tokenizer are left to a comparison of encoded text: two descriptions may do the same.
+    Normalizer and pre-tokenizer are left to a comparison of encoded text: two descriptions may do the same.
     """
     if a.kind != b.kind:
         return f"one is {a.kind}, the other {b.kind}"

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 KEY = stage_key(seed=0)
 
 
-class Facts(msgspec.Struct, frozen=True):
+class StageResult(msgspec.Struct, frozen=True):
     layers: int
     loss: float
 
@@ -229,7 +229,7 @@ def test_a_graph_that_is_missing_stops_the_end(bundle: Path, output: Path, manif
 
 
 def test_a_stage_is_done_if_and_only_if_nothing_changed(output: Path) -> None:
-    facts = Facts(3, 0.1)
+    result = StageResult(3, 0.1)
     with BundleWriter(output) as writer:
         graph, data = writer.folder / "members/a/model.onnx", writer.folder / "members/a/model.onnx.data"
         stages = writer.stages
@@ -238,24 +238,24 @@ def test_a_stage_is_done_if_and_only_if_nothing_changed(output: Path) -> None:
             graph.parent.mkdir(parents=True, exist_ok=True)
             graph.write_bytes(b"graph")
             data.write_bytes(b"data")
-            stages.mark_done("graph/a", KEY, facts, files=[graph.parent])
+            stages.mark_done("graph/a", KEY, result, files=[graph.parent])
 
-        assert stages.done("graph/a", KEY, Facts) is None
+        assert stages.done("graph/a", KEY, StageResult) is None
         finish()
-        assert stages.done("graph/a", KEY, Facts) == facts
-        assert stages.done("graph/b", KEY, Facts) is None
-        assert stages.done("graph/a", stage_key(seed=1), Facts) is None
+        assert stages.done("graph/a", KEY, StageResult) == result
+        assert stages.done("graph/b", KEY, StageResult) is None
+        assert stages.done("graph/a", stage_key(seed=1), StageResult) is None
         assert not graph.exists()  # what an outdated stage wrote is gone
 
         finish()
         data.write_bytes(b"more data")
-        assert stages.done("graph/a", KEY, Facts) is None
+        assert stages.done("graph/a", KEY, StageResult) is None
         finish()
         data.unlink()
-        assert stages.done("graph/a", KEY, Facts) is None
+        assert stages.done("graph/a", KEY, StageResult) is None
         finish()
         (output.with_name(".mixture.partial") / "stages/graph/a.json").write_bytes(b"{")
-        assert stages.done("graph/a", KEY, Facts) is None
+        assert stages.done("graph/a", KEY, StageResult) is None
         finish()
         assert stages.done("graph/a", KEY, int) is None
         with pytest.raises(BundleError):

@@ -163,7 +163,7 @@ class BundleWriter:
         elif not any(self.output.iterdir()):
             self.output.rmdir()
             self.folder.rename(self.output)
-        elif not _exchange(self.folder, self.output):
+        elif not exchange_folders(self.folder, self.output):
             replaced = self._staging / "replaced"
             self.output.rename(replaced)
             try:
@@ -173,7 +173,7 @@ class BundleWriter:
                 raise
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def exchange_folders(one: Path, other: Path) -> bool:
     """Swap two folders in one step, where the system and the file system can (Linux); False if they cannot."""
     if not sys.platform.startswith("linux"):
         return False

@@ -110,8 +110,8 @@ def test_what_a_student_drafts_with_is_part_of_the_bundle(tmp_path: Path, output
 def test_an_old_bundle_is_replaced(
     bundle: Path, output: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for seed, exchange in enumerate((writer._exchange, lambda *_: False)):
-        monkeypatch.setattr(writer, "_exchange", exchange)
+    for seed, exchange in enumerate((writer.exchange_folders, lambda *_: False)):
+        monkeypatch.setattr(writer, "exchange_folders", exchange)
         shutil.copytree(bundle, output, dirs_exist_ok=True)
         export(output, bundle, msgspec.structs.replace(manifest, seed=seed + 7))
         assert read_manifest(output).seed == seed + 7
@@ -122,7 +122,7 @@ def test_a_swap_has_no_moment_without_a_bundle(tmp_path: Path) -> None:
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
-    if not writer._exchange(tmp_path / "one", tmp_path / "other"):
+    if not writer.exchange_folders(tmp_path / "one", tmp_path / "other"):
         pytest.skip("this file system cannot exchange folders")
     assert (tmp_path / "one/other").exists()
     assert (tmp_path / "other/one").exists()
@@ -149,7 +149,7 @@ def test_a_move_that_fails_half_way_is_undone(
         return rename(self, target)
 
     shutil.copytree(bundle, output)
-    monkeypatch.setattr(writer, "_exchange", lambda *_: False)
+    monkeypatch.setattr(writer, "exchange_folders", lambda *_: False)
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(EdgemixError, match="input/output error"):
         export(output, bundle, msgspec.structs.replace(manifest, seed=7))

@@ -29,7 +29,7 @@ from edgemix.export.distillation.texts import read_texts
 from edgemix.export.models.architecture import context_length
 from edgemix.export.models.loading import load_tokenizer
 from edgemix.export.models.location import locate
-from edgemix.export.pruning.sparsity import sparsify, zeros_kept
+from edgemix.export.pruning.sparsity import preserve_zeros, sparsify
 from edgemix.export.training.checkpoints import Checkpoint
 from edgemix.export.training.loop import TrainingBudget, Validation, train
 from edgemix.export.training.lora import eager_attention
@@ -372,7 +372,7 @@ class _Distillation:
             seconds = 60 * max(self._minutes - spent / 60, self._minutes * (1 - TEACHER_SHARES[1]) / 2)
         model.requires_grad_()
         pruned = student.prune is not None and student.prune.zeros
-        with eager_attention(model, self._length), zeros_kept(model) if pruned else nullcontext():
+        with eager_attention(model, self._length), preserve_zeros(model) if pruned else nullcontext():
             before = lesson.measure(watched)
             state = train(
                 lesson,

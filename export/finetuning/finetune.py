@@ -1,4 +1,4 @@
-"""Domain experts: a model fine-tuned on text, as a LoRA adapter."""
+"""Domain experts: fine-tune a model on text as a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from edgemix.bundle.stages import stage_key
 from edgemix.export.data.text import split
-from edgemix.export.finetuning.options import HELD_OUT, Training, TrainingOptions, held_out_windows
+from edgemix.export.finetuning.options import HELD_OUT, TrainingOptions, TrainingSettings, held_out_windows
 from edgemix.export.models.architecture import context_length
 from edgemix.export.models.loading import load_tokenizer
 from edgemix.export.models.location import locate
@@ -34,15 +34,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FinetuneReport:
-    """What a fine-tuning did.
+    """The results of fine-tuning one model.
 
     Attributes:
-        adapter: The PEFT folder that it wrote.
-        steps: Optimiser steps; `tokens` the tokens that they read, repetitions counted; `seconds` the time they took.
+        adapter: The PEFT folder that was written.
+        steps: Optimizer steps.
+        tokens: Tokens read, including repetitions.
+        seconds: Training time.
         parameters: Number of weights in the adapter.
-        training_loss: Running mean over the last steps, nats a token.
-        validation_before: Mean loss of the model as it was on the validation text, nats a token; None without such
-            text. `validation_after`: with the adapter.
+        training_loss: Running mean over the last steps, in nats per token.
+        validation_before: Mean loss of the base model on the validation text, in nats per token; None without text.
+        validation_after: Mean loss with the adapter.
     """
 
     adapter: Path
@@ -65,16 +67,16 @@ def finetune(
     progress: Progress = NO_PROGRESS,
     **options: Unpack[TrainingOptions],
 ) -> FinetuneReport:
-    """Fine-tune a model that lies in a folder, a .gguf file or on the hub; see `finetune_model`.
+    """Fine-tune a model from a folder, a .gguf file or the hub; see `finetune_model`.
 
     Args:
         base: The folder or file, relative to the working folder, or the hub id.
-        output: As for `finetune_model`, like everything that follows.
+        output: The adapter's folder; must not exist yet.
         documents: Training text.
         validation: Text to measure the loss on.
         four_bit: Keep the model in 4 bits while the adapter is trained (QLoRA).
-        progress: Hears of every step's loss.
-        options: See `Training`.
+        progress: Progress callback.
+        options: See `TrainingSettings`.
     """
     check_output(output)
     location = locate(base, Path())
@@ -104,31 +106,31 @@ def finetune_model(
     progress: Progress = NO_PROGRESS,
     **options: Unpack[TrainingOptions],
 ) -> FinetuneReport:
-    """Train a LoRA adapter on documents and write it as a PEFT folder. `model` comes back as it was, frozen.
+    """Train a LoRA adapter on documents and write it as a PEFT folder. `model` is restored and frozen.
 
-    A run that is interrupted leaves a checkpoint beside `output`; the same call takes it up. With a number of steps the
-    result is then the same as without the interruption.
+    An interrupted run leaves a checkpoint beside `output`; the same call resumes it. With a number of steps, the result
+    is the same as without the interruption.
 
     Args:
         model: A causal language model in fp32, or in 4 bits (see `qlora`).
         tokenizer: Its tokenizer.
-        output: The adapter's folder; must not be there yet.
+        output: The adapter's folder; must not exist yet.
         documents: Training text.
-        base_name: What the adapter calls its base model; no path of this machine.
-        validation: Text to measure the loss on; None keeps `HELD_OUT` of the documents out of training for it.
-        progress: Hears of every step's loss.
-        options: See `Training`.
+        base_name: Base model name to record in the adapter; never a local path.
+        validation: Text to measure the loss on; None holds out the fraction `HELD_OUT` of the documents.
+        progress: Progress callback.
+        options: See `TrainingSettings`.
 
     Raises:
-        InputError: The output is there already, the model has no linear layer, or there is too little text.
-        EdgemixError: The loss is no longer a number, or the disk is full.
+        InputError: The output exists already, the model has no linear layer, or there is too little text.
+        EdgemixError: The loss is not finite, or the disk is full.
     """
     check_output(output)
-    training = Training(**options)
+    training = TrainingSettings(**options)
     length = min(training.length, context_length(model.config))
     if validation is None:
         documents, validation = split(documents, HELD_OUT, seed=training.seed)
-    with progress.stage("tokenise"):
+    with progress.stage("tokenize"):
         text = training.windows(documents, tokenizer, length)
         held_out = held_out_windows({base_name: validation}, tokenizer, length)
     key = stage_key(
@@ -177,7 +179,7 @@ def finetune_model(
 def _mean_loss(
     loss: Callable[[Tensor], Tensor], texts: Sequence[NDArray[np.int64]], batch: int, device: torch.device
 ) -> float | None:
-    """Mean loss a token over texts of equal windows, in nats; None if there are none."""
+    """Return the mean loss over texts, each int64 [windows, length], in nats per token; None without texts."""
     total, count = 0.0, 0
     with torch.no_grad():
         for text in texts:

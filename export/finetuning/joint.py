@@ -13,9 +13,9 @@ import torch
 from edgemix.bundle.stages import stage_key
 from edgemix.errors import InputError, storage_errors
 from edgemix.export.data.text import split
-from edgemix.export.finetuning.members import TunedMember, open_members, shared_tokenizer
+from edgemix.export.finetuning.members import TrainableMember, load_trainable_members, shared_tokenizer
 from edgemix.export.finetuning.mixture_likelihood import MixtureLikelihood
-from edgemix.export.finetuning.options import HELD_OUT, Training, TrainingOptions, held_out_windows
+from edgemix.export.finetuning.options import HELD_OUT, TrainingOptions, TrainingSettings, held_out_windows
 from edgemix.export.finetuning.recipe_output import RECIPE, finetuned_recipe, recipe_text
 from edgemix.export.models.architecture import context_length
 from edgemix.export.models.tokenizers import tokenizer_size
@@ -35,19 +35,21 @@ if TYPE_CHECKING:
 
     from edgemix.recipe.schema import Recipe
 
-    Texts = Mapping[str, Sequence[str]]
+    DocumentsByDomain = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
 class MemberReport:
-    """What became of one member.
+    """The results for one member.
 
     Attributes:
-        name: The member's.
-        adapter: The PEFT folder that was written; `parameters` the number of its weights.
-        weight: In the mixture.
-        validation_before: Mean loss of the member alone on the validation text as it was, nats a token; None without
-            such text. `validation_after`: now.
+        name: The member's name.
+        adapter: The PEFT folder that was written.
+        parameters: Number of weights in the adapter.
+        weight: The member's weight in the mixture.
+        validation_before: Mean loss of the member alone on the validation text before training, in nats per token; None
+            without such text.
+        validation_after: Mean loss after training.
     """
 
     name: str
@@ -60,17 +62,19 @@ class MemberReport:
 
 @dataclass(frozen=True)
 class MixtureReport:
-    """What fine-tuning a mixture did.
+    """The results of fine-tuning a mixture.
 
     Attributes:
-        recipe: The recipe that it wrote, which names the new adapters.
-        joint: Whether the members learned through their mixture.
-        members: In the recipe's order.
-        steps: Optimiser steps, of all members where each learned alone; `tokens` those that they read, repetitions
-            counted; `seconds` the time they took.
-        training_loss: Running mean over the last steps, nats a token: of the mixture, or the mean of the members' own.
-        validation_before: Mean loss of the mixture as it was, weights too, on the validation text of all domains, nats
-            a token; None without such text. `validation_after`: now.
+        recipe: The recipe that was written, which names the new adapters.
+        joint: Whether the members were trained by the mixture's likelihood.
+        members: Results by member, in the recipe's order.
+        steps: Optimizer steps, summed over members trained separately.
+        tokens: Tokens read, including repetitions.
+        seconds: Training time.
+        training_loss: Running mean over the last steps, in nats per token: of the mixture, or the mean over members.
+        validation_before: Mean loss of the mixture, with its initial weights, on the validation text of all domains
+            before training, in nats per token; None without such text.
+        validation_after: Mean loss after training.
     """
 
     recipe: Path
@@ -87,7 +91,7 @@ class MixtureReport:
 def finetune_mixture(
     recipe: Recipe,
     output: Path,
-    texts: Texts | None = None,
+    texts: DocumentsByDomain | None = None,
     *,
     separate: bool = False,
     fit_weights: bool | None = None,
@@ -97,33 +101,33 @@ def finetune_mixture(
 ) -> MixtureReport:
     """Train an adapter for each member of a recipe, and write them with a recipe that names them.
 
-    A run that is interrupted leaves checkpoints beside `output`; the same call takes them up. With a number of steps
-    the result is then the same as without the interruption.
+    An interrupted run leaves checkpoints beside `output`; the same call resumes it. With a number of steps, the result
+    is the same as without the interruption.
 
     Args:
-        recipe: The mixture. Its validation text is what losses are measured on; without any, `HELD_OUT` of each
-            training text is kept out for that. A member that has an adapter goes on from it.
-        output: The folder to write: the adapters, by member name, and recipe.yaml; must not be there yet.
+        recipe: The mixture. Losses are measured on its validation text, or on the fraction `HELD_OUT` of each training
+            text if it has none. A member with an adapter continues from it.
+        output: The folder to write: the adapters, by member name, and recipe.yaml; must not exist yet.
         texts: Training text by domain; None takes the recipe's.
-        separate: Train each member alone: on the text of the domain that has its name, if there is one, else on all.
-        fit_weights: Re-estimate the mixture's weights with every step; None does so if the recipe wants them fitted.
+        separate: Train each member alone: on the domain of its name, if there is one, else on all text.
+        fit_weights: Re-estimate the mixture's weights with every step; None does so if the recipe fits weights.
         four_bit: Keep the models in 4 bits while adapters are trained (QLoRA).
-        progress: Hears of every step's loss.
-        options: See `Training`; steps and minutes are each member's if they train alone.
+        progress: Progress callback.
+        options: See `TrainingSettings`; steps and minutes are per member with `separate`.
 
     Raises:
-        InputError: The output is there already, a member cannot be read or weighs nothing, the members do not share a
+        InputError: The output exists already, a member cannot be read or has zero weight, the members do not share a
             tokenizer, or there is too little text.
-        EdgemixError: The loss is no longer a number, or the disk is full.
+        EdgemixError: The loss is not finite, or the disk is full.
     """
     check_output(output)
-    training = Training(**options)
+    training = TrainingSettings(**options)
     fit_weights = not separate and (recipe.fits_weights if fit_weights is None else fit_weights)
-    weights = _first_weights(recipe)
+    weights = _initial_weights(recipe)
     if not (separate or weights.all()):
-        nothing = [spec.name for spec, weight in zip(recipe.members, weights.tolist(), strict=True) if not weight]
+        zero = [spec.name for spec, weight in zip(recipe.members, weights.tolist(), strict=True) if not weight]
         raise InputError(
-            f"the weight of {', '.join(nothing)} is zero, so the mixture's likelihood teaches it nothing",
+            f"the weight of {', '.join(zero)} is zero, so the mixture's likelihood teaches it nothing",
             "Give it a weight, leave it out of the recipe, or tune each member alone (--separate).",
         )
     documents = _documents(recipe, texts, training.seed)
@@ -132,18 +136,20 @@ def finetune_mixture(
     vocabulary = tokenizer_size(tokenizer)
     with (
         exclusive(output),
-        open_members(recipe, training, four_bit=four_bit, vocabulary=vocabulary, progress=progress) as members,
+        load_trainable_members(
+            recipe, training, four_bit=four_bit, vocabulary=vocabulary, progress=progress
+        ) as members,
     ):
         length = min(training.length, *(context_length(member.model.config) for member in members))
-        with progress.stage("tokenise"):
+        with progress.stage("tokenize"):
             held_out = held_out_windows(documents.held_out, tokenizer, length)
             if separate:
-                own = [training.windows(documents.of(member.name), tokenizer, length) for member in members]
+                own = [training.windows(documents.for_member(member.name), tokenizer, length) for member in members]
             else:
                 own = [training.windows(documents.all, tokenizer, length)]
-        run = _Run(output, training, members, weights.to(members[0].device), progress)
+        run = _MixtureFinetuning(output, training, members, weights.to(members[0].device), progress)
         before = run.measure(held_out)
-        states = run.separately(own) if separate else [run.jointly(own[0], fit_weights=fit_weights)]
+        states = run.train_separately(own) if separate else [run.train_jointly(own[0], fit_weights=fit_weights)]
         after = run.measure(held_out)
         shares = dict(zip((member.name for member in members), run.weights.tolist(), strict=True))
         fitted = shares if fit_weights and not recipe.fits_weights else None
@@ -179,22 +185,22 @@ def finetune_mixture(
 
 @dataclass(frozen=True)
 class _Documents:
-    """Text by domain."""
+    """Documents by domain."""
 
-    training: Texts
-    held_out: Texts
+    training: DocumentsByDomain
+    held_out: DocumentsByDomain
 
     @property
     def all(self) -> list[str]:
         return [document for documents in self.training.values() for document in documents]
 
-    def of(self, member: str) -> Sequence[str]:
-        """What a member learns from alone."""
+    def for_member(self, member: str) -> Sequence[str]:
+        """Return the training text of a member that is trained separately."""
         return self.training.get(member) or self.all
 
 
-def _documents(recipe: Recipe, texts: Texts | None, seed: int) -> _Documents:
-    """The training text, and what losses are measured on: the recipe's validation text, or a part of the other."""
+def _documents(recipe: Recipe, texts: DocumentsByDomain | None, seed: int) -> _Documents:
+    """Read the training text and the held-out text: the recipe's validation text, or a part of the training text."""
     data = recipe.data
     if texts is None:
         texts = {domain: read_documents(source, recipe.folder) for domain, source in data.training.items()}
@@ -212,25 +218,30 @@ def _documents(recipe: Recipe, texts: Texts | None, seed: int) -> _Documents:
     )
 
 
-def _first_weights(recipe: Recipe) -> Tensor:
-    """The weights that training begins with: fp32 [members], sum one; uniform ones where they are to be fitted."""
+def _initial_weights(recipe: Recipe) -> Tensor:
+    """Return the initial weights: fp32 [members] with sum one, uniform if the recipe fits weights."""
     given = recipe.weights if isinstance(recipe.weights, dict) else {}
     weights = torch.tensor([given.get(spec.name, 0.0 if given else 1.0) for spec in recipe.members])
     return weights / weights.sum()
 
 
-class _Losses(NamedTuple):
-    """Mean losses on text, nats a token: of the mixture, and of each member alone."""
+class _MeanLosses(NamedTuple):
+    """Mean losses on text, in nats per token: of the mixture, and of each member alone."""
 
     mixture: float
     members: list[float]
 
 
-class _Run:
-    """Fine-tuning under way."""
+class _MixtureFinetuning:
+    """The training runs of a mixture's members, and their checkpoints."""
 
     def __init__(
-        self, output: Path, training: Training, members: list[TunedMember], weights: Tensor, progress: Progress
+        self,
+        output: Path,
+        training: TrainingSettings,
+        members: list[TrainableMember],
+        weights: Tensor,
+        progress: Progress,
     ) -> None:
         self._training, self._members, self._progress, self._title = training, members, progress, output.name
         self.weights = weights
@@ -239,36 +250,36 @@ class _Run:
         with storage_errors(f"writing beside {output}"):
             self._checkpoints.mkdir(exist_ok=True)
 
-    def jointly(self, text: NDArray[np.int64], *, fit_weights: bool) -> TrainingState:
-        """Train all members on the mixture's loss."""
+    def train_jointly(self, text: NDArray[np.int64], *, fit_weights: bool) -> TrainingState:
+        """Train all members with the mixture's loss."""
         parameters = {name: each for member in self._members for name, each in _named(member).items()}
         return self._train(
             self._likelihood,
-            # The weights are kept with the adapters; having no gradient, they are not the optimiser's to change.
+            # The weights are checkpointed with the adapters; without a gradient, the optimizer does not change them.
             parameters | {"mixture weights": self.weights},
             text,
-            at_once=self._at_once(),
+            micro_batch=self._micro_batch(),
             name="mixture",
             key=[[member.key for member in self._members], self.weights.tolist(), fit_weights],
-            after_step=self._likelihood.maximise if fit_weights else None,
+            after_step=self._likelihood.update_weights if fit_weights else None,
         )
 
-    def separately(self, texts: Sequence[NDArray[np.int64]]) -> list[TrainingState]:
-        """Train each member on its own loss, one after the other. What is done is kept by its checkpoint."""
+    def train_separately(self, texts: Sequence[NDArray[np.int64]]) -> list[TrainingState]:
+        """Train each member with its own loss, one after the other. Checkpoints keep finished members."""
         return [
             self._train(
                 member.mean_loss,
                 _named(member),
                 text,
-                at_once=self._training.batch,
+                micro_batch=self._training.batch,
                 name=member.name,
                 key=member.key,
             )
             for member, text in zip(self._members, texts, strict=True)
         ]
 
-    def measure(self, texts: Sequence[NDArray[np.int64]]) -> _Losses | None:
-        """Losses on texts of equal windows, as things stand; None if there are none."""
+    def measure(self, texts: Sequence[NDArray[np.int64]]) -> _MeanLosses | None:
+        """Return the current losses on texts, each int64 [windows, length]; None without texts."""
         found = []
         with torch.no_grad():
             for text in texts:
@@ -279,7 +290,7 @@ class _Run:
             return None
         log_probabilities = torch.cat(found, 1)
         mixture = (self.weights.log()[:, None] + log_probabilities).logsumexp(0)
-        return _Losses(-float(mixture.mean()), (-log_probabilities.mean(1)).tolist())
+        return _MeanLosses(-float(mixture.mean()), (-log_probabilities.mean(1)).tolist())
 
     def remove_checkpoints(self) -> None:
         with storage_errors(f"removing {self._checkpoints}"):
@@ -291,7 +302,7 @@ class _Run:
         parameters: Mapping[str, Tensor],
         text: NDArray[np.int64],
         *,
-        at_once: int,
+        micro_batch: int,
         name: str,
         key: Sequence[object],
         after_step: Callable[[int], None] | None = None,
@@ -306,8 +317,8 @@ class _Run:
             parameters,
             text,
             budget=training.budget,
-            batch=at_once,
-            accumulate=training.batch // at_once,
+            batch=micro_batch,
+            accumulate=training.batch // micro_batch,
             learning_rate=training.learning_rate,
             after_step=after_step,
             seed=training.seed,
@@ -319,14 +330,14 @@ class _Run:
             model.eval()
         return state
 
-    def _at_once(self) -> int:
-        """Windows that all members read together: the activations of all are alive until the loss is known, and shall
-        take no more memory than a whole batch of one member. The largest such divisor of the batch.
+    def _micro_batch(self) -> int:
+        """Return the micro-batch size of joint training. The activations of all members are in memory until the loss is
+        known, and should take no more memory than a whole batch of one member: the largest such divisor of the batch.
         """
         batch, most = self._training.batch, max(1, self._training.batch // len(self._members))
         return max(size for size in range(1, most + 1) if batch % size == 0)
 
 
-def _named(member: TunedMember) -> dict[str, Tensor]:
-    """A member's parameters by names that are no other member's."""
+def _named(member: TrainableMember) -> dict[str, Tensor]:
+    """Return a member's parameters by names that are unique among members."""
     return {f"{member.name}/{name}": each for name, each in member.parameters.items()}

@@ -1,4 +1,4 @@
-"""The members of a recipe in memory, each with an adapter to train; those of one base share its frozen weights."""
+"""Load the members of a recipe, each with an adapter to train; members of one base share its frozen weights."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from edgemix.export.finetuning.options import Training
+    from edgemix.export.finetuning.options import TrainingSettings
     from edgemix.export.training.lora import Adapters
     from edgemix.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
-class TunedMember:
-    """A member whose adapter can be trained.
+class TrainableMember:
+    """A member with a trainable adapter.
 
     Attributes:
-        name: The member's.
-        base: What its adapter calls the base model.
-        model: The base model, which other members may share.
-        key: What makes its training repeatable: the base's weights, the adapter that it begins with.
+        name: The member's name.
+        base: Base model name to record in the adapter.
+        model: The base model, which members may share.
+        key: Identity of the base's weights and of the initial adapter.
     """
 
     name: str
@@ -46,15 +46,15 @@ class TunedMember:
     key: Sequence[object]
     _adapters: Adapters
     _index: int
-    _read: Callable[[Tensor], Tensor]
+    _token_losses: Callable[[Tensor], Tensor]
 
     def losses(self, ids: Tensor) -> Tensor:
-        """Token losses of the base with this member's adapter; see `token_losses`."""
+        """Return the token losses of the base with this member's adapter; see `token_losses`."""
         self._adapters.activate(self._index)
-        return self._read(ids)
+        return self._token_losses(ids)
 
     def mean_loss(self, ids: Tensor) -> Tensor:
-        """Their mean."""
+        """Return the mean token loss, a scalar."""
         return self.losses(ids).mean()
 
     @property
@@ -62,7 +62,7 @@ class TunedMember:
         return self._adapters.device
 
     def write(self, folder: Path) -> None:
-        """Write the adapter as a PEFT folder, into an empty one."""
+        """Write the adapter as a PEFT folder into an empty folder."""
         self._adapters.write(self._index, self.base, folder)
 
     @property
@@ -72,37 +72,37 @@ class TunedMember:
 
 
 def shared_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The one tokenizer of all members.
+    """Return the tokenizer that all members share.
 
     Raises:
-        InputError: They do not share one, or it cannot be read.
+        InputError: The members do not share a tokenizer, or it cannot be read.
     """
-    read = cache(load_tokenizer)
-    found = {spec.name: read(locate(spec.model, recipe.folder)) for spec in recipe.members}
-    check_shared(found)
-    return found[recipe.members[0].name]
+    load = cache(load_tokenizer)
+    tokenizers = {spec.name: load(locate(spec.model, recipe.folder)) for spec in recipe.members}
+    check_shared(tokenizers)
+    return tokenizers[recipe.members[0].name]
 
 
 @contextmanager
-def open_members(
+def load_trainable_members(
     recipe: Recipe,
-    training: Training,
+    training: TrainingSettings,
     *,
     four_bit: bool = False,
     vocabulary: int | None = None,
     progress: Progress = NO_PROGRESS,
-) -> Iterator[list[TunedMember]]:
-    """All members of a recipe, on the GPU if there is one.
+) -> Iterator[list[TrainableMember]]:
+    """Load all members of a recipe, on the GPU if there is one.
 
-    A member that has an adapter goes on from it, at that adapter's rank; the others get a fresh one, each from a seed
-    of its own, so that equal members can part.
+    A member with an adapter continues from it, at that adapter's rank; the others get new adapters with different
+    seeds, so that equal members can diverge.
 
     Args:
         recipe: The members.
-        training: Of fresh adapters; its `length` is what attention is prepared for.
-        four_bit: Keep base models in 4 bits, and no more activations than must be.
-        vocabulary: How many logits count; see `token_losses`.
-        progress: Hears of every model.
+        training: Rank, alpha and seed of new adapters, and the length of training windows.
+        four_bit: Keep base models in 4 bits, and checkpoint activations.
+        vocabulary: Number of logits to use; see `token_losses`.
+        progress: Progress callback.
 
     Raises:
         InputError: A member cannot be read, or has no linear layer.
@@ -111,24 +111,24 @@ def open_members(
     for index, spec in enumerate(recipe.members):
         groups.setdefault(locate(spec.model, recipe.folder), []).append(index)
     with ExitStack() as stack:
-        opened: dict[int, TunedMember] = {}
+        members: dict[int, TrainableMember] = {}
         for location, indices in groups.items():
-            begins = [_beginning(recipe, index, training) for index in indices]
+            initial = [_initial_adapter(recipe, index, training) for index in indices]
             with progress.stage(f"load {location.name}"):
                 model = load_base(location, four_bit=four_bit, progress=progress)
             base = [location.name, fingerprint(model)]
-            adapters = stack.enter_context(attach_adapters(model, begins, recompute=four_bit))
+            adapters = stack.enter_context(attach_adapters(model, initial, recompute=four_bit))
             stack.enter_context(eager_attention(model, training.length))
-            read = token_losses(model, bfloat16=has_fast_bfloat16(adapters.device), vocabulary=vocabulary)
-            for place, (index, begin) in enumerate(zip(indices, begins, strict=True)):
-                key = [*base, begin.sha256() if isinstance(begin, Location) else begin]
-                opened[index] = TunedMember(
-                    recipe.members[index].name, location.name, model, key, adapters, place, read
+            losses = token_losses(model, bfloat16=has_fast_bfloat16(adapters.device), vocabulary=vocabulary)
+            for position, (index, adapter) in enumerate(zip(indices, initial, strict=True)):
+                key = [*base, adapter.sha256() if isinstance(adapter, Location) else adapter]
+                members[index] = TrainableMember(
+                    recipe.members[index].name, location.name, model, key, adapters, position, losses
                 )
-        yield [opened[index] for index in range(len(opened))]
+        yield [members[index] for index in range(len(members))]
 
 
-def _beginning(recipe: Recipe, index: int, training: Training) -> FreshAdapter | Location:
+def _initial_adapter(recipe: Recipe, index: int, training: TrainingSettings) -> FreshAdapter | Location:
     adapter = recipe.members[index].adapter
     if adapter is not None:
         return locate(adapter, recipe.folder)

@@ -1,4 +1,4 @@
-"""What fine-tuning is asked for, for one model as for the members of a mixture."""
+"""Settings of fine-tuning, for one model or for the members of a mixture."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 DEFAULT_STEPS = 200
 HELD_OUT = 0.05
-"""Share of the text that is kept for validation where no validation text is given."""
+"""Fraction of the text that is held out for validation if no validation text is given."""
 
 _MOST_TOKENS = 5_000_000
 _VALIDATION_TOKENS = 4_096
 
 
 class TrainingOptions(TypedDict, total=False):
-    """The fields of `Training`, for functions that hand them on."""
+    """The fields of `TrainingSettings`, as keyword arguments."""
 
     rank: int
     alpha: float | None
@@ -38,18 +38,18 @@ class TrainingOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingSettings:
     """How adapters are trained.
 
     Attributes:
         rank: Rank of each update of a new adapter.
-        alpha: The updates are scaled by alpha / rank; twice the rank by default.
-        steps: Optimiser steps; `DEFAULT_STEPS` if `minutes` is not given either.
-        minutes: Stop after so long (time spent before an interruption counts).
-        batch: Windows a step, of `length` tokens each.
-        length: Tokens a window, at most the model's context.
-        learning_rate: At its highest; it rises, then falls to zero with the steps or minutes used.
-        seed: Of initialisation, the order of the text and dropout.
+        alpha: Updates are scaled by alpha / rank; twice the rank by default.
+        steps: Optimizer steps; `DEFAULT_STEPS` if `minutes` is not given either.
+        minutes: Time limit, including the time spent before an interruption.
+        batch: Windows per step, of `length` tokens each.
+        length: Tokens per window, at most the model's context.
+        learning_rate: Peak learning rate; it rises, then falls to zero with the steps or minutes used.
+        seed: Seed of initialization, the order of the text and dropout.
     """
 
     rank: int = 16
@@ -67,10 +67,10 @@ class Training:
         return TrainingBudget(steps, self.minutes and self.minutes * 60)
 
     def windows(self, documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> NDArray[np.int64]:
-        """The training text that the budget can need: int64 [windows, length].
+        """Cut documents into as many windows as the budget can use: int64 [windows, length].
 
         Raises:
-            InputError: There is too little.
+            InputError: There is too little text.
         """
         needed = min(_MOST_TOKENS, (self.budget.steps or _MOST_TOKENS) * self.batch * length)
         return np.array(windows(documents, tokenizer, length, max_tokens=needed, seed=self.seed), np.int64)
@@ -79,15 +79,15 @@ class Training:
 def held_out_windows(
     texts: Mapping[str, Sequence[str]], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> list[NDArray[np.int64]]:
-    """Validation text, about the same amount of every domain that has some: each int64 [windows, at most length].
+    """Cut validation text into windows, about equally many of every domain: each int64 [windows, at most length].
 
     Args:
-        texts: Domain name -> documents.
+        texts: Documents by domain.
         tokenizer: A fast tokenizer.
-        length: Tokens of a window; a text of less makes one shorter window.
+        length: Tokens per window; a shorter text makes one shorter window.
 
     Raises:
-        InputError: There is too little.
+        InputError: There is too little text.
     """
     given = [documents for documents in texts.values() if documents]
     share = _VALIDATION_TOKENS // max(1, len(given))

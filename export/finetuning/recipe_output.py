@@ -1,4 +1,4 @@
-"""The recipe of fine-tuned members: the one that they come from, with their new adapters, seen from another folder."""
+"""Write the recipe of fine-tuned members: the original one with new adapters, and paths relative to a new folder."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ RECIPE = "recipe.yaml"
 
 
 def finetuned_recipe(recipe: Recipe, folder: Path, weights: Mapping[str, float] | None = None) -> Recipe:
-    """A recipe that lies in `folder` beside its members' adapters, each in a folder of the member's name.
+    """Return a recipe for `folder`, where each member's adapter is in a folder of the member's name.
 
     Args:
-        recipe: The one that the members come from; everything but adapters, paths and weights stays.
-        folder: Where the new one will lie.
-        weights: The mixture's new weights; None keeps what the recipe says of them.
+        recipe: The original recipe; everything except adapters, paths and weights is kept.
+        folder: Folder of the new recipe.
+        weights: The mixture's new weights; None keeps the recipe's.
     """
 
     def moved(path: Path) -> str:
-        """Where a path lies as seen from the folder, so that both can be moved together."""
+        """Return a path relative to the folder, so that both can be moved together."""
         return os.path.relpath(path.resolve(), folder.resolve())
 
     def member(spec: MemberRecipe) -> MemberRecipe:
@@ -62,20 +62,22 @@ def finetuned_recipe(recipe: Recipe, folder: Path, weights: Mapping[str, float] 
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """A recipe as YAML, without what is as it would be anyway."""
-    return yaml.safe_dump(_given(msgspec.structs.replace(recipe, folder=Path())), sort_keys=False, allow_unicode=True)
+    """Return a recipe as YAML, without fields at their defaults."""
+    return yaml.safe_dump(
+        _without_defaults(msgspec.structs.replace(recipe, folder=Path())), sort_keys=False, allow_unicode=True
+    )
 
 
-def _given(value: Any) -> Any:
-    """Plain data of structs, without fields at their defaults."""
+def _without_defaults(value: Any) -> Any:
+    """Convert structs to plain data, without fields at their defaults."""
     match value:
         case msgspec.Struct():
             fields = {field.name: (getattr(value, field.name), field) for field in msgspec.structs.fields(value)}
-            return {name: _given(each) for name, (each, field) in fields.items() if each != _default(field)}
+            return {name: _without_defaults(each) for name, (each, field) in fields.items() if each != _default(field)}
         case dict():
-            return {key: _given(each) for key, each in value.items()}
+            return {key: _without_defaults(each) for key, each in value.items()}
         case list() | tuple():
-            return [_given(each) for each in value]
+            return [_without_defaults(each) for each in value]
     return value
 
 

@@ -1,4 +1,4 @@
-"""Where a pruning stands, on disk: the last cut and the recovery after it, which a stopped run takes up."""
+"""The state of a pruning run on disk: the last cut and the recovery after it, from which a stopped run resumes."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _RECORD = "edgemix-cut.json"
 
 
 @dataclass
-class Stand:
-    """Where a pruning stands.
+class PruningState:
+    """The state of a pruning run.
 
     Attributes:
-        model: What is left; the cut of `step` is made, its recovery may be under way.
-        step: Of the last cut, from 1; 0 before any.
-        kept: Of each layer, the index in the model as it was.
-        recovery_steps, recovery_seconds: Over all finished recoveries.
+        model: The pruned model, after the cut of `step`; its recovery may not be finished.
+        step: Number of the last cut, from 1; 0 before any.
+        kept: Index of each remaining layer in the original model.
+        recovery_steps, recovery_seconds: Totals over all finished recoveries.
     """
 
     model: PreTrainedModel
@@ -41,7 +41,7 @@ class Stand:
 
 
 class _Record(msgspec.Struct, frozen=True):
-    """What lies beside a cut's weights."""
+    """Metadata stored beside a cut's weights."""
 
     key: str
     kept: list[int]
@@ -50,60 +50,60 @@ class _Record(msgspec.Struct, frozen=True):
 
 
 class Cuts:
-    """The last cut of a run in a folder, whole or not there at all.
+    """The last cut of a run in a folder, either complete or absent.
 
     Args:
-        folder: For this run alone; made when it is needed.
-        key: Digest of everything that the run depends on; a cut with another key is not taken up.
+        folder: Used by this run only; created on demand.
+        key: Digest of everything that the run depends on; a cut with another key is ignored.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
         self._folder, self._key = folder, key
 
-    def keep(self, stand: Stand) -> None:
-        """Write a cut in the place of the one before it.
+    def save(self, state: PruningState) -> None:
+        """Write a cut, then delete the one before it.
 
         Raises:
-            EdgemixError: The disk refuses.
+            EdgemixError: The cut cannot be written.
         """
-        place, partial = self._place(stand.step), self._folder / "partial"
-        with storage_errors(f"writing {place}"):
-            for path in (partial, place):
+        folder, partial = self._cut(state.step), self._folder / "partial"
+        with storage_errors(f"writing {folder}"):
+            for path in (partial, folder):
                 shutil.rmtree(path, ignore_errors=True)
             self._folder.mkdir(parents=True, exist_ok=True)
-            stand.model.save_pretrained(partial)
-            record = _Record(self._key, stand.kept, stand.recovery_steps, stand.recovery_seconds)
+            state.model.save_pretrained(partial)
+            record = _Record(self._key, state.kept, state.recovery_steps, state.recovery_seconds)
             (partial / _RECORD).write_bytes(msgspec.json.encode(record))
             seal(partial)
-            partial.rename(place)
+            partial.rename(folder)
             sync_folder(self._folder)
-            shutil.rmtree(self._place(stand.step - 1), ignore_errors=True)
-            self._recovery(stand.step - 1).unlink(missing_ok=True)
+            shutil.rmtree(self._cut(state.step - 1), ignore_errors=True)
+            self._recovery(state.step - 1).unlink(missing_ok=True)
 
-    def last(self, like: PreTrainedModel, steps: int) -> Stand | None:
-        """The last cut of this very run, on the device of `like`, a model of its class; None if there is none.
+    def last(self, like: PreTrainedModel, steps: int) -> PruningState | None:
+        """Load the last cut with this run's key; None if there is none.
 
         Args:
-            like: The model that is pruned.
-            steps: The most that there may be.
+            like: The original model, whose class and device the loaded model gets.
+            steps: Highest number of a cut.
         """
         for step in range(steps, 0, -1):
-            place = self._place(step)
+            folder = self._cut(step)
             try:
-                record = msgspec.json.decode((place / _RECORD).read_bytes(), type=_Record)
+                record = msgspec.json.decode((folder / _RECORD).read_bytes(), type=_Record)
             except (OSError, ValueError):
                 continue
-            if record.key == self._key and sealed(place):
-                model = type(like).from_pretrained(place, dtype=torch.float32, local_files_only=True)
+            if record.key == self._key and sealed(folder):
+                model = type(like).from_pretrained(folder, dtype=torch.float32, local_files_only=True)
                 model = model.to(like.device).eval().requires_grad_(False)
-                return Stand(model, step, record.kept, record.recovery_steps, record.recovery_seconds)
+                return PruningState(model, step, record.kept, record.recovery_steps, record.recovery_seconds)
         return None
 
     def checkpoint(self, step: int) -> Checkpoint:
-        """Of the recovery after a cut."""
+        """Return the checkpoint of the recovery after a cut."""
         return Checkpoint(self._recovery(step), self._key)
 
-    def _place(self, step: int) -> Path:
+    def _cut(self, step: int) -> Path:
         return self._folder / f"cut-{step}"
 
     def _recovery(self, step: int) -> Path:

@@ -1,4 +1,4 @@
-"""A graph's weights without their zeros, on disk: the writer of `edgemix.bundle.sparse_storage`'s format."""
+"""Write a graph's weights without their zeros, in the format of `edgemix.bundle.sparse_storage`."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """How a tensor's zeros look.
+class _Encoding:
+    """How a tensor's zeros are stored.
 
     Attributes:
-        width: Bits of an element.
-        background: What a weight of zero is stored as; None for the most frequent value.
-        zero_points: Where the tensor lies whose elements are the background: its offset, and elements a block and a
-            row.
+        width: Bits per element.
+        background: Stored value of a zero weight; None for the most frequent value.
+        zero_points: For zeros that are stored as their block's zero point: the offset of the zero points' tensor,
+            elements per block, and elements per row.
     """
 
     width: int
@@ -49,37 +49,37 @@ class _Kind:
 
 
 def pack_weights(graph: Path, progress: Progress = NO_PROGRESS) -> SparseWeights | None:
-    """Put a .sparse file in the place of a graph's external data file, if that is smaller.
+    """Replace a graph's external data file by a .sparse file if that is smaller.
 
     Args:
-        graph: The .onnx file; all of its external data lies in one file beside it.
-        progress: Hears of the bytes read.
+        graph: The .onnx file; all of its external data must be in one file beside it.
+        progress: Progress callback.
 
     Returns:
-        What the manifest says of it; None where the weights are stored plainly, as nothing would be gained.
+        The manifest's entry; None if the weights stay uncompressed because nothing would be gained.
 
     Raises:
-        EdgemixError: What was written does not expand to the same bytes (nothing is lost then), or the disk refuses.
+        EdgemixError: The file does not expand to the same bytes (the weights are then kept), or cannot be written.
     """
-    places = sorted(set(external_tensors(graph)), key=lambda tensor: tensor.offset)
-    locations = {tensor.location for tensor in places}
+    tensors = sorted(set(external_tensors(graph)), key=lambda tensor: tensor.offset)
+    locations = {tensor.location for tensor in tensors}
     if len(locations) != 1:
         return None
-    plain = graph.parent / locations.pop()
-    packed, partial = (plain.with_name(f"{plain.name}{suffix}") for suffix in (SUFFIX, f"{SUFFIX}.partial"))
-    ends = [0, *(tensor.offset + tensor.length for tensor in places)]
-    with storage_errors(f"writing {packed}"), progress.stage("pack zeros", plain.stat().st_size) as task:
-        content = np.fromfile(plain, np.uint8)
-        if any(tensor.offset < end for tensor, end in zip(places, ends, strict=False)) or ends[-1] != len(content):
+    data_file = graph.parent / locations.pop()
+    packed, partial = (data_file.with_name(f"{data_file.name}{suffix}") for suffix in (SUFFIX, f"{SUFFIX}.partial"))
+    ends = [0, *(tensor.offset + tensor.length for tensor in tensors)]
+    with storage_errors(f"writing {packed}"), progress.stage("pack zeros", data_file.stat().st_size) as task:
+        content = np.fromfile(data_file, np.uint8)
+        if any(tensor.offset < end for tensor, end in zip(tensors, ends, strict=False)) or ends[-1] != len(content):
             return None  # tensors that share bytes, or bytes of no tensor: not a graph that edgemix wrote
-        kinds = _kinds(ir.load(graph).graph)
-        numbers = {tensor.offset: number for number, tensor in enumerate(places) if tensor.length}
+        encodings = _encodings(ir.load(graph).graph)
+        numbers = {tensor.offset: number for number, tensor in enumerate(tensors) if tensor.length}
         segments, streams = [], []
-        for tensor in places:
+        for tensor in tensors:
             if tensor.length:
                 part = content[tensor.offset : tensor.offset + tensor.length]
-                kind = kinds.get(tensor.offset, _Kind(8))
-                segment, parts = _pack(part, tensor.offset, kind, content, numbers)
+                encoding = encodings.get(tensor.offset, _Encoding(8))
+                segment, parts = _pack_tensor(part, tensor.offset, encoding, content, numbers)
                 segments.append(segment)
                 streams.append(parts)
                 task.advance(tensor.length)
@@ -93,52 +93,52 @@ def pack_weights(graph: Path, progress: Progress = NO_PROGRESS) -> SparseWeights
             partial.unlink()
             raise EdgemixError(f"{packed}: does not expand to the weights that were packed", "Please report this.")
         partial.replace(packed)
-        plain.unlink()
+        data_file.unlink()
     return SparseWeights(size=len(content))
 
 
-def _kinds(graph: ir.Graph) -> dict[int, _Kind]:
-    """What is known of tensors by their offset: the width from their type, the background from who reads them."""
-    kinds, offsets = {}, {}
+def _encodings(graph: ir.Graph) -> dict[int, _Encoding]:
+    """Return tensors' encodings by offset: the width from their type, the background from the nodes that read them."""
+    encodings, offsets = {}, {}
     for value in graph.initializers.values():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
             offset = offsets[value] = tensor.offset or 0
             if tensor.dtype.bitwidth in PLANES:
-                kinds[offset] = _Kind(tensor.dtype.bitwidth, 0 if tensor.dtype.is_floating_point() else None)
+                encodings[offset] = _Encoding(tensor.dtype.bitwidth, 0 if tensor.dtype.is_floating_point() else None)
     for node in graph:
         codes = node.inputs[1] if node.op_type == "MatMulNBits" else None
         bits = node.attributes.get_int("bits", 4)
         if codes is None or codes not in offsets or bits not in (4, 8):
             continue
         zeros = node.inputs[3] if len(node.inputs) > 3 else None
-        places = None
+        zero_points = None
         if zeros is not None:
             if zeros not in offsets or zeros.dtype != ir.DataType.UINT8:
                 continue
             block = node.attributes.get_int("block_size", 32)
-            places = offsets[zeros], block, codes.const_value.shape[1] * block
-        kinds[offsets[codes]] = _Kind(bits, 1 << (bits - 1), places)
-    return kinds
+            zero_points = offsets[zeros], block, codes.const_value.shape[1] * block
+        encodings[offsets[codes]] = _Encoding(bits, 1 << (bits - 1), zero_points)
+    return encodings
 
 
-def _pack(
-    content: NDArray[np.uint8], offset: int, kind: _Kind, file: NDArray[np.uint8], numbers: dict[int, int]
+def _pack_tensor(
+    content: NDArray[np.uint8], offset: int, encoding: _Encoding, file: NDArray[np.uint8], numbers: dict[int, int]
 ) -> tuple[Segment, list[bytes]]:
-    """A tensor's segment and its streams: the mask if there is one, then the planes."""
-    elements = _elements(content, kind.width)
-    places, background = None, kind.background
-    if kind.zero_points is not None:
-        zeros, block, row = kind.zero_points
-        places = ZeroPoints(numbers[zeros], block, row)
+    """Return a tensor's segment and its streams: the mask if there is one, then the planes."""
+    elements = _elements(content, encoding.width)
+    zero_points, background = None, encoding.background
+    if encoding.zero_points is not None:
+        zeros, block, row = encoding.zero_points
+        zero_points = ZeroPoints(numbers[zeros], block, row)
         rows = len(elements) // row
-        packed = file[zeros : zeros + rows * ((row // block * kind.width + 7) // 8)]
-        points = _elements(packed, kind.width).reshape(rows, -1)[:, : row // block]
+        packed = file[zeros : zeros + rows * ((row // block * encoding.width + 7) // 8)]
+        points = _elements(packed, encoding.width).reshape(rows, -1)[:, : row // block]
         differences = elements - np.repeat(points.ravel(), block)
     else:
         background = _most_frequent(elements) if background is None else background
         differences = elements - elements.dtype.type(background)
-    if kind.width == 4:
+    if encoding.width == 4:
         differences &= 15
     present = differences != 0
     if present.mean() <= 1 - WORTH_A_MASK:
@@ -146,8 +146,10 @@ def _pack(
         differences = differences[present]
     else:
         mask = b""
-    planes = [deflate(plane.tobytes()) for plane in _planes(differences, kind.width)]
-    segment = Segment(offset, len(content), kind.width, background or 0, len(mask), tuple(map(len, planes)), places)
+    planes = [deflate(plane.tobytes()) for plane in _planes(differences, encoding.width)]
+    segment = Segment(
+        offset, len(content), encoding.width, background or 0, len(mask), tuple(map(len, planes)), zero_points
+    )
     return segment, [mask, *planes]
 
 
@@ -159,7 +161,7 @@ def _elements(content: NDArray[np.uint8], width: int) -> Elements:
 
 
 def _planes(values: Elements, width: int) -> list[NDArray[np.uint8]]:
-    """The values' bytes, the lowest of each first; two values of 4 bits are a byte."""
+    """Return the values' byte planes, lowest byte first; two 4-bit values share a byte."""
     if width == 4:
         padded = np.pad(values, (0, len(values) % 2)).astype(np.uint8)
         return [padded[::2] | (padded[1::2] << np.uint8(4))]

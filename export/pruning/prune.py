@@ -1,4 +1,4 @@
-"""Pruning from end to end: in small cuts, each followed by recovery, taken up again where a run was stopped."""
+"""Pruning from end to end: in several cuts, each followed by recovery training. A stopped run resumes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from edgemix.bundle.stages import stage_key
 from edgemix.errors import InputError, storage_errors
 from edgemix.export.data.text import calibration_windows, split
 from edgemix.export.models.loading import load_member
-from edgemix.export.pruning.cuts import Cuts, Stand
+from edgemix.export.pruning.cuts import Cuts, PruningState
 from edgemix.export.pruning.importance import importance
 from edgemix.export.pruning.recovery import recover
-from edgemix.export.pruning.report import PruningReport, compare, parts_of, total_of
+from edgemix.export.pruning.report import PruningReport, compare, layer_reports, sum_reports
 from edgemix.export.pruning.sparsity import sparsify
 from edgemix.export.pruning.structure import Sizes, Structure
-from edgemix.export.pruning.structured import cut, kept_layers, sizes
+from edgemix.export.pruning.structured import cut, layers_to_keep, sizes
 from edgemix.export.training.loop import TrainingBudget, fingerprint
 from edgemix.export.training.output_folder import atomic_folder, check_output, exclusive
 from edgemix.progress import NO_PROGRESS, Progress
@@ -44,17 +44,17 @@ if TYPE_CHECKING:
 LENGTH = 256
 """Tokens of a window."""
 CALIBRATION_WINDOWS = 64
-"""Those that importance is measured on: ten tokens for each of 1,536 channels."""
+"""Windows on which importance is measured: ten tokens for each of 1,536 channels."""
 
 _WINDOWS = 4_096
 _HELD_OUT_WINDOWS = 16
 _HELD_OUT = 0.05
-"""Share of the text that neither importance nor recovery sees."""
+"""Fraction of the text that neither importance nor recovery uses."""
 
 
 @dataclass(frozen=True)
-class Texts:
-    """What pruning reads: windows int64 [windows, length] that it fits the model to, and others that judge it."""
+class PruningTexts:
+    """Pruning's text: windows for importance and recovery, int64 [windows, length], and held-out windows."""
 
     training: NDArray[np.int64]
     held_out: list[list[int]]
@@ -62,7 +62,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What is left of a model, on the CPU, and what was done."""
+    """A pruned model, on the CPU, with its report."""
 
     model: PreTrainedModel
     report: PruningReport
@@ -79,22 +79,22 @@ def prune(
     seed: int = 0,
     progress: Progress = NO_PROGRESS,
 ) -> PruningReport:
-    """Prune a model that lies in a folder, a .gguf file or on the hub, and write what is left as a Hugging Face folder.
+    """Prune a model from a folder, a .gguf file or the hub, and write it as a Hugging Face folder.
 
-    An interrupted run leaves its work beside `output`; the same call takes it up.
+    An interrupted run leaves its work beside `output`; the same call resumes it.
 
     Args:
         model: The folder or file, relative to the working folder, or the hub id.
-        output: The folder to write; must not be there yet.
-        domains: Text by domain.
-        pruning: What is cut away.
+        output: The folder to write; must not exist yet.
+        domains: Documents by domain.
+        pruning: What to remove.
         adapter: A LoRA adapter that is merged into the model first.
-        recovery_steps: See `prune_model`, as for what else it raises.
-        seed: Of the choice and the order of text.
-        progress: Hears of every stage.
+        recovery_steps: See `prune_model`.
+        seed: Seed of the choice and the order of text.
+        progress: Progress callback.
 
     Raises:
-        InputError: The output is there already, or the model cannot be read.
+        InputError: The output exists already, or the model cannot be read; also as `prune_model`.
     """
     check_output(output)
     scratch = output.with_name(f".{output.name}.pruning")
@@ -131,15 +131,15 @@ def prune_member(
     """Prune a recipe's member for export.
 
     Args:
-        member: As it was read.
-        pruning: What is cut away.
-        recipe: For its texts and its seed.
-        output: Where what is left is written to, without the tokenizer; replaced if it is there.
-        scratch: For this run alone; gone when the call ends well.
-        progress: Hears of every stage.
+        member: The loaded member.
+        pruning: What to remove.
+        recipe: The recipe, for its texts and its seed.
+        output: Folder for the pruned model, without the tokenizer; replaced if it exists.
+        scratch: Folder for this run only; removed when the call succeeds.
+        progress: Progress callback.
 
     Returns:
-        How far the model has moved.
+        The divergence of the pruned model from the original.
 
     Raises:
         InputError, EdgemixError, KeyboardInterrupt: See `prune_model`.
@@ -154,7 +154,7 @@ def prune_member(
 
 
 def pruning_domains(recipe: Recipe) -> dict[str, list[str]]:
-    """The text that a recipe has for pruning, by domain: calibration and training."""
+    """Return a recipe's documents for pruning by domain: calibration and training text."""
     domains: dict[str, list[str]] = {}
     for part in (recipe.data.calibration, recipe.data.training):
         for domain, source in part.items():
@@ -164,35 +164,35 @@ def pruning_domains(recipe: Recipe) -> dict[str, list[str]]:
 
 def prune_texts(
     domains: Mapping[str, Sequence[str]], tokenizer: PreTrainedTokenizerBase, *, name: str = "", seed: int = 0
-) -> Texts:
-    """Windows of documents, with some kept out for judging; see `calibration_windows` for the shares of domains.
+) -> PruningTexts:
+    """Cut documents into windows, holding some out; see `calibration_windows` for the share of each domain.
 
     Args:
         domains: Documents by domain.
-        tokenizer: The model's.
-        name: The member's: a domain that is called so counts as much as all others.
-        seed: Of the choice and the order.
+        tokenizer: The model's tokenizer.
+        name: The member's name: a domain of that name gets as much weight as all others together.
+        seed: Seed of the choice and the order.
 
     Raises:
-        InputError: There is no text, or not enough of it.
+        InputError: There is no text, or too little.
     """
     if not domains:
-        raise InputError("pruning needs text to see what can be missed", "Give some that is like what the model reads.")
+        raise InputError("pruning needs text to measure importance", "Give some that is like what the model reads.")
     parts = {domain: split(documents, _HELD_OUT, seed=seed) for domain, documents in domains.items()}
     training, held_out = ({domain: part[i] for domain, part in parts.items() if part[i]} for i in (0, 1))
-    fitted = calibration_windows(training, tokenizer, LENGTH, _WINDOWS, name=name, seed=seed)
+    windows = calibration_windows(training, tokenizer, LENGTH, _WINDOWS, name=name, seed=seed)
     if held_out:
-        judged = calibration_windows(held_out, tokenizer, LENGTH, _HELD_OUT_WINDOWS, name=name, seed=seed)
-    else:  # a short text: hold back windows of it
-        count = max(1, round(_HELD_OUT * len(fitted)))
-        judged, fitted = fitted[:count], fitted[count:] or fitted
-    return Texts(np.array(fitted, np.int64), judged)
+        held_out_windows = calibration_windows(held_out, tokenizer, LENGTH, _HELD_OUT_WINDOWS, name=name, seed=seed)
+    else:  # too little text to hold out documents: hold out windows
+        count = max(1, round(_HELD_OUT * len(windows)))
+        held_out_windows, windows = windows[:count], windows[count:] or windows
+    return PruningTexts(np.array(windows, np.int64), held_out_windows)
 
 
 def prune_model(
     model: PreTrainedModel,
     pruning: Pruning,
-    texts: Texts,
+    texts: PruningTexts,
     *,
     scratch: Path | None = None,
     recovery_steps: int | None = None,
@@ -201,26 +201,26 @@ def prune_model(
 ) -> Pruned:
     """Prune a model in `pruning.steps` cuts with recovery after each.
 
-    A run that is interrupted leaves its last cut and the recovery under way in `scratch`; the same call takes them up,
-    and ends the same if the recovery has a number of steps.
+    An interrupted run leaves its last cut and a checkpoint of the recovery in `scratch`; the same call resumes it, with
+    the same result if the recovery has a number of steps.
 
     Args:
         model: A causal language model in fp32 and evaluation mode; unchanged when the call ends.
-        pruning: What is cut away.
-        texts: From `prune_texts`.
-        scratch: A folder for this run alone; it is left with what the last step needed.
-        recovery_steps: Optimiser steps of recovery after each cut, in the place of `pruning.recover` minutes over all.
-        seed: Of the order of the text.
-        progress: Hears of every stage.
+        pruning: What to remove.
+        texts: Text from `prune_texts`.
+        scratch: Folder for this run only; not removed.
+        recovery_steps: Optimizer steps of recovery after each cut, instead of `pruning.recover` minutes in total.
+        seed: Seed of the order of the text.
+        progress: Progress callback.
 
     Raises:
-        InputError: `pruning` has mistakes, or the model's structure is not known or does not allow the sizes.
-        EdgemixError: The recovery's loss is no longer a number, or the disk refuses.
-        KeyboardInterrupt: As it came, once the checkpoint is written.
+        InputError: `pruning` is invalid, or the model's structure is not supported or does not allow the sizes.
+        EdgemixError: The recovery's loss is not finite, or a file cannot be written.
+        KeyboardInterrupt: Ctrl-C was pressed; the checkpoint has been written.
     """
     check_pruning(pruning)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    home = model.device
+    original_device = model.device
     key = stage_key(
         model=fingerprint(model),
         pruning=pruning,
@@ -230,90 +230,90 @@ def prune_model(
     )
     try:
         cuts = Cuts(scratch, key) if scratch else None
-        run = _Run(model.to(device), pruning, texts, cuts, recovery_steps, seed, progress)
-        stand = run.finish()
+        run = _PruningRun(model.to(device), pruning, texts, cuts, recovery_steps, seed, progress)
+        state = run.finish()
         with progress.stage("compare"):
-            figures = compare(model, stand.model, texts.held_out)
-        parts = parts_of(model, stand.model, stand.kept)
+            figures = compare(model, state.model, texts.held_out)
+        parts = layer_reports(model, state.model, state.kept)
         report = PruningReport(
             before=_sizes(model),
-            after=_sizes(stand.model),
+            after=_sizes(state.model),
             parts=parts,
-            total=total_of(parts),
+            total=sum_reports(parts),
             figures=figures,
-            recovery_steps=stand.recovery_steps,
-            recovery_seconds=stand.recovery_seconds,
+            recovery_steps=state.recovery_steps,
+            recovery_seconds=state.recovery_seconds,
         )
-        return Pruned(stand.model.to("cpu"), report)
+        return Pruned(state.model.to("cpu"), report)
     finally:
-        model.to(home)
+        model.to(original_device)
 
 
 @dataclass(frozen=True)
-class _Run:
-    """A pruning under way: the arguments of `prune_model`."""
+class _PruningRun:
+    """The arguments of `prune_model`, and its steps."""
 
     teacher: PreTrainedModel
     pruning: Pruning
-    texts: Texts
+    texts: PruningTexts
     cuts: Cuts | None
     steps: int | None
     seed: int
     progress: Progress
 
-    def finish(self) -> Stand:
-        """Go on from what is on disk, if anything is, to the end."""
-        stand = self.cuts.last(self.teacher, self.pruning.steps) if self.cuts else None
-        stand = stand or self._cut(Stand(self.teacher, 0, list(range(_layers(self.teacher)))))
+    def finish(self) -> PruningState:
+        """Run all cuts and recoveries, resuming from the state on disk if there is one."""
+        state = self.cuts.last(self.teacher, self.pruning.steps) if self.cuts else None
+        state = state or self._cut(PruningState(self.teacher, 0, list(range(_layers(self.teacher)))))
         while True:
-            self._recover(stand)
-            if stand.step == self.pruning.steps:
-                return stand
-            stand = self._cut(stand)
+            self._recover(state)
+            if state.step == self.pruning.steps:
+                return state
+            state = self._cut(state)
 
-    def _cut(self, stand: Stand) -> Stand:
-        """The next cut, kept on disk."""
-        pruning, progress, step = self.pruning, self.progress, stand.step + 1
+    def _cut(self, state: PruningState) -> PruningState:
+        """Make the next cut, and save it."""
+        pruning, progress, step = self.pruning, self.progress, state.step + 1
         calibration = self.texts.training[:CALIBRATION_WINDOWS].tolist()
-        model, kept = stand.model, stand.kept
+        model, kept = state.model, state.kept
         if pruning.layers or pruning.ffn or pruning.heads:
-            wanted, now = sizes(self.teacher, pruning, step / pruning.steps), Structure(model).sizes
-            if wanted != now:
-                measured = importance(model, calibration, sizes=wanted, progress=progress)
+            target, now = sizes(self.teacher, pruning, step / pruning.steps), Structure(model).sizes
+            if target != now:
+                measured = importance(model, calibration, sizes=target, progress=progress)
                 with progress.stage(f"cut {step} of {pruning.steps}"):
-                    kept = [kept[index] for index in kept_layers(now, wanted, measured)]
-                    model = cut(model, wanted, measured)
+                    kept = [kept[index] for index in layers_to_keep(now, target, measured)]
+                    model = cut(model, target, measured)
         if pruning.zeros:
             model = copy.deepcopy(model) if model is self.teacher else model
-            # Many at first, fewer later (Zhu and Gupta, arXiv 1710.01878).
-            share = pruning.zeros * (1 - (1 - step / pruning.steps) ** 3)
+            # Cubic schedule: many zeros at first, fewer later (Zhu and Gupta, arXiv 1710.01878).
+            sparsity = pruning.zeros * (1 - (1 - step / pruning.steps) ** 3)
             options: dict[str, Any] = {"pattern": pruning.pattern, "criterion": pruning.criterion}
-            sparsify(model, share, windows=calibration, progress=progress, **options)
+            sparsify(model, sparsity, windows=calibration, progress=progress, **options)
         model = copy.deepcopy(model) if model is self.teacher else model
-        stand = Stand(model, step, kept, stand.recovery_steps, stand.recovery_seconds)
+        state = PruningState(model, step, kept, state.recovery_steps, state.recovery_seconds)
         if self.cuts:
-            self.cuts.keep(stand)
-        return stand
+            self.cuts.save(state)
+        return state
 
-    def _recover(self, stand: Stand) -> None:
+    def _recover(self, state: PruningState) -> None:
         budget = self._budget()
         if budget is None:
             return
-        state = recover(
-            stand.model,
+        training = recover(
+            state.model,
             self.teacher,
             self.texts.training,
             budget=budget,
-            seed=self.seed + stand.step,
-            checkpoint=self.cuts.checkpoint(stand.step) if self.cuts else None,
-            title=f"recover {stand.step} of {self.pruning.steps}",
+            seed=self.seed + state.step,
+            checkpoint=self.cuts.checkpoint(state.step) if self.cuts else None,
+            title=f"recover {state.step} of {self.pruning.steps}",
             progress=self.progress,
         )
-        stand.recovery_steps += state.steps
-        stand.recovery_seconds += state.seconds
+        state.recovery_steps += training.steps
+        state.recovery_seconds += training.seconds
 
     def _budget(self) -> TrainingBudget | None:
-        """Of one recovery."""
+        """Return the budget of one recovery; None without recovery."""
         if self.steps is not None:
             return TrainingBudget(self.steps) if self.steps else None
         return TrainingBudget(seconds=60 * self.pruning.recover / self.pruning.steps) if self.pruning.recover else None

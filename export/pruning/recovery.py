@@ -1,4 +1,4 @@
-"""Recovery: what is left of a model learns to say what the whole one said, on text, by their KL divergence."""
+"""Recovery: train a pruned model to match the original one by their KL divergence on text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from edgemix.export.pruning.sparsity import zeros_kept
+from edgemix.export.pruning.sparsity import preserve_zeros
 from edgemix.export.training.loop import TrainingBudget, train
 from edgemix.export.training.lora import eager_attention
 from edgemix.export.training.self_divergence import self_divergence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 BATCH = 8
 LEARNING_RATE = 2e-4
-"""At its highest."""
+"""Peak learning rate."""
 
 
 def recover(
@@ -38,31 +38,31 @@ def recover(
     title: str = "recover",
     progress: Progress = NO_PROGRESS,
 ) -> TrainingState:
-    """Train all of `model` but embeddings and head, in place; weights that are zero stay zero.
+    """Train all weights of `model` except embeddings and head, in place; weights that are zero stay zero.
 
     Args:
-        model: The pruned model, in evaluation mode (as it stays: dropout would only blur what is to be matched).
-        teacher: The unpruned one, with the same embeddings and head, on the same device.
-        windows: int64 [windows, length], text.
+        model: The pruned model. It stays in evaluation mode, as dropout would add noise to the targets.
+        teacher: The unpruned model, with the same embeddings and head, on the same device.
+        windows: Text as token ids, int64 [windows, length].
         budget: When to stop.
-        learning_rate: At its highest.
-        seed: Of the windows' order.
-        checkpoint: Where to go on from, and where to keep the state.
-        title: The stage's name for `progress`.
-        progress: Hears of every step's loss.
+        learning_rate: Peak learning rate.
+        seed: Seed of the windows' order.
+        checkpoint: Checkpoint to resume from and to write.
+        title: Title of the progress stage.
+        progress: Progress callback.
 
     Raises:
-        EdgemixError: The loss is no longer a number, or a checkpoint cannot be written.
-        KeyboardInterrupt: As it came, once the checkpoint is written.
+        EdgemixError: The loss is not finite, or a checkpoint cannot be written.
+        KeyboardInterrupt: Ctrl-C was pressed; the checkpoint has been written.
     """
-    trained = _trained(model)
-    for parameter in trained.values():
+    trainable = _trainable(model)
+    for parameter in trainable.values():
         parameter.requires_grad_(True)
     try:
-        with zeros_kept(model), eager_attention(model, windows.shape[1]):
+        with preserve_zeros(model), eager_attention(model, windows.shape[1]):
             return train(
                 self_divergence(teacher, model, bfloat16=has_fast_bfloat16(model.device)),
-                trained,
+                trainable,
                 windows,
                 budget=budget,
                 batch=min(BATCH, len(windows)),
@@ -76,8 +76,8 @@ def recover(
         model.requires_grad_(False)
 
 
-def _trained(model: PreTrainedModel) -> dict[str, Tensor]:
-    """All parameters but those of embeddings, which a head may be tied to, and of the head."""
+def _trainable(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return all parameters except those of the embeddings, which a head may be tied to, and of the head."""
     frozen = {id(each) for module in model.modules() if isinstance(module, torch.nn.Embedding) for each in
               module.parameters()}  # fmt: skip
     frozen |= {id(each) for each in model.get_output_embeddings().parameters()}

@@ -1,4 +1,4 @@
-"""What pruning did: sizes and zeros by layer, and how far the model has moved on text that it was not fitted to."""
+"""Report on a pruned model: sizes and zeros by layer, and its divergence from the original on held-out text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from edgemix.export.pruning.structure import Sizes
 
-SPEED = (
+SPEED_NOTE = (
     "Zeros save space, not time: ONNX Runtime multiplies by them as by any number, on CPUs and on CUDA alike. "
     "Only TensorRT's sparse tensor cores skip them, where their pattern is 2:4 (NVIDIA Ampere or later). "
     "Fewer layers, channels and heads save both, everywhere."
@@ -31,14 +31,14 @@ SPEED = (
 
 
 @dataclass(frozen=True)
-class PartReport:
-    """One layer, or all that lies outside of layers.
+class LayerReport:
+    """Sizes of one layer, or of everything outside the layers.
 
     Attributes:
-        name: Of the layer in the model as it was; "outside layers" for embeddings, last norm and head.
-        parameters_before, parameters_after: Number of weights; none after where the layer is gone.
-        zeros: How many of those after are zero.
-        bytes_before, bytes_after: In float32, zeros stored as a mask as in a bundle, where that is smaller.
+        name: Name of the layer in the original model; "outside layers" for embeddings, last norm and head.
+        parameters_before, parameters_after: Number of weights; 0 after the layer was removed.
+        zeros: Number of zeros after pruning.
+        bytes_before, bytes_after: Size in float32, with zeros stored as a mask, as in a bundle, where that is smaller.
     """
 
     name: str
@@ -50,53 +50,54 @@ class PartReport:
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros among the weights after."""
+        """Fraction of zeros among the weights after pruning."""
         return self.zeros / self.parameters_after if self.parameters_after else 0.0
 
 
 @dataclass(frozen=True)
 class PruningReport:
-    """What a pruning did.
+    """The results of a pruning run.
 
     Attributes:
-        before, after: Layers, channels and key-value heads; None where the model's structure is not known.
-        parts: By layer, and the rest.
-        total: All of them together.
-        figures: How far the model has moved.
-        recovery_steps: Optimiser steps of recovery over all cuts, `recovery_seconds` the time they took.
+        before, after: Layers, channels and key-value heads; None where the model's structure is not supported.
+        parts: Each layer, then everything outside the layers.
+        total: Their sum.
+        figures: Divergence from the original model.
+        recovery_steps: Optimizer steps of recovery over all cuts.
+        recovery_seconds: Time they took.
     """
 
     before: Sizes | None
     after: Sizes | None
-    parts: tuple[PartReport, ...]
-    total: PartReport
+    parts: tuple[LayerReport, ...]
+    total: LayerReport
     figures: PruningFigures
     recovery_steps: int = 0
     recovery_seconds: float = 0.0
 
     @property
     def over_limits(self) -> bool:
-        """Whether the parity gate of an export would stop this pruning."""
+        """Whether the parity gate of an export would refuse this model."""
         figures = self.figures
         return not (figures.kl <= figures.kl_limit and figures.perplexity_ratio <= figures.perplexity_ratio_limit)
 
 
 def sparsity(model: PreTrainedModel) -> float:
-    """Share of zeros among the weights of all linears but the head."""
+    """Return the fraction of zeros among the weights of all linears except the head."""
     weights = [part.weight for part in linears(model).values()]
     zeros = sum(int((weight == 0).sum()) for weight in weights)
     return zeros / max(1, _count(weights))
 
 
 def compare(teacher: PreTrainedModel, model: PreTrainedModel, windows: Sequence[Sequence[int]]) -> PruningFigures:
-    """Measure a pruned model against the model that it was cut from.
+    """Measure a pruned model against the original.
 
     Args:
-        teacher: The model as it was.
-        model: What is left of it, on the same device.
-        windows: Text as token ids that neither was fitted to.
+        teacher: The original model.
+        model: The pruned model, on the same device.
+        windows: Held-out text as token ids.
     """
-    kl = surprise = 0.0
+    kl = loss_increase = 0.0
     tokens = sum(len(window) - 1 for window in windows)
     for window in windows:
         ids = torch.tensor([list(window)], device=model.device)
@@ -105,7 +106,7 @@ def compare(teacher: PreTrainedModel, model: PreTrainedModel, windows: Sequence[
                 each(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1) for each in (teacher, model)
             )
         kl += float((p.exp() * (p - q)).sum())
-        surprise += float((p - q).gather(1, ids[0, 1:, None]).sum())
+        loss_increase += float((p - q).gather(1, ids[0, 1:, None]).sum())
     return PruningFigures(
         parameters_before=_count(teacher.parameters()),
         parameters_after=_count(model.parameters()),
@@ -113,49 +114,50 @@ def compare(teacher: PreTrainedModel, model: PreTrainedModel, windows: Sequence[
         tokens=tokens,
         kl=kl / tokens,
         kl_limit=PRUNING_LIMITS.kl,
-        perplexity_ratio=math.exp(min(surprise / tokens, 700.0)),
+        perplexity_ratio=math.exp(min(loss_increase / tokens, 700.0)),
         perplexity_ratio_limit=PRUNING_LIMITS.perplexity_ratio,
     )
 
 
-def parts_of(teacher: PreTrainedModel, model: PreTrainedModel, kept: Sequence[int]) -> tuple[PartReport, ...]:
-    """Sizes and zeros by layer.
+def layer_reports(teacher: PreTrainedModel, model: PreTrainedModel, kept: Sequence[int]) -> tuple[LayerReport, ...]:
+    """Report the sizes and zeros of each layer, and of everything outside the layers.
 
     Args:
-        teacher: The model as it was.
-        model: What is left of it.
-        kept: Of each of its layers, the index in the model as it was.
+        teacher: The original model.
+        model: The pruned model.
+        kept: Index of each of its layers in the original model.
     """
     old, new = (layers_of(each) for each in (teacher, model))
-    places = {index: number for number, index in enumerate(kept)}
+    positions = {index: number for number, index in enumerate(kept)}
     parts = []
     for index, (name, layer) in enumerate(old.items()):
-        left = list(new.values())[places[index]] if index in places else None
-        parts.append(_part(name, list(layer.parameters()), [] if left is None else list(left.parameters())))
+        remaining = list(new.values())[positions[index]] if index in positions else None
+        after = [] if remaining is None else list(remaining.parameters())
+        parts.append(_layer_report(name, list(layer.parameters()), after))
     outside = [
         [each for name, each in whole.named_parameters() if not any(name.startswith(f"{layer}.") for layer in layers)]
         for whole, layers in ((teacher, old), (model, new))
     ]
-    return (*parts, _part("outside layers", *outside))
+    return (*parts, _layer_report("outside layers", *outside))
 
 
-def total_of(parts: Sequence[PartReport]) -> PartReport:
-    """All parts as one."""
+def sum_reports(parts: Sequence[LayerReport]) -> LayerReport:
+    """Return the sum of reports."""
     names = ("parameters_before", "parameters_after", "zeros", "bytes_before", "bytes_after")
-    return PartReport("total", *(sum(getattr(part, name) for part in parts) for name in names))
+    return LayerReport("total", *(sum(getattr(part, name) for part in parts) for name in names))
 
 
 def layers_of(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The decoder layers by name; none where the model's structure is not known."""
+    """Return the decoder layers by name; empty if the model's structure is not supported."""
     try:
         return {layer.name: layer.module for layer in layout(model).layers}
     except InputError:
         return {}
 
 
-def _part(name: str, before: Sequence[Tensor], after: Sequence[Tensor]) -> PartReport:
+def _layer_report(name: str, before: Sequence[Tensor], after: Sequence[Tensor]) -> LayerReport:
     zeros = [int((each == 0).sum()) for each in after]
-    return PartReport(
+    return LayerReport(
         name,
         _count(before),
         _count(after),
@@ -166,7 +168,7 @@ def _part(name: str, before: Sequence[Tensor], after: Sequence[Tensor]) -> PartR
 
 
 def _bytes(numbers: int, zeros: int) -> int:
-    """Bytes of a tensor of float32 numbers, with the zeros as a mask where they are many."""
+    """Return the bytes of a float32 tensor, with its zeros stored as a mask if there are many."""
     return 4 * (numbers - zeros) + -(-numbers // 8) if zeros > WORTH_A_MASK * numbers else 4 * numbers
 
 

@@ -1,8 +1,8 @@
-"""Unstructured and semi-structured pruning: weights set to zero, and kept there while the others train on.
+"""Unstructured and semi-structured pruning: set weights to zero, and keep them there while the others are trained.
 
 A weight's score is its magnitude, compared over the whole matrix (Han et al., arXiv 1506.02626), or Wanda's |w| ||x||
-with x its input on calibration text, compared within each output (Sun et al., arXiv 2306.11695). The pattern 2:4 takes
-the better two of every four neighbouring inputs, which sparse tensor cores (NVIDIA, since Ampere) can skip.
+with x its input on calibration text, compared within each output (Sun et al., arXiv 2306.11695). The pattern 2:4 keeps
+the best two of every four adjacent inputs; NVIDIA's sparse tensor cores (since Ampere) skip the others.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def linears(model: PreTrainedModel) -> dict[str, Part]:
-    """The linears whose weights may become zero: all but the head, by name."""
+    """Return the linears that may be pruned by name: all except the head."""
     head = model.get_output_embeddings()
     return {
         name: Part(module)
@@ -46,52 +46,51 @@ def sparsify(
     windows: Sequence[Sequence[int]] = (),
     progress: Progress = NO_PROGRESS,
 ) -> None:
-    """Set a share of each linear's weights to zero, in place. Weights that are zero already are the first to go.
+    """Set a fraction of each linear's weights to zero, in place. Weights that are zero already are removed first.
 
     Args:
         model: A causal language model in evaluation mode.
-        sparsity: The share; in the pattern 2:4 up to 0.5, and below that only so many groups of four are thinned out.
-        pattern: Where zeros may lie.
-        criterion: What decides.
-        windows: Calibration text as token ids, for `wanda`: each layer reads what those before it make of it after they
-            were pruned.
-        progress: Hears of every layer.
+        sparsity: The fraction. In the pattern 2:4 at most 0.5; below that, only a part of the groups of four is pruned.
+        pattern: Where zeros may be.
+        criterion: Score of a weight.
+        windows: Calibration text as token ids, for `wanda`; each layer reads the output of the pruned layers before it.
+        progress: Progress callback.
 
     Raises:
-        InputError: `wanda` has no text, or the model's structure is not known.
+        InputError: `wanda` has no text, or the model's structure is not supported.
     """
     if criterion == "magnitude":
         for part in linears(model).values():
-            _set_zeros(part, kept(part.weight.abs(), sparsity, pattern, by_row=False))
+            _apply_mask(part, keep_mask(part.weight.abs(), sparsity, pattern, by_row=False))
         return
     for calibrated in calibrate(model, windows, progress=progress):
         for name, part in calibrated.linears.items():
             norms = calibrated.statistics[name].hessian.diagonal().sqrt()
-            _set_zeros(part, kept(part.weight.abs() * norms, sparsity, pattern, by_row=True))
+            _apply_mask(part, keep_mask(part.weight.abs() * norms, sparsity, pattern, by_row=True))
 
 
-def kept(scores: Tensor, sparsity: float, pattern: Pattern, *, by_row: bool) -> Tensor:
-    """Which weights stay: bool [outputs, inputs]; of equal scores the first ones.
+def keep_mask(scores: Tensor, sparsity: float, pattern: Pattern, *, by_row: bool) -> Tensor:
+    """Return the mask of weights to keep: bool [outputs, inputs]; of equal scores, the first are kept.
 
     Args:
-        scores: [outputs, inputs], the larger the more needed.
-        sparsity: Share that goes.
-        pattern: Where zeros may lie. Inputs beyond the last whole group of four all stay.
-        by_row: Compare the weights of one output; otherwise those of the whole matrix.
+        scores: [outputs, inputs]; higher is more important.
+        sparsity: Fraction to remove.
+        pattern: Where zeros may be. Inputs beyond the last whole group of four are all kept.
+        by_row: Compare the weights of each output; otherwise those of the whole matrix.
     """
     if pattern == "2:4":
         return _two_of_four(scores, sparsity)
     rows = scores if by_row else scores.reshape(1, -1)
     count = round(rows.shape[1] * sparsity)
-    going = rows.argsort(dim=1, stable=True, descending=True)[:, rows.shape[1] - count :]
+    removed = rows.argsort(dim=1, stable=True, descending=True)[:, rows.shape[1] - count :]
     mask = torch.ones_like(rows, dtype=torch.bool)
-    mask.scatter_(1, going, value=False)
+    mask.scatter_(1, removed, value=False)
     return mask.reshape(scores.shape)
 
 
 @contextmanager
-def zeros_kept(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block, weights of linears that are zero get no gradient: an optimiser without decay leaves them."""
+def preserve_zeros(model: PreTrainedModel) -> Iterator[None]:
+    """Give zero weights of linears no gradient within the block: an optimizer without weight decay then keeps them."""
     handles = []
     for part in linears(model).values():
         weight = part.module.weight
@@ -109,18 +108,18 @@ def _two_of_four(scores: Tensor, sparsity: float) -> Tensor:
     whole = scores.shape[1] // 4 * 4
     groups = scores[:, :whole].reshape(-1, 4)
     order = groups.argsort(dim=1, stable=True, descending=True)
-    thinned = torch.ones_like(groups, dtype=torch.bool)
-    thinned.scatter_(1, order[:, 2:], value=False)
-    if sparsity < 0.5:  # on the way there: the groups that lose the least
-        lost = groups.masked_fill(thinned, 0).square().sum(1)
-        going = lost.argsort(stable=True)[: round(len(groups) * 2 * sparsity)]
-        some = torch.ones_like(thinned)
-        some[going] = thinned[going]
-        thinned = some
+    kept = torch.ones_like(groups, dtype=torch.bool)
+    kept.scatter_(1, order[:, 2:], value=False)
+    if sparsity < 0.5:  # an intermediate cut: prune the groups that lose the least
+        lost = groups.masked_fill(kept, 0).square().sum(1)
+        pruned = lost.argsort(stable=True)[: round(len(groups) * 2 * sparsity)]
+        kept_in_part = torch.ones_like(kept)
+        kept_in_part[pruned] = kept[pruned]
+        kept = kept_in_part
     mask = torch.ones_like(scores, dtype=torch.bool)
-    mask[:, :whole] = thinned.reshape(len(scores), whole)
+    mask[:, :whole] = kept.reshape(len(scores), whole)
     return mask
 
 
-def _set_zeros(part: Part, mask: Tensor) -> None:
-    part.set_weight(torch.where(mask, part.weight, 0.0))  # not a product, which would make zeros of either sign
+def _apply_mask(part: Part, mask: Tensor) -> None:
+    part.set_weight(torch.where(mask, part.weight, 0.0))  # a product would make zeros of either sign

@@ -1,6 +1,6 @@
-"""The same decoder with fewer channels, heads and layers: which rows and columns leave, and the configuration after it.
+"""Build the same decoder with fewer channels, heads and layers: select rows and columns, and adapt the configuration.
 
-What a configuration allows is read from the model that its class builds: a size that the class cannot do is refused.
+Supported sizes are read from the model that its class builds from the configuration: others are refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _REMEDY = "Leave heads out, and cut channels or layers."
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large a decoder is: its layers, and in each the feed-forward channels and the key-value heads."""
+    """Sizes of a decoder: its number of layers, and in each layer the feed-forward channels and the key-value heads."""
 
     layers: int
     ffn: int
@@ -35,16 +35,16 @@ class Sizes:
 
 
 class Structure:
-    """A decoder taken apart.
+    """The layers and sizes of a decoder.
 
     Attributes:
-        layers: In the order that they are run in.
-        sizes: As they are.
-        group: Columns of the attention's output projection that a key-value head is read through: those of all query
-            heads that share it.
+        layers: Decoder layers in the order of execution.
+        sizes: The decoder's sizes.
+        group: Number of columns of the attention's output projection that belong to a key-value head: those of all
+            query heads that share it.
 
     Raises:
-        InputError: The model's structure is not known.
+        InputError: The model's structure is not supported.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -60,16 +60,16 @@ class Structure:
     def resized(
         self, layers: Sequence[int], channels: Sequence[Tensor], heads: Sequence[Tensor], weights: Mapping[Part, Tensor]
     ) -> PreTrainedModel:
-        """A new model of the same class that has these layers only, and in them these channels and key-value heads.
+        """Return a new model of the same class with a subset of layers, channels and key-value heads.
 
         Args:
-            layers: Indices of the layers that stay, ascending.
-            channels: For each of them, the channels that stay: int64, ascending, as many in every layer.
-            heads: For each of them, the key-value heads that stay, each with its query heads.
-            weights: New weights [outputs, inputs] of parts that read channels or heads, with the old columns.
+            layers: Indices of the layers to keep, ascending.
+            channels: For each of them, the channels to keep: int64, ascending, equally many in every layer.
+            heads: For each of them, the key-value heads to keep, each with its query heads.
+            weights: New weights [outputs, inputs] of parts that read channels or heads, with all original columns.
 
         Raises:
-            InputError: The model's class cannot do these sizes.
+            InputError: The model's class does not support these sizes.
         """
         sizes = Sizes(len(layers), len(channels[0]), len(heads[0]))
         config = self._config(sizes, layers)
@@ -81,24 +81,24 @@ class Structure:
                     new = weights[part]
                     state[f"{self._names[part.module]}.weight"] = new.T if isinstance(part.module, Conv1D) else new
             if sizes.ffn < self.sizes.ffn:
-                self._take_rows(state, dict.fromkeys(layer.mlp_readers, some_channels))
-                self._take_columns(state, layer.down, some_channels)
+                self._select_rows(state, dict.fromkeys(layer.mlp_readers, some_channels))
+                self._select_columns(state, layer.down, some_channels)
             if sizes.key_value_heads < self.sizes.key_value_heads:
-                one, group = (rows_of(some_heads, size) for size in (self._head_dim, self.group))
-                self._take_rows(state, {layer.query: group, layer.key: one, layer.value: one})
-                self._take_columns(state, layer.output, group)
-        return _filled(self.model, config, self._renamed(state, layers))
+                key_value, group = (rows_of(some_heads, size) for size in (self._head_dim, self.group))
+                self._select_rows(state, {layer.query: group, layer.key: key_value, layer.value: key_value})
+                self._select_columns(state, layer.output, group)
+        return _new_model(self.model, config, self._renamed(state, layers))
 
     def allows(self, sizes: Sizes) -> bool:
-        """Whether the model's configuration takes these sizes."""
+        """Return whether the model's configuration accepts these sizes."""
         try:
             self._config(sizes, range(sizes.layers))
         except InputError:
             return False
         return True
 
-    def _take_rows(self, state: dict[str, Tensor], parts: Mapping[Part, Tensor]) -> None:
-        """Keep some rows of parts, which may share a module."""
+    def _select_rows(self, state: dict[str, Tensor], parts: Mapping[Part, Tensor]) -> None:
+        """Keep some rows of parts, several of which may share a module."""
         rows: dict[nn.Module, list[Tensor]] = {}
         for part, kept in parts.items():
             every = torch.arange(len(Part(part.module).weight))
@@ -110,12 +110,12 @@ class Structure:
             if f"{name}.bias" in state:
                 state[f"{name}.bias"] = state[f"{name}.bias"][kept]
 
-    def _take_columns(self, state: dict[str, Tensor], part: Part, columns: Tensor) -> None:
+    def _select_columns(self, state: dict[str, Tensor], part: Part, columns: Tensor) -> None:
         name, axis = self._names[part.module], 0 if isinstance(part.module, Conv1D) else 1
         state[f"{name}.weight"] = state[f"{name}.weight"].index_select(axis, columns)
 
     def _renamed(self, state: Mapping[str, Tensor], layers: Sequence[int]) -> dict[str, Tensor]:
-        """The state with the layers that stay numbered anew, without the others."""
+        """Return the state with only the kept layers, renumbered."""
         prefix = self.layers[0].name.rpartition(".")[0] + "."
         numbers = {index: number for number, index in enumerate(layers)}
         renamed = {}
@@ -163,27 +163,27 @@ class Structure:
 
 
 def rows_of(units: Tensor, size: int) -> Tensor:
-    """The indices of all numbers in some units of `size`: int64 [units * size]."""
+    """Return the indices of all elements of units of `size` elements: int64 [units * size]."""
     return (units[:, None] * size + torch.arange(size)).flatten()
 
 
-def _filled(model: PreTrainedModel, config: Any, state: dict[str, Tensor]) -> PreTrainedModel:
-    """A model of the same class with a configuration and a state of its own.
+def _new_model(model: PreTrainedModel, config: Any, state: dict[str, Tensor]) -> PreTrainedModel:
+    """Return a model of the same class with a given configuration and state.
 
     Raises:
-        InputError: The class makes other shapes of the configuration.
+        InputError: The class builds other shapes from the configuration.
     """
     with torch.random.fork_rng([]):
         new: PreTrainedModel = type(model)(config).to(model.dtype)
-    wanted = {name: tuple(tensor.shape) for name, tensor in new.state_dict().items()}
-    differing = [name for name, shape in wanted.items() if name not in state or tuple(state[name].shape) != shape]
+    expected = {name: tuple(tensor.shape) for name, tensor in new.state_dict().items()}
+    differing = [name for name, shape in expected.items() if name not in state or tuple(state[name].shape) != shape]
     if differing:
         raise InputError(
             f"models of the type {config.model_type!r} cannot have these sizes: {differing[0]} would have the shape "
-            f"{wanted[differing[0]]}, as others follow from it",
+            f"{expected[differing[0]]}, as others follow from it",
             _REMEDY,
         )
-    new.load_state_dict({name: state[name] for name in wanted})
+    new.load_state_dict({name: state[name] for name in expected})
     new.generation_config = model.generation_config
     return new.to(model.device).eval().requires_grad_(False)
 

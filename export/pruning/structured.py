@@ -1,12 +1,12 @@
-"""Structured pruning: whole channels, heads and layers leave; the result is a plain smaller model of the same class.
+"""Structured pruning: remove whole channels, heads and layers. The result is a smaller model of the same class.
 
-A channel's absence is made up for by those that stay. With H the second moment of what a linear W reads, the error
+The remaining channels compensate for a removed one. With H the second moment of a linear's input, the error
 E|W x - W' x|^2 over all W' without the columns S is least at
 
     W' = W - W_S [H^-1_SS]^-1 H^-1_S,   with the error  trace(W_S [H^-1_SS]^-1 W_S^T)
 
-(Optimal Brain Surgeon). Columns leave one after the other, those with the least error first, W and H^-1 brought up to
-date in between. In the same way a key-value group leaves, with the columns of all its query heads.
+(Optimal Brain Surgeon). Columns are removed one after the other, those with the least error first, and W and H^-1 are
+updated in between. A key-value group is removed in the same way, with the columns of all its query heads.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DAMPING = 1e-3
-"""Share of H's mean diagonal that is added to it: calibration text does not span all directions."""
+"""Fraction of H's mean diagonal that is added to its diagonal: calibration text does not span all directions."""
 
 _ROUNDS = 32
-"""Rounds in which a layer's channels leave, those that are least needed in each. Of SmolLM2-135M's channels an eighth
-less: 1.64% of the squared output is lost in 32 rounds and in 128, 1.68% in one; 5.9% if nothing is made up for."""
+"""Rounds in which a layer's channels are removed, the least important ones in each. Without an eighth of SmolLM2-135M's
+channels, 1.64% of the squared output is lost with 32 or 128 rounds, 1.68% with one; 5.9% without compensation."""
 
 
 def sizes(model: PreTrainedModel, pruning: Pruning, share: float = 1.0) -> Sizes:
-    """What pruning leaves of a model's sizes, in numbers that kernels like.
+    """Return a model's sizes after pruning, rounded to sizes with fast kernels.
 
-    Channels come in multiples of 64 (of 32 below 512 of them), the block sizes of the quantised formats; heads in whole
-    key-value groups, as many as the model's configuration takes. Nothing goes below one unit, or up.
+    Channels are multiples of 64 (of 32 if there are less than 512), the block sizes of the quantized formats; heads are
+    whole key-value groups, in a number that the model's configuration accepts. No size falls below one unit or grows.
 
     Args:
-        model: The model that is cut.
-        pruning: The shares that are removed.
-        share: How far to go: 1 to the end.
+        model: The model to prune.
+        pruning: The fractions to remove.
+        share: Fraction of the pruning to apply; 1 for all of it.
 
     Raises:
-        InputError: The model's structure is not known.
+        InputError: The model's structure is not supported.
     """
     structure = Structure(model)
     now = structure.sizes
@@ -60,30 +60,30 @@ def sizes(model: PreTrainedModel, pruning: Pruning, share: float = 1.0) -> Sizes
 
 
 def cut(model: PreTrainedModel, sizes: Sizes, importance: Importance) -> PreTrainedModel:
-    """A new, smaller model of the same class; `model` stays as it is.
+    """Return a new, smaller model of the same class; `model` is not changed.
 
     Args:
         model: A causal language model.
-        sizes: What is to be left of it; what is not smaller than it was stays.
-        importance: Of this model, for all that is cut.
+        sizes: The new sizes; sizes that are not smaller than the model's have no effect.
+        importance: The model's importance measurements of everything that shrinks.
 
     Raises:
-        InputError: The model's structure is not known, or its class cannot do these sizes.
-        ValueError: `importance` lacks what is needed.
+        InputError: The model's structure is not supported, or its class does not support these sizes.
+        ValueError: A required measurement is missing.
     """
     structure = Structure(model)
     now = structure.sizes
-    layers = kept_layers(now, sizes, importance)
+    layers = layers_to_keep(now, sizes, importance)
     channels, heads, weights = [], [], {}
     for index in layers:
         layer = structure.layers[index]
         kept_channels, kept_heads = torch.arange(now.ffn), torch.arange(now.key_value_heads)
         if sizes.ffn < now.ffn:
             moment = _measured(importance.channels, "channels")[index]
-            kept_channels, weights[layer.down] = without(layer.down.weight.cpu(), moment, sizes.ffn)
+            kept_channels, weights[layer.down] = remove_units(layer.down.weight.cpu(), moment, sizes.ffn)
         if sizes.key_value_heads < now.key_value_heads:
             moment = _measured(importance.heads, "heads")[index]
-            kept_heads, weights[layer.output] = without(
+            kept_heads, weights[layer.output] = remove_units(
                 layer.output.weight.cpu(), moment, sizes.key_value_heads, size=structure.group
             )
         channels.append(kept_channels)
@@ -91,18 +91,18 @@ def cut(model: PreTrainedModel, sizes: Sizes, importance: Importance) -> PreTrai
     return structure.resized(layers, channels, heads, weights)
 
 
-def without(weight: Tensor, moment: Tensor, keep: int, *, size: int = 1) -> tuple[Tensor, Tensor]:
-    """Take units of columns from a linear until `keep` are left, the least needed first.
+def remove_units(weight: Tensor, moment: Tensor, keep: int, *, size: int = 1) -> tuple[Tensor, Tensor]:
+    """Remove units of columns from a linear, the least important first, until `keep` are left.
 
     Args:
         weight: [outputs, inputs].
         moment: The mean of x x^T over its inputs x: [inputs, inputs].
-        keep: Units that stay.
-        size: Columns of a unit.
+        keep: Number of units to keep.
+        size: Columns per unit.
 
     Returns:
-        The units that stay, int64, ascending, and the weight with all its columns: those of the others are zero, those
-        that stay have taken over what they can.
+        The kept units, int64, ascending, and the weight [outputs, inputs]: columns of removed units are zero, the
+        others compensate for them.
     """
     new = weight.double()
     inverse = _inverse(moment.double())
@@ -110,26 +110,26 @@ def without(weight: Tensor, moment: Tensor, keep: int, *, size: int = 1) -> tupl
     left = torch.ones(units, dtype=torch.bool)
     most = max(1, -(-(units - keep) // _ROUNDS)) if size == 1 else 1
     while (excess := int(left.sum()) - keep) > 0:
-        errors = _errors(new, inverse, size, left)
-        going = errors.topk(min(most, excess), largest=False).indices
-        columns = rows_of(going, size)
+        errors = _removal_errors(new, inverse, size, left)
+        removed = errors.topk(min(most, excess), largest=False).indices
+        columns = rows_of(removed, size)
         solved = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
         new.addmm_(new[:, columns], solved, alpha=-1)
         inverse.addmm_(inverse[:, columns], solved, alpha=-1)
-        left[going] = False
+        left[removed] = False
     new[:, rows_of((~left).nonzero()[:, 0], size)] = 0
     return left.nonzero()[:, 0], new.to(weight.dtype)
 
 
 def _inverse(moment: Tensor) -> Tensor:
-    """The inverse of a moment, made regular."""
+    """Return the inverse of a moment with damping on its diagonal."""
     mean = moment.diagonal().mean()
     damping = DAMPING * (mean if mean > 0 else torch.ones_like(mean))
     return torch.cholesky_inverse(torch.linalg.cholesky(moment + damping * torch.eye(len(moment), dtype=moment.dtype)))
 
 
-def _errors(weight: Tensor, inverse: Tensor, size: int, left: Tensor) -> Tensor:
-    """The least error that the output has without each unit: [units]; infinite for those that are gone."""
+def _removal_errors(weight: Tensor, inverse: Tensor, size: int, left: Tensor) -> Tensor:
+    """Return the least output error after removing each unit: [units]; infinite for removed units."""
     errors = torch.full(left.shape, torch.inf, dtype=weight.dtype)
     if size == 1:
         errors[left] = (weight.square().sum(0) / inverse.diagonal())[left]
@@ -141,8 +141,8 @@ def _errors(weight: Tensor, inverse: Tensor, size: int, left: Tensor) -> Tensor:
     return errors
 
 
-def kept_layers(now: Sizes, sizes: Sizes, importance: Importance) -> list[int]:
-    """The indices of the layers that `cut` leaves, ascending: those whose absence costs the most."""
+def layers_to_keep(now: Sizes, sizes: Sizes, importance: Importance) -> list[int]:
+    """Return the indices of the layers that `cut` keeps, ascending: the most important ones."""
     if sizes.layers >= now.layers:
         return list(range(now.layers))
     kept: list[int] = _measured(importance.layers, "layers").topk(sizes.layers).indices.tolist()

@@ -14,7 +14,7 @@ from edgemix.cli.texts import read_files
 
 if TYPE_CHECKING:
     from edgemix.cli.console import Console
-    from edgemix.export.pruning.report import PartReport, PruningReport
+    from edgemix.export.pruning.report import LayerReport, PruningReport
 
 _SHARE = Number(min=0, max=0.95)
 
@@ -109,13 +109,13 @@ def prune(
     check_output(output)  # report mistakes before the slow import of torch
     with console.progress.stage("import torch"):
         from edgemix.export.pruning.prune import prune as run
-        from edgemix.export.pruning.report import SPEED
+        from edgemix.export.pruning.report import SPEED_NOTE
 
     report = run(model, output, domains, pruning, adapter=adapter, seed=seed, progress=console.progress)
     if console.as_json:
         import msgspec
 
-        console.document({"output": output, "speed": SPEED, **msgspec.to_builtins(report)})
+        console.document({"output": output, "speed": SPEED_NOTE, **msgspec.to_builtins(report)})
         return
     console.table("Pruning", ("", ""), _report_rows(report), left=2)
     console.table(
@@ -124,7 +124,7 @@ def prune(
         [_row(part) for part in (*report.parts, report.total)],
     )
     if report.total.zeros:
-        console.line(SPEED)
+        console.line(SPEED_NOTE)
     elif report.total.parameters_after == report.total.parameters_before:
         console.note(
             "Nothing was cut: sizes are rounded to multiples that kernels run fast, and these shares round to zero."
@@ -154,7 +154,7 @@ def _report_rows(report: PruningReport) -> list[tuple[str, str]]:
     return rows
 
 
-def _row(part: PartReport) -> tuple[str, ...]:
+def _row(part: LayerReport) -> tuple[str, ...]:
     return (
         part.name,
         f"{part.parameters_before:,}",

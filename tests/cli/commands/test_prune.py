@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from edgemix.bundle.manifest import PruningFigures
 from edgemix.cli import edgemix
-from edgemix.export.pruning.report import PartReport, PruningReport, total_of
+from edgemix.export.pruning.report import LayerReport, PruningReport, sum_reports
 from edgemix.export.pruning.structure import Sizes
 from edgemix.recipe.compression import Pruning
 
@@ -24,12 +24,12 @@ def run(*arguments: object):
 def report(after=2_400_000, zeros=1_000_000, kl=0.0321):
     """Return a report of two layers; the second is removed unless all parameters stay."""
     parts = (
-        PartReport("model.layers.0", 1_200_000, 1_200_000, zeros, 4_800_000, 950_000),
-        PartReport("model.layers.11", 1_200_000, after - 1_200_000, 0, 4_800_000, 0),
+        LayerReport("model.layers.0", 1_200_000, 1_200_000, zeros, 4_800_000, 950_000),
+        LayerReport("model.layers.11", 1_200_000, after - 1_200_000, 0, 4_800_000, 0),
     )
     figures = PruningFigures(2_400_000, after, 0.4, 4_080, kl, 0.5, 1.25, 1.5)
     sizes = [Sizes(2, 1536, 3), Sizes(1 if after < 2_400_000 else 2, 1536, 3)]
-    return PruningReport(*sizes, parts, total_of(parts), figures, recovery_steps=34, recovery_seconds=299.6)
+    return PruningReport(*sizes, parts, sum_reports(parts), figures, recovery_steps=34, recovery_seconds=299.6)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ def model():
     return tiny_model("llama")
 
 
-def test_the_expert_specialises_and_the_base_stays(model, tokenizer, tmp_path):
+def test_the_expert_improves_and_the_base_is_unchanged(model, tokenizer, tmp_path):
     before = {name: each.clone() for name, each in model.state_dict().items()}
     report = finetune_model(model, tokenizer, tmp_path / "expert", TEXT, **OPTIONS)
     assert report.validation_after < report.validation_before - 0.5
@@ -61,7 +61,7 @@ def test_the_same_call_gives_the_same_bytes(model, tokenizer, tmp_path):
 
 
 class InterruptAt:
-    """A listener that presses Ctrl-C when it hears of a step."""
+    """A progress callback that raises Ctrl-C at a step."""
 
     def __init__(self, step):
         self.step = step
@@ -78,7 +78,7 @@ class InterruptAt:
         return listener
 
 
-def test_ctrl_c_leaves_a_checkpoint_that_the_same_call_takes_up(model, tokenizer, tmp_path):
+def test_ctrl_c_leaves_a_checkpoint_from_which_the_same_call_resumes(model, tokenizer, tmp_path):
     finetune_model(model, tokenizer, tmp_path / "whole", TEXT, **OPTIONS)
     press = InterruptAt(7)
     with pytest.raises(KeyboardInterrupt):
@@ -106,34 +106,34 @@ def test_from_a_folder(model, tokenizer, tmp_path):
     assert config["base_model_name_or_path"] == "base"
 
 
-def test_validation_text_can_be_left_out(model, tokenizer, tmp_path):
+def test_without_validation_text_a_part_is_held_out(model, tokenizer, tmp_path):
     report = finetune_model(model, tokenizer, tmp_path / "e", TEXT, **OPTIONS | {"steps": 1, "validation": ()})
     assert report.validation_before is None
     assert report.validation_after is None
 
 
-def test_what_is_there_already_is_kept(model, tokenizer, tmp_path):
+def test_an_existing_output_is_refused(model, tokenizer, tmp_path):
     with pytest.raises(InputError, match="is there already"):
         finetune_model(model, tokenizer, tmp_path, TEXT, **OPTIONS)
     with pytest.raises(InputError, match="is there already"):
         finetune("no such model", tmp_path, TEXT)
 
 
-def test_no_text_is_an_error(model, tokenizer, tmp_path):
+def test_too_little_text_is_refused(model, tokenizer, tmp_path):
     with pytest.raises(InputError, match="less than two tokens"):
         finetune_model(model, tokenizer, tmp_path / "expert", [""], **OPTIONS)
     assert not list(tmp_path.iterdir())
 
 
 def test_windows_are_no_longer_than_the_context(tokenizer, tmp_path):
-    """opt looks positions up in a table: beyond its 256 rows there is nothing."""
+    """opt has a table of 256 position embeddings."""
     options = OPTIONS | {"steps": 1, "batch": 1, "length": 400}
     report = finetune_model(tiny_model("opt"), tokenizer, tmp_path / "expert", TEXT, **options)
     assert report.tokens == 256
 
 
-def test_a_second_run_keeps_away(model, tokenizer, tmp_path):
-    """Two runs at one output trained on over each other's checkpoints."""
+def test_a_second_run_is_refused(model, tokenizer, tmp_path):
+    """Two runs with one output overwrote each other's checkpoints."""
     lock = acquire_lock(tmp_path / ".expert.lock")
     with pytest.raises(InputError, match="another run"):
         finetune_model(model, tokenizer, tmp_path / "expert", TEXT, **OPTIONS)

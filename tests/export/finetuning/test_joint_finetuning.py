@@ -13,9 +13,9 @@ from helpers.tiny_models import tiny_model
 from edgemix.errors import InputError
 from edgemix.export.finetuning.finetune import finetune_model
 from edgemix.export.finetuning.joint import finetune_mixture
-from edgemix.export.finetuning.members import open_members
+from edgemix.export.finetuning.members import load_trainable_members
 from edgemix.export.finetuning.mixture_likelihood import MixtureLikelihood
-from edgemix.export.finetuning.options import Training
+from edgemix.export.finetuning.options import TrainingSettings
 from edgemix.export.models.loading import load_model, merge_adapter
 from edgemix.export.models.location import locate
 from edgemix.recipe.load import load_recipe
@@ -46,8 +46,8 @@ def recipe(tokenizer, tmp_path):
     return Recipe(members=members, folder=tmp_path)
 
 
-def test_joint_tuning_beats_separate_tuning_on_the_blend(recipe, tmp_path):
-    """With as many steps for each member, and half as many for the whole mixture."""
+def test_joint_training_beats_separate_training_on_mixed_text(recipe, tmp_path):
+    """Separate training takes as many steps per member, joint training half as many in total."""
     options = OPTIONS | {"steps": 30}
     joint = finetune_mixture(recipe, tmp_path / "joint", TEXTS, **options)
     alone = finetune_mixture(recipe, tmp_path / "alone", TEXTS, separate=True, **options)
@@ -57,12 +57,12 @@ def test_joint_tuning_beats_separate_tuning_on_the_blend(recipe, tmp_path):
     assert joint.validation_after < min(member.validation_after for member in joint.members) - 0.1
 
 
-def test_the_members_of_one_base_share_it_and_learn_by_responsibility(recipe):
-    """Only one adapter works at a time, but gradients must reach all of them."""
+def test_members_share_their_base_and_learn_by_responsibility(recipe):
+    """Only one adapter is active at a time, but gradients must reach all of them."""
     members = (*recipe.members, MemberRecipe("other", "gpt2"))
     ids = torch.randint(3, 150, (2, 20), generator=torch.Generator().manual_seed(0))
     shares = torch.tensor([0.2, 0.5, 0.3])
-    with open_members(msgspec.structs.replace(recipe, members=members), Training(rank=4)) as opened:
+    with load_trainable_members(msgspec.structs.replace(recipe, members=members), TrainingSettings(rank=4)) as opened:
         assert opened[0].model is opened[1].model
         for index, member in enumerate(opened):
             with torch.no_grad():
@@ -93,8 +93,8 @@ def test_one_member_is_plain_fine_tuning(recipe, tokenizer, tmp_path, separate):
     assert report.members[0].parameters == plain.parameters
 
 
-def test_alone_each_member_learns_from_the_domain_of_its_name(recipe, tokenizer, tmp_path):
-    """And from all text, if none has it."""
+def test_separate_members_learn_from_the_domain_of_their_name(recipe, tokenizer, tmp_path):
+    """Members without such a domain learn from all text."""
     recipe = msgspec.structs.replace(recipe, members=(recipe.members[0], MemberRecipe("general", "base")))
     report = finetune_mixture(recipe, tmp_path / "alone", TEXTS, separate=True, **OPTIONS)
     finetune_model(tiny_model("llama"), tokenizer, tmp_path / "plain", ANIMALS, base_name="base", **OPTIONS)
@@ -102,7 +102,7 @@ def test_alone_each_member_learns_from_the_domain_of_its_name(recipe, tokenizer,
     assert report.members[1].validation_after < report.members[0].validation_after - 0.1
 
 
-def test_the_new_recipe_names_the_adapters_from_where_it_lies(recipe, tmp_path):
+def test_paths_in_the_new_recipe_are_relative_to_it(recipe, tmp_path):
     (tmp_path / "animals.txt").write_text("".join(ANIMALS))
     (tmp_path / "held-out.txt").write_text("the cat sat on the wall, and all was well\n" * 20)
     data = Data(
@@ -129,7 +129,7 @@ def test_the_new_recipe_names_the_adapters_from_where_it_lies(recipe, tmp_path):
         merge_adapter(model, locate(member.adapter, found.folder))
 
 
-def test_a_member_goes_on_from_its_adapter(recipe, tmp_path):
+def test_a_member_continues_from_its_adapter(recipe, tmp_path):
     first = finetune_mixture(recipe, tmp_path / "first", TEXTS, **OPTIONS)
     again = load_recipe(first.recipe)
     second = finetune_mixture(again, tmp_path / "second", TEXTS, **OPTIONS | {"rank": 2})
@@ -141,7 +141,7 @@ def test_a_member_goes_on_from_its_adapter(recipe, tmp_path):
 
 
 class Listener:
-    """Keeps what it hears of steps, and presses Ctrl-C at one of them."""
+    """A progress callback that records step notes and raises Ctrl-C at one of them."""
 
     def __init__(self, title="", step=0):
         self.press = (title, step)
@@ -162,8 +162,8 @@ class Listener:
 
 
 @pytest.mark.parametrize("separate", [False, True])
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(recipe, tmp_path, separate):
-    """Adapters and weights, to the last bit; a member that was finished alone is not trained again."""
+def test_an_interrupted_run_gives_the_same_result(recipe, tmp_path, separate):
+    """Adapters and weights are bitwise equal; a finished member is not trained again."""
     options = OPTIONS | {"separate": separate, "fit_weights": not separate}
     whole = finetune_mixture(recipe, tmp_path / "whole", TEXTS, **options)
     title = "numbers" if separate else "mixture"
@@ -180,8 +180,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(recipe, tmp_path, separ
     assert not (tmp_path / ".parts.checkpoints").exists()
 
 
-def test_the_weights_are_estimated_with_the_members(recipe, tmp_path):
-    """The member that has learned animals already takes what there is most of."""
+def test_weights_are_fitted_during_training(recipe, tmp_path):
+    """The member that was trained on animals gets most of the weight on mostly animal text."""
     start = finetune_mixture(recipe, tmp_path / "start", TEXTS, separate=True, **OPTIONS | {"steps": 30})
     text = {"both": [*ANIMALS, *NUMBERS[:4]]}
     report = finetune_mixture(load_recipe(start.recipe), tmp_path / "out", text, fit_weights=True, **OPTIONS)
@@ -194,14 +194,14 @@ def test_the_weights_are_estimated_with_the_members(recipe, tmp_path):
     assert report.validation_after < kept.validation_after
 
 
-def test_what_the_likelihood_cannot_teach_is_refused(recipe, tmp_path):
+def test_a_member_with_zero_weight_is_refused(recipe, tmp_path):
     unheard = msgspec.structs.replace(recipe, weights={"animals": 1.0, "numbers": 0.0})
     with pytest.raises(InputError, match="weight of numbers is zero"):
         finetune_mixture(unheard, tmp_path / "out", TEXTS, **OPTIONS)
     assert finetune_mixture(unheard, tmp_path / "out", TEXTS, separate=True, **OPTIONS | {"steps": 1}).steps == 2
 
 
-def test_no_text_and_a_place_that_is_taken_are_refused(recipe, tmp_path):
+def test_missing_text_and_an_existing_output_are_refused(recipe, tmp_path):
     with pytest.raises(InputError, match="names no text"):
         finetune_mixture(recipe, tmp_path / "out", **OPTIONS)
     with pytest.raises(InputError, match="is there already"):

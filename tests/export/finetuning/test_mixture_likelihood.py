@@ -16,7 +16,7 @@ WEIGHTS = (0.5, 0.2, 0.3)
 
 @pytest.fixture
 def models():
-    """Three members that differ, each with one vector to train: its last norm."""
+    """Three different members, each with one trainable vector: its last norm."""
     found = []
     for seed in range(3):
         model = tiny_model("llama").requires_grad_(requires_grad=False)
@@ -32,7 +32,7 @@ def likelihood(models, weights=WEIGHTS):
 
 
 def mixed(models):
-    """-log sum_i w_i p_i(y), with every distribution whole."""
+    """Compute -log sum_i w_i p_i(y) from whole distributions."""
     members = torch.stack(
         [functional.softmax(model(IDS, use_cache=False).logits[:, :-1].double(), -1) for model in models]
     )
@@ -40,7 +40,7 @@ def mixed(models):
     return -mixture.gather(-1, IDS[:, 1:, None]).log().mean()
 
 
-def test_loss_and_gradients_are_autograds_of_the_mixture(models):
+def test_loss_and_gradients_match_autograd(models):
     trained = [model.model.norm.weight for model in models]
     loss, expected = likelihood(models)(IDS), mixed(models)
     torch.testing.assert_close(loss.double(), expected)
@@ -49,8 +49,8 @@ def test_loss_and_gradients_are_autograds_of_the_mixture(models):
         torch.testing.assert_close(gradient, want, rtol=1e-4, atol=1e-7)
 
 
-def test_a_members_gradient_is_its_own_weighted_by_responsibilities(models):
-    """Generalised EM: the gradient through the mixture's logarithm is that of the expected complete likelihood."""
+def test_a_members_gradient_is_weighted_by_responsibilities(models):
+    """Generalized EM: the gradient through the mixture's logarithm is that of the expected complete likelihood."""
     mixture = likelihood(models)
     with torch.no_grad():
         joint = torch.tensor(WEIGHTS)[:, None] * mixture.log_probabilities(IDS).exp()
@@ -68,10 +68,10 @@ def test_one_member_is_its_own_mixture(models):
     assert torch.equal(likelihood(models[:1], (1.0,))(IDS), loss)
 
 
-def test_equal_members_share_alike(models):
+def test_equal_members_have_equal_responsibilities(models):
     mixture = likelihood([models[1]] * 3)
     assert mixture(IDS).item() == pytest.approx(token_losses(models[1])(IDS).mean().item(), rel=1e-5)
-    mixture.maximise(1)
+    mixture.update_weights(1)
     assert mixture.weights.tolist() == pytest.approx(WEIGHTS, rel=1e-5)
 
 
@@ -83,16 +83,16 @@ def test_the_weights_step_to_the_mean_responsibilities(models):
     with torch.no_grad():  # in two parts, as when a step's windows are read some at a time
         mixture(IDS[:1])
         mixture(IDS[1:])
-    mixture.maximise(3)
+    mixture.update_weights(3)
     torch.testing.assert_close(mixture.weights, expected)
 
 
-def test_the_weights_come_to_those_that_are_fitted_at_once(models):
+def test_weights_converge_to_the_fitted_ones(models):
     mixture = likelihood(models, (1 / 3, 1 / 3, 1 / 3))
     with torch.no_grad():
         for step in range(1, 600):
             mixture(IDS)
-            mixture.maximise(step)
+            mixture.update_weights(step)
         wanted = fit(mixture.log_probabilities(IDS).double().numpy())
     np.testing.assert_allclose(mixture.weights.numpy(), wanted.weights, atol=2e-3)
     assert max(wanted.weights) < 1

@@ -22,7 +22,7 @@ from edgemix.errors import InputError, ParityError, RecipeError
 from edgemix.export.parity.limits import PruningLimits, enforce
 from edgemix.export.pipeline import export_bundle
 from edgemix.export.pruning import report
-from edgemix.export.pruning.prune import LENGTH, Texts, prune, prune_model, prune_texts
+from edgemix.export.pruning.prune import LENGTH, PruningTexts, prune, prune_model, prune_texts
 from edgemix.export.pruning.report import compare, sparsity
 from edgemix.export.pruning.structure import Sizes
 from edgemix.export.stages import graphs, models
@@ -39,7 +39,7 @@ PROSE = [f"the {animal} sat on the {place}, and all was well with the {animal}.\
 
 @pytest.fixture(scope="module")
 def texts():
-    return Texts(text(1, 600), text(9, 24).tolist())
+    return PruningTexts(text(1, 600), text(9, 24).tolist())
 
 
 def weights(model):
@@ -50,7 +50,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_everything_at_once_is_reported(texts):
+def test_the_report_covers_all_kinds_of_pruning(texts):
     model = trained()
     before = weights(model)
     pruned = prune_model(model, Pruning(layers=0.25, ffn=0.5, heads=0.5, sparsity=0.5), texts, recovery_steps=10)
@@ -84,7 +84,7 @@ def test_everything_at_once_is_reported(texts):
     assert report.figures.sparsity == pytest.approx(0.5, abs=0.01) == sparsity(pruned.model)
 
 
-def test_figures_are_those_of_the_formula(texts):
+def test_figures_match_their_formulas(texts):
     model = trained()
     other = prune_model(model, Pruning(ffn=0.5), texts, recovery_steps=0).model
     figures = compare(model, other, texts.held_out)
@@ -109,29 +109,29 @@ def test_recovery_helps(texts, pruning):
     assert recovered.figures.perplexity_ratio < bare.figures.perplexity_ratio
 
 
-def test_small_cuts_are_better_than_one(texts):
-    """The same number of steps in all."""
+def test_several_cuts_are_better_than_one(texts):
+    """With the same total number of steps."""
     model = trained()
     once = prune_model(model, Pruning(sparsity=0.65), texts, recovery_steps=30).report.figures.kl
     often = prune_model(model, Pruning(sparsity=0.65, steps=3), texts, recovery_steps=10).report.figures.kl
     assert often < 0.9 * once
 
 
-def test_layers_in_several_cuts_are_those_of_the_original(texts):
+def test_layers_removed_in_several_cuts_are_indexed_in_the_original(texts):
     model = trained()
     report = prune_model(model, Pruning(layers=0.5, steps=2), texts, recovery_steps=2).report
     assert sum(part.parameters_after == 0 for part in report.parts) == 2
     assert report.after == Sizes(2, 128, 2)
 
 
-def test_a_share_that_rounds_to_nothing_is_still_recovered(texts):
+def test_recovery_runs_when_the_cut_rounds_to_nothing(texts):
     model = trained()
     pruned = prune_model(model, Pruning(ffn=0.01), texts, recovery_steps=1)
     assert pruned.report.after == pruned.report.before
     assert pruned.model is not model
 
 
-def test_two_of_four_needs_no_share(texts):
+def test_the_pattern_2_4_needs_no_sparsity(texts):
     report = prune_model(trained(), Pruning(pattern="2:4"), texts, recovery_steps=0).report
     assert report.figures.sparsity == 0.5
 
@@ -152,13 +152,13 @@ def test_minutes_are_a_budget(texts):
         (Pruning(layers=float("nan")), "layers"),
     ],
 )
-def test_mistakes_are_told_before_any_work(pruning, message):
+def test_invalid_pruning_is_refused_before_any_work(pruning, message):
     with pytest.raises(InputError, match=message):
         prune_model(None, pruning, None)
 
 
 class InterruptAt:
-    """A listener that presses Ctrl-C when it has heard of so many recovery steps, or of a stage."""
+    """A progress callback that raises Ctrl-C after a number of recovery steps, or at a stage."""
 
     def __init__(self, *, step=None, stage=None):
         self.step, self.stage_name, self.steps = step, stage, count(1)
@@ -191,7 +191,7 @@ def whole(texts):
 
 
 @pytest.mark.parametrize("press", [{"step": 3}, {"step": 9}, {"stage": "cut 2 of 2"}, {"stage": "compare"}], ids=str)
-def test_an_interrupted_run_ends_the_same(press, whole, texts, tmp_path):
+def test_an_interrupted_run_gives_the_same_result(press, whole, texts, tmp_path):
     model = trained()
     with pytest.raises(KeyboardInterrupt):
         prune_model(model, CUTS, texts, scratch=tmp_path, progress=InterruptAt(**press).progress(), **OPTIONS)
@@ -203,15 +203,15 @@ def test_an_interrupted_run_ends_the_same(press, whole, texts, tmp_path):
     assert resumed.report.recovery_steps == whole.report.recovery_steps == 12
 
 
-def test_what_was_finished_is_not_done_again(texts, tmp_path):
+def test_finished_cuts_are_not_repeated(texts, tmp_path):
     model = trained()
     prune_model(model, CUTS, texts, scratch=tmp_path, **OPTIONS)
     prune_model(model, CUTS, texts, scratch=tmp_path, progress=InterruptAt(stage="calibrate").progress(), **OPTIONS)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "gone"])
-def test_a_cut_that_is_not_whole_is_made_again(damage, whole, texts, tmp_path):
-    """A file cut short ended in a safetensors error; without its config.json, in a model of billions of weights."""
+def test_a_damaged_cut_is_repeated(damage, whole, texts, tmp_path):
+    """A truncated file raised a safetensors error; a missing config.json gave a model with billions of weights."""
     model = trained()
     with pytest.raises(KeyboardInterrupt):
         prune_model(model, CUTS, texts, scratch=tmp_path, progress=InterruptAt(step=3).progress(), **OPTIONS)
@@ -223,12 +223,12 @@ def test_a_cut_that_is_not_whole_is_made_again(damage, whole, texts, tmp_path):
     assert same(weights(resumed.model), weights(whole.model))
 
 
-def test_another_run_starts_anew(texts, tmp_path):
-    """Other settings, text or weights must not take up what lies there."""
+def test_a_run_with_another_key_starts_over(texts, tmp_path):
+    """Other settings, text or weights must not resume from an existing state."""
     prune_model(trained(), Pruning(ffn=0.25), texts, scratch=tmp_path, recovery_steps=2)
     for model, pruning, seen in (
         (trained(), Pruning(ffn=0.5), texts),
-        (trained(), Pruning(ffn=0.25), Texts(text(5, 100), texts.held_out)),
+        (trained(), Pruning(ffn=0.25), PruningTexts(text(5, 100), texts.held_out)),
         (_nudged(trained()), Pruning(ffn=0.25), texts),
     ):
         fresh = prune_model(model, pruning, seen, recovery_steps=2)
@@ -242,7 +242,7 @@ def _nudged(model):
     return changed
 
 
-def test_texts_are_kept_apart():
+def test_training_and_held_out_text_are_disjoint():
     tokenizer = tiny_tokenizer()
     long = ["".join(chr(97 + letter) for letter in np.random.default_rng(i).integers(0, 26, 9000)) for i in range(8)]
     texts = prune_texts({"a": long[:4], "b": long[4:]}, tokenizer)
@@ -290,7 +290,7 @@ def test_from_folder_to_folder(folder, tmp_path):
     assert json.loads((output / "config.json").read_text())["model_type"] == "llama"
 
 
-def test_a_stopped_run_goes_on(folder, tmp_path):
+def test_a_stopped_run_resumes(folder, tmp_path):
     options = {"recovery_steps": 4}
     pruning = Pruning(ffn=0.33, steps=2)
     prune(str(folder), tmp_path / "whole", {"prose": PROSE}, pruning, **options)
@@ -304,7 +304,7 @@ def test_a_stopped_run_goes_on(folder, tmp_path):
     assert one == other
 
 
-def test_what_is_there_is_kept_and_a_second_run_keeps_away(folder, tmp_path):
+def test_an_existing_output_or_a_running_one_is_refused(folder, tmp_path):
     with pytest.raises(InputError, match="is there already"):
         prune(str(folder), tmp_path, {"prose": PROSE}, Pruning(ffn=0.33))
     lock = acquire_lock(tmp_path / ".out.lock")
@@ -313,7 +313,7 @@ def test_what_is_there_is_kept_and_a_second_run_keeps_away(folder, tmp_path):
     lock.release()
 
 
-def test_the_gate_judges_a_pruned_model(texts):
+def test_the_parity_gate_checks_a_pruned_model(texts):
     figures = prune_model(trained(), Pruning(layers=0.75), texts, recovery_steps=0).report.figures
     assert figures.kl > figures.kl_limit
     with pytest.raises(
@@ -337,7 +337,7 @@ def exported(folder, output, pruning, *, force=False, **options):
 
 
 def test_a_pruned_member_in_a_bundle(folder, tmp_path):
-    """Loose limits: the weights are random, and nothing that is cut from them is dispensable."""
+    """Limits are loose, because the weights are random and all of them matter."""
     plain = exported(folder, tmp_path / "plain", None)
     manifest = exported(folder, tmp_path / "bundle", Pruning(ffn=0.33, sparsity=0.5, recover=0.02), force=True)
     verify_bundle(tmp_path / "bundle", read_manifest(tmp_path / "bundle"))
@@ -354,7 +354,7 @@ def test_a_pruned_member_in_a_bundle(folder, tmp_path):
         assert len(mixture.generate("the cat", max_new_tokens=4).token_ids) == 4
 
 
-def test_a_member_that_was_pruned_before_is_stored_sparse_too(folder, tmp_path):
+def test_a_member_pruned_earlier_is_also_stored_sparse(folder, tmp_path):
     prune(str(folder), folder.parent / "sparse", {"prose": PROSE}, Pruning(pattern="2:4"), recovery_steps=0)
     data = Data(calibration={"prose": TextSource("text.txt")})
     recipe = Recipe(members=(MemberRecipe("a", "sparse"),), data=data, folder=folder.parent, format="fp16")
@@ -393,7 +393,7 @@ def test_the_export_stops_at_the_gate(folder, tmp_path, monkeypatch):
     assert not graph  # nothing is built of a model that will not pass
 
 
-def test_a_recipe_without_text_cannot_prune(folder, tmp_path):
+def test_pruning_without_text_is_refused(folder, tmp_path):
     recipe = Recipe(members=(MemberRecipe("a", "base", prune=Pruning(ffn=0.5)),), folder=folder.parent)
     with pytest.raises(RecipeError, match=r"members\[0\].prune: needs text"):
         export_bundle(recipe, tmp_path / "bundle")

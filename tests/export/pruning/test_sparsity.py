@@ -16,7 +16,7 @@ from edgemix.export.graphs.decoder import export_graph
 from edgemix.export.pruning.packing import pack_weights
 from edgemix.export.pruning.recovery import recover
 from edgemix.export.pruning.report import compare, sparsity
-from edgemix.export.pruning.sparsity import kept, linears, sparsify
+from edgemix.export.pruning.sparsity import keep_mask, linears, sparsify
 from edgemix.export.quantization import quantize
 from edgemix.export.quantization.algorithms.gptq import gptq
 from edgemix.export.quantization.algorithms.hqq import hqq
@@ -61,29 +61,29 @@ def skewed(model):
 
 def test_wanda_compares_the_weights_of_an_output():
     scores = torch.tensor([[1.0, 2, 3, 4], [10, 40, 30, 20]])
-    assert kept(scores, 0.5, "unstructured", by_row=True).tolist() == [
+    assert keep_mask(scores, 0.5, "unstructured", by_row=True).tolist() == [
         [False, False, True, True],
         [False, True, True, False],
     ]
-    assert kept(scores, 0.5, "unstructured", by_row=False).tolist() == [[False] * 4, [True] * 4]
+    assert keep_mask(scores, 0.5, "unstructured", by_row=False).tolist() == [[False] * 4, [True] * 4]
 
 
 def test_two_of_every_four():
     scores = torch.tensor([[1.0, 2, 3, 4, 8, 7, 6, 5, 1, 0]])
-    assert kept(scores, 0.5, "2:4", by_row=True).int().tolist() == [[0, 0, 1, 1, 1, 1, 0, 0, 1, 1]]
+    assert keep_mask(scores, 0.5, "2:4", by_row=True).int().tolist() == [[0, 0, 1, 1, 1, 1, 0, 0, 1, 1]]
     # Half of the way there, the group that loses less is thinned out.
-    assert kept(scores, 0.25, "2:4", by_row=True).int().tolist() == [[0, 0, 1, 1, 1, 1, 1, 1, 1, 1]]
+    assert keep_mask(scores, 0.25, "2:4", by_row=True).int().tolist() == [[0, 0, 1, 1, 1, 1, 1, 1, 1, 1]]
 
 
-def test_equal_scores_leave_as_many_as_they_should():
-    assert int(kept(torch.ones(7, 10), 0.3, "unstructured", by_row=True).sum()) == 49
-    assert int(kept(torch.ones(7, 12), 0.5, "2:4", by_row=True).sum()) == 42
-    assert kept(torch.ones(3, 4), 0.0, "unstructured", by_row=True).all()
+def test_equal_scores_keep_the_exact_number():
+    assert int(keep_mask(torch.ones(7, 10), 0.3, "unstructured", by_row=True).sum()) == 49
+    assert int(keep_mask(torch.ones(7, 12), 0.5, "2:4", by_row=True).sum()) == 42
+    assert keep_mask(torch.ones(3, 4), 0.0, "unstructured", by_row=True).all()
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "magnitude"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
-def test_the_share_of_zeros_is_what_was_asked_for(name, criterion):
+def test_the_sparsity_is_the_requested_one(name, criterion):
     model = tiny_model(name)
     windows = np.random.default_rng(0).integers(3, 160, (8, 24)).tolist()
     for pattern, share in (("unstructured", 0.7), ("2:4", 0.5)):
@@ -103,7 +103,7 @@ def test_wanda_without_text_is_refused():
         sparsify(tiny_model("llama"), 0.5)
 
 
-def test_magnitude_needs_no_known_structure():
+def test_magnitude_works_for_unsupported_structures():
     model = tiny_model("mixtral")
     sparsify(model, 0.5, criterion="magnitude")
     assert sparsity(model) == pytest.approx(0.5, abs=0.01)
@@ -119,14 +119,14 @@ def test_wanda_beats_magnitude_where_activations_are_skewed(pattern):
     assert wanda < 0.5 * magnitude
 
 
-def test_the_pattern_costs_and_the_best_pattern_costs_least():
+def test_wanda_is_the_best_pattern_of_2_4():
     model = trained()
     anywhere, pattern = (divergence(model, sparse(model, pattern=pattern)) for pattern in ("unstructured", "2:4"))
     generator = torch.Generator().manual_seed(0)
     chance = copy.deepcopy(model)
     for part in linears(chance).values():
         scores = torch.rand(part.weight.shape, generator=generator)
-        part.set_weight(torch.where(kept(scores, 0.5, "2:4", by_row=True), part.weight, 0.0))
+        part.set_weight(torch.where(keep_mask(scores, 0.5, "2:4", by_row=True), part.weight, 0.0))
     assert anywhere < pattern < 0.5 * divergence(model, chance)
 
 
@@ -146,7 +146,7 @@ def test_recovery_lowers_the_divergence_and_keeps_every_zero():
     assert not any(part.module.weight._backward_hooks for part in linears(pruned).values())
 
 
-def test_the_recovery_of_a_whole_model_has_nothing_to_do():
+def test_recovery_of_an_unpruned_model_has_zero_loss():
     model = trained()
     state = recover(copy.deepcopy(model), model, text(1, 64), budget=TrainingBudget(1))
     assert state.loss == pytest.approx(0.0, abs=1e-4)  # in bfloat16, where that pays
@@ -181,7 +181,7 @@ def graph(pruned, tmp_path_factory):
 
 
 def stored_linears(path):
-    """The weights [N, K] of a graph's quantised products, as they are computed with."""
+    """Return the dequantized weights [N, K] of a graph's quantized products."""
     for node in ir.load(path).graph:
         if node.op_type == "MatMulNBits":
             bits = node.attributes.get_int("bits", 4)
@@ -214,7 +214,7 @@ def test_every_format_keeps_zeros_and_its_bundle_is_smaller(form, pruned, graph,
         np.testing.assert_array_equal(one, other)
 
 
-def test_trained_roundings_leave_zeros_alone(pruned):
+def test_learned_rounding_keeps_zeros(pruned):
     table = distill_blocks(pruned, text(1, 64), steps=12)
     for part in linears(pruned).values():
         weight = part.weight.numpy()

@@ -16,7 +16,7 @@ from edgemix.export.pruning import importance as measuring
 from edgemix.export.pruning.importance import Importance, importance, second_moments
 from edgemix.export.pruning.report import compare
 from edgemix.export.pruning.structure import Sizes, Structure
-from edgemix.export.pruning.structured import cut, kept_layers, sizes, without
+from edgemix.export.pruning.structured import cut, layers_to_keep, remove_units, sizes
 from edgemix.recipe.compression import Pruning
 
 FAMILIES = ["llama", "gpt2", "qwen2", "qwen3", "mistral-window", "phi3", "gemma2", "gpt_neox", "opt", "smollm3"]
@@ -32,7 +32,7 @@ def logits(model):
 
 
 def saved_and_read(model, folder):
-    """The model as transformers reads it back, with no more than its files."""
+    """Save the model and load it again with transformers."""
     model.save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -42,8 +42,8 @@ def divergence(teacher, model):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_channels_whose_weights_are_zero_leave_no_trace(name, tmp_path):
-    """The cut model equals the masked one, though the others could take something over: there is nothing to take."""
+def test_removing_zero_channels_changes_nothing(name, tmp_path):
+    """The cut model equals the masked one: there is nothing to compensate for."""
     model = tiny_model(name)
     structure = Structure(model)
     wanted = sizes(model, Pruning(ffn=0.3))
@@ -62,7 +62,7 @@ def test_channels_whose_weights_are_zero_leave_no_trace(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", UNTIED_HEADS)
-def test_heads_whose_weights_are_zero_leave_no_trace(name, tmp_path):
+def test_removing_zero_heads_changes_nothing(name, tmp_path):
     model = tiny_model(name)
     structure = Structure(model)
     for index, layer in enumerate(structure.layers):
@@ -79,7 +79,7 @@ def test_heads_whose_weights_are_zero_leave_no_trace(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_layer_that_does_nothing_leaves_no_trace(name, tmp_path):
+def test_removing_an_identity_layer_changes_nothing(name, tmp_path):
     model = tiny_model(name, num_hidden_layers=3)
     structure = Structure(model)
     for part in (structure.layers[1].down, structure.layers[1].output):
@@ -88,13 +88,13 @@ def test_a_layer_that_does_nothing_leaves_no_trace(name, tmp_path):
             part.set_bias(torch.zeros_like(part.bias))
     wanted = sizes(model, Pruning(layers=0.33))
     measured = importance(model, WINDOWS, sizes=wanted)
-    assert kept_layers(structure.sizes, wanted, measured) == [0, 2]
+    assert layers_to_keep(structure.sizes, wanted, measured) == [0, 2]
     smaller = cut(model, wanted, measured)
     torch.testing.assert_close(logits(smaller), logits(model), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits(saved_and_read(smaller, tmp_path / "m")), logits(smaller))
 
 
-def test_kinds_of_layers_stay_with_their_layers():
+def test_layer_types_follow_their_layers():
     """gemma2's windows alternate: the configuration of the smaller model names those of the layers that stay."""
     model = tiny_model("gemma2", num_hidden_layers=4)
     kinds = model.config.layer_types
@@ -106,7 +106,7 @@ def test_kinds_of_layers_stay_with_their_layers():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "opt", "stablelm"])
-def test_heads_that_the_class_ties_to_the_width_are_refused(name):
+def test_unsupported_numbers_of_heads_are_refused(name):
     model = tiny_model(name)
     wanted = Sizes(2, Structure(model).sizes.ffn, 1)
     with pytest.raises(InputError, match=r"cannot have|does not take") as caught:
@@ -114,19 +114,19 @@ def test_heads_that_the_class_ties_to_the_width_are_refused(name):
     assert "Leave heads out" in caught.value.remedy
 
 
-def test_models_of_another_structure_are_refused():
+def test_unsupported_structures_are_refused():
     with pytest.raises(InputError, match="cannot take apart"):
         sizes(tiny_model("mixtral"), Pruning(ffn=0.5))
 
 
-def test_the_columns_that_stay_make_up_for_the_others():
-    """The weights are the least-squares solution on the inputs that are left, to the damping."""
+def test_remaining_columns_compensate_for_removed_ones():
+    """The weights are the least-squares solution on the remaining inputs, up to the damping."""
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(24, 24, generator=generator)
     inputs = torch.randn(4000, 24, generator=generator) @ mix
     weight = torch.randn(10, 24, generator=generator)
     moment = inputs.T @ inputs / len(inputs)
-    kept, new = without(weight, moment, 15)
+    kept, new = remove_units(weight, moment, 15)
     wanted = inputs @ weight.T
     best = torch.linalg.lstsq(inputs[:, kept], wanted).solution.T
     torch.testing.assert_close(new[:, kept], best, rtol=0.05, atol=0.05)
@@ -141,29 +141,29 @@ def test_the_columns_that_stay_make_up_for_the_others():
     assert error(kept) < min(map(error, others))
 
 
-def test_groups_of_columns_go_together():
-    """A unit of four columns that one column's score would keep apart."""
+def test_columns_of_a_unit_are_removed_together():
+    """A unit of four columns in which one column alone would score differently."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(2000, 16, generator=generator)
     weight = torch.randn(8, 16, generator=generator)
     weight[:, 4:8] *= 0.3
-    kept, new = without(weight, inputs.T @ inputs / 2000, 3, size=4)
+    kept, new = remove_units(weight, inputs.T @ inputs / 2000, 3, size=4)
     assert kept.tolist() == [0, 2, 3]
     assert torch.equal(new[:, 4:8], torch.zeros(8, 4))
 
 
-def test_inputs_that_were_never_seen_do_no_harm():
+def test_inputs_that_are_always_zero_are_handled():
     moment = torch.zeros(8, 8)
     moment[:4, :4] = torch.eye(4)
-    kept, new = without(torch.ones(3, 8), moment, 4)
+    kept, new = remove_units(torch.ones(3, 8), moment, 4)
     assert kept.tolist() == [0, 1, 2, 3]
     assert torch.equal(new[:, :4], torch.ones(3, 4))
-    assert without(torch.ones(3, 8), torch.zeros(8, 8), 4)[1].isfinite().all()
+    assert remove_units(torch.ones(3, 8), torch.zeros(8, 8), 4)[1].isfinite().all()
 
 
 def test_second_moments_are_exact(monkeypatch):
     monkeypatch.setattr(measuring, "has_fast_bfloat16", lambda _: False)
-    monkeypatch.setattr(measuring, "_BATCH_TOKENS", 60)
+    monkeypatch.setattr(measuring, "BATCH_TOKENS", 60)
     model = tiny_model("llama")
     module = model.model.layers[1].mlp.down_proj
     seen = []
@@ -179,7 +179,7 @@ def test_second_moments_are_exact(monkeypatch):
     assert not module._forward_pre_hooks
 
 
-def test_what_is_chosen_by_importance_beats_chance_and_magnitude():
+def test_importance_beats_random_and_magnitude():
     model, windows = trained(), text(2, 64).tolist()
     wanted = sizes(model, Pruning(ffn=0.5))
     measured = importance(model, windows, sizes=wanted)
@@ -209,7 +209,7 @@ def test_heads_by_importance_beat_the_other_heads():
     assert divergence(model, cut(model, wanted, importance(model, windows, sizes=wanted))) < 0.5 * min(fixed)
 
 
-def test_the_layer_that_leaves_is_the_one_that_is_missed_least():
+def test_the_least_important_layer_is_removed():
     model, windows = trained(), text(2, 64).tolist()
     wanted = sizes(model, Pruning(layers=0.25))
     structure = Structure(model)
@@ -226,25 +226,25 @@ def test_the_layer_that_leaves_is_the_one_that_is_missed_least():
     ("ffn", "share", "expected"),
     [(1536, 0.125, 1344), (1536, 0.34, 1024), (1536, 0.001, 1536), (96, 0.33, 64), (96, 0.9, 32), (80, 0.2, 64)],
 )
-def test_channels_are_multiples_that_kernels_like(ffn, share, expected):
+def test_channels_are_multiples_of_the_block_size(ffn, share, expected):
     model = tiny_model("llama", intermediate_size=ffn)
     assert sizes(model, Pruning(ffn=share)).ffn == expected
     assert sizes(model, Pruning(layers=0.5)) == Sizes(1, ffn, 2)  # what is not cut is not rounded
 
 
-def test_sizes_are_never_nothing_and_never_more():
+def test_sizes_stay_between_one_unit_and_the_original():
     model = tiny_model("llama", intermediate_size=24)
     assert sizes(model, Pruning(layers=0.95, ffn=0.95, heads=0.95)) == Sizes(1, 24, 1)
 
 
-def test_heads_are_as_many_as_the_configuration_takes():
+def test_heads_are_a_number_that_the_configuration_accepts():
     """Llama's configuration wants the width to be a multiple of the heads: of five pairs, two and one are possible."""
     model = tiny_model("llama", hidden_size=80, num_attention_heads=10, num_key_value_heads=5)
     found = [sizes(model, Pruning(heads=share)).key_value_heads for share in (0.0, 0.2, 0.4, 0.6, 0.8)]
     assert found == [5, 4, 4, 2, 1]
 
 
-def test_sizes_on_the_way():
+def test_sizes_of_intermediate_cuts():
     model = tiny_model("llama", num_hidden_layers=4, intermediate_size=1024)
     pruning = Pruning(layers=0.5, ffn=0.5)
     steps = [sizes(model, pruning, share) for share in (0.25, 0.5, 0.75, 1.0)]

@@ -12,7 +12,7 @@ FRESH = [FreshAdapter(4, 8, seed) for seed in range(3)]
 
 
 def gradients(name, *, recompute):
-    """Of three adapters in one model in training, through their mixture's likelihood; and how often its layers ran."""
+    """Return three adapters' gradients by their mixture's likelihood, and how often the model's layers ran."""
     model = tiny_model(name)
     layers = [module for module in model.modules() if module.__class__.__name__.endswith(("DecoderLayer", "Block"))]
     runs = []
@@ -41,8 +41,8 @@ def gradients(name, *, recompute):
     return found, runs.count("inside") / runs.count("forward")
 
 
-def test_layers_run_again_with_the_adapter_that_they_had():
-    """When a layer is run again, another member has read the text since."""
+def test_recomputed_layers_use_the_adapter_of_their_forward_pass():
+    """When a layer is recomputed, another member's forward pass has happened since."""
     kept, once = gradients("llama", recompute=False)
     again, twice = gradients("llama", recompute=True)
     assert (once, twice) == (1, 2)
@@ -53,7 +53,7 @@ def test_layers_run_again_with_the_adapter_that_they_had():
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_the_model_comes_back_as_it_was(recompute):
+def test_the_model_is_restored(recompute):
     model = tiny_model("llama").train()
     before = {name: each.clone() for name, each in model.state_dict().items()}
     with attach_adapters(model, FRESH, recompute=recompute) as adapters:
@@ -73,8 +73,8 @@ def test_a_model_without_linear_layers_is_refused():
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_rank_that_no_layer_has_is_refused(name):
-    """One of 100,000 took all memory, and the system killed the process without a word."""
+def test_a_rank_above_every_layers_is_refused(name):
+    """A rank of 100,000 took all memory, and the system killed the process."""
     with (
         pytest.raises(InputError, match="the rank 65 is more than that of any layer of this model, 64"),
         attach_adapters(tiny_model(name), [FreshAdapter(64, 8, 0), FreshAdapter(65, 8, 0)]),

@@ -53,7 +53,7 @@ def test_zero_at_equality_and_only_there(kind, temperature):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_top_k_is_a_lower_bound_that_rises_to_the_whole(kind, temperature):
+def test_top_k_is_a_lower_bound_that_increases_with_k(kind, temperature):
     one, other = logits(1), logits(2)
     whole = divergence(one, other, kind, temperature).item()
     kept = [divergence_from_top_k(top_k(one, k, temperature), other, kind, temperature).item() for k in range(1, 41)]
@@ -62,7 +62,7 @@ def test_top_k_is_a_lower_bound_that_rises_to_the_whole(kind, temperature):
     assert kept[-1] == pytest.approx(whole, rel=1e-5)
 
 
-def test_total_variation_misses_no_more_than_the_tail():
+def test_total_variation_is_off_by_at_most_the_tail():
     one, other = logits(1), logits(2)
     teacher = top_k(one, 8)
     missed = divergence(one, other, "total-variation") - divergence_from_top_k(teacher, other, "total-variation")
@@ -70,7 +70,7 @@ def test_total_variation_misses_no_more_than_the_tail():
 
 
 def test_the_tail_is_exact_where_it_is_tiny():
-    """One minus the others' sum would be zero, or negative, in fp32; its logarithm no number."""
+    """In fp32, one minus the others' sum would be zero or negative, and its logarithm NaN."""
     sharp = torch.full((1, VOCABULARY), -40.0)
     sharp[0, 3] = 0
     teacher = top_k(sharp, 1)
@@ -90,7 +90,7 @@ def test_probabilities_of_the_top_and_the_tail_sum_to_one():
         torch.testing.assert_close(teacher.log_probabilities, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_impossible_tokens_of_the_teacher():
+def test_tokens_of_zero_teacher_probability():
     one, other = logits(1), logits(2)
     one[:, ::2] = -math.inf
     for kind in KINDS:

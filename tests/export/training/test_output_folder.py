@@ -6,7 +6,7 @@ from edgemix.errors import InputError
 from edgemix.export.training.output_folder import check_output, seal, sealed
 
 
-def test_a_place_is_refused_or_made(tmp_path):
+def test_an_existing_output_is_refused_and_parents_are_created(tmp_path):
     check_output(tmp_path / "a" / "b" / "out")
     assert [path.name for path in (tmp_path / "a").rglob("*")] == ["b"]
     (tmp_path / "file").touch()
@@ -17,7 +17,7 @@ def test_a_place_is_refused_or_made(tmp_path):
             check_output(tmp_path / taken)
 
 
-def test_a_seal_breaks_with_a_files_end(tmp_path):
+def test_a_truncated_or_missing_file_breaks_the_seal(tmp_path):
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "weights").write_bytes(bytes(100))
     assert not sealed(tmp_path)

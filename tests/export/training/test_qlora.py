@@ -43,7 +43,7 @@ def listener():
 
 
 def size(model):
-    """Bytes of weights, with the scales of those in 4 bits."""
+    """Return the bytes of all weights, including the scales of 4-bit weights."""
     scales = [
         module.weight.quant_state.absmax.nbytes + module.weight.quant_state.state2.absmax.nbytes
         for module in model.modules()
@@ -52,7 +52,7 @@ def size(model):
     return sum(each.nbytes for each in model.parameters()) + sum(scales)
 
 
-def test_the_base_takes_a_quarter_of_the_memory_and_is_about_the_same(base):
+def test_the_4_bit_base_takes_a_quarter_of_the_memory(base):
     location = locate("base", base.parent)
     full, small = load_model(location), load_base(location, four_bit=True)
     assert size(full) / size(small) > 4
@@ -65,8 +65,8 @@ def test_the_base_takes_a_quarter_of_the_memory_and_is_about_the_same(base):
             assert 0.05 < error.std() / weight.std() < 0.12, name
 
 
-def test_read_in_4_bits_or_quantised_in_memory_is_the_same(base):
-    """A GGUF file is read whole, and quantised then."""
+def test_quantizing_while_loading_or_in_memory_gives_the_same_weights(base):
+    """A GGUF file is loaded completely, then quantized."""
     location = locate("base", base.parent)
     read, made = load_base(location, four_bit=True), quantize_linears(load_model(location))
     ids = torch.arange(3, 60)[None]
@@ -89,8 +89,8 @@ def test_an_adapter_on_4_bits_learns_and_fits_the_whole_model(base, tmp_path):
         assert (merged(ids).logits - load_model(locate("base", tmp_path))(ids).logits).abs().max() > 0.1
 
 
-def test_gradients_reach_the_first_layer_after_a_look_without_them(base, tmp_path):
-    """bitsandbytes rearranges weights when no gradient is asked for, and loses all later gradients through them."""
+def test_gradients_reach_the_first_layer_after_a_forward_pass_without_gradients(base, tmp_path):
+    """bitsandbytes repacks weights in a forward pass without gradients, and later gradients through them are lost."""
     model = load_base(locate("base", tmp_path), four_bit=True)
     ids = torch.arange(3, 60)[None]
     with torch.no_grad():
@@ -122,12 +122,12 @@ def test_gpt2s_convolutions_are_kept_in_4_bits(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("shape", "fits"), [((64, 128), True), ((100, 64), True), ((64, 96), False), ((64, 32), False)]
 )
-def test_rows_of_whole_blocks_survive_4_bits(shape, fits):
+def test_only_rows_of_whole_blocks_are_supported(shape, fits):
     assert survives_nf4(*shape) is fits
 
 
-def test_layers_that_do_not_fit_stay_as_they_are(tokenizer, tmp_path):
-    """intermediate_size is 96: a row of down_proj ends inside a block, and bitsandbytes would read it wrongly."""
+def test_unsupported_layers_stay_in_fp32(tokenizer, tmp_path):
+    """intermediate_size is 96: a row of down_proj ends within a block, which bitsandbytes dequantizes wrongly."""
     model = tiny_model("llama")
     assert {name.rpartition(".")[2] for name in split_linears(model).unsupported} == {"down_proj"}
     model.save_pretrained(tmp_path / "base")
@@ -137,8 +137,8 @@ def test_layers_that_do_not_fit_stay_as_they_are(tokenizer, tmp_path):
     assert torch.equal(small.model.layers[0].mlp.down_proj.weight, model.model.layers[0].mlp.down_proj.weight)
 
 
-def test_a_wrong_library_is_found_out(base, monkeypatch):
-    """Whatever the shapes are: what comes back from 4 bits is compared with what went in."""
+def test_wrong_dequantization_is_detected(base, monkeypatch):
+    """Dequantized weights are compared with the original ones, whatever the shapes are."""
     import bitsandbytes.functional
 
     right = bitsandbytes.functional.dequantize_4bit
@@ -149,7 +149,7 @@ def test_a_wrong_library_is_found_out(base, monkeypatch):
     survives_nf4.cache_clear()
 
 
-def test_short_memory_is_told(base, monkeypatch):
+def test_low_memory_is_reported(base, monkeypatch):
     progress, said = listener()
     load_base(locate("base", base.parent), four_bit=False, progress=progress)
     assert not said

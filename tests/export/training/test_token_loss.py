@@ -13,8 +13,8 @@ def expected_loss(model, ids):
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "phi3", "gemma2", "opt"])
 @pytest.mark.parametrize("frozen_head", [True, False])
-def test_loss_and_gradient_are_torchs(name, frozen_head):
-    """gemma2 caps its logits, so its head is more than a linear layer; a head in training needs a gradient too."""
+def test_loss_and_gradient_match_torch(name, frozen_head):
+    """gemma2 caps its logits, so its head is more than a linear layer; a trainable head needs a gradient, too."""
     model = tiny_model(name).requires_grad_(not frozen_head)
     trained = next(each for each in model.parameters() if each.ndim == 1).requires_grad_()
     ids = torch.randint(0, 160, (3, 60), generator=torch.Generator().manual_seed(0))
@@ -34,7 +34,7 @@ def test_bfloat16_is_close():
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_each_token_has_its_own_loss_and_weight(name):
-    """Behind a plain head, and through the whole model's logits."""
+    """With a linear head, and from the whole model's logits."""
     model = tiny_model(name).requires_grad_(requires_grad=False)
     trained = next(each for each in model.parameters() if each.ndim == 1).requires_grad_()
     generator = torch.Generator().manual_seed(0)

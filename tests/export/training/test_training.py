@@ -18,7 +18,7 @@ from edgemix.progress import NO_PROGRESS
 
 
 class Recorder:
-    """A loss that is least at parameters of zero, and that keeps what it was given."""
+    """A loss that is minimal at zero parameters, and that records its inputs."""
 
     def __init__(self):
         torch.manual_seed(0)
@@ -38,7 +38,7 @@ class Recorder:
         )
 
 
-def test_the_loss_falls_and_every_window_comes_once_an_epoch():
+def test_the_loss_falls_and_each_epoch_has_every_window_once():
     recorder = Recorder()
     start = recorder(torch.zeros(1)).item()
     recorder.seen.clear()
@@ -54,7 +54,7 @@ def interrupt():
     signal.raise_signal(signal.SIGINT)
 
 
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path):
+def test_an_interrupted_run_gives_the_same_result(tmp_path):
     whole, parts = Recorder(), Recorder()
     expected = whole.train()
     parts.at_step = {5: interrupt}
@@ -72,8 +72,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path):
         assert torch.equal(again.parameters[name], parameter)
 
 
-def test_an_interrupt_waits_for_the_optimiser(tmp_path, monkeypatch):
-    """Parameters updated without their moments would make a checkpoint that trains on wrongly."""
+def test_an_interrupt_is_deferred_until_the_optimizer_step_ends(tmp_path, monkeypatch):
+    """Parameters updated without their moments would make a wrong checkpoint."""
     step = torch.optim.AdamW.step
 
     def interrupted_step(self):
@@ -93,8 +93,8 @@ def test_an_interrupt_waits_for_the_optimiser(tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_what_changes_after_each_step_is_kept_with_the_parameters(tmp_path):
-    """An interrupted step changes nothing, and counts once when it is taken again."""
+def test_changes_after_a_step_are_checkpointed(tmp_path):
+    """An interrupted step changes nothing, and counts once when it is repeated."""
     counts = []
     for steps in (None, 5):
         recorder = Recorder()
@@ -112,7 +112,7 @@ def test_what_changes_after_each_step_is_kept_with_the_parameters(tmp_path):
 
 
 @pytest.mark.parametrize("spoil", [lambda data: data[:-5], lambda data: b"", lambda data: b"\xff" * 64])
-def test_a_damaged_checkpoint_is_started_over(tmp_path, spoil):
+def test_a_damaged_checkpoint_is_ignored(tmp_path, spoil):
     recorder = Recorder()
     recorder.at_step = {3: interrupt}
     path = tmp_path / "state"
@@ -124,7 +124,7 @@ def test_a_damaged_checkpoint_is_started_over(tmp_path, spoil):
     assert len(again.seen) == 12
 
 
-def test_a_checkpoint_of_another_run_is_not_taken_up(tmp_path):
+def test_a_checkpoint_with_another_key_is_ignored(tmp_path):
     recorder = Recorder()
     recorder.at_step = {3: interrupt}
     with pytest.raises(KeyboardInterrupt):
@@ -135,7 +135,7 @@ def test_a_checkpoint_of_another_run_is_not_taken_up(tmp_path):
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
-    """What follows training can be interrupted too."""
+    """Work after training can be interrupted, too."""
     recorder, again = Recorder(), Recorder()
     state = recorder.train(checkpoint=Checkpoint(tmp_path / "state", "key"))
     assert again.train(checkpoint=Checkpoint(tmp_path / "state", "key")) == state
@@ -143,14 +143,14 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     assert torch.equal(again.parameters["a"], recorder.parameters["a"])
 
 
-def test_a_loss_that_is_no_number_ends_the_run():
+def test_a_nan_loss_ends_the_run():
     parameter = nn.Parameter(torch.ones(1))
     with pytest.raises(EdgemixError, match="nan at step 0"):
         train(lambda ids: (parameter * torch.nan).sum(), {"p": parameter}, WINDOWS,
               budget=TrainingBudget(3), batch=2, learning_rate=1.0)  # fmt: skip
 
 
-def test_the_random_generator_is_left_alone():
+def test_the_global_random_generator_is_unchanged():
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
@@ -160,8 +160,8 @@ def test_the_random_generator_is_left_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_time_budget_ends_on_time_and_decays_all_the_way(monkeypatch):
-    """Each step takes four seconds of a clock that runs as it is read; half a minute is eight of them."""
+def test_a_time_budget_ends_on_time_with_full_decay(monkeypatch):
+    """Each step takes four seconds of a clock that advances when it is read; half a minute has eight steps."""
     clock = iter(range(0, 10_000, 2))
     monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
     rates = []
@@ -182,7 +182,7 @@ def test_a_time_budget_ends_on_time_and_decays_all_the_way(monkeypatch):
     assert rates[-1] < 0.1
 
 
-def test_the_budget_that_ends_first_counts():
+def test_the_limit_reached_first_ends_the_budget():
     budget = TrainingBudget(steps=100, seconds=60)
     assert budget.used(50, 6) == 0.5
     assert budget.used(10, 30) == 0.5
@@ -190,12 +190,12 @@ def test_the_budget_that_ends_first_counts():
 
 
 @pytest.mark.parametrize("limits", [{}, {"steps": 0}, {"seconds": -1.0}, {"seconds": float("nan")}])
-def test_a_budget_must_allow_something(limits):
+def test_a_budget_needs_a_limit_above_zero(limits):
     with pytest.raises(InputError):
         TrainingBudget(**limits)
 
 
-def test_the_rate_rises_then_falls():
+def test_the_learning_rate_rises_then_falls():
     rates = [learning_rate_factor(k / 200, k) for k in range(200)]
     top = rates.index(max(rates))
     assert 8 <= top <= 14
@@ -204,7 +204,7 @@ def test_the_rate_rises_then_falls():
     assert learning_rate_factor(1.2, 300) == 0
 
 
-def test_accumulated_gradients_are_a_larger_batchs():
+def test_accumulated_gradients_equal_a_larger_batch():
     whole, parts = Quadratic(), Quadratic()
     expected = whole.train()
     state = parts.train(batch=2, accumulate=3)
@@ -213,7 +213,7 @@ def test_accumulated_gradients_are_a_larger_batchs():
     assert state.steps == 9
 
 
-def test_the_best_parameters_are_kept_and_training_ends_early():
+def test_training_stops_early_with_the_best_parameters():
     """The validation loss falls, then rises: training ends, with the parameters that were best."""
     run, seen = Quadratic(), []
     losses = [6.0, 5.0, 4.0, 3.0, 3.5, 3.2, 3.1, 0.0]
@@ -228,8 +228,8 @@ def test_the_best_parameters_are_kept_and_training_ends_early():
     assert not torch.equal(seen[3], seen[6])
 
 
-def test_what_learning_makes_worse_stays_as_it_was():
-    """A student that began with a held-out loss of 0.6 was kept with one of 3.1."""
+def test_training_that_only_makes_it_worse_changes_nothing():
+    """A student with an initial held-out loss of 0.6 was kept at 3.1."""
     run, losses = Quadratic(), [0.6]
     start = run.parameters["p"].detach().clone()
     state = run.train(4, validation=Validation(lambda: losses.append(losses[-1] + 1) or losses[-1], times=4))
@@ -237,7 +237,7 @@ def test_what_learning_makes_worse_stays_as_it_was():
     assert torch.equal(run.parameters["p"], start)
 
 
-def test_the_last_step_is_measured_too():
+def test_the_last_step_is_validated():
     run, seen = Quadratic(), []
     run.train(7, validation=Validation(lambda: -float(len(seen.append(0) or seen)), times=3))
     assert len(seen) == 4
@@ -248,8 +248,8 @@ def test_the_last_step_is_measured_too():
 
 @pytest.mark.parametrize("at", [2, 5, 6])
 @pytest.mark.parametrize("eight_bit", [False, True])
-def test_interrupted_with_validation_and_8_bit_moments(tmp_path, at, eight_bit):
-    """The best parameters lie in the checkpoint: the run that goes on may never see better ones."""
+def test_interruption_with_validation_and_8_bit_moments(tmp_path, at, eight_bit):
+    """The checkpoint has the best parameters: a resumed run may never find better ones."""
 
     def go(run, checkpoint=None, stop=None):
         calls = []
@@ -272,7 +272,7 @@ def test_interrupted_with_validation_and_8_bit_moments(tmp_path, at, eight_bit):
     assert torch.equal(again.parameters["p"], whole.parameters["p"])
 
 
-def test_moments_in_8_bits_train_as_well():
+def test_8_bit_moments_train_as_well():
     run = Quadratic(8192)
     before = run(torch.from_numpy(WINDOWS)).item()
     run.train(30, eight_bit=True)
@@ -298,8 +298,8 @@ assert not any("gloo" in name for name in left), left  # a thread that outlives 
 """
 
 
-def test_two_processes_are_one_with_twice_the_batch(tmp_path):
-    """As accelerate launches them: each with its number in the environment."""
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
+    """Processes as accelerate launches them, with their ranks in the environment."""
     whole = Quadratic()
     expected = whole.train(validation=Validation(lambda: 1.0, times=3, patience=2))
     values = " ".join(map(str, whole.parameters["p"].tolist()))

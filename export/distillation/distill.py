@@ -1,7 +1,7 @@
-"""From a mixture to its student: text, the teacher's word on it, a model to begin with, training, a folder.
+"""Distill a mixture into its student: read text, cache the teacher's distributions, build a student, train it.
 
-Everything that takes long lies in one folder and is taken up by the next call: the teacher's distributions shard by
-shard, the student before it learned, the state of training, and the student itself.
+All expensive results are kept in one folder, from which the next call resumes: the teacher's distributions by shard,
+the initial student, the training checkpoint, and the student itself.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 from edgemix.bundle.stages import stage_key
 from edgemix.errors import InputError, RecipeError, storage_errors
 from edgemix.export.demo.tiny import save_member
-from edgemix.export.distillation.head_loss import distillation_loss
-from edgemix.export.distillation.loss import Lesson, learning_speed, mean_loss
-from edgemix.export.distillation.student import SETTLE_TOKENS, new_student
+from edgemix.export.distillation.head_loss import objective_loss
+from edgemix.export.distillation.loss import DistillationLoss, mean_loss, training_speed
+from edgemix.export.distillation.student import CALIBRATION_TOKENS, new_student
 from edgemix.export.distillation.teacher import open_teacher
 from edgemix.export.distillation.teacher_cache import TeacherCache
 from edgemix.export.distillation.texts import read_texts
@@ -49,37 +49,41 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from edgemix.export.distillation.teacher import Teacher
-    from edgemix.export.distillation.texts import Texts
+    from edgemix.export.distillation.texts import DistillationTexts
     from edgemix.export.training.checkpoints import TrainingState
     from edgemix.recipe.schema import Recipe
 
 MINUTES = 30.0
-"""How long distillation takes where the recipe says nothing."""
-READINGS = 2
-"""How often the student reads what the teacher has said, where minutes are limited: they are shared between the two by
-how fast each is. Up to four readings are almost as good as new text (Muennighoff et al., arXiv 2305.16264); a student
-of SmolLM2-135M that reads 150,000 tokens twice agrees with the mixture on 57.9% of held-out text, and on 58.8% when it
-reads twice as many once."""
+"""Default duration of distillation."""
+EPOCHS = 2
+"""Epochs that the student trains for when minutes are limited; the minutes are divided between teacher and student by
+their speeds. Up to four epochs are almost as good as new text (Muennighoff et al., arXiv 2305.16264): a student of
+SmolLM2-135M agrees with the mixture on 57.9% of held-out text after two epochs of 150,000 tokens, and on 58.8% after
+one epoch of twice as many."""
 TEACHER_SHARES = (0.1, 0.75)
-"""Least and most of the minutes that the teacher has."""
+"""Lowest and highest fraction of the minutes that the teacher gets."""
 
 _MOST_TOKENS = 20_000_000
 _MODEL, _REPORT = "model", "report.json"
 
 
-class DistilReport(msgspec.Struct, frozen=True):
-    """What a distillation did.
+class DistillationReport(msgspec.Struct, frozen=True):
+    """The results of a distillation.
 
     Attributes:
-        parameters: Weights of the student; `layers` its layers.
-        decoding: Its decoding time as a share of its start's in the recipe's formats, by what has to be read; None for
-            a student that began with random weights.
-        weights: Member name -> share in the mixture that it learned from.
-        teacher_tokens: Tokens that the teacher has spoken on, in `teacher_seconds`.
-        steps: Optimiser steps; `tokens` what they read, repetitions counted; `seconds` the time they took.
+        parameters: Number of the student's weights.
+        layers: Number of the student's layers.
+        decoding: Estimated decoding time as a fraction of the starting member's, each in its format; None for a student
+            with random initial weights.
+        weights: Weights by member name of the mixture that was distilled.
+        teacher_tokens: Tokens that the teacher evaluated.
+        teacher_seconds: Time that the teacher took.
+        steps: Optimizer steps.
+        tokens: Tokens read, including repetitions.
+        seconds: Training time.
         training_loss: Running mean over the last steps.
-        held_out_before: The loss on held-out text before the first step; None where there is too little text.
-        held_out: The same with the weights that were kept, the best.
+        held_out_before: Loss on held-out text before the first step; None if there is too little text.
+        held_out: Loss on held-out text with the best weights, which were kept.
     """
 
     parameters: int
@@ -96,24 +100,24 @@ class DistilReport(msgspec.Struct, frozen=True):
     held_out: float | None
 
 
-def distil(
+def distill(
     recipe: Recipe, output: Path, *, bundle: Path | None = None, progress: Progress = NO_PROGRESS
-) -> DistilReport:
-    """Distil a recipe's mixture into its student, and write that as a Hugging Face folder with the tokenizer.
+) -> DistillationReport:
+    """Distill a recipe's mixture into its student, and write it as a Hugging Face folder with the tokenizer.
 
-    A run that is interrupted leaves its work beside `output`; the same call takes it up. With a number of steps the
-    result is then the same as without the interruption. Under `accelerate launch` every process calls this.
+    An interrupted run leaves its work beside `output`; the same call resumes it. With a number of steps, the result is
+    the same as without the interruption. Under `accelerate launch`, every process calls this function.
 
     Args:
-        recipe: With a student (without: the default one) and training text.
-        output: The folder; must not be there yet.
-        bundle: Whose mixture teaches, with its weights; None loads the recipe's members, and fits weights if need be.
-        progress: Hears of every stage.
+        recipe: The recipe, with training text; without a student it gets the default one.
+        output: The folder to write; must not exist yet.
+        bundle: Bundle whose mixture and weights to distill; None loads the recipe's members and fits weights if needed.
+        progress: Progress callback.
 
     Raises:
         RecipeError: The recipe has mistakes.
-        InputError: The output is there already, something cannot be read, or there is too little text.
-        EdgemixError: The loss is no longer a number, or the disk is full.
+        InputError: The output exists already, a file cannot be read, or there is too little text.
+        EdgemixError: The loss is not finite, or the disk is full.
     """
     recipe = msgspec.structs.replace(recipe, student=recipe.student or Student())
     if problems := check(recipe):
@@ -145,20 +149,20 @@ def distil(
 def make_student(
     recipe: Recipe, weights: Mapping[str, float], teacher: Teacher, folder: Path, progress: Progress = NO_PROGRESS
 ) -> Path:
-    """As `distil`, for an export under way.
+    """Distill the student during an export; see `distill`.
 
     Args:
-        recipe: With a student.
-        weights: Member name -> share.
-        teacher: The mixture of these.
-        folder: Where the work lies between calls; the same call takes it up, or finds it done.
-        progress: Hears of every stage.
+        recipe: A recipe with a student.
+        weights: Weights by member name.
+        teacher: The mixture with these weights.
+        folder: Keeps intermediate results; the same call resumes, or returns the finished student.
+        progress: Progress callback.
 
     Returns:
-        The student's Hugging Face folder, in `folder`.
+        The student's Hugging Face folder, within `folder`.
 
     Raises:
-        InputError, EdgemixError: As `distil`.
+        InputError, EdgemixError: As `distill`.
     """
     with storage_errors(f"making {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -167,27 +171,27 @@ def make_student(
 
 
 def default_device() -> torch.device:
-    """Where a single process trains."""
+    """Return the training device of a single process."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-class _Done(msgspec.Struct, frozen=True):
-    """A finished distillation: digest of all that it depends on, and what it did."""
+class _Record(msgspec.Struct, frozen=True):
+    """Record of a finished distillation: digest of everything that it depends on, and its report."""
 
     key: str
-    report: DistilReport
+    report: DistillationReport
 
 
 class _Distillation:
-    """One distillation under way.
+    """The stages of one distillation.
 
     Args:
-        recipe: With a student.
-        weights: Member name -> share.
-        teacher: The mixture of these.
-        folder: Where all work lies.
-        accelerator: The processes that share it; None for this one alone.
-        progress: Hears of every stage.
+        recipe: A recipe with a student.
+        weights: Weights by member name.
+        teacher: The mixture with these weights.
+        folder: Keeps intermediate results.
+        accelerator: The processes that take part; None for a single process.
+        progress: Progress callback.
     """
 
     def __init__(
@@ -218,27 +222,29 @@ class _Distillation:
             self._student.loss, self._student.alpha, self._student.temperature, self._student.skew
         )
 
-    def run(self) -> DistilReport:
-        with self._progress.stage("tokenise"):
+    def run(self) -> DistillationReport:
+        with self._progress.stage("tokenize"):
             most = min(_MOST_TOKENS, (self._student.steps or _MOST_TOKENS) * self._step_tokens)
             texts = read_texts(self._recipe, self._tokenizer, self._length, most)
         key = self._key(texts)
-        if (done := self._done(key)) is not None:
+        if (done := self._finished_report(key)) is not None:
             return done
-        watched = self._ask_of_held_out(texts)
-        model, decoding = self._begin(key, texts, watched)
+        eval_cache = self._fill_eval_cache(texts)
+        model, decoding = self._initial_student(key, texts, eval_cache)
         cache = self._cache("training", texts.training).fill(
-            seconds=self._teacher_seconds(model, watched, key), accelerator=self._accelerator, progress=self._progress
+            seconds=self._teacher_seconds(model, eval_cache, key),
+            accelerator=self._accelerator,
+            progress=self._progress,
         )
-        spent = cache.spent + watched.spent
-        before, state = self._train(model, cache, watched, key, spent, watch=bool(len(texts.held_out)))
-        report = DistilReport(
+        seconds_spent = cache.seconds_spent + eval_cache.seconds_spent
+        before, state = self._train(model, cache, eval_cache, key, seconds_spent, watch=bool(len(texts.held_out)))
+        report = DistillationReport(
             parameters=model.num_parameters(),
             layers=model.config.get_text_config().num_hidden_layers,
             decoding=decoding,
             weights=dict(self._weights),
-            teacher_tokens=(len(cache.windows) + len(watched.windows)) * self._length,
-            teacher_seconds=spent,
+            teacher_tokens=(len(cache.windows) + len(eval_cache.windows)) * self._length,
+            teacher_seconds=seconds_spent,
             steps=state.steps,
             tokens=state.steps * self._step_tokens,
             seconds=state.seconds,
@@ -247,11 +253,11 @@ class _Distillation:
             held_out=state.best if len(texts.held_out) else None,
         )
         if self._first:
-            self._finish(model, _Done(key, report))
+            self._finish(model, _Record(key, report))
         return report
 
-    def _key(self, texts: Texts) -> str:
-        """Digest of all that the student depends on."""
+    def _key(self, texts: DistillationTexts) -> str:
+        """Return a digest of everything that the student depends on."""
         return stage_key(
             student=self._student,
             members=self._recipe.members,
@@ -263,9 +269,9 @@ class _Distillation:
             step=self._step_tokens,
         )
 
-    def _done(self, key: str) -> DistilReport | None:
+    def _finished_report(self, key: str) -> DistillationReport | None:
         try:
-            done = msgspec.json.decode((self._folder / _REPORT).read_bytes(), type=_Done)
+            done = msgspec.json.decode((self._folder / _REPORT).read_bytes(), type=_Record)
         except (FileNotFoundError, msgspec.DecodeError):
             return None
         return done.report if done.key == key and (self._folder / _MODEL).is_dir() else None
@@ -274,31 +280,30 @@ class _Distillation:
         student, folder = self._student, self._folder / "teacher" / name
         return TeacherCache(folder, windows, self._teacher, k=student.top_k, temperature=student.temperature)
 
-    def _ask_of_held_out(self, texts: Texts) -> TeacherCache:
-        """The teacher's word on text to be watched on."""
-        # Too little text to hold some out: what is learned from is watched.
-        watched = self._cache("held-out", texts.held_out if len(texts.held_out) else texts.training[:8])
-        return watched.fill(accelerator=self._accelerator, title="teacher, held-out text", progress=self._progress)
+    def _fill_eval_cache(self, texts: DistillationTexts) -> TeacherCache:
+        """Cache the teacher's distributions on held-out text, or on some training text if there is none."""
+        eval_cache = self._cache("held-out", texts.held_out if len(texts.held_out) else texts.training[:8])
+        return eval_cache.fill(accelerator=self._accelerator, title="teacher, held-out text", progress=self._progress)
 
-    def _teacher_seconds(self, model: PreTrainedModel, watched: TeacherCache, key: str) -> float | None:
-        """How long the teacher may speak on text to learn from: None where minutes are not limited.
+    def _teacher_seconds(self, model: PreTrainedModel, eval_cache: TeacherCache, key: str) -> float | None:
+        """Return the teacher's time on training text in seconds; None without a time limit.
 
-        With t of T seconds for the teacher, v tokens a second, the student, of u tokens a second, reads each of them
-        u (T - t) / (v t) times. What was found once stays, so that a run that goes on reads the same text.
+        With t of T seconds for the teacher, at v tokens per second, the student, at u tokens per second, trains for
+        u (T - t) / (v t) epochs. The fraction is kept on disk, so that a resumed run reads the same text.
         """
         if self._minutes is None:
             return None
-        path, whole = self._folder / f"shares-{key[:16]}.json", 60 * self._minutes - watched.spent
+        path, whole = self._folder / f"shares-{key[:16]}.json", 60 * self._minutes - eval_cache.seconds_spent
         try:
             share = msgspec.json.decode(path.read_bytes(), type=float)
         except (FileNotFoundError, msgspec.DecodeError):
-            speed = len(watched.windows) * self._length / max(watched.spent, 1e-6)
-            batch = min(len(watched.windows), self._student.batch)
+            speed = len(eval_cache.windows) * self._length / max(eval_cache.seconds_spent, 1e-6)
+            batch = min(len(eval_cache.windows), self._student.batch)
             places = self._accelerator.num_processes if self._accelerator else 1
-            learning = places * learning_speed(model, self._lesson(model, watched), batch, self._length)
+            learning = places * training_speed(model, self._loss(model, eval_cache), batch, self._length)
             least, most = TEACHER_SHARES
-            share = min(max(learning / (learning + READINGS * speed), least), most)
-            if self._accelerator:  # by the first one's clock
+            share = min(max(learning / (learning + EPOCHS * speed), least), most)
+            if self._accelerator:  # by the main process's clock
                 found = torch.tensor(share, dtype=torch.float64, device=self._device)
                 share = float(accelerate.utils.broadcast(found))
             if self._first:
@@ -306,16 +311,18 @@ class _Distillation:
                     write_atomically(path, msgspec.json.encode(share))
         return share * whole
 
-    def _begin(self, key: str, texts: Texts, watched: TeacherCache) -> tuple[PreTrainedModel, float | None]:
-        """The student before it learned, on the device, and its decoding time as a share of its start's."""
+    def _initial_student(
+        self, key: str, texts: DistillationTexts, eval_cache: TeacherCache
+    ) -> tuple[PreTrainedModel, float | None]:
+        """Return the initial student on the device, and its decoding time as a fraction of the starting member's."""
         folder = self._folder / f"start-{key[:16]}"
         if self._first and not sealed(folder):
             plain = Objective("forward", temperature=self._student.temperature)
 
             def distance(model: PreTrainedModel) -> float:
                 bfloat16 = has_fast_bfloat16(model.device)
-                loss = distillation_loss(model, plain, self._teacher.vocabulary, bfloat16=bfloat16)
-                return mean_loss(model, loss, watched)
+                loss = objective_loss(model, plain, self._teacher.vocabulary, bfloat16=bfloat16)
+                return mean_loss(model, loss, eval_cache)
 
             beginning = new_student(
                 self._recipe,
@@ -342,17 +349,17 @@ class _Distillation:
             )
         return model.to(self._device).eval(), decoding
 
-    def _set_zeros(self, model: PreTrainedModel, texts: Texts) -> None:
-        """Where the recipe wants zeros in the student's weights, all at once: what comes is recovery enough."""
+    def _set_zeros(self, model: PreTrainedModel, texts: DistillationTexts) -> None:
+        """Prune the student's weights in one cut if the recipe does; training is the recovery."""
         prune = self._student.prune
         if prune is not None and prune.zeros:
-            calibration = texts.training[: max(1, SETTLE_TOKENS // self._length)].tolist()
+            calibration = texts.training[: max(1, CALIBRATION_TOKENS // self._length)].tolist()
             options: dict[str, Any] = {"pattern": prune.pattern, "criterion": prune.criterion}
             sparsify(model, prune.zeros, windows=calibration, progress=self._progress, **options)
 
-    def _lesson(self, model: PreTrainedModel, cache: TeacherCache) -> Lesson:
+    def _loss(self, model: PreTrainedModel, cache: TeacherCache) -> DistillationLoss:
         student = self._student
-        return Lesson(
+        return DistillationLoss(
             model,
             cache,
             self._objective,
@@ -364,18 +371,25 @@ class _Distillation:
         )
 
     def _train(
-        self, model: PreTrainedModel, cache: TeacherCache, watched: TeacherCache, key: str, spent: float, *, watch: bool
+        self,
+        model: PreTrainedModel,
+        cache: TeacherCache,
+        eval_cache: TeacherCache,
+        key: str,
+        seconds_spent: float,
+        *,
+        watch: bool,
     ) -> tuple[float, TrainingState]:
-        """Let the model learn, in evaluation mode (dropout would blur what the teacher says)."""
-        student, lesson, seconds = self._student, self._lesson(model, cache), None
+        """Train the model, in evaluation mode: dropout would add noise. Return the initial loss and the final state."""
+        student, loss, seconds = self._student, self._loss(model, cache), None
         if self._minutes is not None:
-            seconds = 60 * max(self._minutes - spent / 60, self._minutes * (1 - TEACHER_SHARES[1]) / 2)
+            seconds = 60 * max(self._minutes - seconds_spent / 60, self._minutes * (1 - TEACHER_SHARES[1]) / 2)
         model.requires_grad_()
         pruned = student.prune is not None and student.prune.zeros
         with eager_attention(model, self._length), preserve_zeros(model) if pruned else nullcontext():
-            before = lesson.measure(watched)
+            before = loss.measure(eval_cache)
             state = train(
-                lesson,
+                loss,
                 dict(model.named_parameters()),
                 np.arange(len(cache.windows))[:, None],
                 budget=TrainingBudget(student.steps, seconds),
@@ -383,18 +397,18 @@ class _Distillation:
                 learning_rate=student.learning_rate,
                 accumulate=student.accumulate,
                 eight_bit=student.eight_bit_optimizer,
-                validation=Validation(lambda: lesson.measure(watched)) if watch else None,
-                before_step=lesson.before_step,
+                validation=Validation(lambda: loss.measure(eval_cache)) if watch else None,
+                before_step=loss.before_step,
                 accelerator=self._accelerator,
                 seed=self._recipe.seed,
                 checkpoint=Checkpoint(self._folder / "training", key),
-                title="distil",
+                title="distill",
                 progress=self._progress,
             )
         return before, state
 
-    def _finish(self, model: PreTrainedModel, done: _Done) -> None:
-        """Write the student, then that it is done, and drop what only an unfinished run needs."""
+    def _finish(self, model: PreTrainedModel, done: _Record) -> None:
+        """Write the student and its record, and delete what only an unfinished run needs."""
         with storage_errors(f"writing {self._folder}"):
             shutil.rmtree(self._folder / _MODEL, ignore_errors=True)
             save_member(model.to("cpu").requires_grad_(requires_grad=False), self._tokenizer, self._folder / _MODEL)

@@ -1,7 +1,7 @@
-"""Windows that the student writes itself: what it learns on is then what it will meet when it writes.
+"""Windows that the student generates, so that it is trained on its own output distribution.
 
-On-policy distillation (GKD, arXiv 2306.13649): the student continues the beginning of a window at temperature 1, and
-the teacher says what it would have said after every token. No gradient goes through the choice of tokens.
+On-policy distillation (GKD, arXiv 2306.13649): the student continues the start of a window at temperature 1, and the
+teacher's distributions are computed after every token. No gradient flows through the sampled tokens.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROMPT = 0.25
-"""Share of a window that is its text's; the student writes the rest."""
+"""Fraction of a window that is kept as the prompt; the student generates the rest."""
 
 
-def write_windows(model: PreTrainedModel, windows: Tensor, vocabulary: int, *, bfloat16: bool = False) -> Tensor:
-    """Windows [count, length] that begin as those given do, and go on as the model draws.
+def generate_windows(model: PreTrainedModel, windows: Tensor, vocabulary: int, *, bfloat16: bool = False) -> Tensor:
+    """Generate windows [count, length] that start like the given ones and continue with samples from the model.
 
-    Draws come from torch's global generator. An end-of-text token is followed by another text, as in packed windows.
+    Samples use torch's global generator. Generation continues after end-of-text tokens, as in packed windows.
 
     Args:
         model: The student, in evaluation mode.
         windows: int64 [count, length] on the model's device.
-        vocabulary: The tokenizer's: nothing beyond it is drawn.
+        vocabulary: Size of the tokenizer's vocabulary: ids beyond it are not sampled.
         bfloat16: Run matrix products in bfloat16 (torch.autocast).
     """
     length = windows.shape[1]
-    begin = max(1, int(PROMPT * length))
-    written = windows.clone()
+    prompt = max(1, int(PROMPT * length))
+    generated = windows.clone()
     with torch.no_grad(), torch.autocast(windows.device.type, torch.bfloat16, enabled=bfloat16):
-        past, new = None, written[:, :begin]
-        for at in range(begin, length):
+        past, new = None, generated[:, :prompt]
+        for at in range(prompt, length):
             output = model(input_ids=new, past_key_values=past, use_cache=True, logits_to_keep=1)
             past = output.past_key_values
             new = torch.multinomial(output.logits[:, -1, :vocabulary].float().softmax(-1), 1)
-            written[:, at] = new[:, 0]
-    return written
+            generated[:, at] = new[:, 0]
+    return generated

@@ -1,10 +1,10 @@
-"""The student before it learns: cut from a member to a share of its decoding time, or random from a configuration.
+"""The initial student: a member cut to a fraction of its decoding time, or random weights from a configuration.
 
 Where members are fine-tunes of one model, the weighted mean of their weights can be closer to their mixture than any of
-them (model soups, arXiv 2203.05482); then the student is cut from that. Of layers, the first and the last two stay and
-the others at even steps. Then each that stays is settled: its feed-forward network now adds, by least squares, what the
-layers that went would have added after it. Of SmolLM2-135M's next tokens a third of its layers then finds 31% without
-any training, where it finds 4% when they are only put together.
+them (model soups, arXiv 2203.05482); then the student is cut from that mean. The first two and the last two layers are
+kept, and others at even steps between them. Then each kept layer's feed-forward network is fitted by least squares to
+add what the removed layers after it would have added. Without any training, a third of SmolLM2-135M's layers then
+predicts 31% of its next tokens, and 4% without the fit.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from edgemix.recipe.schema import MemberRecipe, Recipe
 
 SHARE = 0.3
-"""Of a member's decoding time: the default student's, by the cost below. It is to be a third at most on any machine."""
+"""Default student's decoding time as a fraction of a member's, by `decoding_cost`: at most a third on any machine."""
 
 _BYTES: Mapping[Format, float] = {
     "fp32": 4.0, "fp16": 4.0, "int8": 1.06, "int8-dynamic": 1.03, "int4": 0.56, "nf4": 4.0,
@@ -47,17 +47,17 @@ as long as that to unpack nf4. On a GPU, fp16 and nf4 are what they are in memor
 """
 _GPU_BYTES: Mapping[Format, float] = {"fp16": 2.0, "nf4": 0.53}
 _LAYER = 1.14e6
-"""What a layer costs beside its weights (norms, attention, the start of each kernel), in bytes that could be read."""
+"""Cost of a layer beside its weights (norms, attention, kernel launches), as an equivalent number of bytes read."""
 _HEAD = 0.55
-"""A byte of a matrix as large as the head costs so much of one of a layer's."""
+"""Cost of a byte of the head's large matrix, relative to a byte of a layer's."""
 _DAMPING = 1e-2
-"""Share of the moment's mean diagonal that is added to it: calibration text does not span all directions."""
-SETTLE_TOKENS = 16_384
-"""Tokens on which a student is settled."""
+"""Fraction of the moment's mean diagonal added to its diagonal: calibration text does not span all directions."""
+CALIBRATION_TOKENS = 16_384
+"""Tokens on which importance is measured and layers are fitted."""
 
 
 class Shape(NamedTuple):
-    """What decides on a decoder's speed: layers, weights of a layer's attention and feed-forward, and of the head."""
+    """Sizes that determine a decoder's speed: layers, weights of a layer's attention and feed-forward, and the head."""
 
     layers: int
     attention: float
@@ -66,7 +66,7 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(cls, model: PreTrainedModel, sizes: Sizes | None = None) -> Shape:
-        """A model's, or what it would be if the model were cut to sizes."""
+        """Return a model's shape, or its shape after being cut to `sizes`."""
         parts, now = layout(model), Structure(model).sizes
         sizes, layer = sizes or now, parts.layers[0]
         attention = sum(part.weight.numel() for part in (*layer.attention_readers, layer.output))
@@ -76,10 +76,10 @@ class Shape(NamedTuple):
 
 
 def decoding_cost(shape: Shape, form: Format, target: Target) -> float:
-    """What decoding a token costs, in bytes read; only ratios of it mean something.
+    """Estimate the cost of decoding a token, in bytes read; only ratios are meaningful.
 
-    Fitted to SmolLM2-135M and cuts of it on two cores, whose times it is within 5% of: 30 layers in int8 7.1 ms and in
-    int4 4.8, 10 layers 2.1, 6 layers 1.5, 14 layers with 640 channels 2.2.
+    Fitted to SmolLM2-135M and cuts of it on two cores, within 5% of their times: 30 layers take 7.1 ms in int8 and 4.8
+    in int4, 10 layers 2.1, 6 layers 1.5, 14 layers with 640 channels 2.2.
 
     Args:
         shape: Of the model.
@@ -96,19 +96,19 @@ def _bytes_of(form: Format, target: Target) -> float:
 
 
 def default_layers(shape: Shape, member: Format, student: Format, target: Target) -> int:
-    """How many of a member's layers decode in `SHARE` of its time; two at least."""
+    """Return how many of a member's layers decode in the fraction `SHARE` of its time; at least two."""
     most = SHARE * decoding_cost(shape, member, target)
     counts = range(2, shape.layers + 1)
     fitting = [layers for layers in counts if decoding_cost(shape._replace(layers=layers), student, target) <= most]
     return max(fitting, default=min(2, shape.layers))
 
 
-class Beginning(NamedTuple):
-    """A student before it learns.
+class InitialStudent(NamedTuple):
+    """A student before training.
 
     Attributes:
         model: fp32, on the CPU, in evaluation mode.
-        decoding: Its decoding time as a share of its start's, each in its format; None without a start.
+        decoding: Decoding time as a fraction of the starting member's, each in its format; None for random weights.
     """
 
     model: PreTrainedModel
@@ -123,159 +123,159 @@ def new_student(
     *,
     distance: Callable[[PreTrainedModel], float],
     progress: Progress = NO_PROGRESS,
-) -> Beginning:
-    """The student that a recipe describes, before it learns.
+) -> InitialStudent:
+    """Build the initial student that a recipe describes.
 
     Args:
-        recipe: With a student.
-        weights: Member name -> share.
-        tokenizer: The members'.
-        windows: int64 [windows, length] of training text, for cutting.
-        distance: How far a model is from the mixture.
-        progress: Hears of the stages.
+        recipe: A recipe with a student.
+        weights: Weights by member name.
+        tokenizer: The members' tokenizer.
+        windows: Training text for measuring importance and fitting layers, int64 [windows, length].
+        distance: Returns a model's divergence from the mixture.
+        progress: Progress callback.
 
     Raises:
-        InputError: A member or the configuration cannot be read, or the model's structure is not known.
+        InputError: A member or the configuration cannot be read, or the model's structure is not supported.
     """
     student = recipe.student
     if student is None:
         raise InputError("the recipe has no student", "Add student: to it.")
     if student.config is not None:
-        return Beginning(_random(recipe, student.config, tokenizer), None)
-    spec, model = _start(recipe, weights, distance, progress)
+        return InitialStudent(_random_model(recipe, student.config, tokenizer), None)
+    spec, model = _starting_model(recipe, weights, distance, progress)
     form = spec.format or recipe.format
-    to = _sizes_to_be(model, student, form, recipe.target)
-    calibration = windows[: max(1, SETTLE_TOKENS // windows.shape[1])]
+    to = _target_sizes(model, student, form, recipe.target)
+    calibration = windows[: max(1, CALIBRATION_TOKENS // windows.shape[1])]
     cost = decoding_cost(Shape.of(model, to), student.format, recipe.target)
     share = cost / decoding_cost(Shape.of(model), form, recipe.target)
-    return Beginning(smaller(model, to, calibration, progress), share)
+    return InitialStudent(shrink(model, to, calibration, progress), share)
 
 
 def expected_shape(
     recipe: Recipe, weights: Mapping[str, float], tokenizer: PreTrainedTokenizerBase, form: Format
 ) -> Shape:
-    """The shape that a recipe's student will have.
+    """Return the shape that a recipe's student will have.
 
     Args:
-        recipe: With a student.
-        weights: Member name -> share.
-        tokenizer: The members'.
-        form: Of the graph of the member that it is cut from.
+        recipe: A recipe, with a student or the default one.
+        weights: Weights by member name.
+        tokenizer: The members' tokenizer.
+        form: Format of the graph of the member that it is cut from.
 
     Raises:
         InputError: As `new_student`.
     """
     student = recipe.student or Student()
     if student.config is not None:
-        return Shape.of(_random(recipe, student.config, tokenizer))
+        return Shape.of(_random_model(recipe, student.config, tokenizer))
     model = MemberLoader(recipe.folder).load(start_member(recipe, weights)).model
-    return Shape.of(model, _sizes_to_be(model, student, form, recipe.target))
+    return Shape.of(model, _target_sizes(model, student, form, recipe.target))
 
 
 def start_member(recipe: Recipe, weights: Mapping[str, float]) -> MemberRecipe:
-    """The member that a student is cut from, or one of its shape: what the recipe names, or the heaviest."""
+    """Return the member that gives the student's shape: the one that the recipe names, or the one of most weight."""
     named = recipe.student.start if recipe.student is not None else None
     if named is not None:
         return next(spec for spec in recipe.members if spec.name == named)
     return max(recipe.members, key=lambda spec: weights.get(spec.name, 0.0))
 
 
-def _sizes_to_be(model: PreTrainedModel, student: Student, form: Format, target: Target) -> Sizes:
-    """What a model with a graph of format `form` is cut to."""
+def _target_sizes(model: PreTrainedModel, student: Student, form: Format, target: Target) -> Sizes:
+    """Return the sizes that a model with a graph in a format is cut to."""
     if student.prune is not None:
         return sizes(model, student.prune)
     layers = default_layers(Shape.of(model), form, student.format, target)
     return replace(Structure(model).sizes, layers=layers)
 
 
-def smaller(model: PreTrainedModel, to: Sizes, windows: Tensor, progress: Progress = NO_PROGRESS) -> PreTrainedModel:
-    """A new model cut to sizes and settled; `model` stays as it is.
+def shrink(model: PreTrainedModel, to: Sizes, windows: Tensor, progress: Progress = NO_PROGRESS) -> PreTrainedModel:
+    """Return a new model cut to sizes, with fitted layers; `model` is not changed.
 
     Raises:
-        InputError: The model's structure is not known, or its class cannot do these sizes.
+        InputError: The model's structure is not supported, or its class does not support these sizes.
     """
     now = Structure(model).sizes
-    kept = spread(now.layers, to.layers)
+    kept = evenly_spaced_layers(now.layers, to.layers)
     measured = importance(
         model, windows.tolist(), sizes=Sizes(now.layers, to.ffn, to.key_value_heads), progress=progress
     )
     rank = torch.zeros(now.layers)
     rank[kept] = 1
-    made = cut(model, to, Importance(measured.channels, measured.heads, rank))
-    settle(made, model, kept, windows, progress)
-    return made
+    student_model = cut(model, to, Importance(measured.channels, measured.heads, rank))
+    fit_down_projections(student_model, model, kept, windows, progress)
+    return student_model
 
 
-def spread(layers: int, keep: int) -> list[int]:
-    """The layers that stay, ascending: the first two, the last two, and others at even steps between them."""
+def evenly_spaced_layers(layers: int, keep: int) -> list[int]:
+    """Return the layers to keep, ascending: the first two, the last two, and others at even steps between them."""
     if keep < 5:
         return [round(i * (layers - 1) / max(1, keep - 1)) for i in range(keep)]
     inner = [round(1 + i * (layers - 3) / (keep - 3)) for i in range(keep - 2)]
     return [0, *inner, layers - 1]
 
 
-def settle(
+def fit_down_projections(
     student: PreTrainedModel,
     model: PreTrainedModel,
     kept: Sequence[int],
     windows: Tensor,
     progress: Progress = NO_PROGRESS,
 ) -> None:
-    """Let each layer of a student, from the first on, end where the model's next layer that stayed begins.
+    """Fit each layer of a student, from the first on, to the input of the model's next kept layer.
 
-    For the layer's residual stream h and its feed-forward activations f, with t what the model has there, the down
-    projection gets the addition that minimises E |t - h - W f|^2 / |t|^2, with a ridge. Layers whose feed-forward
-    output passes a norm on its way are left as they are.
+    With h the output of the student's layer, f its feed-forward activations and t the target hidden state of the model,
+    the update W of the down projection minimizes E |t - h - W f|^2 / |t|^2, with ridge regularization. Layers with a
+    norm after the feed-forward network are not changed.
 
     Args:
         student: Changed in place.
-        model: What it was cut from.
-        kept: The model's layers that the student has, ascending.
-        windows: int64 [windows, length].
-        progress: Hears of every layer.
+        model: The model that it was cut from.
+        kept: Indices of the student's layers in the model, ascending.
+        windows: Text, int64 [windows, length].
+        progress: Progress callback.
     """
     here, there = layout(student), layout(model)
     ends = [there.layers[index].module for index in kept[1:]] + [there.final_norm.module]
-    with progress.stage("settle", len(kept)) as task, torch.no_grad():
-        wanted = _inputs(model, ends, windows)
+    with progress.stage("fit layers", len(kept)) as task, torch.no_grad():
+        targets = _inputs(model, ends, windows)
         for layer, end in zip(here.layers, ends, strict=True):
             if not layer.later_norms:
                 activations, reached = _reached(student, layer.module, layer.down.module, windows)
-                goal = wanted[end]
-                scale = goal.square().mean(1, keepdim=True).rsqrt()  # what is read next is normalised
+                goal = targets[end]
+                scale = goal.square().mean(1, keepdim=True).rsqrt()  # the next layer normalizes its input
                 activations *= scale
                 moment = activations.T @ activations
                 moment.diagonal().add_(_DAMPING * moment.diagonal().mean())
                 addition = torch.linalg.solve(moment, activations.T @ ((goal - reached) * scale))
                 layer.down.set_weight(layer.down.weight + addition.T)
-            del wanted[end]
+            del targets[end]
             task.advance()
 
 
-class _Enough(Exception):  # noqa: N818 - nothing is wrong
-    """What a pass was for has been seen."""
+class _StopForward(Exception):  # noqa: N818 - not an error
+    """Ends a forward pass early."""
 
 
 def _inputs(model: PreTrainedModel, modules: Sequence[Any], windows: Tensor) -> dict[Any, Tensor]:
-    """What modules read: [tokens, hidden] each."""
-    seen: dict[Any, list[Tensor]] = {module: [] for module in modules}
+    """Return the inputs of modules: [tokens, hidden] each."""
+    inputs: dict[Any, list[Tensor]] = {module: [] for module in modules}
 
-    def watch(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        read = arguments[0] if arguments else keywords["hidden_states"]
-        seen[module].append(read.flatten(0, 1).float())
+    def record(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        hidden = arguments[0] if arguments else keywords["hidden_states"]
+        inputs[module].append(hidden.flatten(0, 1).float())
 
-    hooks = [module.register_forward_pre_hook(watch, with_kwargs=True) for module in modules]
+    hooks = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
     try:
         for some in windows.split(4):
             model.base_model(input_ids=some.to(model.device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    return {module: torch.cat(parts) for module, parts in seen.items()}
+    return {module: torch.cat(parts) for module, parts in inputs.items()}
 
 
 def _reached(model: PreTrainedModel, layer: Any, down: Any, windows: Tensor) -> tuple[Tensor, Tensor]:
-    """What a layer's down projection reads, [tokens, channels], and what the layer ends with, [tokens, hidden]."""
+    """Return the input of a layer's down projection, [tokens, channels], and the layer's output, [tokens, hidden]."""
     activations, reached = [], []
 
     def before(_: Any, arguments: tuple[Any, ...]) -> None:
@@ -283,14 +283,14 @@ def _reached(model: PreTrainedModel, layer: Any, down: Any, windows: Tensor) -> 
 
     def after(_: Any, __: Any, output: Any) -> None:
         reached.append((output[0] if isinstance(output, tuple) else output).flatten(0, 1).float())
-        raise _Enough
+        raise _StopForward
 
     hooks = [down.register_forward_pre_hook(before), layer.register_forward_hook(after)]
     try:
         for some in windows.split(4):
             try:
                 model.base_model(input_ids=some.to(model.device), use_cache=False)
-            except _Enough:
+            except _StopForward:
                 continue
     finally:
         for hook in hooks:
@@ -298,46 +298,48 @@ def _reached(model: PreTrainedModel, layer: Any, down: Any, windows: Tensor) -> 
     return torch.cat(activations), torch.cat(reached)
 
 
-def _start(
+def _starting_model(
     recipe: Recipe, weights: Mapping[str, float], distance: Callable[[PreTrainedModel], float], progress: Progress
 ) -> tuple[MemberRecipe, PreTrainedModel]:
-    """What the student is cut from, with the member that it is of a kind with: the one that the recipe names; or the
-    heaviest, or the mean of all that have its shape where that is closer to the mixture.
+    """Return the member that gives the student's shape and the model that the student is cut from: the member that the
+    recipe names, or the one of the highest weight, or the mean of all of its shape if that is closer to the mixture.
     """
     loader, best = MemberLoader(recipe.folder, progress), start_member(recipe, weights)
     model = loader.load(best).model
     if recipe.student is not None and recipe.student.start is not None:
         return best, model
     others = [spec for spec in recipe.members if spec is not best and weights.get(spec.name, 0) > 0]
-    average = mean(model, weights[best.name], ((loader.load(spec).model, weights[spec.name]) for spec in others))
+    average = average_model(
+        model, weights[best.name], ((loader.load(spec).model, weights[spec.name]) for spec in others)
+    )
     if average is None:
         return best, model
     with progress.stage("compare the members' mean"):
         return best, min(model, average, key=distance)
 
 
-def mean(
+def average_model(
     model: PreTrainedModel, weight: float, others: Iterable[tuple[PreTrainedModel, float]]
 ) -> PreTrainedModel | None:
-    """A model with the weighted mean of a model's weights and those of others of its shape; None without such."""
-    made = copy.deepcopy(model)
+    """Return a model with the weighted mean of the weights of a model and others of its shape; None without others."""
+    student_model = copy.deepcopy(model)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     total = weight
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in student_model.parameters():
             parameter.mul_(weight)
         for other, share in others:
             if {name: parameter.shape for name, parameter in other.named_parameters()} == shapes:
-                for parameter, part in zip(made.parameters(), other.parameters(), strict=True):
+                for parameter, part in zip(student_model.parameters(), other.parameters(), strict=True):
                     parameter.add_(part, alpha=share)
                 total += share
-        for parameter in made.parameters():
+        for parameter in student_model.parameters():
             parameter.div_(total)
-    return made if total > weight else None
+    return student_model if total > weight else None
 
 
-def _random(recipe: Recipe, folder: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A model with random weights and the tokenizer's vocabulary, from a configuration of the user's."""
+def _random_model(recipe: Recipe, folder: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Return a model with random weights and the tokenizer's vocabulary, from a configuration."""
     path = local_path(folder, recipe.folder)
     if path is None or not (path / "config.json").is_file():
         raise InputError(f"student.config: there is no config.json in {folder}", "Name the folder that holds it.")
@@ -349,7 +351,7 @@ def _random(recipe: Recipe, folder: str, tokenizer: PreTrainedTokenizerBase) -> 
         kind = TasksManager.get_model_class_for_task("text-generation", model_type=config.model_type)
         with torch.random.fork_rng([]):
             torch.manual_seed(recipe.seed)
-            made: PreTrainedModel = kind.from_config(config, dtype=torch.float32)
+            student_model: PreTrainedModel = kind.from_config(config, dtype=torch.float32)
     except Exception as error:
         raise InputError(f"student.config: {folder}: {type(error).__name__}: {str(error).splitlines()[0]}") from error
-    return made.eval().requires_grad_(False)
+    return student_model.eval().requires_grad_(False)

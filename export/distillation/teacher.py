@@ -133,28 +133,28 @@ class TorchTeacher:
         self.context = 0
         self._device = device
         self._dtype = torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
-        self._models: dict[str, _Placed] = {}
+        self._models: dict[str, _DeviceMember] = {}
         for member in members:
-            self._models[member.name] = self._placed(member, four_bit)
+            self._models[member.name] = self._place(member, four_bit)
             context = context_length(member.model.config)
             self.context = min(self.context, context) if self.context else context
-        self.weigh(dict.fromkeys(self._models, 1.0))
+        self.set_weights(dict.fromkeys(self._models, 1.0))
 
-    def weigh(self, weights: Mapping[str, float]) -> None:
-        """Mix by these weights, normalised here; members without one are not evaluated. At first all weigh the same."""
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Mix by these weights, normalized here; members without one are not evaluated. At first all weights are equal."""
         total = sum(weights.values())
-        self._heavy = [placed for name, placed in self._models.items() if weights.get(name, 0) > 0]
+        self._active = [placed for name, placed in self._models.items() if weights.get(name, 0) > 0]
         self._weights = [weights[name] / total for name in self._models if weights.get(name, 0) > 0]
-        self.key = stage_key(members=[placed.key for placed in self._heavy], weights=self._weights)
+        self.key = stage_key(members=[placed.key for placed in self._active], weights=self._weights)
 
     def top_k(self, ids: NDArray[np.int64], k: int, temperature: float) -> TopK:
         with torch.inference_mode():
-            top = _top_of_mixture(self._all_logits(ids, self._heavy), self._weights, self.vocabulary, k, temperature)
+            top = _top_of_mixture(self._all_logits(ids, self._active), self._weights, self.vocabulary, k, temperature)
         return TopK(*(each.clone() for each in top))  # which training may use
 
     def target_log_probabilities(self, ids: NDArray[np.int64]) -> NDArray[np.float64]:
         """Each member's log-probability of every token but the first of its window: float64 [members, tokens]; all are
-        evaluated, whatever they weigh.
+        evaluated, whatever their weights.
         """
         targets = torch.from_numpy(ids[:, 1:]).flatten().to(self._device)
         scored, at = [], 0
@@ -167,7 +167,7 @@ class TorchTeacher:
         own: NDArray[np.float64] = -torch.cat(scored, 1).cpu().double().numpy()
         return own
 
-    def _placed(self, member: LoadedMember, four_bit: bool | None) -> _Placed:
+    def _place(self, member: LoadedMember, four_bit: bool | None) -> _DeviceMember:
         model = copy.deepcopy(member.model)
         if four_bit is None:
             needed = _ROOM * self._dtype.itemsize * model.num_parameters()
@@ -177,9 +177,9 @@ class TorchTeacher:
         model = model.to(self._dtype).to(self._device).eval()
         read = [member.source.sha256, fingerprint(member.model)]  # which may have been pruned since it was read
         key = stage_key(member=read, precision=[str(self._dtype), four_bit])
-        return _Placed(model, linear_head(model), key)
+        return _DeviceMember(model, linear_head(model), key)
 
-    def _logits(self, placed: _Placed, ids: Tensor) -> Iterator[Tensor]:
+    def _logits(self, placed: _DeviceMember, ids: Tensor) -> Iterator[Tensor]:
         """Logits [some rows, width] after each token of windows [windows, length], row after row."""
         rows = _ROWS if self._device.type == "cpu" else _GPU_ROWS
         if placed.head is None:
@@ -189,7 +189,7 @@ class TorchTeacher:
         for some in hidden.split(4 * rows):  # enough for a fast matrix product
             yield from placed.head(some).split(rows)
 
-    def _all_logits(self, ids: NDArray[np.int64], members: Iterable[_Placed]) -> Iterator[tuple[Tensor, ...]]:
+    def _all_logits(self, ids: NDArray[np.int64], members: Iterable[_DeviceMember]) -> Iterator[tuple[Tensor, ...]]:
         """Members' logits [some rows, width] after each token but the last of windows, row after row."""
         members = list(members)
         for some in torch.from_numpy(ids[:, :-1]).to(self._device).split(max(1, _TOKENS // ids.shape[1])):
@@ -209,15 +209,15 @@ def teacher_in_export(
         load: Gives a member's torch model by its name.
         device: Where torch models run.
     """
-    heavy = [entry for entry in mixture.manifest.members if weights.get(entry.name, 0) > 0]
-    if not has_fast_bfloat16(device) or not all(entry.format in _FAITHFUL for entry in heavy):
+    active = [entry for entry in mixture.manifest.members if weights.get(entry.name, 0) > 0]
+    if not has_fast_bfloat16(device) or not all(entry.format in _FAITHFUL for entry in active):
         return RuntimeTeacher(mixture, weights)
-    teacher = TorchTeacher((load(entry.name) for entry in heavy), mixture.vocabulary, device)
-    teacher.weigh(weights)
+    teacher = TorchTeacher((load(entry.name) for entry in active), mixture.vocabulary, device)
+    teacher.set_weights(weights)
     return teacher
 
 
-class _Placed(NamedTuple):
+class _DeviceMember(NamedTuple):
     """A member on the teacher's device: its model, its output layer if that is a plain one, and a digest of it."""
 
     model: PreTrainedModel
@@ -258,7 +258,7 @@ def open_teacher(
         with progress.stage("fit weights"):
             found = fit(np.concatenate([*_validation(recipe, tokenizer, teacher)], axis=1))
         weights = dict(zip(names, found.weights.tolist(), strict=True))
-    teacher.weigh(weights)
+    teacher.set_weights(weights)
     yield teacher, weights
 
 

@@ -46,14 +46,14 @@ class TeacherCache:
         temperature: Of the distributions.
 
     Attributes:
-        spent: Seconds that the teacher has taken for the windows, as `fill` has found it.
+        seconds_spent: Seconds that the teacher has taken for the windows, as `fill` has found it.
     """
 
     def __init__(
         self, folder: Path, windows: NDArray[np.int64], teacher: Teacher, *, k: int, temperature: float
     ) -> None:
         self.windows = windows
-        self.spent = 0.0
+        self.seconds_spent = 0.0
         self._folder, self._teacher = folder, teacher
         self._k, self._temperature = k, temperature
         self._settings = {"teacher": teacher.key, "k": k, "temperature": temperature, "vocabulary": teacher.vocabulary}
@@ -69,7 +69,7 @@ class TeacherCache:
         """Ask for what is not there yet, from the first window on.
 
         Args:
-            seconds: Stop when so much time has been spent on the shards that there are, those of earlier runs included.
+            seconds: Stop when this time has been spent on the existing shards, those of earlier runs included.
             accelerator: Processes that take turns at the shards.
             title: The stage's name for `progress`.
             progress: Hears of the windows.
@@ -84,20 +84,20 @@ class TeacherCache:
         shards = -(-len(self.windows) // _SHARD)
         with storage_errors(f"writing {self._folder}"):
             self._folder.mkdir(parents=True, exist_ok=True)
-        spent = 0.0
+        seconds_spent = 0.0
         with progress.stage(title, len(self.windows)) as task:
             for shard in range(place, shards, places):
-                if seconds is not None and spent >= seconds and shard > place:
+                if seconds is not None and seconds_spent >= seconds and shard > place:
                     break
                 found = self._seconds(shard)
-                spent += self._ask(shard) if found is None else found
+                seconds_spent += self._write_shard(shard) if found is None else found
                 task.advance(places * len(self._numbers(shard)))
         if accelerator:
             accelerator.wait_for_everyone()
         there = next((shard for shard in range(shards) if self._seconds(shard) is None), shards)
         filled = copy.copy(self)
         filled.windows = self.windows[: there * _SHARD]
-        filled.spent = sum(self._seconds(shard) or 0.0 for shard in range(there)) / places
+        filled.seconds_spent = sum(self._seconds(shard) or 0.0 for shard in range(there)) / places
         return filled
 
     def read(self, numbers: NDArray[np.int64]) -> TopK:
@@ -126,7 +126,7 @@ class TeacherCache:
         numbers = self._numbers(shard)
         return stage_key(windows=self.windows[numbers.start : numbers.stop].tolist(), **self._settings)
 
-    def _ask(self, shard: int) -> float:
+    def _write_shard(self, shard: int) -> float:
         """Write a shard; the seconds that it took."""
         started = time.monotonic()
         numbers = self._numbers(shard)

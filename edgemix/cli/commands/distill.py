@@ -13,7 +13,7 @@ from edgemix.cli.options import training_limit_options
 
 if TYPE_CHECKING:
     from edgemix.cli.console import Console
-    from edgemix.export.distillation.distill import DistilReport
+    from edgemix.export.distillation.distill import DistillationReport
 
 
 @command(
@@ -51,10 +51,10 @@ def distill(
     given = {name: value for name, value in (("minutes", minutes), ("steps", steps)) if value is not None}
     wanted = msgspec.structs.replace(loaded.student or Student(), **given)
     with console.progress.stage("import torch"):
-        from edgemix.export.distillation.distill import distil
+        from edgemix.export.distillation.distill import distill as run_distillation
 
     changed = msgspec.structs.replace(loaded, student=wanted)
-    report = distil(changed, student, bundle=bundle, progress=console.progress)
+    report = run_distillation(changed, student, bundle=bundle, progress=console.progress)
     if os.environ.get("RANK", "0") != "0":  # only the first process that accelerate launches prints
         return
     if console.as_json:
@@ -63,7 +63,7 @@ def distill(
     console.table("Distillation", ("", ""), _report_rows(student, report), left=2)
 
 
-def _report_rows(student: Path, report: DistilReport) -> list[tuple[str, str]]:
+def _report_rows(student: Path, report: DistillationReport) -> list[tuple[str, str]]:
     rows = [("Student", f"{student}: {report.layers} layers, {report.parameters / 1e6:.1f} M parameters")]
     if report.decoding is not None:
         rows.append(("Decoding", f"about {report.decoding:.0%} of a member's time"))

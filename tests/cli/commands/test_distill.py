@@ -37,7 +37,7 @@ def test_distill(library, recipe):
         "members:\n  - name: a\n    model: hub/id\nstudent: {steps: 9, alpha: 0.5}\n"
         f"data:\n  training:\n    law: {recipe.name}\n"
     )
-    calls = library("edgemix.export.distillation.distill", "distil", Distilled())
+    calls = library("edgemix.export.distillation.distill", "distill", Distilled())
 
     result = run("distill", recipe, "-o", "student", "--minutes", "45", "--bundle", "mixture")
 
@@ -57,7 +57,7 @@ def test_distill(library, recipe):
 
 def test_only_the_first_of_several_processes_prints(library, recipe, monkeypatch):
     """Regression: each process printed the report, so --json printed several documents."""
-    library("edgemix.export.distillation.distill", "distil", Distilled())
+    library("edgemix.export.distillation.distill", "distill", Distilled())
     monkeypatch.setenv("RANK", "0")
     assert json.loads(run("distill", recipe, "-o", "student", "--json").stdout)["steps"] == 1000
     monkeypatch.setenv("RANK", "1")
@@ -65,7 +65,7 @@ def test_only_the_first_of_several_processes_prints(library, recipe, monkeypatch
 
 
 def test_distill_interrupted(library, recipe):
-    library("edgemix.export.distillation.distill", "distil", KeyboardInterrupt())
+    library("edgemix.export.distillation.distill", "distill", KeyboardInterrupt())
 
     result = run("distill", recipe, "-o", "student")
 

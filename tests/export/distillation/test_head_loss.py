@@ -9,7 +9,7 @@ import torch
 from helpers.tiny_models import tiny_model
 
 from edgemix.export.distillation import head_loss
-from edgemix.export.distillation.head_loss import distillation_loss
+from edgemix.export.distillation.head_loss import objective_loss
 from edgemix.export.training.losses import Objective, divergence_from_top_k, top_k
 from edgemix.recipe.compression import Divergence
 
@@ -43,7 +43,7 @@ def compare(model, objective, k, rtol=1e-4):
     names, parameters = zip(*model.named_parameters(), strict=True)
     wanted = expected_loss(model, ids, teacher, objective)
     expected = torch.autograd.grad(3 * wanted, parameters)
-    loss = distillation_loss(model, objective, VOCABULARY)(ids, teacher)
+    loss = objective_loss(model, objective, VOCABULARY)(ids, teacher)
     got = torch.autograd.grad(3 * loss, parameters)
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     for name, one, other in zip(names, got, expected, strict=True):
@@ -76,7 +76,7 @@ def test_a_frozen_head_stays():
     model = tiny_model("llama")
     model.lm_head.weight.requires_grad_(requires_grad=False)
     ids, teacher = batch(6, 1.0)
-    distillation_loss(model, Objective(), VOCABULARY)(ids, teacher).backward()
+    objective_loss(model, Objective(), VOCABULARY)(ids, teacher).backward()
     assert model.lm_head.weight.grad is None
     assert model.model.embed_tokens.weight.grad.abs().max() > 0
 
@@ -87,7 +87,7 @@ def test_at_equality_nothing_is_left_to_learn(kind):
     ids, _ = batch(6, 1.0)
     with torch.no_grad():
         teacher = top_k(model(input_ids=ids).logits[:, :-1, :VOCABULARY].flatten(0, 1), 6)
-    loss = distillation_loss(model, Objective(kind), VOCABULARY)(ids, teacher)
+    loss = objective_loss(model, Objective(kind), VOCABULARY)(ids, teacher)
     assert loss.item() == pytest.approx(0, abs=1e-6)
     loss.backward()
     assert max(each.grad.abs().max() for each in model.parameters()) < 1e-5
@@ -99,7 +99,7 @@ def test_bfloat16_is_near():
     ids, teacher = batch(6, 1.0)
     wanted = expected_loss(model, ids, teacher, objective)
     expected = torch.autograd.grad(wanted, model.lm_head.weight)[0]
-    loss = distillation_loss(model, objective, VOCABULARY, bfloat16=True)(ids, teacher)
+    loss = objective_loss(model, objective, VOCABULARY, bfloat16=True)(ids, teacher)
     got = torch.autograd.grad(loss, model.lm_head.weight)[0]
     assert loss.item() == pytest.approx(wanted.item(), rel=0.02)
     assert torch.cosine_similarity(got.flatten(), expected.flatten(), dim=0) > 0.99
@@ -107,7 +107,7 @@ def test_bfloat16_is_near():
 
 def test_buffers_are_used_again():
     model = tiny_model("llama")
-    loss = distillation_loss(model, Objective(), VOCABULARY)
+    loss = objective_loss(model, Objective(), VOCABULARY)
     ids, teacher = batch(6, 1.0)
     first = loss(ids, teacher)
     loss(ids.flip(1), teacher)

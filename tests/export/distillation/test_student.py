@@ -17,13 +17,13 @@ from edgemix.export.data.text import windows
 from edgemix.export.distillation.student import (
     SHARE,
     Shape,
+    average_model,
     decoding_cost,
     default_layers,
-    mean,
+    evenly_spaced_layers,
+    fit_down_projections,
     new_student,
-    settle,
-    smaller,
-    spread,
+    shrink,
 )
 from edgemix.export.models.layout import layout
 from edgemix.export.models.loading import load_model, load_tokenizer
@@ -94,7 +94,7 @@ def test_a_model_that_is_nearly_all_head_keeps_two_layers():
 
 @pytest.mark.parametrize(("layers", "keep"), [(30, 10), (30, 4), (12, 5), (6, 5), (6, 6), (2, 2), (3, 1)])
 def test_layers_that_stay(layers, keep):
-    kept = spread(layers, keep)
+    kept = evenly_spaced_layers(layers, keep)
     assert len(set(kept)) == keep
     assert kept == sorted(kept)
     assert kept[0] == 0
@@ -105,13 +105,13 @@ def test_layers_that_stay(layers, keep):
 
 
 def test_settling_makes_up_for_most_of_what_went(expert, ids):
-    kept = spread(LAYERS, 3)
+    kept = evenly_spaced_layers(LAYERS, 3)
     now = Structure(expert).sizes
     rank = torch.zeros(LAYERS)
     rank[kept] = 1
     bare = cut(expert, Sizes(3, now.ffn, now.key_value_heads), Importance(layers=rank))
     before = copy.deepcopy(bare)
-    settle(bare, expert, kept, ids)
+    fit_down_projections(bare, expert, kept, ids)
     assert apart(expert, bare, ids) < 0.5 * apart(expert, before, ids)
     differing = [name for name, each in bare.state_dict().items() if not torch.equal(each, before.state_dict()[name])]
     assert all("down_proj" in name for name in differing)
@@ -119,7 +119,7 @@ def test_settling_makes_up_for_most_of_what_went(expert, ids):
 
 def test_where_nothing_went_settling_changes_nothing(expert, ids):
     same = copy.deepcopy(expert)
-    settle(same, expert, range(LAYERS), ids)
+    fit_down_projections(same, expert, range(LAYERS), ids)
     assert apart(expert, same, ids) < 1e-5
 
 
@@ -127,7 +127,7 @@ def test_where_nothing_went_settling_changes_nothing(expert, ids):
 def test_every_family_can_be_cut_and_settled(name):
     model = tiny_model(name, num_hidden_layers=4)
     ids = torch.randint(3, 150, (8, 16), generator=torch.Generator().manual_seed(0))
-    made = smaller(model, Sizes(2, 96, Structure(model).sizes.key_value_heads), ids)
+    made = shrink(model, Sizes(2, 96, Structure(model).sizes.key_value_heads), ids)
     assert len(layout(made).layers) == 2
     assert len(layout(model).layers) == 4
     with torch.no_grad():
@@ -149,7 +149,7 @@ def begin(recipe, distance=lambda model: 0.0):
 def test_the_start_is_whatever_is_closest_to_the_mixture(setting, expert):
     other = load_model(locate("numbers", setting))
     whole = Pruning()
-    average = mean(expert, 0.6, [(other, 0.4), (tiny_model("llama"), 0.5)])
+    average = average_model(expert, 0.6, [(other, 0.4), (tiny_model("llama"), 0.5)])
     seen = []
 
     def best_is(model):
@@ -171,7 +171,7 @@ def test_the_start_is_whatever_is_closest_to_the_mixture(setting, expert):
     weight = average.model.layers[0].mlp.up_proj.weight
     parts = [model.model.layers[0].mlp.up_proj.weight for model in (expert, other)]
     torch.testing.assert_close(weight, 0.6 * parts[0] + 0.4 * parts[1])
-    assert mean(expert, 0.6, [(tiny_model("llama"), 0.4)]) is None
+    assert average_model(expert, 0.6, [(tiny_model("llama"), 0.4)]) is None
 
 
 def config(folder, **changes):

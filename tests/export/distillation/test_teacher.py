@@ -43,7 +43,7 @@ def torch_teacher(members):
 
 def teacher_of(members, weights=WEIGHTS, **options):
     teacher = TorchTeacher(members, VOCABULARY, torch.device("cpu"), **options)
-    teacher.weigh(weights)
+    teacher.set_weights(weights)
     return teacher
 
 
@@ -76,7 +76,7 @@ def test_half_precision_and_4_bits_are_near(members):
     whole = mixture_of(members, ids, WEIGHTS)
     plain, small = teacher_of(members), teacher_of(members, four_bit=True)
     kinds = [
-        {type(module).__name__ for placed in teacher._heavy for module in placed.model.modules()}
+        {type(module).__name__ for placed in teacher._active for module in placed.model.modules()}
         for teacher in (plain, small)
     ]
     assert ["Linear4bit" in each for each in kinds] == [False, True]
@@ -227,6 +227,6 @@ def test_time_is_limited_over_all_runs(torch_teacher, tmp_path, monkeypatch):
     asked = Counting(torch_teacher)
     for _ in range(2):
         filled = cache(tmp_path, asked).fill(seconds=15)
-        assert (len(filled.windows), filled.spent) == (32, 20)
+        assert (len(filled.windows), filled.seconds_spent) == (32, 20)
     assert len(cache(tmp_path / "none", asked).fill(seconds=0).windows) == 16
     assert asked.asked == 32 + 16

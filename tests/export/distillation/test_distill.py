@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from edgemix.errors import InputError, RecipeError
 from edgemix.export.data.text import windows
 from edgemix.export.distillation import distill as module
-from edgemix.export.distillation.distill import distil, make_student
-from edgemix.export.distillation.head_loss import distillation_loss
-from edgemix.export.distillation.loss import Lesson, mean_loss
-from edgemix.export.distillation.samples import PROMPT, write_windows
+from edgemix.export.distillation.distill import distill, make_student
+from edgemix.export.distillation.head_loss import objective_loss
+from edgemix.export.distillation.loss import DistillationLoss, mean_loss
+from edgemix.export.distillation.samples import PROMPT, generate_windows
 from edgemix.export.distillation.teacher import RuntimeTeacher, open_teacher
 from edgemix.export.distillation.teacher_cache import TeacherCache
 from edgemix.export.distillation.texts import read_texts
@@ -37,7 +37,7 @@ from edgemix.runtime import Mixture
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    return write_setting(tmp_path_factory.mktemp("distil"))
+    return write_setting(tmp_path_factory.mktemp("distill"))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def held_out(setting, teacher, tmp_path_factory):
 def distance(folder, held_out, teacher):
     """KL(mixture || student), nats a token."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return mean_loss(model, distillation_loss(model, Objective(), teacher.vocabulary), held_out)
+    return mean_loss(model, objective_loss(model, Objective(), teacher.vocabulary), held_out)
 
 
 def weights_of(folder):
@@ -66,7 +66,7 @@ def weights_of(folder):
 
 
 def test_the_student_is_a_folder_that_comes_closer_to_the_mixture(setting, tmp_path, held_out, teacher):
-    report = distil(recipe_in(setting, steps=40), tmp_path / "student")
+    report = distill(recipe_in(setting, steps=40), tmp_path / "student")
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
     assert tokenizer("the cat").input_ids == load_tokenizer(locate("animals", setting))("the cat").input_ids
@@ -76,7 +76,7 @@ def test_the_student_is_a_folder_that_comes_closer_to_the_mixture(setting, tmp_p
     assert report.weights == pytest.approx({"animals": 0.6, "numbers": 0.4})
     assert report.held_out < 0.8 * report.held_out_before
     assert report.teacher_tokens > 20 * LENGTH
-    alone = distil(recipe_in(setting, steps=40, alpha=0.0), tmp_path / "alone")
+    alone = distill(recipe_in(setting, steps=40, alpha=0.0), tmp_path / "alone")
     assert alone.held_out < alone.held_out_before
     close, far = (distance(tmp_path / name, held_out, teacher) for name in ("student", "alone"))
     assert close < 0.8 * far
@@ -109,12 +109,12 @@ class Stop:
 @pytest.mark.parametrize("options", [{}, {"samples": 0.5, "accumulate": 2, "eight_bit_optimizer": True}])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(setting, tmp_path, options):
     recipe = recipe_in(setting, steps=8, **options)
-    whole = distil(recipe, tmp_path / "whole")
-    for stage, after in (("settle", 1), ("teacher", 2), ("distil", 4), ("distil", 3)):
+    whole = distill(recipe, tmp_path / "whole")
+    for stage, after in (("fit layers", 1), ("teacher", 2), ("distill", 4), ("distill", 3)):
         with pytest.raises(KeyboardInterrupt):
-            distil(recipe, tmp_path / "parts", progress=Stop(stage, after).progress())
+            distill(recipe, tmp_path / "parts", progress=Stop(stage, after).progress())
         assert [path.name for path in tmp_path.iterdir() if path.name != "whole"] == [".parts.distilling"]
-    parts = distil(recipe, tmp_path / "parts")
+    parts = distill(recipe, tmp_path / "parts")
     assert weights_of(tmp_path / "parts") == weights_of(tmp_path / "whole")
     assert (parts.steps, parts.training_loss, parts.held_out) == (whole.steps, whole.training_loss, whole.held_out)
     assert parts.held_out_before == whole.held_out_before
@@ -124,21 +124,21 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(setting, tmp_path, opti
 def test_a_beginning_that_is_not_whole_is_made_again(setting, tmp_path, name):
     """A file that a power cut had shortened ended in a safetensors or a JSON error, at every further try."""
     recipe = recipe_in(setting, steps=2)
-    whole = distil(recipe, tmp_path / "whole")
+    whole = distill(recipe, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        distil(recipe, tmp_path / "parts", progress=Stop("distil", 1).progress())
+        distill(recipe, tmp_path / "parts", progress=Stop("distill", 1).progress())
     (start,) = (tmp_path / ".parts.distilling").glob("start-*")
     os.truncate(start / name, 100)
-    assert distil(recipe, tmp_path / "parts").held_out == whole.held_out
+    assert distill(recipe, tmp_path / "parts").held_out == whole.held_out
 
 
 @pytest.mark.parametrize("change", [{"loss": "reverse"}, {"loss": "skewed"}, {"loss": "total-variation"},
                                     {"temperature": 2.0, "alpha": 0.7}])  # fmt: skip
 def test_every_loss_brings_the_student_closer(setting, tmp_path, held_out, teacher, change):
-    report = distil(recipe_in(setting, steps=25, **change), tmp_path / "after")
+    report = distill(recipe_in(setting, steps=25, **change), tmp_path / "after")
     assert report.held_out < report.held_out_before
     # With a temperature and text, the loss itself is another measure; this is the mixture's own.
-    distil(recipe_in(setting, steps=1, learning_rate=1e-9), tmp_path / "before")
+    distill(recipe_in(setting, steps=1, learning_rate=1e-9), tmp_path / "before")
     before, after = (distance(tmp_path / name, held_out, teacher) for name in ("before", "after"))
     assert after < 0.8 * before
 
@@ -147,7 +147,7 @@ def test_weights_are_fitted_where_the_recipe_says_so(setting, tmp_path):
     recipe = msgspec.structs.replace(recipe_in(setting, steps=1), weights="fit")
     only = {"animals": recipe.data.validation["animals"]}
     recipe = msgspec.structs.replace(recipe, data=msgspec.structs.replace(recipe.data, validation=only))
-    assert distil(recipe, tmp_path / "student").weights["animals"] > 0.9
+    assert distill(recipe, tmp_path / "student").weights["animals"] > 0.9
 
 
 def test_minutes_are_shared_between_teacher_and_student(setting, tmp_path, monkeypatch):
@@ -158,7 +158,7 @@ def test_minutes_are_shared_between_teacher_and_student(setting, tmp_path, monke
     def seconds(cache, shard, real=TeacherCache._seconds):
         return None if real(cache, shard) is None else 4.0
 
-    def ask(cache, shard, real=TeacherCache._ask):
+    def ask(cache, shard, real=TeacherCache._write_shard):
         real(cache, shard)
         return 4.0
 
@@ -168,12 +168,12 @@ def test_minutes_are_shared_between_teacher_and_student(setting, tmp_path, monke
 
     budgets, module_train = [], module.train
     length = recipe_in(setting).student.length
-    monkeypatch.setattr(module, "learning_speed", lambda *_: 4 * 2 * length / 4.0)
+    monkeypatch.setattr(module, "training_speed", lambda *_: 4 * 2 * length / 4.0)
     monkeypatch.setattr("edgemix.export.distillation.teacher_cache._SHARD", 2)
     monkeypatch.setattr(TeacherCache, "_seconds", seconds)
-    monkeypatch.setattr(TeacherCache, "_ask", ask)
+    monkeypatch.setattr(TeacherCache, "_write_shard", ask)
     monkeypatch.setattr(module, "train", train)
-    report = distil(recipe_in(setting, steps=None, minutes=1.0), tmp_path / "student")
+    report = distill(recipe_in(setting, steps=None, minutes=1.0), tmp_path / "student")
     assert 40 <= report.teacher_seconds <= 48
     assert budgets[0].steps is None
     assert budgets[0].seconds == pytest.approx(60 - report.teacher_seconds)
@@ -182,7 +182,7 @@ def test_minutes_are_shared_between_teacher_and_student(setting, tmp_path, monke
 def test_a_student_from_a_configuration_learns(setting, tmp_path):
     load_model(locate("animals", setting)).config.save_pretrained(tmp_path / "own")
     recipe = recipe_in(setting, config=str(tmp_path / "own"), steps=20)
-    report = distil(recipe, tmp_path / "student")
+    report = distill(recipe, tmp_path / "student")
     assert report.decoding is None
     assert report.layers == 6
     assert report.held_out < report.held_out_before - 1
@@ -192,7 +192,7 @@ def test_a_student_from_a_configuration_learns(setting, tmp_path):
 def test_zeros_that_the_recipe_asks_for_are_there_in_the_end(setting, tmp_path, options):
     """`sparsity` and `pattern` of a student's `prune` were passed over in silence."""
     prune = Pruning(layers=0.5, pattern="2:4")
-    distil(recipe_in(setting, prune=prune, **options), tmp_path / "student")
+    distill(recipe_in(setting, prune=prune, **options), tmp_path / "student")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)
     assert model.config.num_hidden_layers == 3
     for part in linears(model).values():
@@ -204,8 +204,8 @@ def test_a_bundle_teaches(setting, tmp_path):
     recipe = msgspec.structs.replace(recipe_in(setting, steps=3), format="fp32")
     plain = msgspec.structs.replace(recipe, student=None)
     export_bundle(plain, tmp_path / "bundle")
-    ours = distil(recipe, tmp_path / "ours", bundle=tmp_path / "bundle")
-    torchs = distil(recipe, tmp_path / "torchs")
+    ours = distill(recipe, tmp_path / "ours", bundle=tmp_path / "bundle")
+    torchs = distill(recipe, tmp_path / "torchs")
     assert ours.weights == pytest.approx(torchs.weights)
     assert ours.held_out == pytest.approx(torchs.held_out, rel=0.02)
 
@@ -225,14 +225,14 @@ def test_a_bundle_teaches(setting, tmp_path):
 def test_a_bundle_with_another_tokenizer_does_not_teach(setting, tmp_path, own_bundle):
     """Its distributions were over other tokens, and the student learned them all the same."""
     with pytest.raises(InputError, match="has another tokenizer than animals"):
-        distil(recipe_in(setting), tmp_path / "student", bundle=own_bundle)
+        distill(recipe_in(setting), tmp_path / "student", bundle=own_bundle)
 
 
 def test_what_is_there_already_is_kept(setting, tmp_path):
     with pytest.raises(InputError, match="is there already"):
-        distil(recipe_in(setting), tmp_path)
+        distill(recipe_in(setting), tmp_path)
     with pytest.raises(RecipeError, match="alpha"):
-        distil(recipe_in(setting, alpha=3.0), tmp_path / "student")
+        distill(recipe_in(setting, alpha=3.0), tmp_path / "student")
 
 
 def test_texts_take_turns_and_what_is_held_out_is_not_learned(setting):
@@ -247,7 +247,7 @@ def test_texts_take_turns_and_what_is_held_out_is_not_learned(setting):
 
 
 def test_a_long_document_gives_windows_from_all_over_it(setting, tmp_path):
-    """A student of few minutes read three or four documents' beginnings, and was watched on one."""
+    """A student of few minutes read three or four documents' beginnings, and was eval_cache on one."""
     tokenizer = load_tokenizer(locate("animals", setting))
     lines = [f"{i} plus {i} is {2 * i}.\n" for i in range(4000)]
     for name in TEXTS:
@@ -270,7 +270,7 @@ def test_the_student_writes_from_its_own_distribution(setting):
     model = load_model(locate("animals", setting))
     ids = torch.randint(1, 200, (3, LENGTH), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(5)
-    written = write_windows(model, ids, 250)
+    written = generate_windows(model, ids, 250)
     begin = int(PROMPT * LENGTH)
     assert torch.equal(written[:, :begin], ids[:, :begin])
     assert not torch.equal(written[:, begin:], ids[:, begin:])
@@ -297,16 +297,18 @@ def test_the_share_of_samples_in_the_second_half(setting, teacher, tmp_path):
             asked.append(ids)
             return teacher.top_k(ids, k, temperature)
 
-    lesson = Lesson(model, cache, Objective("forward", 0.5), teacher.vocabulary, teacher=Asked(), samples=0.3, k=8)
+    loss = DistillationLoss(
+        model, cache, Objective("forward", 0.5), teacher.vocabulary, teacher=Asked(), samples=0.3, k=8
+    )
     numbers = torch.arange(8)[:, None]
     torch.manual_seed(0)
-    lesson.before_step(0.49)
-    first = lesson(numbers)
+    loss.before_step(0.49)
+    first = loss(numbers)
     assert not asked
-    lesson.before_step(0.5)
+    loss.before_step(0.5)
     for _ in range(20):
-        loss = lesson(numbers)
-    assert torch.isfinite(loss)
-    assert loss != first
+        value = loss(numbers)
+    assert torch.isfinite(value)
+    assert value != first
     assert sum(map(len, asked)) / (20 * 8) == pytest.approx(0.3, abs=0.04)
     assert all((some[:, : LENGTH // 4] == ids[: len(some), : LENGTH // 4]).all() for some in asked)

@@ -215,8 +215,8 @@ class _Distillation:
             MINUTES if self._student.minutes is None and self._student.steps is None else self._student.minutes
         )
         self._length = min(self._student.length, teacher.context)
-        places = accelerator.num_processes if accelerator else 1
-        self._step_tokens = self._student.batch * self._student.accumulate * places * self._length
+        world_size = accelerator.num_processes if accelerator else 1
+        self._step_tokens = self._student.batch * self._student.accumulate * world_size * self._length
         self._tokenizer = load_tokenizer(locate(recipe.members[0].model, recipe.folder))
         self._objective = Objective(
             self._student.loss, self._student.alpha, self._student.temperature, self._student.skew
@@ -224,11 +224,11 @@ class _Distillation:
 
     def run(self) -> DistillationReport:
         with self._progress.stage("tokenize"):
-            most = min(_MOST_TOKENS, (self._student.steps or _MOST_TOKENS) * self._step_tokens)
-            texts = read_texts(self._recipe, self._tokenizer, self._length, most)
+            max_tokens = min(_MOST_TOKENS, (self._student.steps or _MOST_TOKENS) * self._step_tokens)
+            texts = read_texts(self._recipe, self._tokenizer, self._length, max_tokens)
         key = self._key(texts)
-        if (done := self._finished_report(key)) is not None:
-            return done
+        if (record := self._finished_report(key)) is not None:
+            return record
         eval_cache = self._fill_eval_cache(texts)
         model, decoding = self._initial_student(key, texts, eval_cache)
         cache = self._cache("training", texts.training).fill(
@@ -271,10 +271,10 @@ class _Distillation:
 
     def _finished_report(self, key: str) -> DistillationReport | None:
         try:
-            done = msgspec.json.decode((self._folder / _REPORT).read_bytes(), type=_Record)
+            record = msgspec.json.decode((self._folder / _REPORT).read_bytes(), type=_Record)
         except (FileNotFoundError, msgspec.DecodeError):
             return None
-        return done.report if done.key == key and (self._folder / _MODEL).is_dir() else None
+        return record.report if record.key == key and (self._folder / _MODEL).is_dir() else None
 
     def _cache(self, name: str, windows: NDArray[np.int64]) -> TeacherCache:
         student, folder = self._student, self._folder / "teacher" / name
@@ -297,12 +297,12 @@ class _Distillation:
         try:
             share = msgspec.json.decode(path.read_bytes(), type=float)
         except (FileNotFoundError, msgspec.DecodeError):
-            speed = len(eval_cache.windows) * self._length / max(eval_cache.seconds_spent, 1e-6)
+            teacher_speed = len(eval_cache.windows) * self._length / max(eval_cache.seconds_spent, 1e-6)
             batch = min(len(eval_cache.windows), self._student.batch)
-            places = self._accelerator.num_processes if self._accelerator else 1
-            learning = places * training_speed(model, self._loss(model, eval_cache), batch, self._length)
-            least, most = TEACHER_SHARES
-            share = min(max(learning / (learning + EPOCHS * speed), least), most)
+            world_size = self._accelerator.num_processes if self._accelerator else 1
+            student_speed = world_size * training_speed(model, self._loss(model, eval_cache), batch, self._length)
+            lowest, highest = TEACHER_SHARES
+            share = min(max(student_speed / (student_speed + EPOCHS * teacher_speed), lowest), highest)
             if self._accelerator:  # by the main process's clock
                 found = torch.tensor(share, dtype=torch.float64, device=self._device)
                 share = float(accelerate.utils.broadcast(found))
@@ -407,12 +407,12 @@ class _Distillation:
             )
         return before, state
 
-    def _finish(self, model: PreTrainedModel, done: _Record) -> None:
+    def _finish(self, model: PreTrainedModel, record: _Record) -> None:
         """Write the student and its record, and delete what only an unfinished run needs."""
         with storage_errors(f"writing {self._folder}"):
             shutil.rmtree(self._folder / _MODEL, ignore_errors=True)
             save_member(model.to("cpu").requires_grad_(requires_grad=False), self._tokenizer, self._folder / _MODEL)
-            write_atomically(self._folder / _REPORT, msgspec.json.encode(done))
+            write_atomically(self._folder / _REPORT, msgspec.json.encode(record))
             (self._folder / "training").unlink(missing_ok=True)
             for start in self._folder.glob("start-*"):
                 shutil.rmtree(start)

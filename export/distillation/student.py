@@ -75,7 +75,7 @@ class Shape(NamedTuple):
         return cls(sizes.layers, attention * heads, ffn * channels, parts.head.weight.numel())
 
 
-def decoding_cost(shape: Shape, form: Format, target: Target) -> float:
+def decoding_cost(shape: Shape, weight_format: Format, target: Target) -> float:
     """Estimate the cost of decoding a token, in bytes read; only ratios are meaningful.
 
     Fitted to SmolLM2-135M and cuts of it on two cores, within 5% of their times: 30 layers take 7.1 ms in int8 and 4.8
@@ -83,16 +83,17 @@ def decoding_cost(shape: Shape, form: Format, target: Target) -> float:
 
     Args:
         shape: Of the model.
-        form: Of its graph.
+        weight_format: Format of its graph.
         target: Where that runs.
     """
-    # Quantised formats hold the head in 8 bits.
-    each, head = (_bytes_of(kind, target) for kind in (form, form if form in ("fp32", "fp16") else "int8"))
+    # Quantized formats hold the head in 8 bits.
+    head_format: Format = weight_format if weight_format in ("fp32", "fp16") else "int8"
+    each, head = _bytes_of(weight_format, target), _bytes_of(head_format, target)
     return shape.layers * ((shape.attention + shape.ffn) * each + _LAYER) + _HEAD * shape.head * head
 
 
-def _bytes_of(form: Format, target: Target) -> float:
-    return _GPU_BYTES.get(form, _BYTES[form]) if target == "cuda" else _BYTES[form]
+def _bytes_of(weight_format: Format, target: Target) -> float:
+    return _GPU_BYTES.get(weight_format, _BYTES[weight_format]) if target == "cuda" else _BYTES[weight_format]
 
 
 def default_layers(shape: Shape, member: Format, student: Format, target: Target) -> int:
@@ -143,16 +144,16 @@ def new_student(
     if student.config is not None:
         return InitialStudent(_random_model(recipe, student.config, tokenizer), None)
     spec, model = _starting_model(recipe, weights, distance, progress)
-    form = spec.format or recipe.format
-    to = _target_sizes(model, student, form, recipe.target)
+    weight_format = spec.format or recipe.format
+    to = _target_sizes(model, student, weight_format, recipe.target)
     calibration = windows[: max(1, CALIBRATION_TOKENS // windows.shape[1])]
     cost = decoding_cost(Shape.of(model, to), student.format, recipe.target)
-    share = cost / decoding_cost(Shape.of(model), form, recipe.target)
+    share = cost / decoding_cost(Shape.of(model), weight_format, recipe.target)
     return InitialStudent(shrink(model, to, calibration, progress), share)
 
 
 def expected_shape(
-    recipe: Recipe, weights: Mapping[str, float], tokenizer: PreTrainedTokenizerBase, form: Format
+    recipe: Recipe, weights: Mapping[str, float], tokenizer: PreTrainedTokenizerBase, weight_format: Format
 ) -> Shape:
     """Return the shape that a recipe's student will have.
 
@@ -160,7 +161,7 @@ def expected_shape(
         recipe: A recipe, with a student or the default one.
         weights: Weights by member name.
         tokenizer: The members' tokenizer.
-        form: Format of the graph of the member that it is cut from.
+        weight_format: Format of the graph of the member that it is cut from.
 
     Raises:
         InputError: As `new_student`.
@@ -169,7 +170,7 @@ def expected_shape(
     if student.config is not None:
         return Shape.of(_random_model(recipe, student.config, tokenizer))
     model = MemberLoader(recipe.folder).load(start_member(recipe, weights)).model
-    return Shape.of(model, _target_sizes(model, student, form, recipe.target))
+    return Shape.of(model, _target_sizes(model, student, weight_format, recipe.target))
 
 
 def start_member(recipe: Recipe, weights: Mapping[str, float]) -> MemberRecipe:
@@ -180,11 +181,11 @@ def start_member(recipe: Recipe, weights: Mapping[str, float]) -> MemberRecipe:
     return max(recipe.members, key=lambda spec: weights.get(spec.name, 0.0))
 
 
-def _target_sizes(model: PreTrainedModel, student: Student, form: Format, target: Target) -> Sizes:
+def _target_sizes(model: PreTrainedModel, student: Student, weight_format: Format, target: Target) -> Sizes:
     """Return the sizes that a model with a graph in a format is cut to."""
     if student.prune is not None:
         return sizes(model, student.prune)
-    layers = default_layers(Shape.of(model), form, student.format, target)
+    layers = default_layers(Shape.of(model), weight_format, student.format, target)
     return replace(Structure(model).sizes, layers=layers)
 
 
@@ -240,13 +241,13 @@ def fit_down_projections(
         targets = _inputs(model, ends, windows)
         for layer, end in zip(here.layers, ends, strict=True):
             if not layer.later_norms:
-                activations, reached = _reached(student, layer.module, layer.down.module, windows)
+                activations, outputs = _layer_activations(student, layer.module, layer.down.module, windows)
                 goal = targets[end]
                 scale = goal.square().mean(1, keepdim=True).rsqrt()  # the next layer normalizes its input
                 activations *= scale
                 moment = activations.T @ activations
                 moment.diagonal().add_(_DAMPING * moment.diagonal().mean())
-                addition = torch.linalg.solve(moment, activations.T @ ((goal - reached) * scale))
+                addition = torch.linalg.solve(moment, activations.T @ ((goal - outputs) * scale))
                 layer.down.set_weight(layer.down.weight + addition.T)
             del targets[end]
             task.advance()
@@ -274,15 +275,15 @@ def _inputs(model: PreTrainedModel, modules: Sequence[Any], windows: Tensor) -> 
     return {module: torch.cat(parts) for module, parts in inputs.items()}
 
 
-def _reached(model: PreTrainedModel, layer: Any, down: Any, windows: Tensor) -> tuple[Tensor, Tensor]:
+def _layer_activations(model: PreTrainedModel, layer: Any, down: Any, windows: Tensor) -> tuple[Tensor, Tensor]:
     """Return the input of a layer's down projection, [tokens, channels], and the layer's output, [tokens, hidden]."""
-    activations, reached = [], []
+    activations, outputs = [], []
 
     def before(_: Any, arguments: tuple[Any, ...]) -> None:
         activations.append(arguments[0].reshape(-1, arguments[0].shape[-1]).float())
 
     def after(_: Any, __: Any, output: Any) -> None:
-        reached.append((output[0] if isinstance(output, tuple) else output).flatten(0, 1).float())
+        outputs.append((output[0] if isinstance(output, tuple) else output).flatten(0, 1).float())
         raise _StopForward
 
     hooks = [down.register_forward_pre_hook(before), layer.register_forward_hook(after)]
@@ -295,7 +296,7 @@ def _reached(model: PreTrainedModel, layer: Any, down: Any, windows: Tensor) -> 
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.cat(activations), torch.cat(reached)
+    return torch.cat(activations), torch.cat(outputs)
 
 
 def _starting_model(
@@ -304,18 +305,18 @@ def _starting_model(
     """Return the member that gives the student's shape and the model that the student is cut from: the member that the
     recipe names, or the one of the highest weight, or the mean of all of its shape if that is closer to the mixture.
     """
-    loader, best = MemberLoader(recipe.folder, progress), start_member(recipe, weights)
-    model = loader.load(best).model
+    loader, member = MemberLoader(recipe.folder, progress), start_member(recipe, weights)
+    model = loader.load(member).model
     if recipe.student is not None and recipe.student.start is not None:
-        return best, model
-    others = [spec for spec in recipe.members if spec is not best and weights.get(spec.name, 0) > 0]
+        return member, model
+    others = [spec for spec in recipe.members if spec is not member and weights.get(spec.name, 0) > 0]
     average = average_model(
-        model, weights[best.name], ((loader.load(spec).model, weights[spec.name]) for spec in others)
+        model, weights[member.name], ((loader.load(spec).model, weights[spec.name]) for spec in others)
     )
     if average is None:
-        return best, model
+        return member, model
     with progress.stage("compare the members' mean"):
-        return best, min(model, average, key=distance)
+        return member, min(model, average, key=distance)
 
 
 def average_model(

@@ -1,9 +1,9 @@
-"""The teacher: the mixture's next-token distributions on windows of tokens, by their top tokens and the rest's mass.
+"""The teacher: the mixture's next-token distributions on windows of tokens, as top tokens and the tail's probability.
 
     P(y | x) = sum_i w_i P_i(y | x)
 
-from a bundle's graphs, or from torch models where there is no bundle, or where they are faster and the graphs would say
-the same. Vocabularies' padding is cut off before the softmax, as the runtime does.
+computed by a bundle's graphs, or by torch models if there is no bundle, or if they are faster and equivalent. Padding
+of the vocabulary is removed before the softmax, as the runtime does.
 """
 
 from __future__ import annotations
@@ -47,24 +47,24 @@ if TYPE_CHECKING:
     from edgemix.runtime.mixing.ensemble import Ensemble
 
 _ROWS = 64
-"""Tokens that are mixed at once: their distributions stay in a CPU's cache."""
+"""Tokens whose distributions are mixed at once: they stay in a CPU's cache."""
 _GPU_ROWS = 1024
 _TOKENS = 4096
-"""Tokens that a torch member reads at once: with 1,024 it takes a sixth more time."""
+"""Tokens per forward pass of a torch member: 1,024 take a sixth more time."""
 _FAITHFUL: frozenset[Format] = frozenset({"fp32", "fp16", "int8", "int8-dynamic"})
-"""Formats in which a graph's distributions are the torch model's, but for what bfloat16 changes in those too."""
+"""Formats whose graphs compute the torch model's distributions, up to bfloat16's error."""
 _BLOCK = 64
 _ROOM = 1.25
-"""A GPU needs so many times the weights' bytes, for activations and what else is on it."""
+"""GPU memory needed, as a multiple of the weights' bytes: activations, and whatever else is on the GPU."""
 
 
 class Teacher(Protocol):
-    """Whoever the student learns from.
+    """Computes the distributions that the student is trained on.
 
     Attributes:
-        key: Digest of all that its distributions depend on.
-        vocabulary: The tokenizer's.
-        context: Most tokens of a window.
+        key: Digest of everything that the distributions depend on.
+        vocabulary: Size of the tokenizer's vocabulary.
+        context: Largest number of tokens in a window.
     """
 
     key: str
@@ -72,16 +72,16 @@ class Teacher(Protocol):
     context: int
 
     def top_k(self, ids: NDArray[np.int64], k: int, temperature: float) -> TopK:
-        """What may follow each token but the last of windows [windows, length], row after row, on the CPU."""
+        """Return the distributions after each token but the last of windows [windows, length], by rows, on the CPU."""
         ...
 
 
 class RuntimeTeacher:
-    """A bundle's mixture, as it ships.
+    """A bundle's mixture.
 
     Args:
-        mixture: Loaded; it must stay open.
-        weights: Member name -> share; members without one are not evaluated.
+        mixture: The loaded mixture, which must stay open.
+        weights: Weights by member name; members without a weight are not evaluated.
     """
 
     def __init__(self, mixture: Mixture, weights: Mapping[str, float]) -> None:
@@ -117,13 +117,13 @@ class RuntimeTeacher:
 
 
 class TorchTeacher:
-    """Members as torch models: in bfloat16 where the hardware multiplies it, in 4 bits where a GPU lacks the memory.
+    """Members as torch models: in bfloat16 if the hardware multiplies it, in 4 bits if a GPU lacks the memory.
 
     Args:
-        members: Taken one after the other; their models are copied to the device.
-        vocabulary: The tokenizer's.
-        device: Where they run.
-        four_bit: Whether their linears are quantised to NF4 (bitsandbytes); None decides by the device's free memory.
+        members: Consumed one after the other; their models are copied to the device.
+        vocabulary: Size of the tokenizer's vocabulary.
+        device: Device of the models.
+        four_bit: Whether to quantize linears to NF4 (bitsandbytes); None decides by the device's free memory.
     """
 
     def __init__(
@@ -141,20 +141,20 @@ class TorchTeacher:
         self.set_weights(dict.fromkeys(self._models, 1.0))
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
-        """Mix by these weights, normalized here; members without one are not evaluated. At first all weights are equal."""
+        """Set the weights, which are normalized; members without a weight are not evaluated. Uniform by default."""
         total = sum(weights.values())
-        self._active = [placed for name, placed in self._models.items() if weights.get(name, 0) > 0]
+        self._active = [member for name, member in self._models.items() if weights.get(name, 0) > 0]
         self._weights = [weights[name] / total for name in self._models if weights.get(name, 0) > 0]
-        self.key = stage_key(members=[placed.key for placed in self._active], weights=self._weights)
+        self.key = stage_key(members=[member.key for member in self._active], weights=self._weights)
 
     def top_k(self, ids: NDArray[np.int64], k: int, temperature: float) -> TopK:
         with torch.inference_mode():
             top = _top_of_mixture(self._all_logits(ids, self._active), self._weights, self.vocabulary, k, temperature)
-        return TopK(*(each.clone() for each in top))  # which training may use
+        return TopK(*(each.clone() for each in top))  # training cannot use inference tensors
 
     def target_log_probabilities(self, ids: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Each member's log-probability of every token but the first of its window: float64 [members, tokens]; all are
-        evaluated, whatever their weights.
+        """Return each member's log-probability of every token except the first of each window: float64
+        [members, tokens]. All members are evaluated, whatever their weights.
         """
         targets = torch.from_numpy(ids[:, 1:]).flatten().to(self._device)
         scored, at = [], 0
@@ -175,22 +175,22 @@ class TorchTeacher:
         if four_bit:
             quantize_linears(model, self._dtype)
         model = model.to(self._dtype).to(self._device).eval()
-        read = [member.source.sha256, fingerprint(member.model)]  # which may have been pruned since it was read
-        key = stage_key(member=read, precision=[str(self._dtype), four_bit])
+        weights = [member.source.sha256, fingerprint(member.model)]  # the model may have been pruned after loading
+        key = stage_key(member=weights, precision=[str(self._dtype), four_bit])
         return _DeviceMember(model, linear_head(model), key)
 
-    def _logits(self, placed: _DeviceMember, ids: Tensor) -> Iterator[Tensor]:
-        """Logits [some rows, width] after each token of windows [windows, length], row after row."""
+    def _logits(self, member: _DeviceMember, ids: Tensor) -> Iterator[Tensor]:
+        """Yield logits [rows, width] after each token of windows [windows, length], in chunks of rows."""
         rows = _ROWS if self._device.type == "cpu" else _GPU_ROWS
-        if placed.head is None:
-            yield from placed.model(input_ids=ids, use_cache=False).logits.flatten(0, 1).split(rows)
+        if member.head is None:
+            yield from member.model(input_ids=ids, use_cache=False).logits.flatten(0, 1).split(rows)
             return
-        hidden = placed.model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        hidden = member.model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
         for some in hidden.split(4 * rows):  # enough for a fast matrix product
-            yield from placed.head(some).split(rows)
+            yield from member.head(some).split(rows)
 
     def _all_logits(self, ids: NDArray[np.int64], members: Iterable[_DeviceMember]) -> Iterator[tuple[Tensor, ...]]:
-        """Members' logits [some rows, width] after each token but the last of windows, row after row."""
+        """Yield members' logits [rows, width] after each token except the last of windows, in chunks of rows."""
         members = list(members)
         for some in torch.from_numpy(ids[:, :-1]).to(self._device).split(max(1, _TOKENS // ids.shape[1])):
             yield from zip(*(self._logits(member, some) for member in members), strict=True)
@@ -199,15 +199,15 @@ class TorchTeacher:
 def teacher_in_export(
     mixture: Mixture, weights: Mapping[str, float], load: Callable[[str], LoadedMember], device: torch.device
 ) -> Teacher:
-    """The mixture of a bundle that is being made, as a teacher: its torch models where the hardware multiplies
-    bfloat16 and the graphs would say the same (three of SmolLM2-135M on two cores with AMX speak on 910 tokens a
-    second, their int8 graphs on 250), else its graphs.
+    """Return a teacher for the mixture of a bundle during its export: its torch models if the hardware multiplies
+    bfloat16 and the graphs are equivalent (on two cores with AMX, three of SmolLM2-135M evaluate 910 tokens per second,
+    their int8 graphs 250), else its graphs.
 
     Args:
-        mixture: As it ships.
-        weights: Member name -> share.
-        load: Gives a member's torch model by its name.
-        device: Where torch models run.
+        mixture: The bundle's mixture.
+        weights: Weights by member name.
+        load: Returns a member's torch model by name.
+        device: Device of torch models.
     """
     active = [entry for entry in mixture.manifest.members if weights.get(entry.name, 0) > 0]
     if not has_fast_bfloat16(device) or not all(entry.format in _FAITHFUL for entry in active):
@@ -218,7 +218,7 @@ def teacher_in_export(
 
 
 class _DeviceMember(NamedTuple):
-    """A member on the teacher's device: its model, its output layer if that is a plain one, and a digest of it."""
+    """A member on the teacher's device: its model, its head if it is a linear layer, and a digest of it."""
 
     model: PreTrainedModel
     head: nn.Linear | None
@@ -229,13 +229,13 @@ class _DeviceMember(NamedTuple):
 def open_teacher(
     recipe: Recipe, bundle: Path | None, device: torch.device, progress: Progress = NO_PROGRESS
 ) -> Iterator[tuple[Teacher, dict[str, float]]]:
-    """The teacher of a recipe's student, with the weights of its members.
+    """Open the teacher of a recipe's student, and return it with the weights of its members.
 
     Args:
-        recipe: Whose members are loaded, and whose weights are taken or fitted, where there is no bundle.
-        bundle: Whose mixture teaches, with the bundle's own weights.
-        device: Where torch members run.
-        progress: Hears of the stages.
+        recipe: Its members are loaded, and its weights are used or fitted, if there is no bundle.
+        bundle: Bundle whose mixture and weights to use.
+        device: Device of torch models.
+        progress: Progress callback.
 
     Raises:
         BundleError: The bundle cannot be opened.
@@ -263,7 +263,7 @@ def open_teacher(
 
 
 def _check_tokenizer(recipe: Recipe, bundle: Path, mixture: Mixture) -> None:
-    """The student reads and writes the ids of the recipe's members: they must mean the same to its teacher."""
+    """Check that a bundle has the tokenizer of the recipe's members, whose token ids the student uses."""
     first = recipe.members[0]
     identity = TokenizerIdentity.parse(tokenizer_json(load_tokenizer(locate(first.model, recipe.folder))))
     if identity.sha256() != mixture.manifest.tokenizer.sha256:
@@ -276,7 +276,7 @@ def _check_tokenizer(recipe: Recipe, bundle: Path, mixture: Mixture) -> None:
 def _validation(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, teacher: TorchTeacher
 ) -> Iterator[NDArray[np.float64]]:
-    """Each member's log-probabilities of a recipe's validation text, domain by domain."""
+    """Yield each member's log-probabilities of a recipe's validation text by domain: float64 [members, tokens]."""
     data = recipe.data
     for source in data.validation.values():
         documents = read_documents(source, recipe.folder)
@@ -286,7 +286,7 @@ def _validation(
 
 
 def mix(logits: Sequence[Tensor], weights: Sequence[float], vocabulary: int) -> Tensor:
-    """The mixture's probabilities fp32 [rows, vocabulary], from each member's logits [rows, its width]."""
+    """Return the mixture's probabilities, fp32 [rows, vocabulary], from each member's logits [rows, width]."""
     parts = zip(logits, weights, strict=True)
     first, weight = next(parts)
     mixed = first[:, :vocabulary].float().softmax(-1).mul_(weight)
@@ -303,8 +303,8 @@ def _top_of_mixture(
 
 
 def quantize_linears(model: PreTrainedModel, compute: torch.dtype) -> None:
-    """Put 4-bit linears (NF4, QLoRA: arXiv 2305.14314) in the place of a model's, to be packed when they move to their
-    device. The head stays, and so does what is no multiple of a block, for which CPUs have no kernel.
+    """Replace a model's linears by 4-bit ones (NF4, QLoRA: arXiv 2305.14314), which are packed when they are moved to
+    their device. The head is kept, and so are linears whose sizes are no multiple of a block: CPUs have no kernel.
     """
     import bitsandbytes as bnb
 

@@ -1,7 +1,7 @@
-"""The teacher's distributions on disk: shards of windows, each written atomically, so that a killed run goes on.
+"""The teacher's distributions on disk, in shards of windows that are written atomically, so that a killed run resumes.
 
-A token takes 4 k bytes and a few (6 k where ids need more than 16 bits): log-probabilities in half precision, which are
-off by 1/2048 of themselves at most, and made to sum to one again when they are read.
+A token takes about 4 k bytes (6 k if ids need more than 16 bits): log-probabilities are stored in half precision, with
+a relative error of at most 1/2048, and normalized when they are read.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ if TYPE_CHECKING:
     from edgemix.export.distillation.teacher import Teacher
 
 _SHARD = 16
-"""Windows of a shard: what an interruption loses is less."""
+"""Windows per shard: an interruption loses less than one shard."""
 
 
 class TeacherCache:
-    """What a teacher says on windows.
+    """A teacher's distributions on windows.
 
     Args:
-        folder: Its own.
+        folder: The cache's own folder.
         windows: int64 [windows, length].
-        teacher: Who is asked; its key and the two numbers below decide what an older shard is worth.
-        k: Tokens of each distribution that are kept.
-        temperature: Of the distributions.
+        teacher: The teacher. Shards of another teacher, `k` or temperature are ignored.
+        k: Number of top tokens to keep.
+        temperature: Temperature of the distributions.
 
     Attributes:
-        seconds_spent: Seconds that the teacher has taken for the windows, as `fill` has found it.
+        seconds_spent: Seconds that the teacher took for the windows; set by `fill`.
     """
 
     def __init__(
@@ -66,71 +66,71 @@ class TeacherCache:
         title: str = "teacher",
         progress: Progress = NO_PROGRESS,
     ) -> TeacherCache:
-        """Ask for what is not there yet, from the first window on.
+        """Compute missing shards, from the first window on.
 
         Args:
             seconds: Stop when this time has been spent on the existing shards, those of earlier runs included.
             accelerator: Processes that take turns at the shards.
-            title: The stage's name for `progress`.
-            progress: Hears of the windows.
+            title: Title of the progress stage.
+            progress: Progress callback.
 
         Returns:
-            A cache of the windows that are there now, from the first on without a gap: one shard's at least.
+            A cache of the leading windows that are available without a gap: at least one shard.
 
         Raises:
-            EdgemixError: The disk refuses, or the teacher fails.
+            EdgemixError: A shard cannot be written, or the teacher fails.
         """
-        place, places = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+        rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
         shards = -(-len(self.windows) // _SHARD)
         with storage_errors(f"writing {self._folder}"):
             self._folder.mkdir(parents=True, exist_ok=True)
         seconds_spent = 0.0
         with progress.stage(title, len(self.windows)) as task:
-            for shard in range(place, shards, places):
-                if seconds is not None and seconds_spent >= seconds and shard > place:
+            for shard in range(rank, shards, world_size):
+                if seconds is not None and seconds_spent >= seconds and shard > rank:
                     break
                 found = self._seconds(shard)
                 seconds_spent += self._write_shard(shard) if found is None else found
-                task.advance(places * len(self._numbers(shard)))
+                task.advance(world_size * len(self._indices(shard)))
         if accelerator:
             accelerator.wait_for_everyone()
-        there = next((shard for shard in range(shards) if self._seconds(shard) is None), shards)
+        available = next((shard for shard in range(shards) if self._seconds(shard) is None), shards)
         filled = copy.copy(self)
-        filled.windows = self.windows[: there * _SHARD]
-        filled.seconds_spent = sum(self._seconds(shard) or 0.0 for shard in range(there)) / places
+        filled.windows = self.windows[: available * _SHARD]
+        filled.seconds_spent = sum(self._seconds(shard) or 0.0 for shard in range(available)) / world_size
         return filled
 
-    def read(self, numbers: NDArray[np.int64]) -> TopK:
-        """The distributions of some windows, row after row [len(numbers) * (length - 1)].
+    def read(self, indices: NDArray[np.int64]) -> TopK:
+        """Read the distributions of windows by index, as rows [len(indices) * (length - 1)].
 
         Raises:
             EdgemixError: A shard is missing or damaged.
         """
-        parts = [self._window(*divmod(int(number), _SHARD)) for number in numbers]
+        parts = [self._window(*divmod(int(index), _SHARD)) for index in indices]
         ids, logs, tail = (np.concatenate(each) for each in zip(*parts, strict=True))
         events = torch.from_numpy(np.concatenate([logs, tail[:, None]], 1)).float()
         events = events - events.logsumexp(-1, keepdim=True)
         return TopK(torch.from_numpy(ids.astype(np.int64)), events[:, :-1], events[:, -1])
 
-    def tokens(self, numbers: NDArray[np.int64]) -> Tensor:
-        """The windows [len(numbers), length] themselves."""
-        return torch.from_numpy(self.windows[numbers])
+    def tokens(self, indices: NDArray[np.int64]) -> Tensor:
+        """Return windows by index: int64 [len(indices), length]."""
+        return torch.from_numpy(self.windows[indices])
 
-    def _numbers(self, shard: int) -> range:
+    def _indices(self, shard: int) -> range:
         return range(shard * _SHARD, min((shard + 1) * _SHARD, len(self.windows)))
 
     def _path(self, shard: int) -> Path:
         return self._folder / f"{shard:06}.safetensors"
 
     def _key(self, shard: int) -> str:
-        numbers = self._numbers(shard)
-        return stage_key(windows=self.windows[numbers.start : numbers.stop].tolist(), **self._settings)
+        indices = self._indices(shard)
+        return stage_key(windows=self.windows[indices.start : indices.stop].tolist(), **self._settings)
 
     def _write_shard(self, shard: int) -> float:
-        """Write a shard; the seconds that it took."""
+        """Compute and write a shard, and return the seconds that it took."""
         started = time.monotonic()
-        numbers = self._numbers(shard)
-        windows = self.windows[numbers.start : numbers.stop]
+        indices = self._indices(shard)
+        windows = self.windows[indices.start : indices.stop]
         top = self._teacher.top_k(windows, self._k, self._temperature)
         small = self._teacher.vocabulary <= np.iinfo(np.uint16).max + 1
         rows = (len(windows), windows.shape[1] - 1)
@@ -146,7 +146,7 @@ class TeacherCache:
         return seconds
 
     def _seconds(self, shard: int) -> float | None:
-        """The seconds that a shard took to make; None if it is not there, damaged, or of something else."""
+        """Return the seconds that a shard took; None if it is missing, damaged, or of other settings."""
         try:
             with safetensors.safe_open(self._path(shard), "numpy") as file:
                 written = json.loads((file.metadata() or {})["edgemix"])
@@ -154,10 +154,10 @@ class TeacherCache:
         except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError):
             return None
 
-    def _window(self, shard: int, place: int) -> tuple[NDArray[np.integer], NDArray[np.float16], NDArray[np.float16]]:
+    def _window(self, shard: int, row: int) -> tuple[NDArray[np.integer], NDArray[np.float16], NDArray[np.float16]]:
         try:
             with safetensors.safe_open(self._path(shard), "numpy") as file:
-                ids, logs, tail = (file.get_slice(name)[place] for name in ("ids", "log_probabilities", "tail"))
+                ids, logs, tail = (file.get_slice(name)[row] for name in ("ids", "log_probabilities", "tail"))
         except (OSError, safetensors.SafetensorError) as error:
             raise EdgemixError(
                 f"{self._path(shard)}: cannot be read: {error}", "Start the same command again."
@@ -166,7 +166,7 @@ class TeacherCache:
 
 
 def _half(values: Tensor) -> NDArray[np.float16]:
-    """In half precision, with the lowest number that it has for the logarithm of zero."""
+    """Convert to half precision, with its lowest finite index for the logarithm of zero."""
     lowest = float(np.finfo(np.float16).min)
     half: NDArray[np.float16] = values.clamp(min=lowest).half().numpy()
     return half

@@ -1,7 +1,6 @@
-"""What the student reads: windows of the recipe's training text, the domains taking turns, and a part held out.
+"""The student's text: windows of the recipe's training text, with the domains interleaved, and a held-out part.
 
-Windows come from anywhere in a domain's text: of long documents taken one after the other, a student that has minutes
-would read three or four.
+Windows are shuffled within each domain: in document order, a short training would read only three or four documents.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ if TYPE_CHECKING:
     from edgemix.recipe.schema import Recipe
 
 HELD_OUT = 0.03
-"""Share of each domain's training text on which the student is eval_cache."""
+"""Fraction of each domain's training text that is held out for validation."""
 HELD_OUT_TOKENS = 8_192
-"""Most tokens of it, over all domains."""
-_TOKENISED = 20_000_000
-"""Most tokens of a domain's text that windows are taken from."""
+"""Largest number of held-out tokens over all domains."""
+_MAX_DOMAIN_TOKENS = 20_000_000
+"""Largest number of tokens of a domain's text from which windows are taken."""
 
 
 @dataclass(frozen=True)
 class DistillationTexts:
-    """Windows int64 [windows, length] to learn from and to be eval_cache on; equal pieces of text never lie in both.
+    """Training and held-out windows, int64 [windows, length]; they share no piece of text.
 
-    Any beginning of either holds as much of every domain as there is, in an order that only the seed decides.
+    Every prefix of either has about the same amount of each domain, in an order that depends only on the seed.
     """
 
     training: NDArray[np.int64]
@@ -47,10 +46,10 @@ def read_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, length: int, 
     """Read a recipe's training text.
 
     Args:
-        recipe: With `data.training`.
-        tokenizer: The members'.
-        length: Tokens of a window.
-        max_tokens: As much training text as is of use; only what it takes is tokenised.
+        recipe: A recipe with `data.training`.
+        tokenizer: The members' tokenizer.
+        length: Tokens per window.
+        max_tokens: Largest number of training tokens to return.
 
     Raises:
         InputError: A file cannot be read, or there is less than a window of text.
@@ -67,8 +66,8 @@ def read_texts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, length: int, 
                 f"data.training.{domain}: less than the {length} tokens of a window",
                 "Give more text, or a smaller student: length:.",
             )
-    most = max(1, max_tokens // length)
-    return DistillationTexts(_interleave(training, length)[:most], _interleave(held_out, length))
+    count = max(1, max_tokens // length)
+    return DistillationTexts(_interleave(training, length)[:count], _interleave(held_out, length))
 
 
 def _full_windows(
@@ -76,12 +75,12 @@ def _full_windows(
 ) -> list[list[int]]:
     if not any(documents):
         return []
-    found = windows(documents, tokenizer, length, max_tokens=_TOKENISED, seed=seed)
+    found = windows(documents, tokenizer, length, max_tokens=_MAX_DOMAIN_TOKENS, seed=seed)
     np.random.default_rng(seed).shuffle(found)
     return [window for window in found if len(window) == length]
 
 
 def _interleave(domains: Sequence[list[list[int]]], length: int) -> NDArray[np.int64]:
-    """One window of each domain after the other; those with more text go on alone."""
+    """Return one window of each domain in turn, int64 [windows, length]; longer domains continue alone."""
     turns = chain.from_iterable(zip_longest(*domains))
     return np.array([window for window in turns if window is not None], np.int64).reshape(-1, length)

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from edgemix.bundle.manifest import MANIFEST
 from edgemix.errors import InputError, storage_errors
 from edgemix.export.demo.text import DOMAINS, Texts, make_texts
-from edgemix.export.demo.tiny import save_member, train_member, train_tokenizer
+from edgemix.export.demo.tiny import train_member, train_tokenizer
 from edgemix.export.finetuning.finetune import finetune_model
 from edgemix.export.models.loading import load_member, load_model, load_tokenizer
 from edgemix.export.models.location import locate
+from edgemix.export.models.save import save_member
 from edgemix.export.pipeline import export_bundle
 from edgemix.files import write_atomically
 from edgemix.progress import NO_PROGRESS, Progress

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from edgemix.bundle.stages import stage_key
-from edgemix.errors import storage_errors
 from edgemix.export.data.text import windows
+from edgemix.export.models.save import save_member
 from edgemix.export.training.checkpoints import Checkpoint
 from edgemix.export.training.loop import TrainingBudget, fingerprint, train
 from edgemix.export.training.token_loss import token_loss
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 END = "<|endoftext|>"
 VOCABULARY = 512
@@ -90,20 +89,6 @@ def train_member(
     )
     save_member(model, tokenizer, output)
     checkpoint.remove()
-
-
-def save_member(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path, *, license_id: str | None = None
-) -> None:
-    """Write a model and its tokenizer beside `output` and move them there in one step; a card states the license."""
-    staging = output.with_name(f".{output.name}.partial")
-    with storage_errors(f"writing {output}"):
-        shutil.rmtree(staging, ignore_errors=True)
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        if license_id:
-            (staging / "README.md").write_text(f"---\nlicense: {license_id}\n---\n", "utf-8")
-        staging.rename(output)
 
 
 def _random_model(seed: int) -> LlamaForCausalLM:

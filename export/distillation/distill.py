@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM
 
 from edgemix.bundle.stages import stage_key
 from edgemix.errors import InputError, RecipeError, storage_errors
-from edgemix.export.demo.tiny import save_member
 from edgemix.export.distillation.head_loss import objective_loss
 from edgemix.export.distillation.loss import DistillationLoss, mean_loss, training_speed
 from edgemix.export.distillation.student import CALIBRATION_TOKENS, new_student
@@ -29,6 +28,7 @@ from edgemix.export.distillation.texts import read_texts
 from edgemix.export.models.architecture import context_length
 from edgemix.export.models.loading import load_tokenizer
 from edgemix.export.models.location import locate
+from edgemix.export.models.save import save_member
 from edgemix.export.pruning.sparsity import preserve_zeros, sparsify
 from edgemix.export.training.checkpoints import Checkpoint
 from edgemix.export.training.loop import TrainingBudget, Validation, train

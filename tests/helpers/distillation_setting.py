@@ -10,7 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from edgemix.export.data.text import windows
-from edgemix.export.demo.tiny import save_member, train_tokenizer
+from edgemix.export.demo.tiny import train_tokenizer
+from edgemix.export.models.save import save_member
 from edgemix.export.training.loop import TrainingBudget, train
 from edgemix.export.training.token_loss import token_loss
 from edgemix.recipe.compression import Student

@@ -2,7 +2,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from edgemix.export.demo.tiny import END, VOCABULARY, save_member, train_member, train_tokenizer
+from edgemix.export.demo.tiny import END, VOCABULARY, train_member, train_tokenizer
+from edgemix.export.models.save import save_member
 from edgemix.progress import NO_PROGRESS
 
 TEXT = [f"def add_{i}(a, b):\n    return a + b + {i}\n" * 20 for i in range(30)]

@@ -1,1 +1,1 @@
-"""The demonstration: the whole walk, offline."""
+"""The demo: train experts, export a mixture and evaluate it, offline."""

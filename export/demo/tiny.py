@@ -1,4 +1,4 @@
-"""Small language models trained from scratch in seconds: members for trying things out where there are no weights."""
+"""Train small language models from scratch in seconds: members for trying things out without downloaded weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _BATCH, _LENGTH = 16, 64
 
 
 def train_tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of `VOCABULARY` tokens; the same text gives the same tokenizer."""
+    """Train a byte-level BPE tokenizer of `VOCABULARY` tokens; the same text gives the same tokenizer."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -56,17 +56,17 @@ def train_member(
 ) -> None:
     """Train all weights of a small Llama on documents and save it with its tokenizer as a Hugging Face folder.
 
-    An interrupted run leaves a checkpoint beside `output`, which the same call takes up.
+    An interrupted run leaves a checkpoint beside `output`, from which the same call resumes.
 
     Args:
-        output: The folder to write; must not be there yet.
+        output: The folder to write; must not exist yet.
         documents: Training text.
-        tokenizer: As all members that are to be mixed have it.
-        start: A member to train further; a new one is random.
-        steps: Optimiser steps of `_BATCH` windows.
-        learning_rate: At its highest.
-        seed: Of the first weights and of the order of the text.
-        progress: Hears of every step's loss.
+        tokenizer: The tokenizer that the mixture's members share.
+        start: A member to continue training from; None starts from random weights.
+        steps: Optimizer steps of `_BATCH` windows.
+        learning_rate: Peak learning rate.
+        seed: Seed of the initial weights and of the order of the text.
+        progress: Progress callback.
     """
     model = _random_model(seed) if start is None else AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
     text = np.array(windows(documents, tokenizer, _LENGTH, max_tokens=steps * _BATCH * _LENGTH, seed=seed), np.int64)

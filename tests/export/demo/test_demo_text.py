@@ -25,7 +25,7 @@ def library(tmp_path, monkeypatch):
     (root / "test" / "test_module.py").write_text("never = 'read'\n")
     (root / "latin.py").write_bytes(b"# \xe9\n")
     monkeypatch.setattr(demo_text.sysconfig, "get_path", lambda name: str(root))
-    monkeypatch.setattr(demo_text, "_topics", dict)
+    monkeypatch.setattr(demo_text, "_help_topics", dict)
     return root
 
 
@@ -44,7 +44,7 @@ def test_modules_and_their_docstrings_fall_on_the_same_side(library, tmp_path):
 def test_held_out_excerpts_are_whole_lines_of_bounded_size(library, tmp_path):
     texts = make_texts(tmp_path)
     for text in texts["code"].validation + texts["code"].test:
-        assert len(text) <= demo_text._EXCERPT
+        assert len(text) <= demo_text._EXCERPT_CHARACTERS
         assert text.startswith("value_")
         assert text.endswith("\n")
 

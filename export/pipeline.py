@@ -16,9 +16,9 @@ import edgemix
 from edgemix.bundle.manifest import SCHEMA, BudgetFigures, Manifest
 from edgemix.bundle.writer import BundleWriter
 from edgemix.errors import RecipeError
-from edgemix.export.budget.candidates import Trials
-from edgemix.export.budget.check import verdict
-from edgemix.export.budget.planner import Planner, decided, undecided
+from edgemix.export.budget.candidates import CandidateGraphs
+from edgemix.export.budget.check import check_budget
+from edgemix.export.budget.planner import FormatPlanner, with_initial_formats, with_planned_formats
 from edgemix.export.context import ExportContext
 from edgemix.export.drafting.ngrams import write_ngrams
 from edgemix.export.models import tokenizers
@@ -41,12 +41,17 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from edgemix.export.budget.plan import Budget
+    from edgemix.export.budget.plan import ResourceBudget
     from edgemix.recipe.schema import Recipe
 
 
 def export_bundle(
-    recipe: Recipe, output: Path, *, force: bool = False, budget: Budget | None = None, progress: Progress = NO_PROGRESS
+    recipe: Recipe,
+    output: Path,
+    *,
+    force: bool = False,
+    budget: ResourceBudget | None = None,
+    progress: Progress = NO_PROGRESS,
 ) -> Manifest:
     """Build the bundle that `recipe` describes.
 
@@ -158,17 +163,17 @@ def _build(
     return msgspec.structs.replace(manifest, ngrams=inputs.ngrams)
 
 
-def _build_within(context: ExportContext, budget: Budget) -> Manifest:
+def _build_within(context: ExportContext, budget: ResourceBudget) -> Manifest:
     """Choose formats within a budget, build the bundle with them, and check that it is within the budget."""
-    initial = replace(context, recipe=undecided(context.recipe))
+    initial = replace(context, recipe=with_initial_formats(context.recipe))
     inputs = _read_inputs(initial)
-    recipe, eight_bits, check_budget = _choose_formats(initial, inputs, context.recipe, budget)
+    recipe, eight_bits, measure = _choose_formats(initial, inputs, context.recipe, budget)
     manifest = _build(replace(context, recipe=recipe), inputs, eight_bits)
-    return msgspec.structs.replace(manifest, budget=check_budget(manifest))
+    return msgspec.structs.replace(manifest, budget=measure(manifest))
 
 
 def _choose_formats(
-    context: ExportContext, inputs: _Inputs, recipe: Recipe, budget: Budget
+    context: ExportContext, inputs: _Inputs, recipe: Recipe, budget: ResourceBudget
 ) -> tuple[Recipe, dict[str, tuple[str, ...]], Callable[[Manifest], BudgetFigures]]:
     """Return the recipe with all formats chosen, each member's linears at 8 bits, and what checks the bundle.
 
@@ -181,26 +186,11 @@ def _choose_formats(
     writer, progress, members = context.writer, context.progress, _Members.of(context, inputs)
     exporter = members.exporter
     fixed = [exporter.entry(spec, exporter.export(spec)) for spec in recipe.members if spec.format is not None]
-    candidates = Trials(
-        context.recipe,
-        models=members.models,
-        graphs=members.graphs,
-        blocks=members.blocks,
-        writer=writer,
-        progress=progress,
-    )
-    planner = Planner(
-        context.recipe,
-        fixed,
-        inputs.tokenizer,
-        models=members.models,
-        trials=candidates,
-        writer=writer,
-        progress=progress,
-    )
+    candidates = CandidateGraphs(context, models=members.models, graphs=members.graphs, blocks=members.blocks)
+    planner = FormatPlanner(context, fixed, inputs.tokenizer, models=members.models, candidates=candidates)
     found = planner.plan(budget)
-    check_budget = partial(
-        verdict,
+    measure = partial(
+        check_budget,
         budget=budget,
         found=found,
         folder=writer.folder,
@@ -209,4 +199,4 @@ def _choose_formats(
         progress=progress,
     )
     eight_bits = {member.name: member.eight_bits for member in found.members if member.eight_bits}
-    return decided(context.recipe, found), eight_bits, check_budget
+    return with_planned_formats(context.recipe, found), eight_bits, measure

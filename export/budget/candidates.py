@@ -18,23 +18,22 @@ from edgemix.export.quantization import quantize
 from edgemix.export.quantization.algorithms.block_table import BlockTable
 from edgemix.export.quantization.algorithms.rtn import rtn
 from edgemix.formats import Format
-from edgemix.progress import PrefixedProgress, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from edgemix.bundle.writer import BundleWriter
+    from edgemix.export.context import ExportContext
     from edgemix.export.stages.blocks import MemberBlocks
     from edgemix.export.stages.graphs import MemberGraphs
     from edgemix.export.stages.models import MemberModels
-    from edgemix.recipe.schema import MemberRecipe, Recipe
+    from edgemix.recipe.schema import MemberRecipe
 
-CHOICES: tuple[Format, ...] = ("int4", "int8", "fp16")
+CANDIDATE_FORMATS: tuple[Format, ...] = ("int4", "int8", "fp16")
 """The formats that may be chosen."""
 
 
-class Measured(msgspec.Struct, frozen=True):
+class MeasuredMember(msgspec.Struct, frozen=True):
     """What is known of a member before anything is chosen.
 
     Attributes:
@@ -42,7 +41,7 @@ class Measured(msgspec.Struct, frozen=True):
         bytes: Of its graph on disk, by format.
         groups: Names of the linears that must have the same bits.
         shapes: [out, in] of each linear.
-        losses: Of each linear by bits; see `sensitivity.costs`. A GGUF file's own 4 bits lose nothing.
+        losses: Of each linear by bits; see `sensitivity.quantization_costs`. A GGUF file's own 4 bits lose nothing.
         sparse: Whether graphs are stored without their zeros.
     """
 
@@ -54,37 +53,28 @@ class Measured(msgspec.Struct, frozen=True):
     sparse: bool
 
 
-class Trials:
+class CandidateGraphs:
     """Makes the graphs; they lie in the writer's scratch until `remove`.
 
     Args:
-        recipe: Whose members that are chosen for have the format int4.
-        models, graphs, blocks: Its members'.
-        writer: Of the bundle that is being built.
-        progress: Hears of every stage.
+        context: The export; the members to choose for have the format int4.
+        models: The members' models.
+        graphs: The members' fp32 graphs.
+        blocks: The members' quantized blocks.
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        *,
-        models: MemberModels,
-        graphs: MemberGraphs,
-        blocks: MemberBlocks,
-        writer: BundleWriter,
-        progress: Progress,
+        self, context: ExportContext, *, models: MemberModels, graphs: MemberGraphs, blocks: MemberBlocks
     ) -> None:
-        self._recipe, self._models, self._graphs, self._blocks = recipe, models, graphs, blocks
-        self._writer, self._progress = writer, progress
-        self._folder = writer.scratch / "trials"
+        self._context, self._recipe, self._folder = context, context.recipe, context.writer.scratch / "candidates"
+        self._models, self._graphs, self._blocks = models, graphs, blocks
 
-    def measure(self, spec: MemberRecipe) -> Measured:
+    def measure(self, spec: MemberRecipe) -> MeasuredMember:
         """Make a member's graph in every format, and estimate what it loses.
 
         Raises:
             InputError: The member cannot be read, or its structure is not known.
         """
-        stages = self._writer.stages
         key = stage_key(
             graph=self._graphs.key(spec),
             group=self._models.quantization(spec).group,
@@ -92,26 +82,27 @@ class Trials:
             versions=versions(),
             seed=self._recipe.seed,
         )
-        found = stages.done(f"trials/{spec.name}", key, Measured)
-        if found is None:
+
+        def make() -> MeasuredMember:
             record, member = self._graphs.make(spec), self._models.load(spec)
             parts = layout(member.model)
             linears, kept = parts.linears(), self._blocks.repacked(spec, 4)
             losses = {name: {4: 0.0, 8: 0.0} for name in linears} if kept else self._blocks.costs(spec, member)
             half = self._recipe.target == "cuda"
-            found = Measured(
+            return MeasuredMember(
                 config=msgspec.structs.replace(record.config, dtype="float16" if half else "float32"),
                 bytes={
                     form: self._make(spec, form, form, table=kept if form == "int4" else None, sparse=record.sparse)
-                    for form in CHOICES
+                    for form in CANDIDATE_FORMATS
                 },
                 groups=tuple(group for layer in parts.layers for group in layer.groups()),
                 shapes={name: tuple(part.weight.shape) for name, part in linears.items()},
                 losses=losses,
                 sparse=record.sparse,
             )
-            stages.mark_done(f"trials/{spec.name}", key, found, files=[self._folder / spec.name])
-        return found
+
+        files = [self._folder / spec.name]
+        return self._context.stage(f"candidates/{spec.name}", key, make, MeasuredMember, files=files)
 
     def path(self, spec: MemberRecipe, name: str) -> Path:
         """Where a member's graph lies: that of a format, or `mixed`."""
@@ -135,7 +126,7 @@ class Trials:
         self, spec: MemberRecipe, form: Format, name: str, *, table: BlockTable | None = None, sparse: bool = False
     ) -> int:
         """Write a graph; its bytes on disk."""
-        output, progress = self.path(spec, name), PrefixedProgress(self._progress, spec.name)
+        output, progress = self.path(spec, name), self._context.member_progress(spec)
         source, group = self._graphs.path(spec), self._models.quantization(spec).group
         with progress.stage(f"trial of {name}"), storage_errors(f"writing {output}"):
             text = self._graphs.calibration(spec, form)

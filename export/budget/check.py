@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from edgemix.export.budget.plan import Budget, Cost, Plan
+    from edgemix.export.budget.plan import Cost, FormatPlan, ResourceBudget
     from edgemix.progress import Progress
 
 NOISE = 0.05
@@ -23,11 +23,11 @@ _FILE = 150
 """About the bytes that a manifest has on a file."""
 
 
-def verdict(
+def check_budget(
     manifest: Manifest,
     *,
-    budget: Budget,
-    found: Plan,
+    budget: ResourceBudget,
+    found: FormatPlan,
     folder: Path,
     prompt: Sequence[int],
     forced: bool,
@@ -87,5 +87,5 @@ def bundle_bytes(manifest: Manifest, folder: Path) -> int:
     return sum(sizes) + len(msgspec.json.encode(manifest)) + _FILE * len(sizes)
 
 
-def _point(cost: Cost, budget: Budget) -> BudgetPoint:
+def _point(cost: Cost, budget: ResourceBudget) -> BudgetPoint:
     return BudgetPoint(cost.bytes, cost.seconds if budget.seconds is not None else None, cost.loss)

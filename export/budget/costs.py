@@ -48,7 +48,7 @@ def member_costs(
         graphs: Bytes on disk and seconds of its int4 graph with 4 bits everywhere, its int8 graph, and perhaps others.
         groups: Names of the linears that must have the same bits.
         shapes: [out, in] of each linear.
-        losses: Of each linear by bits, nats a token; see `sensitivity.costs`.
+        losses: Of each linear by bits, nats a token; see `sensitivity.quantization_costs`.
         block: Inputs that share a scale in int4.
         sparse: Whether graphs are stored without their zeros.
     """

@@ -81,7 +81,7 @@ class MemberCosts(msgspec.Struct, frozen=True):
     wholes: dict[Format, Cost] = {}
 
 
-class Budget(msgspec.Struct, frozen=True):
+class ResourceBudget(msgspec.Struct, frozen=True):
     """The most that a bundle may cost; None for no limit.
 
     Attributes:
@@ -109,7 +109,7 @@ class MemberPlan(msgspec.Struct, frozen=True):
     cost: Cost
 
 
-class Plan(msgspec.Struct, frozen=True):
+class FormatPlan(msgspec.Struct, frozen=True):
     """How a mixture is stored.
 
     Attributes:
@@ -127,7 +127,7 @@ _Limit: TypeAlias = Literal["bytes", "seconds"]
 _Price: TypeAlias = Callable[[Cost], float]
 
 
-def plan(members: Sequence[MemberCosts], budget: Budget, *, shared: Cost | None = None) -> Plan:
+def plan_formats(members: Sequence[MemberCosts], budget: ResourceBudget, *, shared: Cost | None = None) -> FormatPlan:
     """Choose.
 
     Args:
@@ -151,8 +151,8 @@ def plan(members: Sequence[MemberCosts], budget: Budget, *, shared: Cost | None 
         raise _too_small(attempts, budget)
     best = min(fitting, key=lambda each: _rank(each.cost))
     chosen = tuple(state.described(member) for member, state in zip(members, best.states, strict=True))
-    unlimited = _Attempt(members, Budget(), shared, best.price)
-    return Plan(chosen, best.cost, _curve(unlimited.passed, best.cost))
+    unlimited = _Attempt(members, ResourceBudget(), shared, best.price)
+    return FormatPlan(chosen, best.cost, _curve(unlimited.passed, best.cost))
 
 
 class _State(msgspec.Struct, frozen=True):
@@ -196,7 +196,7 @@ class _Attempt:
         passed: What the bundle cost at the start and after each step.
     """
 
-    def __init__(self, members: Sequence[MemberCosts], budget: Budget, shared: Cost, price: _Price) -> None:
+    def __init__(self, members: Sequence[MemberCosts], budget: ResourceBudget, shared: Cost, price: _Price) -> None:
         self._members, self._budget, self._shared, self.price = members, budget, shared, price
         chains = [_chain(member, price) for member in members]
         self.states = [chain[0] for chain in chains]
@@ -284,7 +284,7 @@ def _rank(cost: Cost) -> tuple[float, int]:
     return cost.loss, cost.bytes
 
 
-def _price(budget: Budget, share: float) -> _Price:
+def _price(budget: ResourceBudget, share: float) -> _Price:
     """Bytes and seconds in units of their limits, with the weights `share` and 1 - `share`."""
     a_byte = share / max(budget.bytes or 1, 1)
     a_second = (1 - share) / (budget.seconds or 1)
@@ -297,7 +297,7 @@ def _slope(before: Cost, after: Cost, price: _Price) -> float:
     return saved / paid if paid > 0 else math.copysign(math.inf, saved)
 
 
-def _exceeded(cost: Cost, budget: Budget) -> _Limit | None:
+def _exceeded(cost: Cost, budget: ResourceBudget) -> _Limit | None:
     if budget.bytes is not None and cost.bytes > budget.bytes:
         return "bytes"
     return "seconds" if budget.seconds is not None and cost.seconds > budget.seconds * _ROUNDING else None
@@ -309,7 +309,7 @@ def _curve(passed: Sequence[Cost], chosen: Cost) -> tuple[Cost, ...]:
     return tuple(sorted({*passed[::every], passed[-1], chosen}, key=lambda cost: (-cost.loss, cost.bytes)))
 
 
-def _too_small(attempts: Sequence[_Attempt], budget: Budget) -> InputError:
+def _too_small(attempts: Sequence[_Attempt], budget: ResourceBudget) -> InputError:
     """What to say where nothing is within the budget."""
     starts = [attempt.passed[0] for attempt in attempts]
     smallest, fastest = min(starts, key=lambda cost: cost.bytes), min(starts, key=lambda cost: cost.seconds)

@@ -13,17 +13,17 @@ import msgspec
 from edgemix.bundle.manifest import NGRAMS, SCHEMA, TOKENIZER, GraphParity, Manifest, MemberEntry, ModelSource
 from edgemix.bundle.stages import stage_key
 from edgemix.errors import InputError
-from edgemix.export.budget.candidates import CHOICES, Measured, Trials
+from edgemix.export.budget.candidates import CANDIDATE_FORMATS, CandidateGraphs, MeasuredMember
 from edgemix.export.budget.costs import member_costs
-from edgemix.export.budget.plan import Budget, Cost, Plan, plan
-from edgemix.export.budget.speed import StoredGraph, Times, decoding_times
+from edgemix.export.budget.plan import Cost, FormatPlan, ResourceBudget, plan_formats
+from edgemix.export.budget.speed import DecodingTimes, StoredGraph, decoding_times
 from edgemix.export.budget.student_size import draft_bytes, student_bytes
 from edgemix.export.distillation.student import Shape, expected_shape, start_member
 from edgemix.export.models import tokenizers
 from edgemix.export.models.loading import versions
 from edgemix.export.stages.weights import fit_weights, given_weights
 from edgemix.formats import Format
-from edgemix.progress import PrefixedProgress, Progress
+from edgemix.progress import PrefixedProgress
 from edgemix.recipe.text_sources import read_documents
 from edgemix.runtime import Mixture
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from edgemix.bundle.writer import BundleWriter
+    from edgemix.export.context import ExportContext
     from edgemix.export.stages.models import MemberModels
     from edgemix.recipe.schema import MemberRecipe, Recipe
 
@@ -40,13 +40,13 @@ _MANIFEST = 2_200
 """About the bytes of a manifest, and of each member in it."""
 _SLACK = 1e-3
 """Share of the bytes that is left alone: what tensors are aligned by."""
-_ODDS = 600
+_RESERVE = 600
 """Bytes a member that are left alone: 8-bit codes may need a node more, or a tensor in the file beside the graph."""
-_REHEARSALS = 3
+_MAX_CORRECTIONS = 3
 _PROMPT = 64
 
 
-def undecided(recipe: Recipe) -> Recipe:
+def with_initial_formats(recipe: Recipe) -> Recipe:
     """The recipe with int4, as a beginning, for all members that have no format of their own.
 
     Raises:
@@ -79,7 +79,7 @@ def undecided(recipe: Recipe) -> Recipe:
     return _with_formats(recipe, {spec.name: "int4" for spec in chosen})
 
 
-def decided(recipe: Recipe, found: Plan) -> Recipe:
+def with_planned_formats(recipe: Recipe, found: FormatPlan) -> Recipe:
     """The recipe with the formats of a plan."""
     return _with_formats(recipe, {member.name: member.format for member in found.members})
 
@@ -89,42 +89,38 @@ def _with_formats(recipe: Recipe, formats: Mapping[str, Format]) -> Recipe:
     return msgspec.structs.replace(recipe, members=tuple(members))
 
 
-class Planner:
-    """Finds formats for those members of a recipe that have none of their own.
+class FormatPlanner:
+    """Choose formats for those members of a recipe that have none of their own.
 
     Args:
-        recipe: Whose members have the format int4 where it is to be chosen.
-        kept: The other members, as they are already in the bundle.
-        tokenizer: The members'.
-        models: Of the recipe's members.
-        trials: Of them.
-        writer: Of the bundle that is being built.
-        progress: Hears of every stage.
+        context: The export; the members to choose for have the format int4.
+        kept: The other members, which are in the bundle already.
+        tokenizer: The members' tokenizer.
+        models: The members' models.
+        candidates: The members' candidate graphs.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
+        context: ExportContext,
         kept: Sequence[MemberEntry],
         tokenizer: PreTrainedTokenizerBase,
         *,
         models: MemberModels,
-        trials: Trials,
-        writer: BundleWriter,
-        progress: Progress,
+        candidates: CandidateGraphs,
     ) -> None:
-        self._recipe, self._tokenizer, self._models = recipe, tokenizer, models
-        self._trials, self._writer, self._progress = trials, writer, progress
+        self._context, self._recipe, self._writer = context, context.recipe, context.writer
+        self._tokenizer, self._models, self._candidates = tokenizer, models, candidates
         self._kept = {entry.name: entry for entry in kept}
-        self._chosen = [spec for spec in recipe.members if spec.name not in self._kept]
+        self._chosen = [spec for spec in context.recipe.members if spec.name not in self._kept]
 
     @property
     def prompt(self) -> list[int]:
         """Token ids that time is measured after."""
         return self._models.calibration(self._tokenizer, "prompt", _PROMPT, 1)[0]
 
-    def plan(self, budget: Budget) -> Plan:
-        """Choose; what was chosen before for the same inputs is chosen again.
+    def plan(self, budget: ResourceBudget) -> FormatPlan:
+        """Choose formats; the stored plan is returned if its inputs are the same.
 
         Raises:
             InputError: The recipe has no text, a member cannot be read, or nothing is within the budget.
@@ -132,9 +128,9 @@ class Planner:
         """
         if not self._models.has_text():
             raise InputError(
-                "a budget (--budget, --max-tpot) looks at text", "Name some under data: calibration: in the recipe."
+                "a budget (--budget, --max-tpot) needs text", "Name some under data: calibration: in the recipe."
             )
-        recipe, stages = self._recipe, self._writer.stages
+        recipe = self._recipe
         key = stage_key(
             members=self._key(),
             quantization=recipe.quantization,
@@ -144,40 +140,37 @@ class Planner:
             text=(self._models.data_digest(), self._validation()),
             budget=budget,
         )
-        found = stages.done("plan", key, Plan)
-        if found is None:
-            found = self._make(budget)
-            stages.mark_done("plan", key, found)
-        self._trials.remove()
+        found = self._context.stage("plan", key, lambda: self._make(budget), FormatPlan)
+        self._candidates.remove()
         return found
 
     def _key(self) -> str:
-        """Of the members' graphs, for all stages."""
+        """Return the cache key of the members' graphs, for all stages."""
         members = [(spec, self._models.key(spec)) for spec in self._recipe.members]
         rest = {"target": self._recipe.target, "versions": versions(), "seed": self._recipe.seed}
         return stage_key(members=members, kept=list(self._kept.values()), **rest)
 
-    def _make(self, budget: Budget) -> Plan:
-        measured = {spec.name: self._trials.measure(spec) for spec in self._chosen}
+    def _make(self, budget: ResourceBudget) -> FormatPlan:
+        measured = {spec.name: self._candidates.measure(spec) for spec in self._chosen}
         weights = self._weights(measured)
         times = self._times(measured, weights) if budget.seconds is not None else {}
-        found, scale = self._choose(budget, measured, weights, times), 1.0
-        for _ in range(_REHEARSALS if budget.seconds is not None else 0):
-            taken = self._rehearse(found, measured, weights)
+        found, scale = self._plan_formats(budget, measured, weights, times), 1.0
+        for _ in range(_MAX_CORRECTIONS if budget.seconds is not None else 0):
+            taken = self._measure_choice(found, measured, weights)
             if taken <= (budget.seconds or 0):
                 break
             scale *= taken / found.cost.seconds
             scaled = {name: {form: scale * time for form, time in each.items()} for name, each in times.items()}
-            found = self._choose(budget, measured, weights, scaled)
+            found = self._plan_formats(budget, measured, weights, scaled)
         return found
 
-    def _choose(
+    def _plan_formats(
         self,
-        budget: Budget,
-        measured: Mapping[str, Measured],
+        budget: ResourceBudget,
+        measured: Mapping[str, MeasuredMember],
         weights: Mapping[str, float],
         times: Mapping[str, Mapping[Format, float]],
-    ) -> Plan:
+    ) -> FormatPlan:
         members = []
         for spec in self._chosen:
             of, time = measured[spec.name], times.get(spec.name, {})
@@ -193,27 +186,27 @@ class Planner:
                     sparse=of.sparse,
                 )
             )
-        left = None if budget.bytes is None else int(budget.bytes * (1 - _SLACK)) - _ODDS * len(self._recipe.members)
-        room = Budget(left, budget.seconds)
+        left = None if budget.bytes is None else int(budget.bytes * (1 - _SLACK)) - _RESERVE * len(self._recipe.members)
+        room = ResourceBudget(left, budget.seconds)
         shared = Cost(
             self._common_bytes() + _MANIFEST * (1 + len(self._recipe.members)) + self._size(self._kept.values()),
             sum(time for name in self._kept for time in times.get(name, {}).values()),
         )
         if self._recipe.student is None:
-            return plan(members, room, shared=shared)
+            return plan_formats(members, room, shared=shared)
         # How much is left of the student depends on the format of the member that it is cut from.
         start = start_member(self._recipe, weights)
         form: Format = self._models.format(start)
-        found = plan(members, room, shared=shared + Cost(self._student(start, weights, form, measured)))
+        found = plan_formats(members, room, shared=shared + Cost(self._student(start, weights, form, measured)))
         then = next((each.format for each in found.members if each.name == start.name), form)
         if then == form:
             return found
-        return plan(members, room, shared=shared + Cost(self._student(start, weights, then, measured)))
+        return plan_formats(members, room, shared=shared + Cost(self._student(start, weights, then, measured)))
 
     def _student(
-        self, start: MemberRecipe, weights: Mapping[str, float], form: Format, measured: Mapping[str, Measured]
+        self, start: MemberRecipe, weights: Mapping[str, float], form: Format, measured: Mapping[str, MeasuredMember]
     ) -> int:
-        """About the bytes of the student's graphs, if its start has the format `form`."""
+        """Estimate the bytes of the student's graphs, if the member that it is cut from has the format `form`."""
         student = self._recipe.student
         if student is None:
             return 0
@@ -225,24 +218,24 @@ class Planner:
         whole = student_bytes(shape, student.format, member, size, own, group=group)
         return whole + draft_bytes(shape, student.format, tokenizers.tokenizer_size(self._tokenizer))
 
-    def _weights(self, measured: Mapping[str, Measured]) -> dict[str, float]:
-        """The mixture's, as far as they are known: fitted ones are those of graphs in int8."""
-        recipe, stages = self._recipe, self._writer.stages
+    def _weights(self, measured: Mapping[str, MeasuredMember]) -> dict[str, float]:
+        """Return the mixture's weights; fitted ones are those of the graphs in int8."""
+        recipe = self._recipe
         if not recipe.fits_weights:
             return given_weights(recipe).default
         domains = self._validation()
         window, most = recipe.data.window, recipe.data.max_tokens
         key = stage_key(members=self._key(), domains=domains, window=window, max_tokens=most)
-        weights = stages.done("trials/weights", key, dict[str, float])
-        if weights is None:
-            with self._mixture(measured) as mixture:
-                fitted = fit_weights(mixture, domains, window=window, max_tokens=most, progress=self._progress)
-            weights = fitted.default
-            stages.mark_done("trials/weights", key, weights)
-        return weights
 
-    def _mixture(self, measured: Mapping[str, Measured]) -> Mixture:
-        """The members in int8."""
+        def make() -> dict[str, float]:
+            with self._mixture(measured) as mixture:
+                progress = self._context.progress
+                return fit_weights(mixture, domains, window=window, max_tokens=most, progress=progress).default
+
+        return self._context.stage("candidates/weights", key, make, dict[str, float])
+
+    def _mixture(self, measured: Mapping[str, MeasuredMember]) -> Mixture:
+        """Open the mixture of the members in int8."""
         graphs = self._graphs(measured, "int8")
         root = self._writer.scratch.parent
         none = ModelSource("", "", 0, ""), GraphParity(0, 0, 0, 0)
@@ -262,10 +255,10 @@ class Planner:
         tokenizers.save(self._tokenizer, root)
         return Mixture.assemble(root, manifest)
 
-    def _graphs(self, measured: Mapping[str, Measured], form: Format) -> dict[str, StoredGraph]:
-        """Every member's graph: in the format where it is chosen for, else as it is."""
+    def _graphs(self, measured: Mapping[str, MeasuredMember], form: Format) -> dict[str, StoredGraph]:
+        """Return every member's graph: in this format, or the stored one of a member with a format of its own."""
         return {
-            spec.name: StoredGraph(self._trials.path(spec, form), measured[spec.name].config)
+            spec.name: StoredGraph(self._candidates.path(spec, form), measured[spec.name].config)
             if spec.name in measured
             else self._as_kept(self._kept[spec.name])
             for spec in self._recipe.members
@@ -274,60 +267,66 @@ class Planner:
     def _as_kept(self, entry: MemberEntry) -> StoredGraph:
         return StoredGraph(self._writer.folder / entry.graph, entry.config)
 
-    def _times(self, measured: Mapping[str, Measured], weights: Mapping[str, float]) -> dict[str, dict[Format, float]]:
-        """Seconds that a token of the mixture takes each member that weighs something, by format."""
-        stages, heavy = self._writer.stages, [name for name in weights if weights[name] > 0]
-        key = stage_key(members=self._key(), heavy=heavy)
-        found = stages.done("trials/times", key, dict[str, dict[Format, float]])
-        if found is None:
-            found = {name: {} for name in heavy}
-            in_turns = 1.0
-            for form in CHOICES:
-                graphs = {name: graph for name, graph in self._graphs(measured, form).items() if name in heavy}
-                if form == "fp16":  # CPUs widen it: all members at once might not fit into memory
-                    alone = {
-                        name: self._time({name: graph}, form).together
-                        for name, graph in graphs.items()
-                        if name in measured
-                    }
-                else:
-                    alone, together = self._time(graphs, form)
-                    # In turns they push each other out of the caches.
-                    in_turns = together / sum(alone.values())
-                for name, time in alone.items():
-                    if name in measured or not found[name]:
-                        found[name][form] = time * in_turns
-            stages.mark_done("trials/times", key, found)
+    def _times(
+        self, measured: Mapping[str, MeasuredMember], weights: Mapping[str, float]
+    ) -> dict[str, dict[Format, float]]:
+        """Return the seconds that a token of the mixture takes each member with a weight above zero, by format."""
+        active = [name for name in weights if weights[name] > 0]
+        key, kind = stage_key(members=self._key(), active=active), dict[str, dict[Format, float]]
+        return self._context.stage("candidates/times", key, lambda: self._measure_times(measured, active), kind)
+
+    def _measure_times(
+        self, measured: Mapping[str, MeasuredMember], active: Sequence[str]
+    ) -> dict[str, dict[Format, float]]:
+        found: dict[str, dict[Format, float]] = {name: {} for name in active}
+        in_turns = 1.0
+        for weight_format in CANDIDATE_FORMATS:
+            graphs = {name: graph for name, graph in self._graphs(measured, weight_format).items() if name in active}
+            if weight_format == "fp16":  # CPUs widen it: all members at once might not fit into memory
+                alone = {
+                    name: self._time({name: graph}, weight_format).together
+                    for name, graph in graphs.items()
+                    if name in measured
+                }
+            else:
+                alone, together = self._time(graphs, weight_format)
+                # Members that take turns evict each other from the caches.
+                in_turns = together / sum(alone.values())
+            for name, time in alone.items():
+                if name in measured or not found[name]:
+                    found[name][weight_format] = time * in_turns
         return found
 
-    def _rehearse(self, found: Plan, measured: Mapping[str, Measured], weights: Mapping[str, float]) -> float:
-        """Seconds a token of the mixture that was chosen."""
+    def _measure_choice(
+        self, found: FormatPlan, measured: Mapping[str, MeasuredMember], weights: Mapping[str, float]
+    ) -> float:
+        """Measure the seconds a token of the mixture in the chosen formats."""
         graphs = {name: self._as_kept(entry) for name, entry in self._kept.items()}
         for spec, chosen in zip(self._chosen, found.members, strict=True):
-            path = self._trials.path(spec, chosen.format)
+            path = self._candidates.path(spec, chosen.format)
             if chosen.eight_bits and weights[spec.name] > 0:
-                path = self._trials.mix(spec, chosen.eight_bits)
+                path = self._candidates.mix(spec, chosen.eight_bits)
             graphs[spec.name] = StoredGraph(path, measured[spec.name].config)
         return self._time({name: graph for name, graph in graphs.items() if weights[name] > 0}, "choice").together
 
-    def _time(self, graphs: Mapping[str, StoredGraph], what: str) -> Times:
-        progress = PrefixedProgress(self._progress, what)
+    def _time(self, graphs: Mapping[str, StoredGraph], what: str) -> DecodingTimes:
+        progress = PrefixedProgress(self._context.progress, what)
         return decoding_times(graphs, self.prompt, target=self._recipe.target, progress=progress)
 
     def _validation(self) -> dict[str, list[str]]:
-        """The texts that weights are fitted on, where they are fitted."""
+        """Return the texts that weights are fitted on; empty if they are not."""
         if not self._recipe.fits_weights:
             return {}
         sources = self._recipe.data.validation
         return {domain: read_documents(each, self._recipe.folder) for domain, each in sources.items()}
 
     def _size(self, entries: Iterable[MemberEntry]) -> int:
-        """Bytes of graphs that are in the bundle already."""
+        """Return the bytes of graphs that are in the bundle already."""
         folders = [(self._writer.folder / entry.graph).parent for entry in entries]
         return sum(path.stat().st_size for folder in folders for path in folder.iterdir())
 
     def _common_bytes(self) -> int:
-        """Of the tokenizer and the n-grams."""
+        """Return the bytes of the tokenizer and the n-grams."""
         folder, ngrams = self._writer.folder, self._writer.folder / NGRAMS
         paths = [*(folder / TOKENIZER).parent.iterdir(), *([ngrams] if ngrams.exists() else [])]
         return sum(path.stat().st_size for path in paths)

@@ -28,7 +28,7 @@ class StoredGraph(NamedTuple):
     config: GraphConfig
 
 
-class Times(NamedTuple):
+class DecodingTimes(NamedTuple):
     """Seconds a token.
 
     Attributes:
@@ -42,7 +42,7 @@ class Times(NamedTuple):
 
 def decoding_times(
     graphs: Mapping[str, StoredGraph], prompt: Sequence[int], *, target: Target, progress: Progress = NO_PROGRESS
-) -> Times:
+) -> DecodingTimes:
     """Measure members, interleaved, at batch 1; prefill is not counted. See `runtime.speed`.
 
     Args:
@@ -63,4 +63,4 @@ def decoding_times(
     seconds = [1 / rate for rate in decoding_rates(ensembles, ids, context=context, progress=progress)]
     if not np.isfinite(seconds).all():
         raise EdgemixError(f"a context of {context} tokens is too short to measure decoding in")
-    return Times(dict(zip(graphs, seconds, strict=False)), seconds[-1])
+    return DecodingTimes(dict(zip(graphs, seconds, strict=False)), seconds[-1])

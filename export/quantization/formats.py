@@ -65,7 +65,7 @@ def quantize(
     group: int = _BLOCK,
     table: BlockTable | None = None,
     calibration: Sequence[Sequence[int]] | None = None,
-    thin: Collection[str] = (),
+    low_rank: Collection[str] = (),
     cache: Scales | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> None:
@@ -84,8 +84,8 @@ def quantize(
         table: Blocks that were found for the model beforehand: a linear that it knows gets these.
         calibration: Windows of token ids; `int8-dynamic` needs some. Where there are some, the head of int4 and int8 is
             a product like its own, unless the table has blocks for it: of one token as fast as blocks, of more faster.
-        thin: Names of weights whose inputs are so few that rounding activations takes longer than it saves: stored in
-            float16, they multiply in float32 (24 rows of 48 by 1,536: 37 microseconds; 8-bit blocks 244).
+        low_rank: Names of weights whose inputs are so few that rounding activations takes longer than it saves: stored
+            in float16, they multiply in float32 (24 rows of 48 by 1,536: 37 microseconds; 8-bit blocks 244).
         cache: Keys and values are kept in 8 bits, with these scales.
         progress: Hears of what takes time.
 
@@ -107,17 +107,17 @@ def quantize(
     emit = block_emitter(partial(INT4_ALGORITHMS[algorithm], block=group)) if format == "int4" else FORMATS[format]
     if emit is not None:
         text = calibration if target == "cpu" else None
-        _emit_blocks(model, source, emit, table=table, calibration=text, thin=thin, progress=progress)
+        _emit_blocks(model, source, emit, table=table, calibration=text, low_rank=low_rank, progress=progress)
     elif format == "int8-dynamic":
         last = head(graph)
         quantize_tables(graph, but=last.weight if last else None)
-        quantize_dynamic(model, source.parent, calibration or (), outliers=_INT8, thin=thin, progress=progress)
+        quantize_dynamic(model, source.parent, calibration or (), outliers=_INT8, low_rank=low_rank, progress=progress)
     if target == "cuda" and format != "fp32":
         compute_in_float16(graph, model.opset_imports[""])
     elif format == "fp16":
         store_in_float16(graph)
     elif format != "fp32":
-        store_halves(graph, thin)
+        store_halves(graph, low_rank)
     if cache is not None:
         quantize_cache(graph, cache)  # the operator reads one row of queries there as it does several
     elif target == "cpu":
@@ -132,7 +132,7 @@ def _emit_blocks(
     *,
     table: BlockTable | None,
     calibration: Sequence[Sequence[int]] | None,
-    thin: Collection[str],
+    low_rank: Collection[str],
     progress: Progress,
 ) -> None:
     """Put blocks in the place of tables and linears; with calibration text, a product of its own for the head."""
@@ -146,7 +146,7 @@ def _emit_blocks(
     else:
         quantize_tables(graph, table, but=last.weight)
         quantize_head(model, source.parent, calibration, progress=progress)
-    for readers in by_activation(linear for linear in others if linear.weight.name not in thin):
+    for readers in by_activation(linear for linear in others if linear.weight.name not in low_rank):
         emit(graph, readers)
 
 

@@ -15,9 +15,9 @@ from edgemix.export.quantization.algorithms import learned_rounding
 from edgemix.export.quantization.algorithms.block_table import BlockTable
 from edgemix.export.quantization.algorithms.gguf_blocks import gguf_blocks
 from edgemix.export.quantization.algorithms.gptq_model import gptq_blocks
-from edgemix.export.quantization.algorithms.learned_rounding import distill_blocks, weights
+from edgemix.export.quantization.algorithms.learned_rounding import learn_rounding, linear_weights
 from edgemix.export.quantization.statistics import calibration
-from edgemix.export.quantization.statistics.sensitivity import costs, most_sensitive
+from edgemix.export.quantization.statistics.sensitivity import most_sensitive, quantization_costs
 from edgemix.export.training.checkpoints import Checkpoint
 from edgemix.export.training.loop import fingerprint
 from edgemix.formats import FORMAT_SPECS
@@ -100,7 +100,7 @@ class MemberBlocks:
         progress = self._context.member_progress(spec)
         with progress.stage("repack"):
             table, model = gguf_blocks(location, bits), self._models.load(spec).model
-            if not (len(table) and all(table.find(matrix) is not None for matrix in weights(model).values())):
+            if not (len(table) and all(table.find(matrix) is not None for matrix in linear_weights(model).values())):
                 return None
         progress.log("keeps the quantization of its GGUF file")
         return table
@@ -113,7 +113,7 @@ class MemberBlocks:
             return gptq_blocks(member.model, text, bits=bits, block=quantization.group, seed=seed, progress=progress)
         count = quantization.steps * learned_rounding.BATCH
         text = self._models.calibration(member.tokenizer, spec.name, learned_rounding.LENGTH, count)
-        return distill_blocks(
+        return learn_rounding(
             member.model,
             np.array(text, np.int64),
             bits=bits,
@@ -133,14 +133,14 @@ class MemberBlocks:
         return most_sensitive(found, layout(member.model), quantization.eight_bits)
 
     def costs(self, spec: MemberRecipe, member: LoadedMember) -> dict[str, dict[int, float]]:
-        """Return the loss of each linear of a member at 4 and at 8 bits; see `sensitivity.costs`."""
+        """Return the loss of each linear of a member at 4 and at 8 bits; see `sensitivity.quantization_costs`."""
         quantization, seed = self._models.quantization(spec), self._recipe.seed
         text = self._calibration(spec, member)
         model, group = fingerprint(member.model), quantization.group
         key = stage_key(model=model, group=group, text=text, versions=versions(), seed=seed)
 
         def make() -> dict[str, dict[int, float]]:
-            return costs(member.model, text, block=group, progress=self._context.member_progress(spec))
+            return quantization_costs(member.model, text, block=group, progress=self._context.member_progress(spec))
 
         return self._context.stage(f"costs/{spec.name}", key, make, dict[str, dict[int, float]])
 

@@ -187,7 +187,7 @@ class SharedBaseGraphs:
                 group=block,
                 table=table,
                 calibration=self._calibration(group, weight_format),
-                thin=[addition(name) for name in deltas],
+                low_rank=[addition(name) for name in deltas],
                 progress=progress,
             )
         config = msgspec.structs.replace(

@@ -239,7 +239,7 @@ def test_int4_is_trained_where_there_is_text(folder, tmp_path):
 
 
 def test_trained_blocks_are_kept_over_an_interruption(folder, tmp_path, monkeypatch):
-    trained = Spy(monkeypatch, "distill_blocks", blocks)
+    trained = Spy(monkeypatch, "learn_rounding", blocks)
     with monkeypatch.context() as patch:
 
         def cut(*_, **__):

@@ -54,11 +54,11 @@ def export(
 
     loaded = load_recipe(recipe)  # report mistakes before the slow import of torch
     with console.progress.stage("import torch"):
-        from edgemix.export.budget.plan import Budget
+        from edgemix.export.budget.plan import ResourceBudget
         from edgemix.export.pipeline import export_bundle
 
     limited = size is not None or seconds is not None
-    budget = Budget(None if size is None else int(size), seconds) if limited else None
+    budget = ResourceBudget(None if size is None else int(size), seconds) if limited else None
     manifest = export_bundle(loaded, bundle, force=force, budget=budget, progress=console.progress)
     if console.as_json:
         import msgspec

@@ -50,7 +50,7 @@ _SCALES_RATE = 0.4
 """The scales' learning rate as a share of the roundings'."""
 
 
-def distill_blocks(
+def learn_rounding(
     model: PreTrainedModel,
     windows: NDArray[np.int64],
     *,
@@ -110,7 +110,7 @@ def distill_blocks(
     return table
 
 
-def weights(model: PreTrainedModel) -> dict[str, NDArray[np.float32]]:
+def linear_weights(model: PreTrainedModel) -> dict[str, NDArray[np.float32]]:
     """Name -> weight [N, K] of all linears that are quantised block by block, the head left out."""
     return {
         name: _matrix(module.weight.detach(), transposed=isinstance(module, Conv1D))

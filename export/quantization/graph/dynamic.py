@@ -38,7 +38,7 @@ from edgemix.export.quantization.transforms.smoothing import (
     folds,
     multiply,
     search,
-    set_apart,
+    separate_outliers,
     without,
 )
 
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from edgemix.export.quantization.graph.emission import Emitter
     from edgemix.progress import Progress
 
-RESISTS = 0.1
+MAX_TOKEN_ERROR = 0.1
 """Largest error of a token's product, in units of a typical token's product, beyond which channels are set apart, and
 where that does not suffice, linears keep float activations. Of SmolLM2-135M's 120 activations eight have more, all
 feed-forward products, and 1 to 32 of 1,536 channels are enough. As they are, its perplexity rises by 1.1%; with those
@@ -82,25 +82,25 @@ def quantize_dynamic(
     windows: Sequence[Sequence[int]],
     *,
     outliers: Emitter,
-    thin: Collection[str] = (),
+    low_rank: Collection[str] = (),
     progress: Progress,
 ) -> None:
     """Put 8-bit products in the place of a decoder graph's linears.
 
     Activations are smoothed first where that can be folded, and channels that still stand out are set apart (see
-    `smoothing`); the linears of an activation that loses more than `RESISTS` even so go to the emitter `outliers`.
+    `smoothing`); the linears of an activation that loses more than `MAX_TOKEN_ERROR` go to the emitter `outliers`.
 
     Args:
         model: The fp32 graph; tables that the head does not read are quantised already. Changed in place.
         folder: Where its external data lies.
         windows: Token ids of calibration text.
         outliers: What takes the linears that resist.
-        thin: Names of weights that stay as they are.
+        low_rank: Names of weights that stay as they are.
         progress: Told of every window and every activation.
     """
     graph = model.graph
     last, all_linears = head(graph), [*linears(graph)]
-    those = by_activation(linear for linear in all_linears if linear.weight.name not in thin)
+    those = by_activation(linear for linear in all_linears if linear.weight.name not in low_rank)
     activations = [_Activation(readers) for readers in those]
     found = _smoothings(model, folder, activations, windows, last=last, progress=progress)
     for activation, smoothing in zip(activations, found, strict=True):
@@ -114,7 +114,7 @@ def quantize_dynamic(
         for linear in activation.readers:
             if smoothing.scale is not None:
                 multiply(linear, smoothing.scale)
-        if smoothing.spike <= RESISTS:
+        if smoothing.spike <= MAX_TOKEN_ERROR:
             rows.emit(activation, smoothing.apart)
         else:
             few.append(activation.readers)
@@ -273,6 +273,8 @@ def _smoothings(
             foldable = folds(activation.value, len(activation.readers)) is not None
             sample = np.concatenate(rows)
             found = search(sample, largest, weights, foldable=foldable)
-            smoothings.append(found if found.spike <= RESISTS else set_apart(sample, weights, found, RESISTS))
+            smoothings.append(
+                found if found.spike <= MAX_TOKEN_ERROR else separate_outliers(sample, weights, found, MAX_TOKEN_ERROR)
+            )
             task.advance(1)
     return smoothings

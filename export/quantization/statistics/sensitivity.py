@@ -38,7 +38,7 @@ _HELD_OUT = 0.25
 """Of the windows, to measure on."""
 
 
-def costs(
+def quantization_costs(
     model: PreTrainedModel,
     windows: Sequence[Sequence[int]],
     *,
@@ -87,7 +87,7 @@ def most_sensitive(found: Mapping[str, Mapping[int, float]], parts: Layout, shar
     """The linears that 8 bits help most, each with those that read the same activation.
 
     Args:
-        found: What `costs` returned.
+        found: What `quantization_costs` returned.
         parts: The layout of the same model.
         share: Of the layers' weights, about; more than none of it is at least one group.
     """

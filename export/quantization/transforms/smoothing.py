@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """On SmolLM2-135M 0.4 to 0.5 is best for attention's inputs, 0.7 for the gates', 0.5 for the products'."""
 
-APART = (1, 2, 4, 8, 16, 32)
+OUTLIER_COUNTS = (1, 2, 4, 8, 16, 32)
 """Numbers of channels that are tried to be set apart; a sixteenth of all at most, or nothing is gained."""
 
 _NORMS: Mapping[str, tuple[int, ...]] = {
@@ -77,7 +77,7 @@ def search(activation: Matrix, maxima: Matrix, weights: Sequence[Matrix], *, fol
     return best
 
 
-def set_apart(activation: Matrix, weights: Sequence[Matrix], found: Smoothing, limit: float) -> Smoothing:
+def separate_outliers(activation: Matrix, weights: Sequence[Matrix], found: Smoothing, limit: float) -> Smoothing:
     """Take the largest channels out of the 8-bit products, as few as bring the largest error of a token under a limit
     (a part of the product in floating point, as in LLM.int8(), Dettmers et al., arXiv 2208.07339).
 
@@ -93,7 +93,7 @@ def set_apart(activation: Matrix, weights: Sequence[Matrix], found: Smoothing, l
     scaled = activation if found.scale is None else activation / found.scale
     largest = np.argsort(-np.abs(scaled).max(axis=0), kind="stable")
     exact = [activation @ weight.T for weight in weights]
-    for count in (count for count in APART if 16 * count <= activation.shape[1]):
+    for count in (count for count in OUTLIER_COUNTS if 16 * count <= activation.shape[1]):
         apart = tuple(sorted(largest[:count].tolist()))
         better = _measure(activation, weights, exact, found.scale, apart)
         if better.spike <= limit:

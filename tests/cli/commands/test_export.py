@@ -45,7 +45,7 @@ def test_export(library, recipe, bundle):
 
 
 def test_export_within_a_budget(library, recipe, bundle):
-    from edgemix.export.budget.plan import Budget
+    from edgemix.export.budget.plan import ResourceBudget
 
     manifest = read_manifest(bundle)
     names = [member.name for member in manifest.members]
@@ -68,7 +68,7 @@ def test_export_within_a_budget(library, recipe, bundle):
     result = run("export", recipe, "-o", "out", "--budget", "200MB", "--max-tpot", "20 ms")
 
     assert result.exit_code == 0, result.stderr
-    assert calls[0][1]["budget"] == Budget(200_000_000, 0.02)
+    assert calls[0][1]["budget"] == ResourceBudget(200_000_000, 0.02)
     shown = [line.split() for line in result.stdout.splitlines()]
     assert ["math", "int4", "38"] in [line[:3] for line in shown]
     assert ["math", "0.01234"] in [[*line[:1], *line[-1:]] for line in shown]
@@ -79,7 +79,7 @@ def test_export_within_a_budget(library, recipe, bundle):
     assert json.loads(run("export", recipe, "-o", "out", "--json").stdout)["budget"]["measured"] == 0.0191
     run("export", recipe, "-o", "out", "--max-tpot", "0.02s")
     run("export", recipe, "-o", "out")
-    assert [options["budget"] for _, options in calls[2:]] == [Budget(None, 0.02), None]
+    assert [options["budget"] for _, options in calls[2:]] == [ResourceBudget(None, 0.02), None]
 
 
 @pytest.mark.parametrize(

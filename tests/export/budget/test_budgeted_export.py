@@ -14,7 +14,7 @@ from edgemix.bundle.reader import read_manifest
 from edgemix.bundle.verify import verify_bundle
 from edgemix.errors import EdgemixError, InputError
 from edgemix.export.budget import candidates, check, planner
-from edgemix.export.budget.plan import Budget
+from edgemix.export.budget.plan import ResourceBudget
 from edgemix.export.budget.student_size import draft_bytes, student_bytes
 from edgemix.export.distillation.student import Shape
 from edgemix.export.drafting import draft_head
@@ -72,7 +72,7 @@ def between(folder: Path, ends: dict[str, tuple[int, Manifest]], tmp_path_factor
     found = []
     for share in (0.2, 0.7):
         limit, bundle = int(low + share * (high - low)), output / f"{share}"
-        found.append((limit, bundle, export_bundle(recipe(folder), bundle, force=True, budget=Budget(limit))))
+        found.append((limit, bundle, export_bundle(recipe(folder), bundle, force=True, budget=ResourceBudget(limit))))
     return found
 
 
@@ -109,7 +109,7 @@ def test_a_larger_budget_loses_less(between, ends) -> None:
 
 
 def test_room_for_everything(folder: Path, tmp_path: Path) -> None:
-    manifest = export_bundle(recipe(folder), tmp_path / "bundle", budget=Budget(10**7))
+    manifest = export_bundle(recipe(folder), tmp_path / "bundle", budget=ResourceBudget(10**7))
     assert {member.format for member in manifest.members} == {"fp16"}
     assert size(tmp_path / "bundle") == pytest.approx(manifest.budget.chosen.bytes, rel=0.01)
 
@@ -118,19 +118,19 @@ def test_too_small_a_budget_is_refused(folder: Path, ends, tmp_path: Path) -> No
     smallest = r"0\.3[45] MB"
     assert 336_000 < ends["int4"][0] < 354_000
     with pytest.raises(InputError, match=rf"a budget of 0\.10 MB is too small: .* has {smallest}\nPrune the members"):
-        export_bundle(recipe(folder), tmp_path / "bundle", budget=Budget(100_000))
+        export_bundle(recipe(folder), tmp_path / "bundle", budget=ResourceBudget(100_000))
 
 
 def test_members_with_a_format_of_their_own_keep_it(folder: Path, ends, tmp_path: Path) -> None:
     members = (MemberRecipe("animals", "animals", format="int8"), MemberRecipe("numbers", "numbers"))
     limit = (2 * ends["int4"][0] + 3 * ends["int8"][0]) // 5
-    manifest = export_bundle(recipe(folder, members=members), tmp_path / "b", force=True, budget=Budget(limit))
+    manifest = export_bundle(recipe(folder, members=members), tmp_path / "b", force=True, budget=ResourceBudget(limit))
     assert manifest.members[0].format == "int8"
     assert manifest.budget.losses.keys() == {"numbers"}
     assert 0.9 * limit < size(tmp_path / "b") <= limit
     members = tuple(msgspec.structs.replace(member, format="int4") for member in members)
     with pytest.raises(InputError, match="every member of the recipe has a format of its own"):
-        export_bundle(recipe(folder, members=members), tmp_path / "b", budget=Budget(limit))
+        export_bundle(recipe(folder, members=members), tmp_path / "b", budget=ResourceBudget(limit))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_members_with_a_format_of_their_own_keep_it(folder: Path, ends, tmp_path
     [
         (
             {"data": Data(), "quantization": Quantization()},
-            r"a budget \(--budget, --max-tpot\) looks at text\nName some under data: calibration:",
+            r"a budget \(--budget, --max-tpot\) needs text\nName some under data: calibration:",
         ),
         ({"quantization": Quantization("hqq")}, "member animals: a budget chooses bits layer by layer, which .* hqq"),
         (
@@ -149,14 +149,14 @@ def test_members_with_a_format_of_their_own_keep_it(folder: Path, ends, tmp_path
 )
 def test_what_a_budget_cannot_do_is_refused(folder: Path, tmp_path: Path, changes: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        export_bundle(recipe(folder, **changes), tmp_path / "bundle", budget=Budget(10**6))
+        export_bundle(recipe(folder, **changes), tmp_path / "bundle", budget=ResourceBudget(10**6))
 
 
 def test_a_gguf_file_that_fits_keeps_its_own_quantisation(tmp_path: Path, monkeypatch) -> None:
-    for name in ("distill_blocks", "costs"):
+    for name in ("learn_rounding", "quantization_costs"):
         monkeypatch.setattr(blocks, name, None)
     built = gguf_recipe(tmp_path / "m", {}, "Q4_0", format="int8")
-    manifest = export_bundle(built, tmp_path / "b", budget=Budget(10**7))
+    manifest = export_bundle(built, tmp_path / "b", budget=ResourceBudget(10**7))
     assert [(member.format, member.eight_bits) for member in manifest.members] == [("int4", 0)]
     assert manifest.budget.chosen.loss == 0
     assert size(tmp_path / "b") == pytest.approx(manifest.budget.chosen.bytes, rel=0.02)  # a short curve
@@ -166,7 +166,7 @@ def test_a_student_counts_with_what_it_drafts_with(folder: Path, ends, tmp_path:
     monkeypatch.setattr(draft_head, "MIN_VOCABULARY", 100)
     limit = int(1.9 * ends["int4"][0])
     student = Student(steps=2, prune=Pruning(ffn=0.34))
-    manifest = export_bundle(recipe(folder, student=student), tmp_path / "b", force=True, budget=Budget(limit))
+    manifest = export_bundle(recipe(folder, student=student), tmp_path / "b", force=True, budget=ResourceBudget(limit))
     assert manifest.student is not None
     assert manifest.student.draft is not None
     assert size(tmp_path / "b") <= limit
@@ -199,7 +199,7 @@ def test_pruned_members_are_smaller(folder: Path, ends, tmp_path: Path) -> None:
     """Their weights are stored without zeros, so more of them get 8 bits."""
     members = tuple(MemberRecipe(name, name, prune=Pruning(sparsity=0.6, recover=0)) for name in ("animals", "numbers"))
     limit = ends["int4"][0]
-    manifest = export_bundle(recipe(folder, members=members), tmp_path / "b", force=True, budget=Budget(limit))
+    manifest = export_bundle(recipe(folder, members=members), tmp_path / "b", force=True, budget=ResourceBudget(limit))
     assert all(member.sparse for member in manifest.members)
     assert size(tmp_path / "b") <= limit
     assert size(tmp_path / "b") == pytest.approx(manifest.budget.chosen.bytes, rel=0.03)
@@ -220,9 +220,9 @@ class Clock:
         self.calls += 1
         assert len(prompt) > 8
         alone = {name: weight_seconds(graph.path) for name, graph in graphs.items()}
-        mixed = any(graph.path.parent.name not in candidates.CHOICES for graph in graphs.values())
+        mixed = any(graph.path.parent.name not in candidates.CANDIDATE_FORMATS for graph in graphs.values())
         together = sum(alone.values())
-        return planner.Times(alone, self._real(together) if mixed else together)
+        return planner.DecodingTimes(alone, self._real(together) if mixed else together)
 
 
 def weight_seconds(graph: Path) -> float:
@@ -240,19 +240,19 @@ def test_a_limit_of_time_holds(folder: Path, ends, tmp_path: Path, monkeypatch) 
     low, high = (bundle_seconds(*ends[form][1:]) for form in ("int4", "int8"))
     limit = low + 0.5 * (high - low)
     clock = Clock(monkeypatch)
-    manifest = export_bundle(recipe(folder), tmp_path / "b", force=True, budget=Budget(seconds=limit))
+    manifest = export_bundle(recipe(folder), tmp_path / "b", force=True, budget=ResourceBudget(seconds=limit))
     assert 0.95 * limit < manifest.budget.measured <= limit
     assert manifest.budget.measured == pytest.approx(manifest.budget.chosen.seconds, rel=0.02)
     assert clock.calls == 6  # int4, int8, two members in fp16, the choice, the bundle
     with pytest.raises(InputError, match=r"a budget of .* ms a token is too small: the fastest"):
-        export_bundle(recipe(folder), tmp_path / "b", budget=Budget(seconds=0.9 * low))
+        export_bundle(recipe(folder), tmp_path / "b", budget=ResourceBudget(seconds=0.9 * low))
 
 
 def test_a_choice_that_is_slower_than_estimated_is_made_again(folder: Path, ends, tmp_path: Path, monkeypatch) -> None:
     low, high = (bundle_seconds(*ends[form][1:]) for form in ("int4", "int8"))
     limit = low + 0.7 * (high - low)
     Clock(monkeypatch, lambda time: 1.08 * time)
-    manifest = export_bundle(recipe(folder), tmp_path / "b", force=True, budget=Budget(seconds=limit))
+    manifest = export_bundle(recipe(folder), tmp_path / "b", force=True, budget=ResourceBudget(seconds=limit))
     assert manifest.budget.measured <= limit
     assert bundle_seconds(manifest, tmp_path / "b") < 0.96 * limit
 
@@ -260,31 +260,31 @@ def test_a_choice_that_is_slower_than_estimated_is_made_again(folder: Path, ends
 def test_a_bundle_over_its_budget_fails_unless_forced(folder: Path, ends, tmp_path: Path, monkeypatch) -> None:
     limit = 1.01 * bundle_seconds(*ends["int4"][1:])
     Clock(monkeypatch)
-    monkeypatch.setattr(check, "decoding_times", lambda graphs, *_, **__: planner.Times({}, 1.2 * limit))
+    monkeypatch.setattr(check, "decoding_times", lambda graphs, *_, **__: planner.DecodingTimes({}, 1.2 * limit))
     # The gates have let all members pass at 8 bits of theirs; with int4 they need force anyway.
     monkeypatch.setattr(members_stage, "enforce", lambda *_, **__: False)
     with pytest.raises(EdgemixError, match=r"not within its budget: a token takes .* ms, more than") as caught:
-        export_bundle(recipe(folder), tmp_path / "b", budget=Budget(seconds=limit))
+        export_bundle(recipe(folder), tmp_path / "b", budget=ResourceBudget(seconds=limit))
     assert not isinstance(caught.value, InputError)
     assert not (tmp_path / "b").exists()
     found = []
     monkeypatch.setattr(blocks, "gptq_blocks", lambda *_, **__: found.append(1))
-    manifest = export_bundle(recipe(folder), tmp_path / "b", force=True, budget=Budget(seconds=limit))
+    manifest = export_bundle(recipe(folder), tmp_path / "b", force=True, budget=ResourceBudget(seconds=limit))
     assert manifest.budget.measured == pytest.approx(1.2 * limit)
     assert found == []  # what was made before is good
 
 
 def test_time_is_measured_on_the_graphs_themselves(folder: Path, tmp_path: Path) -> None:
-    manifest = export_bundle(recipe(folder), tmp_path / "b", force=True, budget=Budget(seconds=10.0))
+    manifest = export_bundle(recipe(folder), tmp_path / "b", force=True, budget=ResourceBudget(seconds=10.0))
     assert 0 < manifest.budget.measured < 10
     assert 0 < manifest.budget.chosen.seconds < 10
 
 
 def test_a_plan_survives_an_interruption(folder: Path, ends, tmp_path: Path, monkeypatch) -> None:
-    budget, fitted = Budget((ends["int4"][0] + ends["int8"][0]) // 2), recipe(folder, weights="fit")
+    budget, fitted = ResourceBudget((ends["int4"][0] + ends["int8"][0]) // 2), recipe(folder, weights="fit")
     costs = []
-    real = blocks.costs
-    monkeypatch.setattr(blocks, "costs", lambda *a, **k: costs.append(1) or real(*a, **k))
+    real = blocks.quantization_costs
+    monkeypatch.setattr(blocks, "quantization_costs", lambda *a, **k: costs.append(1) or real(*a, **k))
     with monkeypatch.context() as patch:
 
         def cut(*_: object, **__: object) -> None:
@@ -293,7 +293,7 @@ def test_a_plan_survives_an_interruption(folder: Path, ends, tmp_path: Path, mon
         patch.setattr(blocks, "gptq_blocks", cut)
         with pytest.raises(KeyboardInterrupt):
             export_bundle(fitted, tmp_path / "b", force=True, budget=budget)
-    monkeypatch.setattr(planner, "plan", cut)
+    monkeypatch.setattr(planner, "plan_formats", cut)
     manifest = export_bundle(fitted, tmp_path / "b", force=True, budget=budget)
     assert len(costs) == 2
     assert manifest.weights.method == "fit"

@@ -20,7 +20,7 @@ from edgemix.export.pruning.sparsity import keep_mask, linears, sparsify
 from edgemix.export.quantization import quantize
 from edgemix.export.quantization.algorithms.gptq import gptq
 from edgemix.export.quantization.algorithms.hqq import hqq
-from edgemix.export.quantization.algorithms.learned_rounding import distill_blocks
+from edgemix.export.quantization.algorithms.learned_rounding import learn_rounding
 from edgemix.export.quantization.algorithms.rtn import rtn
 from edgemix.export.training.loop import TrainingBudget
 from edgemix.runtime.graphs.decoder import DecoderGraph
@@ -215,7 +215,7 @@ def test_every_format_keeps_zeros_and_its_bundle_is_smaller(form, pruned, graph,
 
 
 def test_learned_rounding_keeps_zeros(pruned):
-    table = distill_blocks(pruned, text(1, 64), steps=12)
+    table = learn_rounding(pruned, text(1, 64), steps=12)
     for part in linears(pruned).values():
         weight = part.weight.numpy()
         found = table.find(np.ascontiguousarray(weight))

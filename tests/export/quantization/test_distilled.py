@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.trained_linears import BITS, BLOCK, divergence, matrices, text, trained
 
-from edgemix.export.quantization.algorithms.learned_rounding import distill_blocks
+from edgemix.export.quantization.algorithms.learned_rounding import learn_rounding
 from edgemix.export.quantization.algorithms.rtn import rtn
 from edgemix.export.training.checkpoints import Checkpoint
 
@@ -35,7 +35,7 @@ def dequantized(model: PreTrainedModel, table: BlockTable) -> dict[str, np.ndarr
 def test_training_beats_rounding(name: str) -> None:
     model = trained(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    table = distill_blocks(model, text(1, 256), block=BLOCK, steps=40)
+    table = learn_rounding(model, text(1, 256), block=BLOCK, steps=40)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     rounded = {
         key: rtn(matrix, bits=BITS, block=BLOCK, symmetric=False).dequantized()
@@ -46,13 +46,13 @@ def test_training_beats_rounding(name: str) -> None:
 
 def test_an_interrupted_run_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained("qwen2")
-    whole = distill_blocks(model, text(1, 64), steps=6)
+    whole = learn_rounding(model, text(1, 64), steps=6)
     checkpoint = Checkpoint(tmp_path / "state", "key")
     monkeypatch.setattr(type(model.base_model), "forward", interrupting(type(model.base_model).forward, 7))
     with pytest.raises(KeyboardInterrupt):
-        distill_blocks(model, text(1, 64), steps=6, checkpoint=checkpoint)
+        learn_rounding(model, text(1, 64), steps=6, checkpoint=checkpoint)
     monkeypatch.undo()
-    resumed = distill_blocks(model, text(1, 64), steps=6, checkpoint=checkpoint)
+    resumed = learn_rounding(model, text(1, 64), steps=6, checkpoint=checkpoint)
     for key, weight in dequantized(model, whole).items():
         np.testing.assert_array_equal(dequantized(model, resumed)[key], weight)
 

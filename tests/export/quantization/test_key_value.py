@@ -7,7 +7,7 @@ import pytest
 from helpers.tiny_models import tiny_model, tiny_tokenizer
 
 from edgemix.errors import EdgemixError, InputError, RecipeError
-from edgemix.export.budget.plan import Budget
+from edgemix.export.budget.plan import ResourceBudget
 from edgemix.export.graphs.decoder import export_graph
 from edgemix.export.pipeline import export_bundle
 from edgemix.export.quantization import quantize
@@ -155,4 +155,4 @@ def test_a_runtime_that_is_too_old_says_so(graphs, tmp_path, monkeypatch):
 
 def test_a_budget_tries_formats_with_floats(recipe, tmp_path):
     with pytest.raises(InputError, match="a budget does not go with cache: int8"):
-        export_bundle(recipe, tmp_path / "bundle", budget=Budget(bytes=10**9))
+        export_bundle(recipe, tmp_path / "bundle", budget=ResourceBudget(bytes=10**9))

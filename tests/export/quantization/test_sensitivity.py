@@ -12,7 +12,7 @@ from helpers.tiny_models import tiny_model
 from edgemix.export.models.layout import layout
 from edgemix.export.quantization.algorithms.gptq import gptq
 from edgemix.export.quantization.statistics.calibration import calibrate, output_gradients
-from edgemix.export.quantization.statistics.sensitivity import costs
+from edgemix.export.quantization.statistics.sensitivity import quantization_costs
 from edgemix.export.training.losses import divergence
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def measured(model: PreTrainedModel) -> list[float]:
 def test_costs_are_near_and_in_the_order_of_measured_ones(family: str) -> None:
     model = tiny_model(family)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = costs(model, WINDOWS, block=32)
+    found = quantization_costs(model, WINDOWS, block=32)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert list(found) == list(layout(model).linears())
     real = np.array(measured(model))
@@ -57,7 +57,7 @@ def test_costs_are_near_and_in_the_order_of_measured_ones(family: str) -> None:
 
 
 def test_eight_bits_cost_a_hundredth() -> None:
-    for cost in costs(tiny_model("llama"), WINDOWS, block=32).values():
+    for cost in quantization_costs(tiny_model("llama"), WINDOWS, block=32).values():
         assert 0 < cost[8] < 0.02 * cost[4]
 
 
@@ -65,6 +65,6 @@ def test_a_linear_that_nothing_reads_costs_nothing() -> None:
     model = tiny_model("llama")
     layer = layout(model).layers[1]
     layer.down.set_weight(torch.zeros_like(layer.down.weight))
-    found = costs(model, WINDOWS, block=32)
+    found = quantization_costs(model, WINDOWS, block=32)
     assert found["model.layers.1.mlp.up_proj"][4] == 0
     assert found["model.layers.0.mlp.up_proj"][4] > 0

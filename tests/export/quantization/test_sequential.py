@@ -10,9 +10,9 @@ from helpers.trained_linears import BLOCK, divergence, matrices, text, trained
 from edgemix.errors import InputError
 from edgemix.export.models.layout import layout
 from edgemix.export.quantization.algorithms.gptq_model import gptq_blocks
-from edgemix.export.quantization.algorithms.learned_rounding import distill_blocks
+from edgemix.export.quantization.algorithms.learned_rounding import learn_rounding
 from edgemix.export.quantization.algorithms.rtn import rtn
-from edgemix.export.quantization.statistics.sensitivity import costs, most_sensitive
+from edgemix.export.quantization.statistics.sensitivity import most_sensitive, quantization_costs
 from edgemix.export.quantization.transforms.preparation import prepare_model
 from edgemix.recipe.compression import Quantization
 
@@ -48,7 +48,7 @@ def test_linears_get_the_bits_that_they_are_given():
     names = [name for name in matrices(model) if "down_proj" in name]
     for table in (
         gptq_blocks(model, WINDOWS, bits=dict.fromkeys(names, 8), block=BLOCK),
-        distill_blocks(model, text(1, 32), bits=dict.fromkeys(names, 8), block=BLOCK, steps=2),
+        learn_rounding(model, text(1, 32), bits=dict.fromkeys(names, 8), block=BLOCK, steps=2),
     ):
         bits = {name: each.bits for name, each in found(model, table).items()}
         assert {name for name, each in bits.items() if each == 8} == set(names)
@@ -75,7 +75,7 @@ def test_what_cannot_be_rotated_is_refused():
 def test_bits_go_where_they_matter():
     model = trained("qwen2")
     parts = layout(model)
-    cost = costs(model, WINDOWS, block=BLOCK)
+    cost = quantization_costs(model, WINDOWS, block=BLOCK)
     half = most_sensitive(cost, parts, 0.5)
     others = [name for name in parts.linears() if name not in half]
     sizes = {name: part.weight.numel() for name, part in parts.linears().items()}

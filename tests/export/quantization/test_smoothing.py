@@ -19,7 +19,14 @@ from edgemix.export.quantization.graph.dynamic import quantize_dynamic
 from edgemix.export.quantization.graph.emission import block_emitter
 from edgemix.export.quantization.statistics.activations import observe
 from edgemix.export.quantization.transforms import smoothing
-from edgemix.export.quantization.transforms.smoothing import divide, folds, multiply, quantize_rows, search, set_apart
+from edgemix.export.quantization.transforms.smoothing import (
+    divide,
+    folds,
+    multiply,
+    quantize_rows,
+    search,
+    separate_outliers,
+)
 from edgemix.progress import NO_PROGRESS
 
 if TYPE_CHECKING:
@@ -188,8 +195,8 @@ def test_a_huge_channel_of_one_token_is_set_apart(tmp_path: Path, monkeypatch: p
     found, operators = quantized(tmp_path, path)
     assert operators.count("MatMulIntegerToFloat") == 3
     assert operators.count("MatMulNBits") == 0
-    monkeypatch.setattr(smoothing, "APART", ())
-    monkeypatch.setattr(dynamic, "RESISTS", np.inf)
+    monkeypatch.setattr(smoothing, "OUTLIER_COUNTS", ())
+    monkeypatch.setattr(dynamic, "MAX_TOKEN_ERROR", np.inf)
     whole, _ = quantized(tmp_path, path)
     lost, before = (np.abs(each - exact)[IDS == 5].mean() for each in (found, whole))
     assert lost < 0.3 * before
@@ -201,10 +208,10 @@ def test_as_few_channels_are_set_apart_as_it_takes() -> None:
     activation[:3, [5, 40, 41]] *= 1e3
     weight = rng.standard_normal((INNER, 96)).astype(np.float32)
     found = search(activation, np.abs(activation).max(axis=0), [weight], foldable=False)
-    better = set_apart(activation, [weight], found, 0.1)
+    better = separate_outliers(activation, [weight], found, 0.1)
     assert {5, 40, 41} < set(better.apart)
     assert len(better.apart) == 4
     assert better.spike <= 0.1 < found.spike
     activation[:3] *= 1e3
     found = search(activation, np.abs(activation).max(axis=0), [weight], foldable=False)
-    assert set_apart(activation, [weight], found, 0.1) is found
+    assert separate_outliers(activation, [weight], found, 0.1) is found

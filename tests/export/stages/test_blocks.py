@@ -16,7 +16,7 @@ from edgemix.recipe.schema import Data, Recipe
     [({"token_embd": "Q8_0"}, "Q4_1", "int4"), ({}, "Q4_0", "int4"), ({}, "Q8_0", "int8")],
 )
 def test_gguf_members_keep_the_blocks_of_their_file(kinds, otherwise, form, tmp_path, monkeypatch):
-    trained = Spy(monkeypatch, "distill_blocks", blocks)
+    trained = Spy(monkeypatch, "learn_rounding", blocks)
     built = gguf_recipe(tmp_path / "m", kinds, otherwise, format=form)
     member = export_bundle(built, tmp_path / "kept").members[0]
     assert not trained.calls
@@ -44,7 +44,7 @@ def test_gguf_members_keep_the_blocks_of_their_file(kinds, otherwise, form, tmp_
 )
 def test_gguf_members_are_quantized_anew_if_the_recipe_or_the_file_requires_it(kinds, changes, tmp_path, monkeypatch):
     """A file that has blocks for some weights only, and recipes that name something else."""
-    trained = Spy(monkeypatch, "distill_blocks", blocks)
+    trained = Spy(monkeypatch, "learn_rounding", blocks)
     built = gguf_recipe(tmp_path / "m", kinds, "Q4_0", **({"quantization": Quantization(steps=2)} | changes))
     export_bundle(built, tmp_path / "bundle", force=True)
     assert len(trained.calls) == 1

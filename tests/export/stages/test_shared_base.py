@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from edgemix.bundle.reader import read_manifest
 from edgemix.bundle.verify import verify_bundle
 from edgemix.errors import InputError
-from edgemix.export.budget.plan import Budget
+from edgemix.export.budget.plan import ResourceBudget
 from edgemix.export.pipeline import export_bundle
 from edgemix.recipe.schema import Data, MemberRecipe, Recipe
 from edgemix.recipe.text_sources import TextSource
@@ -167,4 +167,4 @@ def test_a_member_that_needs_too_large_a_rank_has_a_graph_of_its_own(
 
 def test_a_budget_is_refused_with_shared_graphs(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="stack"):
-        export_bundle(recipe(folder), tmp_path / "bundle", budget=Budget(bytes=10**9))
+        export_bundle(recipe(folder), tmp_path / "bundle", budget=ResourceBudget(bytes=10**9))

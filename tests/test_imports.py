@@ -142,7 +142,18 @@ ORDER = {
         *("finetuning", "stages", "budget", "context", "pipeline", "demo"),
     ),
     "edgemix.runtime": (
-        *("cancellation", "token_progress", "results", "text", "graphs", "mixing", "sequences", "decoding", "options"),
+        *(
+            "cancellation",
+            "token_progress",
+            "processor",
+            "results",
+            "text",
+            "graphs",
+            "mixing",
+            "sequences",
+            "decoding",
+            "options",
+        ),
         *("machine", "loaded_bundle", "session", "serving", "evaluation", "mixture", "profiling"),
     ),
 }
@@ -150,7 +161,6 @@ ORDER = {
 BACKWARD = {
     ("edgemix.export.distillation.distill", "demo"),
     ("edgemix.export.distillation.teacher", "stages"),
-    ("edgemix.runtime.graphs.prepacked_weights", "machine"),
 }
 """Imports against the order that are still there; the list may only become shorter."""
 LONG = {ROOT / "export/distillation/distill.py"}

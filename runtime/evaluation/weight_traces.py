@@ -11,7 +11,7 @@ from edgemix.results.evaluation import WeightTrace
 from edgemix.runtime.evaluation.scoring import score_tokens
 from edgemix.runtime.mixing.adaptive import adaptive_targets
 from edgemix.runtime.mixing.ensemble import ADAPTIVE
-from edgemix.runtime.text.tokenizer import IncrementalDecoder
+from edgemix.runtime.text.detokenizer import IncrementalDecoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

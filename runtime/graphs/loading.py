@@ -13,7 +13,7 @@ from edgemix.bundle.paths import resolve
 from edgemix.bundle.reader import draft_tokens, graph_digest
 from edgemix.runtime.graphs.decoder import DecoderGraph
 from edgemix.runtime.graphs.prepacked_weights import PrepackedWeights
-from edgemix.runtime.graphs.providers import default_threads
+from edgemix.runtime.processor import default_threads
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from edgemix.errors import EdgemixError, storage_errors
 from edgemix.files import sync_folder
-from edgemix.runtime.machine.system import installed_version, processor
+from edgemix.runtime.processor import installed_version, processor
 
 if TYPE_CHECKING:
     from collections.abc import Callable

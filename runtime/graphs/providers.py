@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,10 +14,10 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import psutil
 
 from edgemix.errors import BundleError, EdgemixError, InputError
 from edgemix.runtime.graphs.sparse_weights import expanded_files
+from edgemix.runtime.processor import default_threads
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -121,12 +120,6 @@ def why_not(provider: Provider) -> str:
     if session.get_providers()[0] != provider.execution_provider:
         return f"{provider.execution_provider} is installed but does not start (driver or CUDA libraries missing)"
     return "" if np.array_equal(answer, [2.0, 4.0]) else "it computes wrong results"
-
-
-def default_threads() -> int:
-    """Return the number of physical cores that this process may use."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
 
 
 def session_options(threads: int | None) -> Any:

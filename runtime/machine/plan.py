@@ -17,8 +17,8 @@ import platformdirs
 
 from edgemix.errors import EdgemixError, storage_errors
 from edgemix.files import write_atomically
-from edgemix.runtime.machine.system import installed_version, processor
 from edgemix.runtime.options import Speculation
+from edgemix.runtime.processor import installed_version, processor
 
 if TYPE_CHECKING:
     from edgemix.bundle.manifest import Manifest

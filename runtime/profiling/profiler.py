@@ -17,11 +17,12 @@ from edgemix.bundle.verify import verify_bundle
 from edgemix.errors import EdgemixError
 from edgemix.progress import NO_PROGRESS
 from edgemix.results.profile import Machine, Profile
-from edgemix.runtime.graphs.providers import choose, default_threads
+from edgemix.runtime.graphs.providers import choose
 from edgemix.runtime.machine.plan import write_plan
 from edgemix.runtime.machine.system import describe
 from edgemix.runtime.mixing.ensemble import ADAPTIVE, WeightResolver
 from edgemix.runtime.mixture import Mixture
+from edgemix.runtime.processor import default_threads
 from edgemix.runtime.profiling import loading, operators
 from edgemix.runtime.profiling.background_load import NOTABLE_LOAD, BackgroundLoad
 from edgemix.runtime.profiling.bench import Bench, Sizes

@@ -17,7 +17,7 @@ import msgspec
 
 from edgemix.results.profile import Overhead
 from edgemix.runtime.decoding.static_batch import StaticBatch
-from edgemix.runtime.text.tokenizer import IncrementalDecoder
+from edgemix.runtime.text.detokenizer import IncrementalDecoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from edgemix.runtime.results import Chunk, Completion, Timings
-from edgemix.runtime.text.tokenizer import IncrementalDecoder, StopStrings
+from edgemix.runtime.text.detokenizer import IncrementalDecoder, StopStrings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

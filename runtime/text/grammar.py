@@ -1,8 +1,8 @@
-"""What a generated text must be: JSON of a schema, a match of a regular expression, one of several texts.
+"""Grammars of generated text: JSON of a schema, a match of a regular expression, or one of several texts.
 
-The rule applies to the mixture's distribution after averaging: tokens that cannot go on to a text of that form are
-ruled out, the others keep their proportions. The end-of-text token counts as a token: it may come where the text is
-complete, and nothing else may where the text can only end. llguidance computes which tokens those are (Earley's parser
+A grammar applies to the mixture's distribution after averaging: tokens that cannot lead to a valid text are ruled out,
+the others keep their proportions. The end-of-text token counts as a token: it is allowed where the text is complete,
+and is the only one allowed where the text must end. llguidance computes which tokens those are (Earley's parser
 over a lexer of derivatives, github.com/guidance-ai/llguidance).
 """
 
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgemix.errors import EdgemixError, InputError
+from edgemix.runtime.text.grammar_engine import llguidance_module
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,21 +28,21 @@ if TYPE_CHECKING:
 
 _IMPOSSIBLE = np.float32(-np.inf)
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""One way to write it, as Python does: where any white space may come, small models write nothing else."""
+"""One way to write JSON, as Python does: where any white space is allowed, small models generate nothing else."""
 _UNFORCED = '%llguidance {"no_forcing": true}\n'
-"""Text that is forced may be spelled by any tokens: else llguidance allows the tokenizer's own spelling alone, which is
-a special token where a text has what looks like one.
+"""Forced text may be spelled by any tokens: else llguidance allows only the tokenizer's own spelling, which is a
+special token where a text contains what looks like one.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What a text must be, as the caller says it; one of the three.
+    """What a generated text must be; at most one of the three is given.
 
     Attributes:
         json_schema: A JSON schema, or its text.
         regex: A regular expression that the whole text matches.
-        choices: The texts that it may be.
+        choices: Texts, one of which it is.
     """
 
     json_schema: Mapping[str, Any] | str | None = None
@@ -51,7 +52,7 @@ class Constraint:
     def __post_init__(self) -> None:
         given = [name for name in self.__slots__ if getattr(self, name) is not None]
         if len(given) > 1:
-            raise InputError(f"{' and '.join(given)} both say what the text must be", "Give one of them.")
+            raise InputError(f"{' and '.join(given)} both constrain the text", "Give one of them.")
         if self.regex is not None and not _is_text(self.regex):
             raise InputError("regex must be a text of valid Unicode")
         if self.choices is not None and not _are_texts(self.choices):
@@ -59,17 +60,17 @@ class Constraint:
 
     @property
     def free(self) -> bool:
-        """Whether a text may be anything."""
+        """Whether any text is allowed."""
         return self.json_schema is None and self.regex is None and self.choices is None
 
     def grammar(self) -> str:
-        """As llguidance reads it.
+        """Return the grammar for llguidance.
 
         Raises:
             InputError: The schema is not JSON.
             EdgemixError: llguidance is not installed.
         """
-        matcher = _llguidance().LLMatcher
+        matcher = llguidance_module().LLMatcher
         if self.json_schema is not None:
             grammar = json.loads(matcher.grammar_from_json_schema(_schema(self.json_schema), defaults=_JSON))
             lark = f"start: %json {json.dumps(grammar['grammars'][0]['json_schema'])}"
@@ -85,7 +86,7 @@ class Grammar:
     """A constraint, compiled for a tokenizer. Threads may share it.
 
     Raises:
-        InputError: The constraint makes no sense, or the tokenizer has no end of text.
+        InputError: No text can follow the constraint, or the tokenizer has no end-of-text token.
         EdgemixError: llguidance is not installed.
     """
 
@@ -93,27 +94,27 @@ class Grammar:
         source = constraint.grammar()
         if not tokenizer.entry.eos:
             raise InputError("this tokenizer has no end-of-text token, so a text of a given form could not end")
-        self._tokenizer, words, matcher = tokenizer, tokenizer.words, _llguidance().LLMatcher
+        self._tokenizer, words, matcher = tokenizer, tokenizer.words, llguidance_module().LLMatcher
         if trouble := matcher.validate_grammar(source, words):
-            raise InputError(f"no text can be held to this: {trouble.strip().splitlines()[0]}", _form(constraint))
+            raise InputError(f"no text can be held to this: {trouble.strip().splitlines()[0]}", _remedy(constraint))
         self._matcher = matcher(words, source, log_level=0)
         try:
             self.follow().allowed()
         except EdgemixError as error:
-            raise InputError(f"there is no text of this form: {error.message}", _form(constraint)) from None
+            raise InputError(f"there is no text of this form: {error.message}", _remedy(constraint)) from None
 
     @classmethod
     def of(cls, constraint: Constraint, tokenizer: Tokenizer) -> Grammar | None:
-        """A constraint's; None where a text may be anything."""
+        """Return the grammar of a constraint; None where any text is allowed."""
         return None if constraint.free else cls(constraint, tokenizer)
 
     def follow(self) -> GrammarState:
-        """Follow a text from its beginning."""
+        """Return the state at the beginning of a text."""
         return GrammarState(self._matcher.deep_copy(), self._tokenizer)
 
 
 class GrammarState:
-    """Where one text is in what it must become. Made by `Grammar.follow`."""
+    """The state of a grammar after a text. Made by `Grammar.follow`."""
 
     def __init__(self, matcher: Any, tokenizer: Tokenizer) -> None:
         self._matcher, self._words = matcher, tokenizer.words
@@ -122,24 +123,24 @@ class GrammarState:
         self._masks: dict[tuple[int, ...], NDArray[np.bool_]] = {}
 
     def allowed(self, ahead: Sequence[int] = ()) -> NDArray[np.bool_]:
-        """Which tokens may come behind the text and some tokens that may follow it: bool [vocabulary], some true.
+        """Return which tokens may follow the text and tokens `ahead` of it: bool [vocabulary], at least one true.
 
         Raises:
-            EdgemixError: llguidance gives up (its limits protect from what would take forever).
+            EdgemixError: llguidance gives up (its limits bound time and memory).
         """
-        place = self._before_end(ahead)
-        if place not in self._masks:
-            self._go(place)
+        position = self._before_end(ahead)
+        if position not in self._masks:
+            self._go(position)
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
             mask = np.unpackbits(bits, count=self._vocabulary, bitorder="little").view(np.bool_)
             if not self._matcher.is_accepting():
                 mask[[*self._eos]] = False
             self._check(bool(mask.any()))
-            self._masks[place] = mask
-        return self._masks[place]
+            self._masks[position] = mask
+        return self._masks[position]
 
     def valid(self, tokens: Sequence[int]) -> int:
-        """How many of some tokens may follow the text, one after the other."""
+        """Return how many of some tokens may follow the text, one after the other."""
         self._go(())
         text = self._before_end(tokens)
         valid = int(self._matcher.validate_tokens([*text])) if text else 0
@@ -148,29 +149,31 @@ class GrammarState:
         return valid + int(self.allowed(text)[tokens[valid]])
 
     def expected(self, ahead: Sequence[int] = ()) -> list[int]:
-        """Tokens that spell what the text, and some tokens that may follow it, can only go on with, as its tokenizer
-        would; others may spell it, too.
+        """Return the tokens of the only continuation that is allowed after the text and tokens `ahead` of it, in the
+        tokenizer's own spelling; other tokens may spell it, too.
         """
         self._go(self._before_end(ahead))
         forced: bytes = self._matcher.compute_ff_bytes()
         return [*self._words.tokenize_bytes(forced)] if forced else []
 
     def take(self, tokens: Sequence[int]) -> None:
-        """The text goes on with tokens, each of which was allowed."""
+        """Append tokens to the text, each of which was allowed."""
         taken = self._before_end(tokens)
         self._go(taken)
         count = len(taken)
-        self._masks = {place[count:]: mask for place, mask in self._masks.items() if place[:count] == taken}
+        self._masks = {position[count:]: mask for position, mask in self._masks.items() if position[:count] == taken}
         self._ahead = ()
 
     def _before_end(self, tokens: Sequence[int]) -> tuple[int, ...]:
-        """Tokens before the end of the text: that is no word of llguidance's."""
+        """Return the tokens before the end-of-text token, which llguidance does not know."""
         return tuple(takewhile(lambda token: token not in self._eos, tokens))
 
     def _go(self, ahead: tuple[int, ...]) -> None:
-        """Move to behind some tokens that may follow the text."""
+        """Move to the position after some tokens that follow the text."""
         both = zip(self._ahead, ahead, strict=False)
-        common = next((place for place, (old, new) in enumerate(both) if old != new), min(len(self._ahead), len(ahead)))
+        common = next(
+            (position for position, (old, new) in enumerate(both) if old != new), min(len(self._ahead), len(ahead))
+        )
         if back := len(self._ahead) - common:
             self._check(self._matcher.rollback(back))
         if new := ahead[common:]:
@@ -179,43 +182,26 @@ class GrammarState:
 
     def _check(self, fine: bool) -> None:
         if not fine or self._matcher.is_error():
-            trouble = self._matcher.get_error().strip() or "no token can go on"
+            problem = self._matcher.get_error().strip() or "no token can follow"
             raise EdgemixError(
-                f"the text cannot be held to its form: {trouble.splitlines()[0]}",
+                f"the text cannot be held to its form: {problem.splitlines()[0]}",
                 "Give a simpler schema or expression.",
             )
 
 
 def rule_out(scores: NDArray[np.float32], allowed: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Scores [vocabulary] with -inf where a token is not allowed: a new array."""
+    """Return scores [vocabulary] with -inf where a token is not allowed, in a new array."""
     return np.where(allowed, scores, _IMPOSSIBLE)
 
 
 def only_one(allowed: NDArray[np.bool_]) -> int | None:
-    """The token that is allowed, if there is but one."""
+    """Return the allowed token, if there is exactly one."""
     first = int(allowed.argmax())
     return None if allowed[first + 1 :].any() else first
 
 
-def vocabulary_of(core: Any, vocabulary: int, eos: Sequence[int]) -> Any:
-    """A tokenizer as llguidance sees it: takes about 0.2 s of 49,000 tokens.
-
-    Args:
-        core: A `tokenizers.Tokenizer`.
-        vocabulary: Number of token ids.
-        eos: End-of-text tokens.
-
-    Raises:
-        EdgemixError: llguidance is not installed, or cannot read the tokenizer.
-    """
-    try:
-        return _llguidance().LLTokenizer(core.to_str(), n_vocab=vocabulary, eos_token=list(eos))
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise EdgemixError(f"llguidance cannot read this tokenizer: {error}") from error
-
-
 def _is_text(text: object) -> bool:
-    """Whether it is a text that can be written in UTF-8."""
+    """Return whether it is a nonempty text that UTF-8 can encode."""
     try:
         return isinstance(text, str) and bool(text.encode())
     except UnicodeEncodeError:
@@ -227,34 +213,22 @@ def _are_texts(texts: object) -> bool:
 
 
 def _schema(given: Mapping[str, Any] | str) -> str:
-    """A JSON schema as text.
+    """Return a JSON schema as text.
 
     Raises:
-        InputError: It is none.
+        InputError: It is not a JSON schema.
     """
     try:
         schema = json.loads(given) if isinstance(given, str) else dict(given)
         text = json.dumps(schema)
         text.encode()
     except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"json_schema is no JSON: {error}", "Mend the schema.") from None
+        raise InputError(f"json_schema is not JSON: {error}", "Correct the schema.") from None
     if not isinstance(schema, dict):
         raise InputError("json_schema must be a JSON object", 'For any JSON at all, give "{}".')
     return text
 
 
-def _form(constraint: Constraint) -> str:
+def _remedy(constraint: Constraint) -> str:
     kind = "schema" if constraint.json_schema is not None else "expression" if constraint.regex else "choices"
-    return f"Mend the {kind}."
-
-
-def _llguidance() -> Any:
-    """The llguidance module, imported when it is first needed."""
-    try:
-        import llguidance
-    except ImportError:
-        raise EdgemixError(
-            "json_schema, regex and choices need llguidance, which is not installed",
-            "pip install 'edgemix[constrained]'",
-        ) from None
-    return llguidance
+    return f"Correct the {kind}."

@@ -1,9 +1,7 @@
-"""Text to token ids and back: encoding, decoding token by token, stop strings, chat templates."""
+"""Text to token ids and back: the tokenizer that a bundle's members share."""
 
 from __future__ import annotations
 
-import json
-import time
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +10,8 @@ import tokenizers
 from edgemix.bundle.manifest import CHAT_TEMPLATE, TOKENIZER
 from edgemix.bundle.paths import resolve
 from edgemix.errors import BundleError, InputError
-from edgemix.runtime.text.grammar import vocabulary_of
+from edgemix.runtime.text.chat_template import render_template
+from edgemix.runtime.text.grammar_engine import vocabulary_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,18 +19,13 @@ if TYPE_CHECKING:
 
     from edgemix.bundle.manifest import TokenizerEntry
 
-_TEMPLATE_ERRORS = (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError)
-_UNFINISHED = "\ufffd"
-_CONTEXT = 6
-"""Tokens before the first new one that decoding looks at: decoders treat a text's first token differently."""
-
 
 class Tokenizer:
     """The tokenizer that a bundle's members share. Threads may share it.
 
     Attributes:
-        entry: What the manifest says of it.
-        chat_template: How a conversation is written down, in Jinja; None if the bundle does not say.
+        entry: Its entry in the manifest.
+        chat_template: The Jinja template of conversations; None if the bundle has none.
     """
 
     def __init__(self, core: tokenizers.Tokenizer, entry: TokenizerEntry, chat_template: str | None = None) -> None:
@@ -62,18 +56,19 @@ class Tokenizer:
         return cls(core, entry, chat_template)
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
-        """Token ids of a text, after the beginning-of-text token where the model family has one and `bos` is true.
+        """Return the token ids of a text, after the beginning-of-text token where the model family has one and `bos` is
+        true.
 
         Raises:
-            InputError: There is nothing in the text, or it is not Unicode.
+            InputError: The text is empty, or not valid Unicode.
         """
         return self._encode(text, bos=bos)[0]
 
     def encode_for_scoring(self, text: str) -> tuple[list[int], int]:
-        """As `encode`, with the number of UTF-8 bytes of all tokens but the first.
+        """Return the token ids as `encode` does, and the number of UTF-8 bytes of all tokens but the first.
 
         Raises:
-            InputError: As `encode`, or the text is a single token, so that there is nothing to score.
+            InputError: As `encode`, or the text is a single token, which cannot be scored.
         """
         ids, starts = self._encode(text, bos=True)
         if len(ids) < 2:
@@ -81,7 +76,7 @@ class Tokenizer:
         return ids, len(text[starts[1] :].encode())
 
     def _encode(self, text: str, *, bos: bool) -> tuple[list[int], list[int]]:
-        """Token ids, and the character where each begins."""
+        """Return token ids, and the index of the character where each begins."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -95,7 +90,7 @@ class Tokenizer:
 
     @cached_property
     def words(self) -> Any:
-        """What each token is as text, for `constraints`.
+        """The vocabulary as llguidance reads it, for `grammar`.
 
         Raises:
             EdgemixError: As `vocabulary_of`.
@@ -103,7 +98,7 @@ class Tokenizer:
         return vocabulary_of(self._core, self.entry.vocabulary, self.entry.eos)
 
     def shorten(self, text: str, tokens: int) -> str:
-        """The beginning of a text that has no more than so many tokens.
+        """Return the beginning of a text that has at most `tokens` tokens.
 
         Raises:
             InputError: As `encode`.
@@ -112,18 +107,18 @@ class Tokenizer:
         return text if len(ids) <= tokens else text[: starts[tokens]]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out."""
+        """Return the text of token ids without special tokens."""
         return str(self._core.decode(list(ids), skip_special_tokens=True))
 
     def token(self, id_: int | None) -> str:
-        """A token as it is written in a text, special ones too; nothing for none."""
+        """Return a token as text, special tokens included; empty for None."""
         return "" if id_ is None else self._core.id_to_token(id_) or ""
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation, up to where the assistant's answer begins.
+        """Return the token ids of a conversation, up to where the assistant's answer begins.
 
         Args:
-            messages: Mappings with at least `role` and `content`, as the model's chat template wants them.
+            messages: Mappings with at least `role` and `content`, as the model's chat template expects them.
 
         Raises:
             InputError: There is no chat template, or it refuses the messages.
@@ -132,11 +127,11 @@ class Tokenizer:
         return self.encode(self.write_chat(messages), bos=False)
 
     def write_chat(self, messages: Sequence[Mapping[str, Any]], *, answer: bool = True) -> str:
-        """A conversation as the chat template writes it down.
+        """Return a conversation as text, by the chat template.
 
         Args:
             messages: As `render`.
-            answer: Whether the beginning of the assistant's answer follows.
+            answer: Whether to append the beginning of the assistant's answer.
 
         Raises:
             InputError: As `render`.
@@ -145,103 +140,10 @@ class Tokenizer:
             raise InputError("this bundle's tokenizer has no chat template", "Use generate with a prompt.")
         if not messages or not all({"role", "content"} <= set(message) for message in messages):
             raise InputError("a conversation needs at least one message, each with a role and content")
-        return _render(
+        return render_template(
             self.chat_template,
             messages=[*messages],
             bos_token=self.token(self.entry.bos),
             eos_token=self.token(next(iter(self.entry.eos), None)),
             add_generation_prompt=answer,
         )
-
-
-class IncrementalDecoder:
-    """Decodes a text as its tokens arrive, whole characters only.
-
-    A character whose bytes are spread over several tokens comes with the last of them; one that is still unfinished
-    when the tokens end is left out. What comes is exactly what decoding prompt and new tokens at once would add.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        start = max(0, len(prompt) - _CONTEXT)
-        while start > 0 and tokenizer.decode(prompt[start:]).startswith(_UNFINISHED):
-            start -= 1  # it would begin within a character
-        self._ids = list(prompt[start:])
-        self._shown = tokenizer.decode(self._ids)
-        self._new = 0
-
-    def add(self, token: int) -> str:
-        """The text that has become certain with `token`; often empty."""
-        self._ids.append(token)
-        self._new += 1
-        text = self._tokenizer.decode(self._ids)
-        added = text[len(self._shown) :]
-        if not added or text.endswith(_UNFINISHED):
-            return ""
-        # What was added begins and ends with whole characters: context enough for what comes.
-        self._ids = self._ids[-self._new :]
-        self._shown = self._tokenizer.decode(self._ids)
-        self._new = 0
-        return added
-
-
-class StopStrings:
-    """Finds the first stop string in a text that arrives in pieces, and holds back what may become one."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
-        self._held = ""
-
-    def add(self, piece: str) -> tuple[str, bool]:
-        """The text that can be shown now, and whether a stop string has been found right after it."""
-        text = self._held + piece
-        found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if found:
-            self._held = ""
-            return text[: min(found)], True
-        hold = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - hold :]
-        return text[: len(text) - hold], False
-
-    def rest(self) -> str:
-        """What was held back, when no more text comes."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def _render(template: str, **variables: Any) -> str:
-    """A Hugging Face chat template filled in. It comes with a model, so it runs in a sandbox."""
-    import jinja2
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}` marks the assistant's turns for training; here it changes nothing."""
-
-        tags = {"generation"}  # noqa: RUF012 - jinja2 declares a set
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, indent: int | None = None, **_: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"], autoescape=False
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = time.strftime
-    try:
-        return environment.from_string(template).render(**variables, tools=None)
-    except (*_TEMPLATE_ERRORS, jinja2.TemplateError) as error:
-        raise InputError(f"the chat template refuses these messages: {error}") from error

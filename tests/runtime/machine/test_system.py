@@ -9,6 +9,7 @@ import pytest
 
 from edgemix.runtime.graphs import providers
 from edgemix.runtime.machine import system
+from edgemix.runtime.processor import parse_cpuinfo
 
 
 def test_instruction_sets_of_an_x86_processor():
@@ -16,15 +17,15 @@ def test_instruction_sets_of_an_x86_processor():
         "processor\t: 0\nmodel name\t: Some CPU @ 2.0GHz\nflags\t\t: fpu avx2 avx avx512f strange\n\nprocessor\t: 1\n"
     )
 
-    assert system.parse_cpuinfo(text) == ("Some CPU @ 2.0GHz", ("avx", "avx2", "avx512f"))
+    assert parse_cpuinfo(text) == ("Some CPU @ 2.0GHz", ("avx", "avx2", "avx512f"))
 
 
 def test_instruction_sets_of_an_arm_processor():
-    assert system.parse_cpuinfo("Features\t: fp asimd asimddp i8mm\n") == ("", ("asimd", "asimddp", "i8mm"))
+    assert parse_cpuinfo("Features\t: fp asimd asimddp i8mm\n") == ("", ("asimd", "asimddp", "i8mm"))
 
 
 def test_a_system_without_cpuinfo_has_unknown_instruction_sets():
-    assert system.parse_cpuinfo("") == ("", ())
+    assert parse_cpuinfo("") == ("", ())
 
 
 def test_this_machine():
@@ -40,7 +41,7 @@ def test_this_machine():
 
 
 def test_a_container_limit_below_the_memory_counts(monkeypatch):
-    monkeypatch.setattr(system, "_read", lambda path: "1000000\n" if path.name == "memory.max" else "")
+    monkeypatch.setattr(system, "read_text", lambda path: "1000000\n" if path.name == "memory.max" else "")
 
     found = system.describe().memory
 
@@ -50,7 +51,7 @@ def test_a_container_limit_below_the_memory_counts(monkeypatch):
 
 @pytest.mark.parametrize("text", ["max\n", "9223372036854771712\n"])
 def test_no_container_limit(monkeypatch, text):
-    monkeypatch.setattr(system, "_read", lambda path: text)
+    monkeypatch.setattr(system, "read_text", lambda path: text)
 
     assert system.describe().memory.total > 1 << 27
 

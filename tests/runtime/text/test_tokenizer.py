@@ -5,7 +5,8 @@ from tokenizers import decoders, models, normalizers
 
 from edgemix.bundle.manifest import CHAT_TEMPLATE, TOKENIZER, TokenizerEntry
 from edgemix.errors import BundleError, InputError
-from edgemix.runtime.text.tokenizer import IncrementalDecoder, StopStrings, Tokenizer
+from edgemix.runtime.text.detokenizer import IncrementalDecoder, StopStrings
+from edgemix.runtime.text.tokenizer import Tokenizer
 
 HARD = "Grüße, 世界! 👩‍👩‍👧 naïve \ufffd end"
 

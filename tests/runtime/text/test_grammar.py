@@ -196,8 +196,8 @@ def test_characters_of_several_tokens(mixture_of):
     [
         ({"regex": "a["}, "unclosed character class|invalid regex"),
         ({"json_schema": {"type": "bogus"}}, "bogus"),
-        ({"json_schema": "{"}, "no JSON"),
-        ({"json_schema": {"type": object()}}, "no JSON"),
+        ({"json_schema": "{"}, "not JSON"),
+        ({"json_schema": {"type": object()}}, "not JSON"),
         ({"json_schema": "true"}, "JSON object"),
         ({"json_schema": {"$ref": "#"}}, "no text"),
         ({"regex": r"[^\s\S]"}, "no text"),

@@ -39,11 +39,18 @@ class FormatSpec:
         integer_products: Whether the CPU computes its products in 8 bits.
         faithful: Whether its distributions are those of the torch model, up to bfloat16's rounding.
         shared_base: Whether members of one base can share a graph in it.
+        cpu_cost: Cost of a layer's weight when a CPU decodes a token, as bytes that could be read meanwhile: fp16
+            is computed in fp32, and unpacking nf4 takes as long as that.
+        gpu_cost: The same on a GPU.
+        stored_bytes: Bytes of a layer's weight on disk, with scales; None where they depend on the block size.
     """
 
     name: Format
     bits: int
     limits: Limits
+    cpu_cost: float
+    gpu_cost: float
+    stored_bytes: float | None = None
     targets: tuple[Target, ...] = TARGETS
     calibration: Literal["none", "optional", "required"] = "none"
     block_bits: Literal[4, 8] | None = None
@@ -64,12 +71,14 @@ class FormatSpec:
 # treated, and otherwise, which must not pass, 0.28, 0.23, 1.25. Text that the graph generates itself gives figures
 # about a third higher: the rest of the room is for that.
 _ROWS = (
-    FormatSpec("fp32", 32, Limits(1e-6, 0.001, 1.001), faithful=True),
-    FormatSpec("fp16", 16, Limits(1e-3, 0.01, 1.01), faithful=True),
+    FormatSpec("fp32", 32, Limits(1e-6, 0.001, 1.001), cpu_cost=4.0, gpu_cost=4.0, stored_bytes=4.0, faithful=True),
+    FormatSpec("fp16", 16, Limits(1e-3, 0.01, 1.01), cpu_cost=4.0, gpu_cost=2.0, stored_bytes=2.0, faithful=True),
     FormatSpec(
         "int8",
         8,
         Limits(0.02, 0.05, 1.03),
+        cpu_cost=1.06,
+        gpu_cost=1.06,
         calibration="optional",
         block_bits=8,
         integer_products=True,
@@ -79,6 +88,9 @@ _ROWS = (
         "int8-dynamic",
         8,
         Limits(0.05, 0.1, 1.05),
+        cpu_cost=1.03,
+        gpu_cost=1.03,
+        stored_bytes=1.02,  # with one scale per row
         targets=("cpu",),
         calibration="required",
         rotatable=True,
@@ -89,13 +101,15 @@ _ROWS = (
         "int4",
         4,
         Limits(0.45, 0.35, 1.5),
+        cpu_cost=0.56,
+        gpu_cost=0.56,
         calibration="optional",
         block_bits=4,
         mixed_bits=True,
         rotatable=True,
         integer_products=True,
     ),
-    FormatSpec("nf4", 4, Limits(0.45, 0.35, 1.5), shared_base=False),
+    FormatSpec("nf4", 4, Limits(0.45, 0.35, 1.5), cpu_cost=4.0, gpu_cost=0.53, stored_bytes=0.5625, shared_base=False),
 )
 
 FORMAT_SPECS: dict[Format, FormatSpec] = {row.name: row for row in _ROWS}

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 from edgemix.export.budget.costs import block_bytes
 from edgemix.export.drafting.draft_head import draft_size
+from edgemix.formats import FORMAT_SPECS
 
 if TYPE_CHECKING:
     from edgemix.export.distillation.student import Shape
     from edgemix.formats import Format
 
-_FLOAT: dict[Format, float] = {"fp32": 4.0, "fp16": 2.0}
-_OTHER: dict[Format, float] = {"int8-dynamic": 1.02, "nf4": 0.5625}
-"""Bytes a weight: a scale a row, and four bytes for 64 codes."""
+_TABLE_BYTES = 1.0625
+"""Bytes of a weight in a quantized embedding table or head."""
 _ID = 6
 """Bytes of a token's id in a list."""
 _LAYER = 9_500
@@ -54,12 +54,14 @@ def _weights(shape: Shape) -> float:
 
 def _rate(form: Format, group: int) -> float:
     """Bytes of a layer's weight."""
-    if form in ("int4", "int8"):
-        bits, block = (4, group) if form == "int4" else (8, 32)
-        return block_bytes(16, 4096, bits=bits, block=block, zero_points=form == "int4") / (16 * 4096)
-    return _FLOAT[form] if form in _FLOAT else _OTHER[form]
+    row = FORMAT_SPECS[form]
+    if row.stored_bytes is not None:
+        return row.stored_bytes
+    block = group if row.mixed_bits else 32
+    return block_bytes(16, 4096, bits=row.bits, block=block, zero_points=row.mixed_bits) / (16 * 4096)
 
 
 def _table_rate(form: Format) -> float:
     """Bytes of a weight in a table."""
-    return _FLOAT.get(form, 1.0625)
+    row = FORMAT_SPECS[form]
+    return row.bits / 8 if row.floating_point else _TABLE_BYTES

@@ -23,6 +23,7 @@ from edgemix.export.models.loading import MemberLoader
 from edgemix.export.pruning.importance import Importance, importance
 from edgemix.export.pruning.structure import Sizes, Structure
 from edgemix.export.pruning.structured import cut, sizes
+from edgemix.formats import FORMAT_SPECS
 from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.recipe.compression import Student
 from edgemix.recipe.validation import local_path
@@ -39,13 +40,6 @@ if TYPE_CHECKING:
 SHARE = 0.3
 """Default student's decoding time as a fraction of a member's, by `decoding_cost`: at most a third on any machine."""
 
-_BYTES: Mapping[Format, float] = {
-    "fp32": 4.0, "fp16": 4.0, "int8": 1.06, "int8-dynamic": 1.03, "int4": 0.56, "nf4": 4.0,
-}  # fmt: skip
-"""Bytes that a weight of a layer costs while one token is decoded on a CPU, which computes with fp16 in fp32, and takes
-as long as that to unpack nf4. On a GPU, fp16 and nf4 are what they are in memory.
-"""
-_GPU_BYTES: Mapping[Format, float] = {"fp16": 2.0, "nf4": 0.53}
 _LAYER = 1.14e6
 """Cost of a layer beside its weights (norms, attention, kernel launches), as an equivalent number of bytes read."""
 _HEAD = 0.55
@@ -87,13 +81,10 @@ def decoding_cost(shape: Shape, weight_format: Format, target: Target) -> float:
         target: Where that runs.
     """
     # Quantized formats hold the head in 8 bits.
-    head_format: Format = weight_format if weight_format in ("fp32", "fp16") else "int8"
-    each, head = _bytes_of(weight_format, target), _bytes_of(head_format, target)
+    row = FORMAT_SPECS[weight_format]
+    head_row = row if row.floating_point else FORMAT_SPECS["int8"]
+    each, head = (each.gpu_cost if target == "cuda" else each.cpu_cost for each in (row, head_row))
     return shape.layers * ((shape.attention + shape.ffn) * each + _LAYER) + _HEAD * shape.head * head
-
-
-def _bytes_of(weight_format: Format, target: Target) -> float:
-    return _GPU_BYTES.get(weight_format, _BYTES[weight_format]) if target == "cuda" else _BYTES[weight_format]
 
 
 def default_layers(shape: Shape, member: Format, student: Format, target: Target) -> int:

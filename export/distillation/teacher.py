@@ -28,6 +28,7 @@ from edgemix.export.stages.weights import fit
 from edgemix.export.training.loop import fingerprint
 from edgemix.export.training.losses import TopK, top_k_of_probabilities
 from edgemix.export.training.token_loss import has_fast_bfloat16, linear_head
+from edgemix.formats import FORMAT_SPECS
 from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.recipe.text_sources import read_documents
 from edgemix.runtime import Mixture
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from edgemix.export.models.loading import LoadedMember
-    from edgemix.formats import Format
     from edgemix.recipe.schema import Recipe
     from edgemix.runtime.mixing.ensemble import Ensemble
 
@@ -51,8 +51,6 @@ _ROWS = 64
 _GPU_ROWS = 1024
 _TOKENS = 4096
 """Tokens per forward pass of a torch member: 1,024 take a sixth more time."""
-_FAITHFUL: frozenset[Format] = frozenset({"fp32", "fp16", "int8", "int8-dynamic"})
-"""Formats whose graphs compute the torch model's distributions, up to bfloat16's error."""
 _BLOCK = 64
 _ROOM = 1.25
 """GPU memory needed, as a multiple of the weights' bytes: activations, and whatever else is on the GPU."""
@@ -210,7 +208,7 @@ def teacher_in_export(
         device: Device of torch models.
     """
     active = [entry for entry in mixture.manifest.members if weights.get(entry.name, 0) > 0]
-    if not has_fast_bfloat16(device) or not all(entry.format in _FAITHFUL for entry in active):
+    if not has_fast_bfloat16(device) or not all(FORMAT_SPECS[entry.format].faithful for entry in active):
         return RuntimeTeacher(mixture, weights)
     teacher = TorchTeacher((load(entry.name) for entry in active), mixture.vocabulary, device)
     teacher.set_weights(weights)

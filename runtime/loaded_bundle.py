@@ -90,6 +90,10 @@ class LoadedBundle:
         """Return the same with all members, those of weight zero included."""
         return self._weight_resolver.full_ensemble(self.graphs(), weights, combine)
 
+    def resolve_weights(self, weights: WeightChoice = None, combine: Combine = "linear") -> WeightChoice:
+        """Return the weights that a call uses: for None, "adaptive" or "fixed" as the bundle says."""
+        return self._weight_resolver.resolve(weights, combine)
+
     def check_length(self, ids: Sequence[int], what: str) -> None:
         """Raise InputError if there are more token ids than the context allows."""
         if len(ids) > self.context:

@@ -65,10 +65,13 @@ class Evaluation:
     Attributes:
         rows: The rows.
         mixture: Name of the row with the bundle's own weights; with a single member, the member's name.
+        default: Name of the row with the weights that generation uses unless a call says otherwise; empty in older
+            evaluations.
     """
 
     rows: tuple[Row, ...]
     mixture: str = ""
+    default: str = ""
 
     def row(self, name: str) -> Row:
         """Return the first row of that name; members come first.

@@ -76,20 +76,20 @@ def evaluate(
     }
     pooled = Comparison.of(list(read.values()))
     rows = [line.row(mixture.members, read, pooled) for line in lines]
+    default = own
+    if mixture.resolve_weights() == ADAPTIVE and len(mixture.members) > 1:
+        default = next(line for line in lines if line.prior is not None)
     if speed:
         prompt = mixture.tokenizer.encode(next(iter(taken.values()))[0])
         timed = [index for index, line in enumerate(lines) if line.kind != "mixture" or line is own]
         ensembles = [Ensemble.of(models, lines[i].shares, "linear", mixture.vocabulary) for i in timed]
         for i, rate in zip(timed, decoding_rates(ensembles, prompt, context=context, progress=progress), strict=True):
             rows[i] = replace(rows[i], decode_rate=rate)
-        used = own
-        if mixture.manifest.weights.adaptive and len(mixture.members) > 1:
-            used = next(line for line in lines if line.prior is not None)
         prompts = [mixture.tokenizer.encode(documents[0]) for documents in taken.values()]
         as_generated = generation_rate(mixture, prompts, progress)
-        place = next(i for i, line in enumerate(lines) if line is used)
+        place = next(i for i, line in enumerate(lines) if line is default)
         rows[place] = replace(rows[place], generation_rate=as_generated)
-    return Evaluation(tuple(rows), own.name)
+    return Evaluation(tuple(rows), own.name, default.name)
 
 
 def score_documents(

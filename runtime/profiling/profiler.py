@@ -214,7 +214,7 @@ def profile(request: ProfileRequest, progress: Progress = NO_PROGRESS) -> Measur
         breakdowns=breakdowns,
         variants=variants,
         notes=tuple(work.notes),
-        weights=request.weights_name,
+        weights=request.weights_name or (ADAPTIVE if mixture.resolve_weights(request.weights) == ADAPTIVE else ""),
     )
     return MeasuredProfile(found, work.trace, plans)
 

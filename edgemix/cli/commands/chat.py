@@ -61,7 +61,9 @@ def chat(
             conversation.read()
         if console.as_json:
             messages = conversation.session.messages
-            console.document({"provider": mixture.provider, "student": student, "messages": messages})
+            weights = mixture.resolve_weights(sampling["weights"], sampling["combine"])
+            header = {"provider": mixture.provider, "student": student, "weights": weights}
+            console.document({**header, "messages": messages})
 
 
 class Conversation:

@@ -97,6 +97,8 @@ def show_evaluation(console: Console, evaluation: Evaluation) -> None:
         metric("Acceptance rate as the mixture's draft (%)", lambda figures: _percent(figures.acceptance), models)
     if any(row.decode_rate is not None for row in evaluation.rows):
         _show_speed(console, evaluation)
+    if evaluation.default != evaluation.mixture:
+        console.line(f"Generation uses {evaluation.default} weights unless --weights says otherwise.")
 
 
 def _percent(share: float | None) -> str:

@@ -85,7 +85,9 @@ def generate(
 
     with Mixture.load(bundle, provider, threads, verify, student=student) as mixture:
         if console.as_json:
+            weights = mixture.resolve_weights(options["weights"], options["combine"])
             header = {"prompt": text, "provider": mixture.provider, "student": student, "members": mixture.members}
+            header["weights"] = weights
             console.document(header | asdict(mixture.generate(text, **options)))
             return
         completion = None
@@ -98,7 +100,9 @@ def generate(
             console.line()
             show_attribution(console, mixture.members, completion.responsibilities)
     if completion is not None and sys.stderr.isatty():
-        console.note(f"{summary(completion)}, on {mixture.provider}")
+        weights = mixture.resolve_weights(options["weights"], options["combine"])
+        named = f", {weights} weights" if isinstance(weights, str) and len(mixture.members) > 1 else ""
+        console.note(f"{summary(completion)}, on {mixture.provider}{named}")
 
 
 def show_attribution(console: Console, members: Sequence[str], responsibilities: NDArray[np.float64]) -> None:

@@ -39,6 +39,7 @@ def test_json_is_the_conversation(bundle):
     assert json.loads(result.stdout) == {
         "provider": "cpu",
         "student": False,
+        "weights": {"code": 1.0},
         "messages": [
             {"role": "system", "content": "Speak."},
             {"role": "user", "content": "d"},

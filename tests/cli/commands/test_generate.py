@@ -165,3 +165,12 @@ def test_attribution_shows_each_members_share(bundle):
     code = output["members"].index("code")
     assert all(shares[code] > 0.9 for shares in output["responsibilities"])
     assert len(output["member_logprobs"]) == len(output["token_ids"])
+
+
+def test_json_names_the_weights_that_were_used(bundle):
+    def weights(*arguments):
+        return json.loads(generate(bundle, "d", *arguments, "--json").stdout)["weights"]
+
+    assert weights() == "fixed"
+    assert weights("--weights", "adaptive") == "adaptive"
+    assert weights("--weights", "code=1") == {"code": 1.0}

@@ -152,3 +152,10 @@ def test_the_rate_as_generated_is_that_of_the_default_weights(table):
 def test_nothing_to_score_is_an_error(table, files):
     with pytest.raises(InputError, match=r"empty|no text"):
         table(files)
+
+
+def test_the_default_row_is_the_one_that_generation_uses(table):
+    assert table({"x": ["ab"]}, **FIT).default == table({"x": ["ab"]}, **FIT).mixture
+    assert table({"x": ["ab"]}, **FIT, adaptive=True).default == "adaptive"
+    speeds = table({"x": ["ab"]}, **FIT, adaptive=True, speed=True)
+    assert [row.name for row in speeds.rows if row.generation_rate is not None] == ["adaptive"]

@@ -37,7 +37,7 @@ class MeasuredMember(msgspec.Struct, frozen=True):
     """What is known of a member before anything is chosen.
 
     Attributes:
-        config: Of its quantised graphs.
+        config: Of its quantized graphs.
         bytes: Of its graph on disk, by format.
         groups: Names of the linears that must have the same bits.
         shapes: [out, in] of each linear.

@@ -42,7 +42,7 @@ def check_budget(
         folder: Its files.
         prompt: Token ids to decode after.
         forced: Let it pass if it is over a limit.
-        progress: Hears of it.
+        progress: Progress callback.
 
     Raises:
         EdgemixError: It is over a limit, time by more than `NOISE`.

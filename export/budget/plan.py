@@ -1,11 +1,11 @@
-"""Which format each member gets, and which of its layers 8 bits, so that the mixture loses least within a budget.
+"""Choose each member's format, and its layers at 8 bits, so that the mixture loses least within a budget.
 
-KL divergence is jointly convex: what quantisation costs the mixture is at most the weighted mean of what it costs the
-members,
+KL divergence is jointly convex: the mixture's loss by quantization is at most the weighted mean of the members',
+
 
     KL(sum_i w_i p_i || sum_i w_i q_i) <= sum_i w_i KL(p_i || q_i),
 
-and to second order a member's KL is the sum over its linears. The right side is minimised, under limits on bytes and
+and to second order a member's KL is the sum over its linears. The right side is minimized, under limits on bytes and
 seconds: a knapsack with a choice for each group of linears. A price that weighs bytes against seconds orders all steps
 by the loss that they save for it; each member's steps follow the lower convex hull of loss over price, so taking them
 in that order solves the linear relaxation (Sinha and Zoltners, 1979), and the loss is within one step of the best. The
@@ -24,19 +24,19 @@ from edgemix.errors import InputError
 from edgemix.formats import Format
 
 POINTS = 20
-"""Of a curve, about."""
+"""About the number of points of a curve."""
 
 _HALVINGS = 24
 _ROUNDING = 1 + 1e-12
-"""Sums of seconds in another order."""
+"""Tolerance for sums of seconds in another order."""
 
 
 class Cost(msgspec.Struct, frozen=True):
-    """What something costs.
+    """Bytes, time and loss of a part or a whole.
 
     Attributes:
-        bytes: On disk.
-        seconds: Of decoding a token; 0 where nobody limits it.
+        bytes: Bytes on disk.
+        seconds: Seconds of decoding a token; 0 if time is not limited.
         loss: Estimated KL from fp32, nats a token.
     """
 
@@ -56,7 +56,7 @@ class Group(msgspec.Struct, frozen=True):
 
     Attributes:
         linears: Names within the model.
-        eight: What 8 bits cost more than 4; of loss, less.
+        eight: Cost of 8 bits minus that of 4; its loss is negative.
     """
 
     linears: tuple[str, ...]
@@ -64,14 +64,14 @@ class Group(msgspec.Struct, frozen=True):
 
 
 class MemberCosts(msgspec.Struct, frozen=True):
-    """All that a member can cost.
+    """A member's costs in all formats.
 
     Attributes:
         name: The member's.
-        weight: Its share of the mixture. A member that weighs nothing takes no time.
-        int4: With 4 bits in all groups.
-        groups: Those that int4 may have in 8 bits.
-        wholes: Other formats, of the whole member.
+        weight: Its share of the mixture. A member of weight 0 takes no time.
+        int4: Its cost with 4 bits in all groups.
+        groups: The groups that int4 may store in 8 bits.
+        wholes: Costs of the whole member in other formats.
     """
 
     name: str
@@ -82,11 +82,11 @@ class MemberCosts(msgspec.Struct, frozen=True):
 
 
 class ResourceBudget(msgspec.Struct, frozen=True):
-    """The most that a bundle may cost; None for no limit.
+    """Limits of a bundle; None for no limit.
 
     Attributes:
-        bytes: Of its whole folder.
-        seconds: Of decoding a token with its members, at batch 1, on this machine.
+        bytes: Bytes of its whole folder.
+        seconds: Seconds of decoding a token with its members, at batch 1, on this machine.
     """
 
     bytes: int | None = None
@@ -94,13 +94,13 @@ class ResourceBudget(msgspec.Struct, frozen=True):
 
 
 class MemberPlan(msgspec.Struct, frozen=True):
-    """How a member is stored.
+    """A member's chosen format.
 
     Attributes:
         name: The member's.
-        format: Of its graph.
+        format: The format of its graph.
         eight_bits: Names of the linears that have 8 bits in int4.
-        cost: By itself: its weight in the mixture is not counted.
+        cost: Its own cost, without its weight in the mixture.
     """
 
     name: str
@@ -110,12 +110,12 @@ class MemberPlan(msgspec.Struct, frozen=True):
 
 
 class FormatPlan(msgspec.Struct, frozen=True):
-    """How a mixture is stored.
+    """The members' chosen formats.
 
     Attributes:
-        members: In order.
-        cost: Of the bundle; its loss is the weighted mean of the members'.
-        curve: What the best plans cost, from the smallest (or fastest) to the largest; this plan's cost is among them.
+        members: The members, in order.
+        cost: The bundle's cost; its loss is the weighted mean of the members'.
+        curve: Costs of the best plans, from the smallest (or fastest) to the largest; this plan's cost is among them.
     """
 
     members: tuple[MemberPlan, ...]
@@ -128,15 +128,15 @@ _Price: TypeAlias = Callable[[Cost], float]
 
 
 def plan_formats(members: Sequence[MemberCosts], budget: ResourceBudget, *, shared: Cost | None = None) -> FormatPlan:
-    """Choose.
+    """Choose the formats with the least loss within a budget.
 
     Args:
-        members: What they can cost.
-        budget: With a limit at least.
-        shared: What the bundle costs beside: tokenizer, manifest, student, members that nobody chooses for.
+        members: The members' costs.
+        budget: At least one limit.
+        shared: Cost of the rest of the bundle: tokenizer, manifest, student, members with a format of their own.
 
     Raises:
-        InputError: Nothing is within the budget; the message tells what the smallest and the fastest choice need.
+        InputError: Nothing is within the budget; the message names the needs of the smallest and the fastest choice.
     """
     shared = shared or Cost()
     alone = [share for share, limit in ((1.0, budget.bytes), (0.0, budget.seconds)) if limit is not None]
@@ -160,8 +160,8 @@ class _State(msgspec.Struct, frozen=True):
 
     Attributes:
         form: The format.
-        eight: Of int4, the indices of the groups at 8 bits.
-        cost: To the mixture.
+        eight: Indices of the groups at 8 bits, for int4.
+        cost: Its cost to the mixture.
     """
 
     form: Format
@@ -169,11 +169,11 @@ class _State(msgspec.Struct, frozen=True):
     cost: Cost
 
     def toggled(self, member: MemberCosts, group: int) -> _State:
-        """The same with the other bits for a group."""
+        """Return the state with the other bits for a group."""
         return _State(self.form, self.eight ^ {group}, self.cost + self.step(member, group))
 
     def step(self, member: MemberCosts, group: int) -> Cost:
-        """What the other bits for a group cost more."""
+        """Return the additional cost of the other bits for a group."""
         more = _weighed(member, member.groups[group].eight)
         return Cost() - more if group in self.eight else more
 
@@ -186,14 +186,14 @@ class _State(msgspec.Struct, frozen=True):
 
 
 class _Attempt:
-    """The best that one price finds.
+    """The best choice at one price.
 
     Attributes:
-        price: What it was.
-        states: Each member's.
-        cost: Of all.
-        blocked: The limit that was met first; None if none was.
-        passed: What the bundle cost at the start and after each step.
+        price: The price.
+        states: Each member's state.
+        cost: The bundle's cost.
+        blocked: The limit that was reached first, or None.
+        passed: The bundle's cost at the start and after each step.
     """
 
     def __init__(self, members: Sequence[MemberCosts], budget: ResourceBudget, shared: Cost, price: _Price) -> None:
@@ -219,7 +219,7 @@ class _Attempt:
         return sum((state.cost for state in self.states), self._shared)
 
     def _take(self, member: int, state: _State) -> None:
-        """Store a member in another way, if that is within the budget."""
+        """Change a member's state if that is within the budget."""
         before, self.states[member] = self.states[member], state
         cost = self._total()
         if limit := _exceeded(cost, self._budget):
@@ -230,7 +230,7 @@ class _Attempt:
             self.passed.append(cost)
 
     def _fill(self) -> None:
-        """Use what is left of the budget for steps that are not on a hull."""
+        """Use the rest of the budget for steps that are not on a hull."""
         singles = []
         for member, (costs, state) in enumerate(zip(self._members, self.states, strict=True)):
             for group in range(len(costs.groups) if state.form == "int4" else 0):
@@ -246,7 +246,7 @@ class _Attempt:
 
 
 def _chain(member: MemberCosts, price: _Price) -> list[_State]:
-    """The ways to store a member that lie on the lower convex hull of loss over price, the cheapest first."""
+    """Return a member's states on the lower convex hull of loss over price, the cheapest first."""
 
     def order(cost: Cost) -> tuple[float, float, int]:
         return price(cost), cost.loss, cost.bytes
@@ -276,7 +276,7 @@ def _wholes(member: MemberCosts) -> list[_State]:
 
 
 def _weighed(member: MemberCosts, cost: Cost) -> Cost:
-    """What a member's cost is to the mixture."""
+    """Return a member's cost to the mixture."""
     return Cost(cost.bytes, cost.seconds if member.weight > 0 else 0.0, member.weight * cost.loss)
 
 
@@ -285,14 +285,14 @@ def _rank(cost: Cost) -> tuple[float, int]:
 
 
 def _price(budget: ResourceBudget, share: float) -> _Price:
-    """Bytes and seconds in units of their limits, with the weights `share` and 1 - `share`."""
+    """Return the price of bytes and seconds, in units of their limits with the weights `share` and 1 - `share`."""
     a_byte = share / max(budget.bytes or 1, 1)
     a_second = (1 - share) / (budget.seconds or 1)
     return lambda cost: a_byte * cost.bytes + a_second * cost.seconds
 
 
 def _slope(before: Cost, after: Cost, price: _Price) -> float:
-    """Loss saved for its price."""
+    """Return the loss saved per price."""
     saved, paid = before.loss - after.loss, price(after) - price(before)
     return saved / paid if paid > 0 else math.copysign(math.inf, saved)
 
@@ -304,13 +304,13 @@ def _exceeded(cost: Cost, budget: ResourceBudget) -> _Limit | None:
 
 
 def _curve(passed: Sequence[Cost], chosen: Cost) -> tuple[Cost, ...]:
-    """Of the costs passed, the first, the last and about `POINTS` between, and the chosen one."""
+    """Return the first, the last and about `POINTS` of the costs between them, and the chosen one."""
     every = math.ceil(len(passed) / POINTS)
     return tuple(sorted({*passed[::every], passed[-1], chosen}, key=lambda cost: (-cost.loss, cost.bytes)))
 
 
 def _too_small(attempts: Sequence[_Attempt], budget: ResourceBudget) -> InputError:
-    """What to say where nothing is within the budget."""
+    """Return the error for a budget that nothing is within."""
     starts = [attempt.passed[0] for attempt in attempts]
     smallest, fastest = min(starts, key=lambda cost: cost.bytes), min(starts, key=lambda cost: cost.seconds)
     remedy = "Prune the members, leave one out, or ship a student of the mixture alone (edgemix distill)."

@@ -49,7 +49,7 @@ def decoding_times(
         graphs: Member name -> its graph.
         prompt: Token ids.
         target: The provider that runs them.
-        progress: Hears of the turns.
+        progress: Progress callback.
 
     Raises:
         EdgemixError: The provider does not work here, or the members' context is too short to measure in.

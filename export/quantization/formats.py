@@ -1,4 +1,4 @@
-"""The one table of weight formats, and the function that applies a row of it to a graph file."""
+"""The table of formats' implementations, and the function that applies one of them to a graph file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edgemix.export.graphs.weights import by_activation, head, linears
 from edgemix.export.quantization.algorithms.hqq import hqq
 from edgemix.export.quantization.algorithms.rtn import rtn
 from edgemix.export.quantization.graph.dynamic import quantize_dynamic, quantize_head
-from edgemix.export.quantization.graph.embeddings import has_blocks, quantize_tables
+from edgemix.export.quantization.graph.embeddings import has_blocks, quantize_embeddings
 from edgemix.export.quantization.graph.emission import BlockSums, Emitter, block_emitter, emit_blocks, nf4_emitter
 from edgemix.export.quantization.graph.float16 import compute_in_float16, store_halves, store_in_float16
 from edgemix.export.quantization.graph.key_value import quantize_cache
@@ -41,7 +41,7 @@ INT4_ALGORITHMS: Mapping[Algorithm, Callable[..., Blocks]] = {
     "rtn": partial(rtn, bits=4, symmetric=False),
     "hqq": partial(hqq, bits=4),
 }
-"""How int4 finds its blocks; each takes their size as `block`."""
+"""The algorithms of int4; each takes the size of blocks as `block`."""
 
 FORMATS: Mapping[Format, Emitter | None] = {
     "fp32": None,
@@ -51,8 +51,8 @@ FORMATS: Mapping[Format, Emitter | None] = {
     "int4": block_emitter(partial(INT4_ALGORITHMS["rtn"], block=_BLOCK)),
     "nf4": nf4_emitter,
 }
-"""What takes the place of the linears between embedding and head; None where they stay in floating point or, for
-int8-dynamic, are looked at together."""
+"""What replaces the linears between embedding and head; None where they stay in floating point or, for int8-dynamic,
+are handled together."""
 
 
 def quantize(
@@ -72,7 +72,7 @@ def quantize(
     """Write a float32 decoder graph in another weight format; equal sources give equal bytes.
 
     The names and axes of inputs and outputs stay. On `cuda`, every format but fp32 computes in float16, and the cache
-    and the logits are float16. Quantised formats keep embedding and head in 8 bits (see `tables`, and `dynamic`).
+    and the logits are float16. Quantized formats keep embedding and head in 8 bits (see `tables`, and `dynamic`).
 
     Args:
         source: The float32 graph, with its external data beside it.
@@ -81,24 +81,24 @@ def quantize(
         target: The provider that will run the graph.
         algorithm: A row of `INT4_ALGORITHMS`; the other formats have no choice.
         group: Inputs that share a scale in int4.
-        table: Blocks that were found for the model beforehand: a linear that it knows gets these.
-        calibration: Windows of token ids; `int8-dynamic` needs some. Where there are some, the head of int4 and int8 is
-            a product like its own, unless the table has blocks for it: of one token as fast as blocks, of more faster.
+        table: Blocks of the model's linears that were computed before.
+        calibration: Windows of token ids; `int8-dynamic` needs some. With some, the head of int4 and int8 is
+            an int8-dynamic product, too, unless the table has blocks for it: as fast for one token, faster for more.
         low_rank: Names of weights whose inputs are so few that rounding activations takes longer than it saves: stored
             in float16, they multiply in float32 (24 rows of 48 by 1,536: 37 microseconds; 8-bit blocks 244).
         cache: Keys and values are kept in 8 bits, with these scales.
-        progress: Hears of what takes time.
+        progress: Progress callback.
 
     Raises:
         InputError: `target` has no kernels for `format`, or it needs calibration text.
     """
     if format == "int8-dynamic" and target == "cuda":
         raise InputError(
-            "format int8-dynamic does not run on cuda: ONNX Runtime quantises activations on CPUs only",
+            "format int8-dynamic does not run on cuda: ONNX Runtime quantizes activations on CPUs only",
             remedy="Choose int8 (8-bit weights, float16 activations) for cuda, or the target cpu.",
         )
     if format == "int8-dynamic" and not calibration:
-        raise InputError("format int8-dynamic looks at activations and needs calibration text")
+        raise InputError("format int8-dynamic observes activations and needs calibration text")
     model = ir.load(source)
     graph = model.graph
     # Constants as initializers and no Identity: then a weight is found at its reader.
@@ -110,7 +110,7 @@ def quantize(
         _emit_blocks(model, source, emit, table=table, calibration=text, low_rank=low_rank, progress=progress)
     elif format == "int8-dynamic":
         last = head(graph)
-        quantize_tables(graph, but=last.weight if last else None)
+        quantize_embeddings(graph, but=last.weight if last else None)
         quantize_dynamic(model, source.parent, calibration or (), outliers=_INT8, low_rank=low_rank, progress=progress)
     if target == "cuda" and format != "fp32":
         compute_in_float16(graph, model.opset_imports[""])
@@ -135,23 +135,23 @@ def _emit_blocks(
     low_rank: Collection[str],
     progress: Progress,
 ) -> None:
-    """Put blocks in the place of tables and linears; with calibration text, a product of its own for the head."""
+    """Replace embeddings and linears by blocks; with calibration text, the head becomes an int8-dynamic product."""
     graph = model.graph
     if table is not None:
-        emit = _known_first(table, emit, BlockSums(graph))
+        emit = _prefer_table(table, emit, BlockSums(graph))
     last = head(graph)
     others = [linear for linear in linears(graph) if last is None or linear.node is not last.node]
     if last is None or not calibration or has_blocks(table, last.matrix()):
-        quantize_tables(graph, table)
+        quantize_embeddings(graph, table)
     else:
-        quantize_tables(graph, table, but=last.weight)
+        quantize_embeddings(graph, table, but=last.weight)
         quantize_head(model, source.parent, calibration, progress=progress)
     for readers in by_activation(linear for linear in others if linear.weight.name not in low_rank):
         emit(graph, readers)
 
 
-def _known_first(table: BlockTable, otherwise: Emitter, sums: BlockSums) -> Emitter:
-    """An emitter that takes linears' blocks from the table where it has them."""
+def _prefer_table(table: BlockTable, otherwise: Emitter, sums: BlockSums) -> Emitter:
+    """Return an emitter that takes linears' blocks from the table if it has them."""
 
     def emit(graph: ir.Graph, readers: Sequence[Linear]) -> None:
         found = {linear: blocks for linear in readers if (blocks := table.find(linear.matrix())) is not None}
@@ -164,7 +164,7 @@ def _known_first(table: BlockTable, otherwise: Emitter, sums: BlockSums) -> Emit
 
 
 def _save(model: ir.Model, output: Path) -> None:
-    """Write the graph without what does nothing, and without the exporter's notes (source lines, paths)."""
+    """Write the graph without unused nodes and without the exporter's notes (source lines, paths)."""
     common.IdentityEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     common.ClearMetadataAndDocStringPass()(model)

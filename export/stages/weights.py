@@ -1,4 +1,4 @@
-"""Mixture weights that make a text most likely: expectation-maximisation on the members' token probabilities.
+"""Mixture weights that make a text most likely: expectation-maximization on the members' token probabilities.
 
 The likelihood of w is concave, so EM climbs to the best weights from any start inside the simplex:
 

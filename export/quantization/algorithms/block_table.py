@@ -1,8 +1,8 @@
-"""Blocks found by content: the way from a quantised torch model to its graph.
+"""Blocks found by content: they connect a quantized torch model with its graph.
 
 An algorithm that needs activations or gradients works on the torch model and leaves the blocks of each weight here.
-When the graph is written, each matrix finds its blocks by the bytes of its rows, however the exporter named, turned,
-split or joined them.
+When the graph is written, each matrix finds its blocks by the bytes of its rows, however the exporter named,
+transposed, split or joined them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import safetensors
 import safetensors.numpy
 
 from edgemix.errors import EdgemixError
-from edgemix.export.quantization.algorithms.blocks import Blocks, joined
+from edgemix.export.quantization.algorithms.blocks import Blocks, concatenate
 from edgemix.files import write_atomically
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class BlockTable:
         return len(self._blocks)
 
     def add(self, matrix: Matrix, blocks: Blocks) -> None:
-        """Keep the blocks of a matrix [N, K]."""
+        """Store the blocks of a matrix [N, K]."""
         self._add(_digests(matrix), blocks)
 
     def _add(self, digests: NDArray[np.uint8], blocks: Blocks) -> None:
@@ -55,7 +55,7 @@ class BlockTable:
                 self._rows[digest.tobytes()] = index, row
 
     def find(self, matrix: Matrix) -> Blocks | None:
-        """The blocks of a matrix [N, K] whose rows were added, in any order; None if any of them was not.
+        """Return the blocks of a matrix [N, K] whose rows were added, in any order; None if a row is unknown.
 
         Where rows of 4 and of 8 bits meet in one matrix, it has 8 bits: that is exact.
 
@@ -78,10 +78,10 @@ class BlockTable:
             )
         by_source = [np.flatnonzero(found[:, 0] == source) for source in sources]
         parts = [self._blocks[source].rows(found[at, 1]) for source, at in zip(sources, by_source, strict=True)]
-        return joined(parts).rows(np.argsort(np.concatenate(by_source)))
+        return concatenate(parts).rows(np.argsort(np.concatenate(by_source)))
 
     def share(self, bits: int) -> float:
-        """The share of all weights that have so many bits."""
+        """Return the share of all weights that have `bits` bits."""
         sizes = [blocks.codes.size for blocks in self._blocks]
         chosen = [blocks.codes.size for blocks in self._blocks if blocks.bits == bits]
         return sum(chosen) / max(sum(sizes), 1)
@@ -116,6 +116,6 @@ class BlockTable:
 
 
 def _digests(matrix: Matrix) -> NDArray[np.uint8]:
-    """uint8 [N, 16], of each row."""
+    """Return a digest of each row: uint8 [N, 16]."""
     digests = b"".join(blake2b(row, digest_size=16).digest() for row in np.ascontiguousarray(matrix))
     return np.frombuffer(digests, np.uint8).reshape(len(matrix), 16)

@@ -1,4 +1,4 @@
-"""Block-quantised matrices: what every integer algorithm makes and what the graph stores."""
+"""Block-quantized matrices, which every integer algorithm computes and the graph stores."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Blocks:
 
     weight[n, b * block + j] = (codes[n, b, j] - zero_points[n, b]) * scales[n, b]
 
-    Behind them there may be columns for the sums of each block's inputs, in blocks of their own: what all weights of a
-    row's block have in common but no whole zero point can say, such as a minimum that is no multiple of the scale.
+    Behind them there may be columns for the sums of each block's inputs, in blocks of their own. They hold an offset
+    that all weights of a block share and no whole zero point can express: a minimum that is no multiple of the scale.
 
     Attributes:
         codes: uint8 [N, blocks, block], one code a byte, each below 2**bits; the blocks of K come first.
@@ -41,17 +41,18 @@ class Blocks:
 
     @property
     def block(self) -> int:
+        """Inputs that share a scale."""
         return int(self.codes.shape[2])
 
     @property
     def inputs(self) -> int:
-        """Of the stored product: K and the sums, with whole blocks where their number is none that CUDA's kernels take,
-        a multiple of 8.
+        """Inputs of the stored product: K and the sums, padded to whole blocks unless the sums are a multiple of 8, as
+        CUDA's kernels require.
         """
         return self.codes.shape[1] * self.block if self.sums % 8 else self.columns + self.sums
 
     def dequantized(self) -> Matrix:
-        """The float matrix [N, K] that the blocks stand for."""
+        """Return the float matrix [N, K] of the blocks."""
         zero = np.float32(2 ** (self.bits - 1)) if self.zero_points is None else self.zero_points[..., None]
         values = (self.codes.astype(np.float32) - zero) * self.scales[..., None].astype(np.float32)
         flat = values.reshape(len(values), -1)
@@ -59,23 +60,23 @@ class Blocks:
         return np.ascontiguousarray(weight + np.repeat(rest, self.block, axis=1) if self.sums else weight)
 
     def widened(self) -> Blocks:
-        """The same weights in 8 bits: 4-bit codes around the middle of 8 bits; 8-bit blocks as they are."""
+        """Return the same weights in 8 bits: 4-bit codes around the middle of 8 bits; 8-bit blocks as they are."""
         if self.bits == 8:
             return self
         zero = np.uint8(8) if self.zero_points is None else self.zero_points[..., None]
         return replace(self, codes=self.codes + np.uint8(128) - zero, zero_points=None, bits=8)
 
     def rows(self, chosen: NDArray[np.int64]) -> Blocks:
-        """Some of the rows, in the order in which they are named."""
+        """Return some of the rows, in the given order."""
         zero_points = None if self.zero_points is None else self.zero_points[chosen]
         return replace(self, codes=self.codes[chosen], scales=self.scales[chosen], zero_points=zero_points)
 
     def packed_codes(self) -> NDArray[np.uint8]:
-        """uint8 [N, blocks, block * bits / 8], the lower bits first, as MatMulNBits reads them."""
+        """Return uint8 [N, blocks, block * bits / 8], the lower bits first, as MatMulNBits reads them."""
         return _pack(self.codes, self.bits)
 
     def packed_zero_points(self) -> NDArray[np.uint8] | None:
-        """uint8 [N, ceil(blocks * bits / 8)], the lower bits first."""
+        """Return uint8 [N, ceil(blocks * bits / 8)], the lower bits first."""
         return None if self.zero_points is None else _pack(self.zero_points, self.bits)
 
 
@@ -83,8 +84,8 @@ Quantizer: TypeAlias = Callable[[Matrix], Blocks]
 """An algorithm with its options bound: a float32 weight [N, K] in, its blocks out."""
 
 
-def joined(parts: Sequence[Blocks]) -> Blocks:
-    """Matrices of equal columns and blocks, one below the other: the weights stay, in the width of the widest."""
+def concatenate(parts: Sequence[Blocks]) -> Blocks:
+    """Concatenate matrices of equal columns and blocks by rows, with the bits of the widest; the weights stay."""
     if len({part.sums for part in parts}) > 1:
         wide = next(part for part in parts if part.sums)
         parts = [_with_sums(part, wide) for part in parts]
@@ -98,7 +99,7 @@ def joined(parts: Sequence[Blocks]) -> Blocks:
 
 
 def cut(weight: Matrix, block: int) -> Matrix:
-    """The weight [N, K] as [N, blocks, block], padded with zeros."""
+    """Reshape a weight [N, K] to [N, blocks, block], padded with zeros."""
     rows, columns = weight.shape
     padding = -columns % block
     padded = np.pad(weight, ((0, 0), (0, padding))) if padding else weight
@@ -106,7 +107,7 @@ def cut(weight: Matrix, block: int) -> Matrix:
 
 
 def _with_sums(blocks: Blocks, wide: Blocks) -> Blocks:
-    """The same weights with columns for sums as other blocks have them, zeros where there were none."""
+    """Return the same weights with columns of zeros for sums, as other blocks have them."""
     if blocks.sums:
         return blocks
     middle = 2 ** (blocks.bits - 1)

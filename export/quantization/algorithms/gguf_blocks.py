@@ -43,11 +43,11 @@ _BLOCK = 32
 
 
 def gguf_blocks(location: Location, bits: Literal[4, 8]) -> BlockTable:
-    """The blocks of a GGUF file's Q4_0, Q4_1 and Q8_0 matrices, found by the float32 rows that they are read as.
+    """Return the blocks of a GGUF file's Q4_0, Q4_1 and Q8_0 matrices, found by their dequantized float32 rows.
 
     Args:
         location: The file.
-        bits: What they are for. A format of 8 bits keeps the file's 8-bit matrices; one of 4 bits keeps the 4-bit ones
+        bits: Bits of the format. A format of 8 bits keeps the file's 8-bit matrices; one of 4 bits keeps the 4-bit ones
             and, beside them, those to which the file gave 8, but nothing of a file that has 8-bit matrices only.
 
     Raises:
@@ -99,8 +99,8 @@ def _q4_1(stored: NDArray[np.uint8]) -> Blocks:
 
 
 def _filled(rest: Matrix) -> Matrix:
-    """With zeros behind, where they make products faster: ONNX Runtime's kernels take four blocks of a row at a time,
-    and each that is left over costs as much as four.
+    """Append zeros where they make products faster: ONNX Runtime's kernels take four blocks of a row at a time, and
+    each remaining block costs as much as four.
     """
     blocks = -(-rest.shape[1] // _BLOCK)
     if rest.shape[1] % 8 and (rest.shape[1] + blocks) % 4 == 3:
@@ -113,11 +113,11 @@ def _q8_0(stored: NDArray[np.uint8]) -> Blocks:
 
 
 _KINDS: Mapping[str, Callable[[NDArray[np.uint8]], Blocks]] = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q8_0": _q8_0}
-"""What repacks a matrix, from uint8 [N, K / 32, bytes of a block]; all of them have blocks of 32."""
+"""GGUF type -> function that repacks uint8 [N, K / 32, bytes of a block]; all types have blocks of 32."""
 
 
 def _blocks(codes: NDArray[np.uint8], scales: Half, zero_points: NDArray[np.uint8] | None, bits: int) -> Blocks:
-    """Blocks whose scales are none of them zero, as everywhere: what stands for zeros has another scale."""
+    """Return blocks without zero scales: blocks of zeros get the scale 1."""
     zeros = np.uint8(2 ** (bits - 1)) if zero_points is None else zero_points[..., None]
     codes = np.where(scales[..., None] == 0, zeros, codes)
     scales = np.where(scales == 0, np.float16(1), scales)
@@ -125,10 +125,10 @@ def _blocks(codes: NDArray[np.uint8], scales: Half, zero_points: NDArray[np.uint
 
 
 def _half(stored: NDArray[np.uint8]) -> Half:
-    """float16 [...] from bytes [..., 2]."""
+    """Return float16 [...] from bytes [..., 2]."""
     return np.ascontiguousarray(stored).view("<f2")[..., 0]
 
 
 def _nibbles(stored: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """uint8 codes [..., 32] from bytes [..., 16]: the lower halves come first."""
+    """Return uint8 codes [..., 32] from bytes [..., 16]; the lower halves come first."""
     return np.concatenate([stored & np.uint8(15), stored >> np.uint8(4)], axis=-1)

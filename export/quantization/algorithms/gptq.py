@@ -1,6 +1,6 @@
 """GPTQ: each rounding error is made up for by the weights that are rounded after it, as far as the inputs allow.
 
-With H = 2/n sum x x^T over calibration inputs, the blocks minimise the squared error of a linear's outputs,
+With H = 2/n sum x x^T over calibration inputs, the blocks minimize the squared error of a linear's outputs,
 
     sum over rows of (w - q) H (w - q)^T,
 
@@ -44,7 +44,7 @@ def gptq(
     block: int,
     sweeps: int = 2,
 ) -> Blocks:
-    """Quantise a weight [N, K] for inputs with the Hessian [K, K].
+    """Quantize a weight [N, K] for inputs with the Hessian [K, K].
 
     Args:
         weight: fp32.

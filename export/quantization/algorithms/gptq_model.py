@@ -1,4 +1,4 @@
-"""GPTQ over a whole decoder: layer after layer, each for the inputs that the quantised layers before it make."""
+"""GPTQ over a whole decoder: layer after layer, each for the inputs that the quantized layers before it compute."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def gptq_blocks(
     seed: int = 0,
     progress: Progress = NO_PROGRESS,
 ) -> BlockTable:
-    """Quantise all linears of a decoder but its head.
+    """Quantize all linears of a decoder but its head.
 
     Args:
         model: A causal language model in fp32 and evaluation mode; unchanged when the call ends.
-        windows: Token ids, of calibration text.
-        bits: Name of a linear -> 8, for those that get more than 4.
+        windows: Token ids of calibration text.
+        bits: Name of a linear -> 8, for linears that get 8 bits instead of 4.
         block: Inputs that share a scale.
-        seed: Of the tokens that gradients are taken for (`calibration.output_gradients`).
-        progress: Hears of every layer.
+        seed: Seed of the tokens that gradients are computed for (`calibration.output_gradients`).
+        progress: Progress callback.
 
     Returns:
         The blocks of each linear, found by the model's own weights.

@@ -1,6 +1,6 @@
-"""Half-quadratic quantisation (Badri and Shaji, mobiusml.github.io/hqq_blog): blocks that ignore their outliers.
+"""Half-quadratic quantization (Badri and Shaji, mobiusml.github.io/hqq_blog): blocks that ignore their outliers.
 
-Minimises sum |W - dequantised(W)|^p, p < 1, over a block's zero point and scale: the residual is shrunk (the proximal
+Minimizes sum |W - dequantized(W)|^p, p < 1, over a block's zero point and scale: the residual is shrunk (the proximal
 step of |x|^p), what remains is explained by least squares. Unlike the original, zero points are whole codes (ONNX
 Runtime's fast kernels take no others; with fractional ones decoding is several times slower), so scales move too.
 """
@@ -22,7 +22,7 @@ _BETA, _GROWTH, _ITERATIONS = 10.0, 1.01, 20
 
 
 def hqq(weight: Matrix, *, bits: int, block: int) -> Blocks:
-    """Quantise a weight [N, K] to asymmetric blocks of `block` inputs, starting from round-to-nearest's.
+    """Quantize a weight [N, K] to asymmetric blocks of `block` inputs, starting from round-to-nearest's.
 
     Every block keeps the least sum of |error|^p met on the way, so none is worse than it started.
     """

@@ -1,4 +1,4 @@
-"""Rounding and scales that are trained: the quantised model learns its own fp32 distributions.
+"""Rounding and scales that are trained: the quantized model learns its own fp32 distributions.
 
 Each weight keeps a movable rounding offset v and each block a movable scale; zero points stay as rounding found them:
 
@@ -61,17 +61,17 @@ def learn_rounding(
     checkpoint: Checkpoint | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> BlockTable:
-    """Quantise all linears of a decoder but its head, and train roundings and scales.
+    """Quantize all linears of a decoder but its head, and train roundings and scales.
 
     Args:
         model: A causal language model in fp32 and evaluation mode; unchanged when the call ends.
         windows: int64 [windows, tokens], calibration text.
         bits: Name of a linear -> 8, for those that get more than 4.
         block: Inputs that share a scale.
-        steps: Optimiser steps of `BATCH` windows.
+        steps: Optimizer steps of `BATCH` windows.
         seed: Of the windows' order.
         checkpoint: Where to go on from, and where to keep the state.
-        progress: Hears of every step's loss.
+        progress: Progress callback.
 
     Returns:
         The blocks of each linear, found by the model's own weights.
@@ -111,7 +111,7 @@ def learn_rounding(
 
 
 def linear_weights(model: PreTrainedModel) -> dict[str, NDArray[np.float32]]:
-    """Name -> weight [N, K] of all linears that are quantised block by block, the head left out."""
+    """Name -> weight [N, K] of all linears that are quantized block by block, the head left out."""
     return {
         name: _matrix(module.weight.detach(), transposed=isinstance(module, Conv1D))
         for name, module in _linears(model).items()

@@ -33,7 +33,7 @@ class Nf4:
 
 
 def nf4(weight: Matrix) -> Nf4:
-    """Quantise a float32 weight [N, K]."""
+    """Quantize a float32 weight [N, K]."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # misses a kernel that is not used here
     from bitsandbytes import functional  # slow to import, and no other format needs it
 

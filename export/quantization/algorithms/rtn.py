@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def rtn(weight: Matrix, *, bits: int, block: int, symmetric: bool) -> Blocks:
-    """Quantise a weight [N, K] to blocks of `block` inputs.
+    """Quantize a weight [N, K] to blocks of `block` inputs.
 
     Symmetric blocks span [-max|w|, max|w|] around the middle code; asymmetric ones span [min(w, 0), max(w, 0)], so that
     zero, and with it the padding, stays exact.
@@ -34,13 +34,13 @@ def rtn(weight: Matrix, *, bits: int, block: int, symmetric: bool) -> Blocks:
 
 
 def half_scales(scales: Matrix) -> Half:
-    """Scales in half precision, none of them zero: a block of zeros gets 1, as good as any other."""
+    """Return scales in half precision, none of them zero: a block of zeros gets 1."""
     tiny = np.finfo(np.float16).smallest_subnormal
     return np.where(scales > 0, np.maximum(scales.astype(np.float16), tiny), np.float16(1))
 
 
 def to_codes(values: Matrix, scales: Half, zero_points: Matrix | np.float32, top: int) -> NDArray[np.uint8]:
-    """uint8 codes [N, blocks, block] nearest to values / scales + zero_points, within 0..top."""
+    """Return the uint8 codes [N, blocks, block] nearest to values / scales + zero_points, within 0..top."""
     codes = values / scales[..., None].astype(np.float32)
     codes += zero_points
     np.rint(codes, out=codes)

@@ -1,4 +1,4 @@
-"""W8A8: int8 weights with one scale a row, activations quantised as they come with one scale a token.
+"""W8A8: int8 weights with one scale a row, activations quantized as they come with one scale a token.
 
 A scale for each token makes a token's result independent of what else is in the call (a draft is verified exactly as it
 would be decoded), and one huge token costs the others nothing. ONNX Runtime's integer products take one scale for the
@@ -91,12 +91,12 @@ def quantize_dynamic(
     `smoothing`); the linears of an activation that loses more than `MAX_TOKEN_ERROR` go to the emitter `outliers`.
 
     Args:
-        model: The fp32 graph; tables that the head does not read are quantised already. Changed in place.
+        model: The fp32 graph; tables that the head does not read are quantized already. Changed in place.
         folder: Where its external data lies.
         windows: Token ids of calibration text.
         outliers: What takes the linears that resist.
         low_rank: Names of weights that stay as they are.
-        progress: Told of every window and every activation.
+        progress: Progress callback.
     """
     graph = model.graph
     last, all_linears = head(graph), [*linears(graph)]

@@ -1,4 +1,4 @@
-"""The vocabulary's tables, embedding and head: 8-bit blocks, stored once where the model ties them.
+"""Embedding and head in 8-bit blocks, stored once if the model ties them.
 
 MatMulNBits and GatherBlockQuantized read the same initializers in place. ONNX Runtime maps external data into memory,
 so a lookup touches only the rows of its tokens and the head's repacked copy is the only one that is resident.
@@ -25,34 +25,34 @@ _BITS = 8
 _BLOCK = 32
 
 
-def quantize_tables(graph: ir.Graph, known: BlockTable | None = None, *, but: ir.Value | None = None) -> None:
+def quantize_embeddings(graph: ir.Graph, known: BlockTable | None = None, *, but: ir.Value | None = None) -> None:
     """Store every embedding and the head in 8-bit blocks and read them from there.
 
     Args:
         graph: Changed in place.
-        known: Has blocks for some of them; those that 8 bits around the middle code can say are kept.
-        but: A weight that is left as it is.
+        known: Blocks of some of them; those with 8 bits and no zero points are kept.
+        but: A weight that stays as it is.
     """
-    tables: dict[ir.Value, _Table] = {}
+    tables: dict[ir.Value, _StoredMatrix] = {}
 
-    def table_of(weight: ir.Value, matrix: Matrix) -> _Table:
+    def stored(weight: ir.Value, matrix: Matrix) -> _StoredMatrix:
         if weight not in tables:
             blocks = _known_blocks(known, matrix) or rtn(matrix, bits=_BITS, block=_BLOCK, symmetric=True)
-            tables[weight] = _Table(blocks, add_blocks(graph, weight.name, blocks))
+            tables[weight] = _StoredMatrix(blocks, add_blocks(graph, weight.name, blocks))
         return tables[weight]
 
     for node in list(lookups(graph)):
         weight = node.inputs[0]
         if weight is not but:
-            _look_up(graph, node, table_of(weight, weight.const_value.numpy()))
+            _look_up(graph, node, stored(weight, weight.const_value.numpy()))
     linear = head(graph)
     if linear is not None and linear.weight is not but:
-        table = table_of(linear.weight, linear.matrix())
+        table = stored(linear.weight, linear.matrix())
         replace_linear(graph, linear, [matmul_nbits(linear.node.inputs[0], table.blocks, table.tensors)])
 
 
 def has_blocks(known: BlockTable | None, matrix: Matrix) -> bool:
-    """Whether a table has blocks for an embedding or a head."""
+    """Return whether a table has blocks for an embedding or a head."""
     return _known_blocks(known, matrix) is not None
 
 
@@ -63,20 +63,20 @@ def _known_blocks(known: BlockTable | None, matrix: Matrix) -> Blocks | None:
     return wide
 
 
-class _Table(NamedTuple):
+class _StoredMatrix(NamedTuple):
     """A stored matrix [vocabulary, hidden] and its initializers."""
 
     blocks: Blocks
     tensors: list[ir.Value]
 
 
-def _look_up(graph: ir.Graph, node: ir.Node, table: _Table) -> None:
-    """Replace a Gather of rows for ids [batch, sequence]: the blocks of each row, dequantised, joined and cut to K."""
+def _look_up(graph: ir.Graph, node: ir.Node, table: _StoredMatrix) -> None:
+    """Replace a Gather of rows for ids [batch, sequence]: the blocks of each row, dequantized, joined and cut to K."""
     codes, scales = table.tensors
     columns, block = table.blocks.columns, table.blocks.block
     attributes = {"bits": _BITS, "block_size": block, "gather_axis": 0, "quantize_axis": 2}
     scales = ir.node("Unsqueeze", [scales, _constant(graph, [-1])])
-    # The default zero point, spelt out: older CUDA kernels take 0 where the specification says 128.
+    # The default zero point, spelled out: older CUDA kernels take 0 where the specification says 128.
     middle = add_initializer(graph, "middle", np.array(2 ** (_BITS - 1), np.uint8))
     zero_points = ir.node("Expand", [middle, _constant(graph, [*table.blocks.scales.shape, 1])])
     inputs = [codes, node.inputs[1], scales.outputs[0], zero_points.outputs[0]]

@@ -1,7 +1,7 @@
-"""Rewriting the graph: float weights out, ONNX Runtime's quantised operators in.
+"""Replace a graph's float linears by ONNX Runtime's quantized operators.
 
-An emitter turns the linears that read one activation into nodes; a product of all of them takes less time than several.
-Algorithms see matrices only, so a new one needs no new emitter.
+An emitter turns the linears that read one activation into nodes; one product of all takes less time than several.
+Algorithms work on matrices only, so a new one needs no new emitter.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgemix.export.graphs.rewrites import CONTRIB, add_half, add_initializer, replace_linear, replace_linears
-from edgemix.export.quantization.algorithms.blocks import joined
+from edgemix.export.quantization.algorithms.blocks import concatenate
 from edgemix.export.quantization.algorithms.nf4 import nf4
 
 if TYPE_CHECKING:
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from edgemix.export.quantization.algorithms.blocks import Blocks, Quantizer
 
 Emitter: TypeAlias = Callable[[ir.Graph, Sequence["Linear"]], None]
-"""Replaces linears of the graph that read one activation by their quantised form."""
+"""Replaces linears of the graph that read one activation by their quantized form."""
 
 
 def block_emitter(quantizer: Quantizer) -> Emitter:
-    """Linears as MatMulNBits over the quantizer's blocks."""
+    """Return an emitter of MatMulNBits over the quantizer's blocks."""
 
     def emit(graph: ir.Graph, readers: Sequence[Linear]) -> None:
         emit_blocks(graph, readers, [quantizer(linear.matrix()) for linear in readers], BlockSums(graph))
@@ -34,28 +34,28 @@ def block_emitter(quantizer: Quantizer) -> Emitter:
 
 
 def emit_blocks(graph: ir.Graph, readers: Sequence[Linear], blocks: Sequence[Blocks], sums: BlockSums) -> None:
-    """Put products with blocks in the place of linears that read one activation: one for all whose blocks are alike."""
+    """Replace linears that read one activation by products with blocks, one for all whose blocks are alike."""
     alike: dict[tuple[int, int, int], list[tuple[Linear, Blocks]]] = {}
     for linear, each in zip(readers, blocks, strict=True):
         alike.setdefault((each.bits, each.block, each.sums), []).append((linear, each))
     for pairs in alike.values():
         group, parts = zip(*pairs, strict=True)
-        nodes, value = sums.behind(group[0].node.inputs[0], parts[0])
-        together = joined(parts)
+        nodes, value = sums.append(group[0].node.inputs[0], parts[0])
+        together = concatenate(parts)
         tensors = add_blocks(graph, group[0].weight.name, together)
         replace_linears(graph, group, [*nodes, matmul_nbits(value, together, tensors)])
 
 
 class BlockSums:
-    """Puts the sums of an activation's blocks behind it, once however many linears read it."""
+    """Append the sums of an activation's blocks to it, once for all linears that read it."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
         self._extended: dict[ir.Value, ir.Value] = {}
         self._constants: dict[str, ir.Value] = {}
 
-    def behind(self, value: ir.Value, blocks: Blocks) -> tuple[list[ir.Node], ir.Value]:
-        """The nodes that make the blocks' input of an activation [..., K] (none if they are there) and their output."""
+    def append(self, value: ir.Value, blocks: Blocks) -> tuple[list[ir.Node], ir.Value]:
+        """Return the new nodes that compute the blocks' input from an activation [..., K], and their output."""
         if not blocks.sums:
             return [], value
         if value in self._extended:
@@ -66,7 +66,7 @@ class BlockSums:
         return [*nodes, joined], joined.outputs[0]
 
     def _sums(self, value: ir.Value, blocks: Blocks) -> list[ir.Node]:
-        """Sums that need no filling up are added up; others come out of one product, which small inputs barely feel."""
+        """Return the nodes of the sums: a ReduceSum if K needs no padding, else a MatMul."""
         if value.shape is not None and blocks.inputs == blocks.columns + blocks.sums:
             shape = [0] * (value.shape.rank() - 1) + [-1, blocks.block]
             cut = ir.node("Reshape", [value, self._constant(f"sums.shape.{len(shape)}", np.array(shape, np.int64))])
@@ -83,7 +83,7 @@ class BlockSums:
 
 
 def nf4_emitter(graph: ir.Graph, readers: Sequence[Linear]) -> None:
-    """Linears as MatMulBnb4."""
+    """Replace linears by MatMulBnb4."""
     for linear in readers:
         _emit_nf4(graph, linear)
 
@@ -100,7 +100,7 @@ def _emit_nf4(graph: ir.Graph, linear: Linear) -> None:
 
 
 def matmul_nbits(value: ir.Value, blocks: Blocks, tensors: Sequence[ir.Value]) -> ir.Node:
-    """The product of an activation (with sums behind it, where the blocks have some) and stored blocks."""
+    """Return the product of an activation (with sums appended, if the blocks have some) and stored blocks."""
     attributes = {
         "K": blocks.inputs,
         "N": len(blocks.codes),
@@ -112,7 +112,7 @@ def matmul_nbits(value: ir.Value, blocks: Blocks, tensors: Sequence[ir.Value]) -
 
 
 def add_blocks(graph: ir.Graph, name: str, blocks: Blocks) -> list[ir.Value]:
-    """The blocks as constants of the graph, in MatMulNBits' order: codes, scales and, if there are any, zero points."""
+    """Add the blocks to the graph, in MatMulNBits' order: codes, scales and, if there are any, zero points."""
     tensors = [
         add_initializer(graph, f"{name}.codes", blocks.packed_codes()),
         add_half(graph, f"{name}.scales", blocks.scales),

@@ -26,7 +26,7 @@ _WIDE = frozenset({"ConstantOfShape", "Pow", "Range", "ReduceL2", "ReduceMean", 
 
 
 def store_in_float16(graph: ir.Graph) -> None:
-    """Keep embeddings and linears' weights in float16 and compute in float32.
+    """Store embeddings and linears' weights in float16 and compute in float32.
 
     ONNX Runtime widens the weights once, when it loads the graph, so that only the files are smaller; float16
     arithmetic would be slower on most CPUs. An embedding's rows are widened as they are read.
@@ -44,7 +44,7 @@ def store_in_float16(graph: ir.Graph) -> None:
 
 
 def store_halves(graph: ir.Graph, names: Collection[str]) -> None:
-    """The same for the linears whose weights have these names."""
+    """Store the weights of the linears with these weight names in float16 and compute in float32."""
     for linear in [linear for linear in linears(graph) if linear.weight.name in names]:
         half = to_half(linear.weight.const_value.numpy())
         linear.weight.replace_all_uses_with(add_half(graph, f"{linear.weight.name}.float16", half))
@@ -106,7 +106,7 @@ def _is_read(value: ir.Value) -> bool:
 
 
 def _wide_nodes(graph: ir.Graph, floats: set[ir.Value]) -> set[ir.Node]:
-    """The nodes that stay in float32."""
+    """Return the nodes that stay in float32."""
     wide: set[ir.Node] = set()
     for node in graph:
         activations = [value for value in floats.intersection(node.inputs) if not value.is_initializer()]

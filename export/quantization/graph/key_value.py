@@ -2,7 +2,7 @@
 
 ONNX Runtime's operator rounds what it appends to the cache and reads it back as codes times scales. A scale belongs to
 one channel of one head, symmetric around zero, and is set by the largest number that the float32 graph puts there on
-calibration text; what is larger later is cut off.
+calibration text; larger numbers are clipped later.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _LARGEST = 127
 _PAST, _SCALES = slice(3, 5), slice(12, 14)
-"""Of GroupQueryAttention's inputs: keys, then values."""
+"""Indices of GroupQueryAttention's inputs: keys, then values."""
 
 
 def cache_scales(
@@ -42,12 +42,12 @@ def cache_scales(
 
     Args:
         graph: The float32 graph.
-        config: Its own.
-        windows: Token ids of calibration text; of each, what the context holds.
-        progress: Hears of the windows read.
+        config: The graph's config.
+        windows: Token ids of calibration text, cut to the context.
+        progress: Progress callback.
 
     Raises:
-        InputError: The graph's cache is one that grows.
+        InputError: The graph's cache is a growing one.
         EdgemixError: ONNX Runtime is too old.
     """
     if config.cache != "shared":
@@ -71,7 +71,7 @@ def cache_scales(
 
 
 def quantize_cache(graph: ir.Graph, scales: Scales) -> None:
-    """Let a graph keep its keys and values in 8 bits; its past inputs and present outputs become int8.
+    """Let a graph store its keys and values in 8 bits; its past inputs and present outputs become int8.
 
     Args:
         graph: Changed in place.

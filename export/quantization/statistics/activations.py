@@ -1,4 +1,4 @@
-"""What flows into the linears of a graph: their inputs on calibration text, as ONNX Runtime computes them."""
+"""Observe the inputs of a graph's linears on calibration text, as ONNX Runtime computes them."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _LENGTH = 256
 def observe(
     model: ir.Model, folder: Path, values: Sequence[ir.Value], windows: Sequence[Sequence[int]]
 ) -> Iterator[dict[ir.Value, Matrix]]:
-    """Run a decoder graph on windows of text, each without a past, and give the values that it computes inside.
+    """Run a decoder graph on windows of text, each without a past, and yield values that it computes inside.
 
     Args:
         model: The fp32 graph; unchanged when the iteration ends.
-        folder: Where its external data lies; a copy of the graph without weights is there for a while.
+        folder: The folder of its external data; a copy of the graph without weights is written there temporarily.
         values: Activations [..., K] of the graph.
         windows: Token ids; of long windows the first `_LENGTH` are read.
 
@@ -45,7 +45,7 @@ def observe(
         graph.outputs.extend(added)
         ir.save(model, path)
     finally:
-        for _ in added:  # one by one: a slice's removal does not tell the values
+        for _ in added:  # one by one: removing a slice does not update the values
             graph.outputs.pop()
     try:
         session = open_session(path, PROVIDERS["cpu"])
@@ -59,8 +59,8 @@ def observe(
 
 
 def _feed(session: ort.InferenceSession, ids: np.ndarray) -> dict[str, np.ndarray]:
-    voices = next(tensor.shape[2:-1] for tensor in session.get_outputs() if tensor.name == graph_io.LOGITS)
-    rows, feed = math.prod(voices), {}
+    members = next(tensor.shape[2:-1] for tensor in session.get_outputs() if tensor.name == graph_io.LOGITS)
+    rows, feed = math.prod(members), {}
     for tensor in session.get_inputs():
         if tensor.name == graph_io.INPUT_IDS:
             feed[tensor.name] = ids

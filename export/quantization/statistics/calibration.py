@@ -1,7 +1,7 @@
 """What flows into a model's linears on calibration text, layer by layer.
 
 The statistics of one layer are alive at a time, and each layer reads what the layers before it make after they were
-quantised, as GPTQ wants it (Frantar et al., arXiv 2210.17323): their errors are then part of what is made up for.
+quantized, as GPTQ wants it (Frantar et al., arXiv 2210.17323): their errors are then part of what is made up for.
 
 Not every output matters alike. With g the gradient of the model's own loss (labels drawn from its distributions) at a
 linear's outputs, weighting each token by |g|^2 turns the squared error of outputs into the loss's second order, up to
@@ -114,14 +114,14 @@ def calibrate(
 
         for calibrated in calibrate(model, windows):
             for name, part in calibrated.linears.items():
-                part.set_weight(quantised(part.weight, calibrated.statistics[name].hessian))
+                part.set_weight(quantized(part.weight, calibrated.statistics[name].hessian))
 
     Args:
         model: In evaluation mode; runs where its weights lie.
         windows: Token ids, of calibration text.
         parts: The model's layout, if it is known already.
         gradients: From `output_gradients` on the same windows: weights of tokens.
-        progress: Hears of every layer.
+        progress: Progress callback.
 
     Raises:
         InputError: There are no windows, or the model's structure is not known.
@@ -159,7 +159,7 @@ def output_gradients(
         windows: Token ids, of calibration text.
         parts: The model's layout, if it is known already.
         seed: Of the tokens drawn.
-        progress: Hears of every window.
+        progress: Progress callback.
     """
     parts = layout(model) if parts is None else parts
     linears = parts.linears()

@@ -1,4 +1,4 @@
-"""What quantising each linear alone costs the model, so that bits can go where they matter.
+"""Estimate the loss by quantizing each linear alone, so that bits can go where they matter.
 
 To second order, changing a weight row by d costs KL = 1/2 d F d^T nats a token, with F the Fisher information of that
 row, the mean of (d loss / d y)^2 x x^T over tokens. F is taken apart into what depends on the token and what on the
@@ -7,7 +7,7 @@ row,
     F_r = rows_r / (sum of rows) * mean over tokens of |d loss / d y|^2 x x^T.
 
 That leaves out that the errors of several tokens meet in later ones; it does so for all linears, so the costs are
-scaled to the KL that is measured with some layers quantised, on text that the statistics have not seen.
+scaled to the KL that is measured with some layers quantized, on text that the statistics have not seen.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 BITS = (4, 8)
 
 _MEASURED = 6
-"""Layers that are quantised at once to see how far the estimate is off; more would bend the second order."""
+"""Layers that are quantized at once to see how far the estimate is off; more would bend the second order."""
 
 _HELD_OUT = 0.25
-"""Of the windows, to measure on."""
+"""Share of the windows to measure on."""
 
 
 def quantization_costs(
@@ -46,16 +46,16 @@ def quantization_costs(
     parts: Layout | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> dict[str, dict[int, float]]:
-    """Name of each linear in the layers -> bits -> estimated KL, nats a token, that quantising it alone costs.
+    """Estimate the KL, in nats a token, by quantizing each linear alone: name of the linear -> bits -> KL.
 
-    The costs of several linears add up, nearly. Each is quantised by GPTQ with asymmetric blocks.
+    The costs of several linears add up, nearly. Each is quantized by GPTQ with asymmetric blocks.
 
     Args:
         model: In evaluation mode; unchanged when the call ends.
-        windows: Token ids, of calibration text.
+        windows: Token ids of calibration text.
         block: Inputs that share a scale.
         parts: The model's layout, if it is known already.
-        progress: Hears of every layer.
+        progress: Progress callback.
     """
     parts = layout(model) if parts is None else parts
     held_out = max(1, math.ceil(_HELD_OUT * len(windows))) if windows else 0
@@ -71,25 +71,25 @@ def quantization_costs(
             found[name] = {}
             for bits in BITS:
                 blocks = gptq(weight, hessian, bits=bits, block=block, sweeps=0)
-                quantised = torch.from_numpy(blocks.dequantized()).to(weight)
-                lost = (weight - quantised).float()
+                quantized = torch.from_numpy(blocks.dequantized()).to(weight)
+                lost = (weight - quantized).float()
                 # H is twice the mean of x x^T with weights that are 1 on average.
                 second_order = float((((lost @ hessian) * lost).sum(1) * share).sum()) * float(tokens.mean()) / 2
                 found[name][bits] = second_order / 2
                 if bits == BITS[0] and index % every == every // 2:
-                    measured[name] = quantised
+                    measured[name] = quantized
     estimate = sum(found[name][BITS[0]] for name in measured)
     factor = _measure(model, parts, measured, windows[-held_out:]) / max(estimate, 1e-30)
     return {name: {bits: factor * cost for bits, cost in each.items()} for name, each in found.items()}
 
 
 def most_sensitive(found: Mapping[str, Mapping[int, float]], parts: Layout, share: float) -> tuple[str, ...]:
-    """The linears that 8 bits help most, each with those that read the same activation.
+    """Return the linears that 8 bits help most, each with those that read the same activation.
 
     Args:
-        found: What `quantization_costs` returned.
+        found: The result of `quantization_costs`.
         parts: The layout of the same model.
-        share: Of the layers' weights, about; more than none of it is at least one group.
+        share: About the share of the layers' weights; above 0, at least one group is returned.
     """
     linears = parts.linears()
     sizes = {name: part.weight.numel() for name, part in linears.items()}
@@ -112,7 +112,7 @@ def most_sensitive(found: Mapping[str, Mapping[int, float]], parts: Layout, shar
 def _measure(
     model: PreTrainedModel, parts: Layout, weights: Mapping[str, Tensor], windows: Sequence[Sequence[int]]
 ) -> float:
-    """Mean KL, nats a token, of the model with some weights replaced against itself."""
+    """Measure the mean KL, nats a token, of the model with some weights replaced from the model."""
     linears = parts.linears()
     total = 0.0
     for window in windows:

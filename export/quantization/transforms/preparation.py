@@ -1,4 +1,4 @@
-"""What is done to a model before its graph is written: it computes what it did, and loses less by quantisation."""
+"""Prepare a model for quantization: it computes the same, and loses less when it is quantized."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def prepare_model(
         model: In fp32 and evaluation mode; unchanged.
         quantization: Its `rotate`, `scale` and `group`.
         windows: Token ids of calibration text; scales need some.
-        seed: Of the rotation.
-        progress: Hears of every layer.
+        seed: Seed of the rotation.
+        progress: Progress callback.
 
     Raises:
         InputError: The model's structure is not known, or does not allow it.

@@ -34,7 +34,7 @@ _LEAST_GAIN = 1e-3
 def can_rotate(parts: Layout) -> str | None:
     """Why the residual stream cannot be turned; None if it can. Values always can."""
     if any(layer.later_norms for layer in parts.layers):
-        return "its layers normalise what they add to the residual stream, with gains"
+        return "its layers normalize what they add to the residual stream, with gains"
     pairs = list(_norms_and_readers(parts))
     if len({norm.centered for norm, _ in pairs}) > 1:
         return "some of its norms subtract the mean and others do not"

@@ -34,7 +34,7 @@ _NORMS: Mapping[str, tuple[int, ...]] = {
     "LayerNormalization": (1, 2),
     "SkipLayerNormalization": (2, 3),
 }
-"""Normalisations -> which inputs are their gain and bias [K]."""
+"""Normalizations -> which inputs are their gain and bias [K]."""
 
 _TINY = 1e-5
 
@@ -111,7 +111,7 @@ def quantize_rows(activation: Matrix) -> Matrix:
 def folds(value: ir.Value, readers: int) -> list[tuple[ir.Value, int]] | None:
     """The initializers that must be divided, each with its axis, to divide an activation by a scale for each channel.
 
-    Known makers are normalisations with a gain (as one node, or written out as a product with it), and products of
+    Known makers are normalizations with a gain (as one node, or written out as a product with it), and products of
     which one factor comes straight from a linear (the `up` of a gated MLP).
 
     Args:
@@ -127,7 +127,7 @@ def folds(value: ir.Value, readers: int) -> list[tuple[ir.Value, int]] | None:
     if node.op_type in _NORMS and value is node.outputs[0]:
         places = [node.inputs[index] for index in _NORMS[node.op_type] if index < len(node.inputs)]
         return _constants([place for place in places if place is not None])
-    if node.op_type == "Add":  # the bias of a normalisation that is written out
+    if node.op_type == "Add":  # the bias of a normalization that is written out
         return _with_bias(node, lambda rest: folds(rest, 1))
     return _product_folds(node) if node.op_type == "Mul" else None
 

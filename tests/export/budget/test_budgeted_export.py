@@ -152,7 +152,7 @@ def test_what_a_budget_cannot_do_is_refused(folder: Path, tmp_path: Path, change
         export_bundle(recipe(folder, **changes), tmp_path / "bundle", budget=ResourceBudget(10**6))
 
 
-def test_a_gguf_file_that_fits_keeps_its_own_quantisation(tmp_path: Path, monkeypatch) -> None:
+def test_a_gguf_file_that_fits_keeps_its_own_quantization(tmp_path: Path, monkeypatch) -> None:
     for name in ("learn_rounding", "quantization_costs"):
         monkeypatch.setattr(blocks, name, None)
     built = gguf_recipe(tmp_path / "m", {}, "Q4_0", format="int8")

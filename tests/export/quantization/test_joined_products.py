@@ -1,4 +1,4 @@
-"""Linears that read one activation are one product of a quantised graph, as long as their blocks are alike."""
+"""Linears that read one activation are one product of a quantized graph, as long as their blocks are alike."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def run(path: Path) -> np.ndarray:
 
 
 def widths(path: Path) -> list[int]:
-    """Of what each product of the quantised layers makes, in their order."""
+    """Of what each product of the quantized layers makes, in their order."""
     return [
         node.attributes.get_int("N")
         for node in ir.load(path).graph

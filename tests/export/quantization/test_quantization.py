@@ -1,4 +1,4 @@
-"""Weight formats: on a hand-made graph against numpy with the dequantised weights, on tiny exported models loosely."""
+"""Weight formats: on a hand-made graph against numpy with the dequantized weights, on tiny exported models loosely."""
 
 from __future__ import annotations
 
@@ -297,7 +297,7 @@ def test_nf4_is_what_bitsandbytes_reads() -> None:
     np.testing.assert_array_equal(nf4_dequantized(weight), functional.dequantize_4bit(codes, state).numpy())
 
 
-def test_hqq_lowers_the_error_norm_that_it_minimises() -> None:
+def test_hqq_lowers_the_error_norm_that_it_minimizes() -> None:
     weight = np.random.default_rng(4).standard_normal((64, 128)).astype(np.float32)
     errors = {
         name: (np.abs(quantizer(weight).dequantized() - weight) ** 0.7).mean()

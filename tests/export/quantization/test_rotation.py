@@ -109,8 +109,8 @@ def test_rotations_are_orthogonal_and_even(size: int) -> None:
 
 def test_where_it_cannot_be_done() -> None:
     model = tiny_model("gemma2")
-    assert "normalise what they add" in str(can_rotate(layout(model)))
-    with pytest.raises(InputError, match=r"cannot be rotated.*normalise"):
+    assert "normalize what they add" in str(can_rotate(layout(model)))
+    with pytest.raises(InputError, match=r"cannot be rotated.*normalize"):
         rotate_residual(model, layout(model))
     model = tiny_model("gpt2")
     assert can_rotate(layout(model)) is None

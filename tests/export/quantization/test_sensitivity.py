@@ -1,4 +1,4 @@
-"""Costs of quantising: close to what is measured, and in its order."""
+"""Costs of quantizing: close to what is measured, and in its order."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def measured(model: PreTrainedModel) -> list[float]:
-    """KL with each linear quantised to 4 bits for the same text."""
+    """KL with each linear quantized to 4 bits for the same text."""
     before, linears = logits(model), layout(model).linears()
     gradients = output_gradients(model, WINDOWS)
     statistics = {

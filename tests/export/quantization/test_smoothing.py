@@ -37,7 +37,7 @@ IDS = np.arange(24)[None] % VOCABULARY
 
 
 def write_block(folder: Path, *, spread: float = 1.0, spike: float = 1.0) -> Path:
-    """Embedding, a normalisation with gain, a gated feed-forward network, a head; every third channel of the gain is
+    """Embedding, a normalization with gain, a gated feed-forward network, a head; every third channel of the gain is
     `spread` times the others, which the weights that read it make up for; token 5's products are multiplied by `spike`.
     """
     rng = np.random.default_rng(0)

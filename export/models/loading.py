@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from edgemix.bundle.manifest import ModelSource
 from edgemix.errors import InputError
+from edgemix.export.models.gguf_cache import gguf_parsed_once
 from edgemix.export.models.location import Location, locate, reading
 from edgemix.progress import NO_PROGRESS, PrefixedProgress, Progress
 from edgemix.tasks import DEFAULT_TASK, TASKS, TaskName
@@ -81,7 +83,8 @@ class MemberLoader:
     def _load_base(self, location: Location) -> _Base:
         if self._base is None or self._base.location != location:
             self._base = None  # free the last one before the next is read
-            self._base = _Base(location, load_model(location), load_tokenizer(location), _license(location))
+            with gguf_parsed_once() if location.gguf else nullcontext():
+                self._base = _Base(location, load_model(location), load_tokenizer(location), _license(location))
         return self._base
 
 

@@ -105,7 +105,7 @@ def _shared_graph_errors(manifest: Manifest) -> Iterator[str]:
         counts = {entry.config.member_count for entry in entries}
         if counts != {len(entries)} or len({entry.config for entry in entries}) > 1:
             wanted = ", ".join(map(str, sorted(counts)))
-            yield f"members: the graph {graph!r} has {len(entries)} in a row, and should speak for {wanted}"
+            yield f"members: the graph {graph!r} has {len(entries)} consecutive members, and should have {wanted}"
 
 
 def _weight_errors(manifest: Manifest) -> Iterator[str]:

@@ -19,7 +19,7 @@ from edgemix.errors import EXPORT_AGAIN, BundleError, InputError
 from edgemix.files import files_in, hash_file
 from edgemix.progress import NO_PROGRESS, Progress
 
-# Files that ONNX Runtime or a tokenizer would open if something led there; others (a README, .DS_Store) harm nobody.
+# Files that ONNX Runtime or a tokenizer would open if something led there; others (a README, .DS_Store) are harmless.
 _LOADABLE = frozenset({".onnx", ".data", SUFFIX, ".json", ".jinja"})
 
 

@@ -349,7 +349,7 @@ class LazyState:
         return part
 
     def _reserve(self, tokens: int) -> None:
-        """Make room for so many tokens."""
+        """Reserve memory for `tokens` tokens."""
         if tokens <= len(self._ids):
             return
         more = 2 * tokens - len(self._ids)

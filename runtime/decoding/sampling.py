@@ -1,6 +1,6 @@
-"""Choosing the next token: small pure filters over log-probabilities, chained in the order Hugging Face uses.
+"""Sampling: pure filters over log-probabilities, chained in the order that Hugging Face uses.
 
-Every filter takes scores float32 [vocabulary] (log-probabilities, normalised or not) and returns scores of the same
+Every filter takes scores float32 [vocabulary] (log-probabilities, normalized or not) and returns scores of the same
 shape in which the tokens that it rules out are -inf. At least one token always stays.
 """
 
@@ -33,7 +33,7 @@ class Sampling:
         top_p: Keep the smallest set of most probable tokens that holds this share of the probability.
         min_p: Keep tokens at least this share as probable as the most probable one.
         repetition_penalty: Above 1, tokens of the text so far (prompt included) become less probable: see
-            `penalise_repetition`, which each member's logits go through.
+            `penalize_repetition`, which is applied to each member's logits.
     """
 
     temperature: float = 0.0
@@ -44,7 +44,7 @@ class Sampling:
 
     @property
     def plain(self) -> bool:
-        """Whether tokens are drawn with the mixture's own probabilities: no temperature, no filter."""
+        """Whether tokens are sampled with the mixture's own probabilities: no temperature, no filter."""
         return (self.temperature, self.top_k, self.top_p, self.min_p) == (1, 0, 1, 0)
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class Sampling:
 
 
 def choose_token(log_probabilities: NDArray[np.float32], sampling: Sampling, generator: np.random.Generator) -> int:
-    """The next token id.
+    """Return the next token id.
 
     Args:
         log_probabilities: [vocabulary]; they stay as they are. A repetition penalty is in them already.
@@ -75,7 +75,7 @@ def choose_token(log_probabilities: NDArray[np.float32], sampling: Sampling, gen
 
 
 def distribution(log_probabilities: NDArray[np.float32], sampling: Sampling) -> NDArray[np.float32]:
-    """The probabilities [vocabulary] that `choose_token` draws with; where it draws nothing, those of temperature 1.
+    """Return the probabilities [vocabulary] that `choose_token` samples with; if it is greedy, those of temperature 1.
 
     Args:
         log_probabilities: As there.
@@ -135,7 +135,7 @@ def keep_min_p(scores: NDArray[np.float32], p: float) -> NDArray[np.float32]:
 
 
 def sample(scores: NDArray[np.float32], generator: np.random.Generator) -> int:
-    """Draw a token id with probability softmax(scores)."""
+    """Sample a token id with probability softmax(scores)."""
     return draw(np.exp(scores - scores.max()), generator)
 
 

@@ -39,8 +39,8 @@ _SMALLEST = 1024
 class PrepackedWeights:
     """A folder of packed graphs, each in a folder named after everything that the layout depends on.
 
-    The folder is trusted: whoever can write there decides what runs. It must not lie in the bundle, whose files are all
-    listed.
+    The folder is trusted: write access to it is control over what runs. It must not lie in the bundle, whose files
+    are all listed.
 
     Args:
         folder: Created if needed.

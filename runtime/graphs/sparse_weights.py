@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Elements: TypeAlias = NDArray[np.unsignedinteger[Any]]
 
 _DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype("u1"), 8: np.dtype("u1"), 16: np.dtype("<u2"), 32: np.dtype("<u4")}
-"""What holds an element of so many bits while its segment is expanded."""
+"""The dtype of an element, by its bits, while its segment is expanded."""
 
 
 def expanded_files(graph: Path) -> dict[str, Bytes]:

@@ -1,4 +1,4 @@
-"""Who spoke: each member's share in a token that the mixture has said.
+"""Attribution: each member's share in a token that the mixture has generated.
 
 Of P(y) = sum_i w_i P_i(y), member i's responsibility for y is its share w_i P_i(y) / P(y): the posterior probability
 that y, drawn from the mixture, was drawn from member i.

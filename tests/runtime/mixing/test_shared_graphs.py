@@ -81,11 +81,13 @@ def test_evaluations_are_the_same(apart: Mixture, stacked: Mixture) -> None:
         assert one.overall.agreement == other.overall.agreement
 
 
-def test_a_manifest_with_other_voices_than_the_graph_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_manifest_with_another_member_count_than_the_graph_is_refused(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     manifest = read_manifest(folders["stacked"])
     weights = msgspec.structs.replace(manifest.weights, default=dict.fromkeys(("a", "b"), 0.5))
     fewer = msgspec.structs.replace(manifest, members=manifest.members[:2], weights=weights)
-    with pytest.raises(EdgemixError, match="has 2 in a row, and should speak for 3"):
+    with pytest.raises(EdgemixError, match="has 2 consecutive members, and should have 3"):
         write_manifest(tmp_path, fewer)
     config = msgspec.structs.replace(manifest.members[0].config, member_count=2)
     pair = tuple(msgspec.structs.replace(entry, config=config) for entry in fewer.members)

@@ -7,7 +7,7 @@ holds the second one's state until the next token overwrites it. Everything else
 
 Several tokens of several sequences are one chunk for the operator's `query_seqlens`, which has been there since ONNX
 Runtime 1.32. So a text alone, drafts that are verified together, and a batch give a token the same
-logits. The exception are sliding windows that are shorter than the text: their sums begin elsewhere when a call has
+logits. The exceptions are sliding windows that are shorter than the text: their sums begin elsewhere when a call has
 other tokens.
 """
 

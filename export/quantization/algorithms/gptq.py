@@ -1,4 +1,4 @@
-"""GPTQ: each rounding error is made up for by the weights that are rounded after it, as far as the inputs allow.
+"""GPTQ: each rounding error is compensated by the weights that are rounded after it, as far as the inputs allow.
 
 With H = 2/n sum x x^T over calibration inputs, the blocks minimize the squared error of a linear's outputs,
 
@@ -27,7 +27,7 @@ DAMPING = 0.05
 """Added to H's diagonal, as a share of its mean. With weighted tokens, 0.05 measured better than 0.01 and 0.1."""
 
 _RATIOS = tuple(1 - 0.04 * step for step in range(13))
-"""Shares of a block's range that scales are tried for."""
+"""Shares of a block's range that are tried as scales."""
 
 _LAZY = 128
 """Columns whose errors are gathered before all columns behind them change: a matrix product instead of vectors'."""
@@ -68,7 +68,7 @@ def gptq(
 
 
 class _Grid:
-    """The values that a weight's blocks can take.
+    """The values that a weight's blocks can represent.
 
     Attributes:
         weight: [N, K].
@@ -90,19 +90,19 @@ class _Grid:
         self.scales, self.zero = self._spread(self.block_scales), self._spread(self.block_zero)
 
     def _spread(self, values: Tensor) -> Tensor:
-        """[N, blocks] -> [N, K]."""
+        """Expand [N, blocks] to [N, K]."""
         return values.repeat_interleave(self.block, 1)[:, : self.weight.shape[1]].contiguous()
 
     def round(self, values: Tensor) -> Tensor:
-        """The codes nearest to values [N, K], as floats."""
+        """Return the codes nearest to values [N, K], as floats."""
         return (values / self.scales).add_(self.zero).round_().clamp_(0, self.top)
 
     def values(self, codes: Tensor) -> Tensor:
-        """What codes [N, K] stand for."""
+        """Return the values of codes [N, K]."""
         return (codes - self.zero).mul_(self.scales)
 
     def search(self, importance: Tensor) -> None:
-        """Scales and zero points with the least sum of importance [K] times squared rounding error."""
+        """Find the scales and zero points with the least sum of importance [K] times squared rounding error."""
         padding = (0, self.count * self.block - self.weight.shape[1])
         cut = torch.nn.functional.pad(self.weight, padding).unflatten(1, (self.count, self.block))
         share = torch.nn.functional.pad(importance, padding).unflatten(0, (self.count, self.block))
@@ -120,7 +120,7 @@ class _Grid:
         self.set(best, best_zero)
 
     def blocks(self, codes: Tensor) -> Blocks:
-        """The blocks with the codes [N, K]; padding has the code of zero."""
+        """Return the blocks with the codes [N, K]; padding has the code of zero."""
         padded = self.block_zero.repeat_interleave(self.block, 1)
         padded[:, : codes.shape[1]] = codes
         stored = padded.unflatten(1, (self.count, self.block)).to(torch.uint8).cpu().numpy()
@@ -129,7 +129,7 @@ class _Grid:
 
 
 def _greedy(grid: _Grid, hessian: Tensor) -> Tensor:
-    """Codes [N, K] of the greedy pass."""
+    """Compute the codes [N, K] of the greedy pass."""
     order = hessian.diagonal().argsort(descending=True)
     upper = _inverse_factor(hessian[order][:, order])
     weight = grid.weight[:, order]
@@ -205,7 +205,7 @@ def _errors(difference: Tensor, hessian: Tensor) -> Tensor:
 
 
 def _damped(hessian: Tensor) -> Tensor:
-    """H with a larger diagonal; inputs that were always zero get one of their own."""
+    """Return H with a larger diagonal; inputs that were always zero get one of their own."""
     diagonal = hessian.diagonal()
     mean = float(diagonal[diagonal > 0].mean()) if bool((diagonal > 0).any()) else 1.0
     added = torch.where(diagonal > 0, DAMPING * mean, mean)
@@ -213,7 +213,7 @@ def _damped(hessian: Tensor) -> Tensor:
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper triangular U with U^T U = H^-1."""
+    """Return the upper triangular U with U^T U = H^-1."""
     wide = hessian.double()
     extra = float(wide.diagonal().mean()) * 1e-6
     while True:
@@ -227,5 +227,5 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
 
 
 def _half(scales: Tensor) -> Tensor:
-    """Scales as they are stored; none is zero."""
+    """Return scales as they are stored; none is zero."""
     return torch.where(scales > 0, scales.half().float().clamp(min=_TINY), 1.0)

@@ -1,6 +1,6 @@
-"""Rounding and scales that are trained: the quantized model learns its own fp32 distributions.
+"""Learned rounding: roundings and scales are trained so that the quantized model has its fp32 distributions.
 
-Each weight keeps a movable rounding offset v and each block a movable scale; zero points stay as rounding found them:
+Each weight has a trainable rounding offset v and each block a trainable scale; zero points are those of plain rounding:
 
     code = clip(round(w / s + v + z), 0, top),   s = s_0 exp(g),   weight = (code - z) s
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 BITS = 4
 STEPS = 160
 BATCH, LENGTH = 8, 256
-"""Windows a step, and their tokens."""
+"""Chunks of text a step, and their tokens."""
 
 _RATE = 2.5e-3
 _SCALES_RATE = 0.4
@@ -82,7 +82,7 @@ def learn_rounding(
     """
     student = copy.deepcopy(model).requires_grad_(False)
     linears = [_Linear(name, module, (bits or {}).get(name, BITS), block) for name, module in _linears(student).items()]
-    parameters = {f"{linear.name}.{kind}": tensor for linear in linears for kind, tensor in linear.movable.items()}
+    parameters = {f"{linear.name}.{kind}": tensor for linear in linears for kind, tensor in linear.trainable.items()}
     loss = self_divergence(model, student, bfloat16=has_fast_bfloat16(model.device))
 
     def quantised_loss(ids: Tensor) -> Tensor:
@@ -143,8 +143,8 @@ class _Start:
     top: int
 
     def quantize(self, rounding: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What movable parts stand for: codes as floats [N, blocks, block], scales [N, blocks], and which codes may
-        move: those that are not clipped, and no zeros, which pruning made.
+        """Return codes as floats [N, blocks, block], scales [N, blocks], and which codes are trained: those that are
+        not clipped and not zeros, which pruning made.
         """
         # In half precision, as they are stored.
         scales = (self.scales * (_SCALES_RATE * scale).exp()).half().float().clamp(min=2.0**-24)
@@ -154,7 +154,7 @@ class _Start:
 
 
 class _Linear:
-    """A linear layer whose weight is computed from movable roundings and scales."""
+    """A linear layer whose weight is computed from trainable roundings and scales."""
 
     def __init__(self, name: str, module: torch.nn.Module, bits: int, block: int) -> None:
         self.name, self._module, self._bits = name, module, bits
@@ -168,28 +168,28 @@ class _Linear:
         self._start = _Start(values, scales, zero, 2**bits - 1)
         # Nearest codes need no offset; those that are clipped get the one that they are the nearest with.
         offset = codes - zero - values / scales[..., None]
-        self.movable = {
+        self.trainable = {
             "rounding": torch.where(offset.abs() > 0.5, offset, 0).requires_grad_(),
             "scale": torch.zeros_like(self._start.scales, requires_grad=True),
         }
 
     def quantize(self) -> None:
-        """Give the layer the weight that its movable parts stand for."""
-        rounding, scale = self.movable.values()
+        """Set the layer's weight from its trainable parts."""
+        rounding, scale = self.trainable.values()
         rows, columns = self.original.shape
         weight = _Round.apply(rounding, scale, self._start).reshape(rows, -1)[:, :columns]
         self._module.weight = weight.T if self._transposed else weight
 
     def blocks(self) -> Blocks:
-        """The trained blocks."""
+        """Return the trained blocks."""
         with torch.no_grad():
-            codes, scales, _ = self._start.quantize(*self.movable.values())
+            codes, scales, _ = self._start.quantize(*self.trainable.values())
         stored = codes.to(torch.uint8).cpu().numpy(), scales.half().cpu().numpy()
         return Blocks(*stored, self._zero_points, self._bits, self.original.shape[1])
 
 
 class _Round(torch.autograd.Function):  # type: ignore[misc]
-    """Movable parts -> weights [N, blocks, block]."""
+    """Trainable parts -> weights [N, blocks, block]."""
 
     @staticmethod
     def forward(ctx: Any, rounding: Tensor, scale: Tensor, start: _Start) -> Tensor:

@@ -1,4 +1,4 @@
-"""W8A8: int8 weights with one scale a row, activations quantized as they come with one scale a token.
+"""W8A8: int8 weights with one scale a row, activations quantized at run time with one scale a token.
 
 A scale for each token makes a token's result independent of what else is in the call (a draft is verified exactly as it
 would be decoded), and one huge token costs the others nothing. ONNX Runtime's integer products take one scale for the
@@ -9,11 +9,11 @@ whole activation, so the token's own scale is divided out before and multiplied 
 QuantizeLinear rounds with the tokens' steps, as blocks as wide as the activation (opset 21), prompts 4% faster than
 a division before it.
 
-Where a few channels of a few tokens are so large that they would be the only ones to survive (those that attention
-rests on), these channels are multiplied in floating point beside:  y = m (q' - 128) W' / 127 + x_c W_c.
+Where a few channels of a few tokens are so large that rounding would lose all others (those of attention sinks), these
+outlier channels are multiplied in floating point:  y = m (q' - 128) W' / 127 + x_c W_c.
 
-The head is such a product, too, and the widest channels of what it reads, one of `_WIDE`, are always set apart. Where
-the model ties them, the embedding reads rows of the head's codes.
+The head is such a product, too, and one channel of `CHANNELS_PER_OUTLIER` of its input, the largest ones, are always
+outlier channels. If the model ties them, the embedding reads rows of the head's codes.
 
 Measured on one core (AVX512-VNNI), a [576, 1536] product of 1 / 16 / 512 tokens takes 41 / 94 / 1,470 microseconds;
 DynamicQuantizeMatMul, with one scale for all tokens, 40 / 94 / 1,610; MatMulNBits with 8-bit blocks of 32: 55 / 186 /
@@ -53,26 +53,26 @@ if TYPE_CHECKING:
     from edgemix.progress import Progress
 
 MAX_TOKEN_ERROR = 0.1
-"""Largest error of a token's product, in units of a typical token's product, beyond which channels are set apart, and
-where that does not suffice, linears keep float activations. Of SmolLM2-135M's 120 activations eight have more, all
-feed-forward products, and 1 to 32 of 1,536 channels are enough. As they are, its perplexity rises by 1.1%; with those
-linears left in 8-bit weights, or those channels set apart, by 0.9%."""
+"""Largest error of a token's product, in units of a typical token's product, beyond which outlier channels are
+separated, and where that does not suffice, linears keep float activations. Of SmolLM2-135M's 120 activations eight
+exceed it, all feed-forward products, and 1 to 32 of 1,536 channels are enough. Without either, its perplexity rises by
+1.1%; with those linears in 8-bit weights, or with outlier channels, by 0.9%."""
 
-_WIDE = 32
-"""Of so many channels that the head reads one is set apart. SmolLM2-135M's head so differs from the exact one by 0.0007
-nats (KL) on prose and 0.0006 on code; with 8-bit blocks and their own scales of activations by 0.0008 and 0.0011, and
-with no channel set apart by 0.007 and 0.014."""
+CHANNELS_PER_OUTLIER = 32
+"""The head's input has one outlier channel for this many channels. SmolLM2-135M's head then differs from the exact one
+by 0.0007 nats (KL) on prose and 0.0006 on code; with 8-bit blocks and their own scales of activations by 0.0008 and
+0.0011, and without outlier channels by 0.007 and 0.014."""
 _SEARCHED_ROWS = 512
 
 
 class _Activation(NamedTuple):
-    """An activation [..., K], by the linears that read it."""
+    """An activation [..., K], given by the linears that read it."""
 
     readers: list[Linear]
 
     @property
     def value(self) -> ir.Value:
-        """As it is now: another one, once the linear that makes it was replaced."""
+        """The activation's value, which changes when the linear that computes it is replaced."""
         return self.readers[0].node.inputs[0]
 
 
@@ -85,16 +85,16 @@ def quantize_dynamic(
     low_rank: Collection[str] = (),
     progress: Progress,
 ) -> None:
-    """Put 8-bit products in the place of a decoder graph's linears.
+    """Replace a decoder graph's linears by 8-bit products.
 
-    Activations are smoothed first where that can be folded, and channels that still stand out are set apart (see
+    Activations are smoothed first if scales can be folded, and remaining outlier channels are separated (see
     `smoothing`); the linears of an activation that loses more than `MAX_TOKEN_ERROR` go to the emitter `outliers`.
 
     Args:
-        model: The fp32 graph; tables that the head does not read are quantized already. Changed in place.
-        folder: Where its external data lies.
+        model: The fp32 graph; embeddings that the head does not share are quantized already. Changed in place.
+        folder: The folder of its external data.
         windows: Token ids of calibration text.
-        outliers: What takes the linears that resist.
+        outliers: Emitter for linears with too large an error.
         low_rank: Names of weights that stay as they are.
         progress: Progress callback.
     """
@@ -109,13 +109,13 @@ def quantize_dynamic(
     rows, few = _Rows(graph), []
     for activation, smoothing in zip(activations, found, strict=True):
         if last is not None and activation.readers[0].node is last.node:
-            rows.emit_head(activation, smoothing.apart)
+            rows.emit_head(activation, smoothing.outliers)
             continue
         for linear in activation.readers:
             if smoothing.scale is not None:
                 multiply(linear, smoothing.scale)
         if smoothing.spike <= MAX_TOKEN_ERROR:
-            rows.emit(activation, smoothing.apart)
+            rows.emit(activation, smoothing.outliers)
         else:
             few.append(activation.readers)
     for readers in few:
@@ -123,7 +123,7 @@ def quantize_dynamic(
 
 
 def quantize_head(model: ir.Model, folder: Path, windows: Sequence[Sequence[int]], *, progress: Progress) -> None:
-    """Put such a product in the place of the head alone, and let the embedding read its codes where they are tied.
+    """Replace the head alone by such a product; a tied embedding reads its codes.
 
     Args:
         model: The fp32 graph, with a head that `weights.head` finds; changed in place.
@@ -134,11 +134,11 @@ def quantize_head(model: ir.Model, folder: Path, windows: Sequence[Sequence[int]
         return
     activation = _Activation([last])
     (found,) = _smoothings(model, folder, [activation], windows, last=last, progress=progress)
-    _Rows(model.graph).emit_head(activation, found.apart)
+    _Rows(model.graph).emit_head(activation, found.outliers)
 
 
 class _Rows:
-    """Emits linears: all that read an activation are one product."""
+    """Emit linears: one product for all that read an activation."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
@@ -151,18 +151,18 @@ class _Rows:
         self._constants = {name: add_initializer(graph, f"rows.{name}", array) for name, array in constants.items()}
         self._middles: dict[tuple[object, ...], ir.Value] = {}
 
-    def emit(self, activation: _Activation, apart: tuple[int, ...] = ()) -> None:
-        """Replace the linears of an activation; the channels `apart` stay in floating point."""
+    def emit(self, activation: _Activation, outliers: tuple[int, ...] = ()) -> None:
+        """Replace the linears of an activation; the channels `outliers` stay in floating point."""
         name = activation.readers[0].weight.name
         matrix = np.concatenate([linear.matrix() for linear in activation.readers])
-        signed, steps = _signed(without(matrix, apart))
+        signed, steps = _signed(without(matrix, outliers))
         codes = add_initializer(self._graph, f"{name}.codes", signed)
         scales = add_half(self._graph, f"{name}.scales", steps)
-        nodes = self._product_beside(activation.value, matrix, codes, scales, apart)
+        nodes = self._product_beside(activation.value, matrix, codes, scales, outliers)
         replace_linears(self._graph, activation.readers, nodes)
 
-    def emit_head(self, activation: _Activation, apart: tuple[int, ...]) -> None:
-        """Replace the head, and the lookups in the same table."""
+    def emit_head(self, activation: _Activation, outliers: tuple[int, ...]) -> None:
+        """Replace the head, and the lookups in the same matrix."""
         (linear,) = activation.readers
         name, matrix = linear.weight.name, linear.matrix()
         signed, steps = _signed(matrix)
@@ -170,7 +170,7 @@ class _Rows:
         scales = add_half(self._graph, f"{name}.scales", steps)
         for lookup in [node for node in lookups(self._graph) if node.inputs[0] is linear.weight]:
             self._look_up(lookup, codes, scales)
-        replace_linear(self._graph, linear, self._product_beside(activation.value, matrix, codes, scales, apart))
+        replace_linear(self._graph, linear, self._product_beside(activation.value, matrix, codes, scales, outliers))
 
     def _look_up(self, node: ir.Node, codes: ir.Value, scales: ir.Value) -> None:
         """Replace a Gather of rows for ids [batch, sequence] by one of columns of the codes [K, tokens]."""
@@ -184,25 +184,25 @@ class _Rows:
         replace(self._graph, node, [columns, rows, numbers, steps, wide, product])
 
     def _product_beside(
-        self, value: ir.Value, matrix: Matrix, codes: ir.Value, scales: ir.Value, apart: tuple[int, ...]
+        self, value: ir.Value, matrix: Matrix, codes: ir.Value, scales: ir.Value, outliers: tuple[int, ...]
     ) -> list[ir.Node]:
-        """The nodes of a product with codes, and beside it that of the channels `apart` in floating point."""
-        if not apart:
+        """Return the nodes of a product with codes, and of that of the channels `outliers` in floating point."""
+        if not outliers:
             return self._product(value, codes, scales)
-        indices = add_initializer(self._graph, f"{value.name}.apart", np.array(apart, np.int64))
+        indices = add_initializer(self._graph, f"{value.name}.apart", np.array(outliers, np.int64))
         rest = np.ones(matrix.shape[1], np.float32)
-        rest[list(apart)] = 0
+        rest[list(outliers)] = 0
         taken = ir.node("Gather", [value, indices], {"axis": -1})
         others = ir.node("Mul", [value, add_initializer(self._graph, f"{value.name}.rest", rest)])
         others.outputs[0].shape = value.shape
         # In fp32: what these few inputs are multiplied with must not be rounded.
-        kept = add_initializer(self._graph, f"{codes.name}.apart", matrix[:, apart].T)
+        kept = add_initializer(self._graph, f"{codes.name}.apart", matrix[:, outliers].T)
         nodes = [taken, others, *self._product(others.outputs[0], codes, scales)]
         beside = ir.node("MatMul", [taken.outputs[0], kept])
         return [*nodes, beside, ir.node("Add", [nodes[-1].outputs[0], beside.outputs[0]])]
 
     def _product(self, value: ir.Value, codes: ir.Value, scales: ir.Value) -> list[ir.Node]:
-        """The nodes that round an activation and multiply it."""
+        """Return the nodes that round an activation and multiply it."""
         one, middle = self._constants["one"], self._constants["middle"]
         size = ir.node("Abs", [value])
         largest = ir.node("ReduceMax", [size.outputs[0], self._constants["last"]], {"keepdims": 1})
@@ -266,7 +266,7 @@ def _smoothings(
         smoothings = []
         for activation, largest, rows in zip(activations, maxima, kept, strict=True):
             if last is not None and activation.readers[0].node is last.node:
-                wide = np.argsort(-largest, kind="stable")[: len(largest) // _WIDE]
+                wide = np.argsort(-largest, kind="stable")[: len(largest) // CHANNELS_PER_OUTLIER]
                 smoothings.append(Smoothing(None, 0.0, 0.0, tuple(sorted(wide.tolist()))))
                 continue
             weights = [linear.matrix() for linear in activation.readers]

@@ -1,9 +1,9 @@
-"""What flows into a model's linears on calibration text, layer by layer.
+"""Statistics of the inputs of a model's linears on calibration text, layer by layer.
 
-The statistics of one layer are alive at a time, and each layer reads what the layers before it make after they were
-quantized, as GPTQ wants it (Frantar et al., arXiv 2210.17323): their errors are then part of what is made up for.
+The statistics of one layer are in memory at a time, and each layer reads the outputs of the quantized layers before it,
+as in GPTQ (Frantar et al., arXiv 2210.17323): it then compensates for their errors.
 
-Not every output matters alike. With g the gradient of the model's own loss (labels drawn from its distributions) at a
+Not every output matters equally. With g the gradient of the model's own loss (labels drawn from its distributions) at a
 linear's outputs, weighting each token by |g|^2 turns the squared error of outputs into the loss's second order, up to
 the direction of g (as in GuidedQuant, Kim et al., arXiv 2505.07004). Measured on the wiki expert of SmolLM2-135M, every
 fourth window of WikiText-2's test, GPTQ to 4 bits in blocks of 32: 14.70 without weights, 14.49 to 14.63 with (fp32
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WINDOWS, LENGTH = 32, 512
-"""Calibration text when nothing else is said: 16,384 tokens, ten for each input of a matrix with 1,536."""
+"""Default calibration text: 16,384 tokens, ten for each input of a matrix with 1,536."""
 
 _TOKENS = 2048
-"""Tokens that go through a layer at once."""
+"""Tokens that a layer reads at once."""
 
 
 @dataclass
 class Statistics:
-    """What one linear's inputs x [K] were.
+    """Statistics of one linear's inputs x [K].
 
     Attributes:
         hessian: fp32 [K, K], 2 / n sum x x^T, each token with its weight: the second derivative of the mean squared
@@ -54,11 +54,11 @@ class Statistics:
 
     @classmethod
     def of(cls, columns: int, device: torch.device) -> Statistics:
-        """Those of nothing seen yet."""
+        """Return the statistics of no inputs."""
         return cls(torch.zeros(columns, columns, device=device), torch.zeros(columns, device=device))
 
     def add(self, inputs: Tensor, weights: Tensor | None = None) -> None:
-        """Take up inputs [..., K]; `weights` are those of all tokens, of which the next ones are meant."""
+        """Add inputs [..., K]; `weights` are those of all tokens, of which the next ones are used."""
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
         weighted = rows if weights is None else rows * weights[self.tokens : self.tokens + len(rows), None]
         kept = self.tokens / (self.tokens + len(rows))
@@ -67,13 +67,13 @@ class Statistics:
         self.mean_absolute.mul_(kept).add_(rows.abs().sum(0), alpha=1 / self.tokens)
 
     def divide(self, scale: Tensor) -> None:
-        """Become those of inputs divided by a scale [K]."""
+        """Turn into the statistics of inputs divided by a scale [K]."""
         self.hessian.div_(scale).div_(scale[:, None])
         self.mean_absolute.div_(scale)
 
 
 class Gradients(NamedTuple):
-    """How much the model's loss depends on one linear's outputs y [tokens, N].
+    """Gradients of the model's loss at one linear's outputs y [tokens, N].
 
     Attributes:
         tokens: fp32 [tokens], the squared norm of d loss / d y of each, in the order of `calibrate`.
@@ -86,7 +86,7 @@ class Gradients(NamedTuple):
 
 @dataclass(frozen=True)
 class CalibratedLayer:
-    """One layer and its inputs; its weights may be replaced until the next one is asked for.
+    """One layer and its inputs; its weights may be replaced until the next layer is requested.
 
     Attributes:
         layer: The layer.
@@ -110,7 +110,7 @@ def calibrate(
     gradients: Mapping[str, Gradients] | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> Iterator[CalibratedLayer]:
-    """Walk through a decoder's layers with the statistics of each.
+    """Iterate over a decoder's layers with the statistics of each.
 
         for calibrated in calibrate(model, windows):
             for name, part in calibrated.linears.items():
@@ -149,7 +149,7 @@ def output_gradients(
     seed: int = 0,
     progress: Progress = NO_PROGRESS,
 ) -> dict[str, Gradients]:
-    """Name of each linear in the layers -> the gradients of the loss at its outputs.
+    """Compute the gradients of the loss at each linear's outputs, by the linear's name.
 
     The loss is the summed negative log-probability of tokens that the model itself would say next: the mean square of
     its gradient is the Fisher information, which is the second derivative of KL(model || changed model).
@@ -199,7 +199,7 @@ def output_gradients(
 def _observe(
     layer: DecoderLayer, run: Callable[[], Iterator[Tensor]], gradients: Mapping[str, Gradients] | None
 ) -> dict[str, Statistics]:
-    """The statistics of a layer's linears; without weights, measured once for those that read the same tensor."""
+    """Compute the statistics of a layer's linears; without weights, once for those that read the same tensor."""
     linears = layer.linears()
     groups = layer.groups() if gradients is None else [(name,) for name in linears]
     found: dict[str, Statistics] = {}
@@ -227,7 +227,7 @@ def _observe(
 
 
 class _Arguments(NamedTuple):
-    """What a layer is called with beside its hidden states."""
+    """Arguments of a layer's call beside its hidden states."""
 
     positional: tuple[Any, ...]
     named: dict[str, Any]
@@ -278,7 +278,7 @@ def _run(layer: DecoderLayer, state: Tensor, arguments: _Arguments) -> Tensor:
 
 
 def _batches(windows: Sequence[Sequence[int]], device: torch.device) -> Iterator[Tensor]:
-    """int64 [batch, length], of windows of one length each."""
+    """Yield int64 [batch, length] of chunks of one length each."""
     if not windows:
         raise InputError("there is no calibration text", "Give the recipe's data.calibration more text.")
     waiting = sorted(windows, key=len, reverse=True)

@@ -1,4 +1,4 @@
-"""Scales that move between what makes an activation and the weights that read it; the model computes what it did.
+"""Move scales between an activation's producer and the weights that read it; the model computes the same.
 
 An activation x is divided by a scale s for each channel where it is made (a norm's gain, the rows of a linear), and the
 columns of its readers are multiplied by it (AWQ, Lin et al., arXiv 2306.00978):  s_j = mean|x_j|^alpha  gives the
@@ -30,7 +30,7 @@ _TINY = 1e-5
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """An activation whose scale can move.
+    """An activation whose scale can be moved.
 
     Attributes:
         place: The readers: query, key and value; output; gate and up; down.
@@ -46,11 +46,11 @@ class Fold:
     divide: Callable[[Tensor], None]
 
     def shared(self, values: Tensor) -> Tensor:
-        """The largest of values [K] among those that must have one scale, [heads * channels]."""
+        """Return the largest of values [K] among channels that share a scale, [heads * channels]."""
         return values.unflatten(0, self.repeats).amax(1).flatten()
 
     def spread(self, scale: Tensor) -> Tensor:
-        """A scale [heads * channels] for each channel of the activation [K]."""
+        """Expand a scale [heads * channels] to the activation's channels [K]."""
         heads, times, channels = self.repeats
         return scale.view(heads, 1, channels).expand(heads, times, channels).reshape(-1)
 
@@ -65,7 +65,7 @@ class Fold:
 
 
 def folds(layer: DecoderLayer) -> Iterator[Fold]:
-    """The activations of a layer whose scales can move.
+    """Return the activations of a layer whose scales can be moved.
 
     What a feed-forward network without a gate makes is not among them: its activation function lies in between.
     """
@@ -92,7 +92,7 @@ def folds(layer: DecoderLayer) -> Iterator[Fold]:
 
 
 def scale_weights(calibrated: CalibratedLayer, *, bits: int, block: int) -> dict[str, float]:
-    """AWQ on one layer, in place: its weights, and its statistics, become those of the scaled inputs.
+    """Apply AWQ to one layer, in place; its weights and statistics become those of the scaled inputs.
 
     Args:
         calibrated: From `calibration.calibrate`.

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from edgemix.export.models.layout import Norm, Part
 
 _LEAST_GAIN = 1e-3
-"""Of a norm's largest gain: by smaller ones its bias cannot be divided without losing digits."""
+"""Smallest gain as a share of a norm's largest: dividing its bias by smaller ones would lose digits."""
 
 
 def can_rotate(parts: Layout) -> str | None:
-    """Why the residual stream cannot be turned; None if it can. Values always can."""
+    """Return why the residual stream cannot be rotated; None if it can. Values always can."""
     if any(layer.later_norms for layer in parts.layers):
         return "its layers normalize what they add to the residual stream, with gains"
     pairs = list(_norms_and_readers(parts))
@@ -82,7 +82,7 @@ def fold_norms(model: PreTrainedModel, parts: Layout) -> Layout:
 
 
 def rotate_residual(model: PreTrainedModel, parts: Layout, seed: int = 0) -> Layout:
-    """R1: turn the residual stream at random, in place; norms are folded first.
+    """Rotate the residual stream at random (R1), in place; norms are folded first.
 
     Returns:
         The layout from here on: head and embedding are no longer tied.
@@ -109,7 +109,7 @@ def rotate_residual(model: PreTrainedModel, parts: Layout, seed: int = 0) -> Lay
 
 
 def rotate_values(parts: Layout, seed: int = 0) -> None:
-    """R2: turn each key-value head's values at random, and what `output` reads of them back, in place."""
+    """Rotate each key-value head's values at random, and the inputs of `output` back (R2), in place."""
     generator = torch.Generator().manual_seed(seed)
     for layer in parts.layers:
         value, output = layer.value, layer.output
@@ -139,8 +139,8 @@ def _turn_outputs(part: Part, turn: Tensor) -> None:
 
 
 def _rotation(size: int, generator: torch.Generator) -> Tensor:
-    """A random orthogonal matrix, float64 [size, size], that spreads every channel over all: a Hadamard matrix of the
-    largest power of two in `size`, times (Kronecker) a Hartley transform of the odd rest, with random signs.
+    """Return a random orthogonal matrix, float64 [size, size], that spreads every channel over all: a Hadamard matrix
+    of the largest power of two in `size`, times (Kronecker) a Hartley transform of the odd rest, with random signs.
 
     No entry is larger than sqrt(2 / size), unlike those of a matrix drawn from all rotations.
     """
@@ -156,7 +156,7 @@ def _rotation(size: int, generator: torch.Generator) -> Tensor:
 
 
 def _rotation_around_ones(size: int, generator: torch.Generator) -> Tensor:
-    """A random orthogonal matrix, float64 [size, size], that maps the vector of ones to itself."""
+    """Return a random orthogonal matrix, float64 [size, size], that maps the vector of ones to itself."""
     drawn = torch.randn(size, size, generator=generator, dtype=torch.float64)
     drawn[:, 0] = 1
     basis = torch.linalg.qr(drawn).Q  # its first vector is along the ones

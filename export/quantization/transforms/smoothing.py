@@ -25,7 +25,7 @@ ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """On SmolLM2-135M 0.4 to 0.5 is best for attention's inputs, 0.7 for the gates', 0.5 for the products'."""
 
 OUTLIER_COUNTS = (1, 2, 4, 8, 16, 32)
-"""Numbers of channels that are tried to be set apart; a sixteenth of all at most, or nothing is gained."""
+"""Numbers of channels that are tried to be separated; a sixteenth of all at most, or nothing is gained."""
 
 _NORMS: Mapping[str, tuple[int, ...]] = {
     "RMSNormalization": (1,),
@@ -34,30 +34,30 @@ _NORMS: Mapping[str, tuple[int, ...]] = {
     "LayerNormalization": (1, 2),
     "SkipLayerNormalization": (2, 3),
 }
-"""Normalizations -> which inputs are their gain and bias [K]."""
+"""Normalizations -> the inputs that are their gain and bias [K]."""
 
 _TINY = 1e-5
 
 
 @dataclass(frozen=True)
 class Smoothing:
-    """What was found for one activation.
+    """The smoothing of one activation.
 
     Attributes:
         scale: float32 [K], the divisor of the activation; None leaves it as it is.
         error: Mean over tokens of |8-bit products - products|^2 / |products|^2, with the scale.
         spike: The largest |8-bit products - products| of a token, over the median token's |products|.
-        apart: Channels that stay out of the 8-bit products, as their sizes would be a token's only scale.
+        outliers: Channels that stay out of the 8-bit products, as their sizes would be a token's only scale.
     """
 
     scale: Matrix | None
     error: float
     spike: float
-    apart: tuple[int, ...] = ()
+    outliers: tuple[int, ...] = ()
 
 
 def search(activation: Matrix, maxima: Matrix, weights: Sequence[Matrix], *, foldable: bool) -> Smoothing:
-    """Find the scale of one activation under which its 8-bit products are most exact.
+    """Find the scale of one activation with which its 8-bit products have the least error.
 
     Args:
         activation: float32 [tokens, K], to measure on.
@@ -94,15 +94,15 @@ def separate_outliers(activation: Matrix, weights: Sequence[Matrix], found: Smoo
     largest = np.argsort(-np.abs(scaled).max(axis=0), kind="stable")
     exact = [activation @ weight.T for weight in weights]
     for count in (count for count in OUTLIER_COUNTS if 16 * count <= activation.shape[1]):
-        apart = tuple(sorted(largest[:count].tolist()))
-        better = _measure(activation, weights, exact, found.scale, apart)
+        outliers = tuple(sorted(largest[:count].tolist()))
+        better = _measure(activation, weights, exact, found.scale, outliers)
         if better.spike <= limit:
             return better
     return found
 
 
 def quantize_rows(activation: Matrix) -> Matrix:
-    """The activation [tokens, K] after rounding to 8 bits, one scale a token: what the graph's products see."""
+    """Return the activation [tokens, K] rounded to 8 bits with one scale a token, as the graph's products read it."""
     largest = np.maximum(np.abs(activation).max(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
     rounded: Matrix = np.rint(activation / largest * np.float32(127)) * (largest / np.float32(127))
     return rounded
@@ -148,7 +148,7 @@ def multiply(linear: Linear, scale: Matrix) -> None:
 
 
 def set_array(value: ir.Value, array: np.ndarray) -> None:
-    """Give an initializer other values."""
+    """Replace an initializer's values."""
     value.const_value = ir.tensor(np.ascontiguousarray(array, np.float32), name=value.name)
 
 
@@ -157,23 +157,23 @@ def _measure(
     weights: Sequence[Matrix],
     exact: Sequence[Matrix],
     scale: Matrix | None,
-    apart: tuple[int, ...] = (),
+    outliers: tuple[int, ...] = (),
 ) -> Smoothing:
     scaled = activation if scale is None else activation / scale
-    rounded = quantize_rows(without(scaled, apart))
+    rounded = quantize_rows(without(scaled, outliers))
     lost, power = np.zeros((2, len(activation)), np.float32)
     for weight, product in zip(weights, exact, strict=True):
         whole = weight if scale is None else weight * scale
-        stored = rtn(without(whole, apart), bits=8, block=whole.shape[1], symmetric=True).dequantized()
-        made = rounded @ stored.T + scaled[:, apart] @ whole[:, apart].T
+        stored = rtn(without(whole, outliers), bits=8, block=whole.shape[1], symmetric=True).dequantized()
+        made = rounded @ stored.T + scaled[:, outliers] @ whole[:, outliers].T
         lost += ((made - product) ** 2).sum(axis=1)
         power += (product**2).sum(axis=1)
     power = np.maximum(power, np.finfo(np.float32).tiny)
-    return Smoothing(scale, float(np.mean(lost / power)), float(np.sqrt(lost.max() / np.median(power))), apart)
+    return Smoothing(scale, float(np.mean(lost / power)), float(np.sqrt(lost.max() / np.median(power))), outliers)
 
 
 def without(matrix: Matrix, columns: Sequence[int]) -> Matrix:
-    """The matrix with zeros in some columns; itself if there are none."""
+    """Return the matrix with zeros in some columns."""
     if not columns:
         return matrix
     rest = matrix.copy()
@@ -182,7 +182,7 @@ def without(matrix: Matrix, columns: Sequence[int]) -> Matrix:
 
 
 def _product_folds(node: ir.Node) -> list[tuple[ir.Value, int]] | None:
-    """A constant factor, or else the linear that makes one of two."""
+    """Return a constant factor, or else the linear that computes one of two factors."""
     gains = [factor for factor in node.inputs if _is_constant(factor)]
     if gains:
         return _constants(gains)
@@ -193,7 +193,7 @@ def _product_folds(node: ir.Node) -> list[tuple[ir.Value, int]] | None:
 def _with_bias(
     node: ir.Node, below: Callable[[ir.Value], list[tuple[ir.Value, int]] | None]
 ) -> list[tuple[ir.Value, int]] | None:
-    """The constant that an Add adds, and what is below its other side."""
+    """Return the constant of an Add, and the node of its other input."""
     bias = [factor for factor in node.inputs if _is_constant(factor)]
     rest = [factor for factor in node.inputs if not _is_constant(factor)]
     if len(bias) != 1 or len(rest) != 1 or len(rest[0].uses()) != 1:
@@ -203,7 +203,7 @@ def _with_bias(
 
 
 def _linear_weights(value: ir.Value) -> list[tuple[ir.Value, int]] | None:
-    """The weight, and the bias if there is one, whose rows make a value's channels."""
+    """Return the weight, and the bias if there is one, whose rows compute a value's channels."""
     node = value.producer()
     if node is None:
         return None
@@ -222,7 +222,7 @@ def _linear_weights(value: ir.Value) -> list[tuple[ir.Value, int]] | None:
 
 
 def _both(node: ir.Node) -> list[tuple[ir.Value, int]] | None:
-    """What a sum of two linears is made by."""
+    """Return the linears of a sum of two."""
     made = [_linear_weights(factor) if len(factor.uses()) == 1 else None for factor in node.inputs]
     return None if None in made else [place for places in made for place in places or ()]
 
@@ -232,7 +232,7 @@ def _is_constant(value: ir.Value | None) -> bool:
 
 
 def _constants(values: Sequence[ir.Value]) -> list[tuple[ir.Value, int]] | None:
-    """Initializers that are one vector each and that nothing else reads, with their last axis."""
+    """Return initializers that are vectors with a single use, with their last axis."""
     if not values or not all(_is_constant(value) and len(value.uses()) == 1 for value in values):
         return None
     shapes = [value.const_value.shape.numpy() for value in values]

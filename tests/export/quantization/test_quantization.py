@@ -106,7 +106,7 @@ def test_with_text_the_head_reads_rounded_activations(
     form: Format, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "edgemix.export.quantization.graph.dynamic._WIDE", 2
+        "edgemix.export.quantization.graph.dynamic.CHANNELS_PER_OUTLIER", 2
     )  # as many channels apart as a large head has
     source, text = write_decoder(tmp_path / "source", tied=tied), np.random.default_rng(2).integers(3, 70, (4, 16))
     logits = []

@@ -209,8 +209,8 @@ def test_as_few_channels_are_set_apart_as_it_takes() -> None:
     weight = rng.standard_normal((INNER, 96)).astype(np.float32)
     found = search(activation, np.abs(activation).max(axis=0), [weight], foldable=False)
     better = separate_outliers(activation, [weight], found, 0.1)
-    assert {5, 40, 41} < set(better.apart)
-    assert len(better.apart) == 4
+    assert {5, 40, 41} < set(better.outliers)
+    assert len(better.outliers) == 4
     assert better.spike <= 0.1 < found.spike
     activation[:3] *= 1e3
     found = search(activation, np.abs(activation).max(axis=0), [weight], foldable=False)

@@ -1,4 +1,4 @@
-"""Tools: that they run, and that what they print is what it says."""
+"""The tools run, and print what they say."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ TEXT = "".join(f"{i} birds sat on {i * i} boughs, and <unk> wrote it down for th
 
 @pytest.fixture
 def tool(monkeypatch):
-    """Imports a tool by name."""
+    """Import a tool by its path under tools/, without the suffix."""
     folder = Path(__file__).parents[1] / "tools"
-    monkeypatch.syspath_prepend(folder)
 
     def load(name):
-        specification = importlib.util.spec_from_file_location(f"{name}_tool", folder / f"{name}.py")
+        path = folder / f"{name}.py"
+        monkeypatch.syspath_prepend(path.parent)
+        specification = importlib.util.spec_from_file_location(f"{name.replace('/', '_')}_tool", path)
         assert specification is not None
         assert specification.loader is not None
         module = importlib.util.module_from_spec(specification)
-        monkeypatch.setitem(sys.modules, module.__name__, module)  # where dataclasses look themselves up
+        monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look their module up there
         specification.loader.exec_module(module)
         return module
 
@@ -41,7 +42,7 @@ def tool(monkeypatch):
 
 @pytest.fixture
 def formats(tool):
-    return tool("formats")
+    return tool("measure/formats")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_the_benchmark_compares_like_with_like(tool, monkeypatch, tmp_path, caps
         str(bundle),
     ]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments, "-o", str(tmp_path / "figures.json")])
-    tool("benchmark").main()
+    tool("benchmark/__main__").main()
 
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures == json.loads((tmp_path / "figures.json").read_text())
@@ -139,7 +140,7 @@ def test_a_peer_that_is_not_installed(tool, monkeypatch, tmp_path):
     arguments = [str(bundle), str(tmp_path / "prompts.jsonl"), "--peer", "llama-cpp=model.gguf"]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
     with pytest.raises(SystemExit, match="pip install llama-cpp-python"):
-        tool("benchmark").main()
+        tool("benchmark/__main__").main()
 
 
 def test_adaptive_weights_against_fixed_ones(tool, monkeypatch, tmp_path, capsys):
@@ -150,10 +151,10 @@ def test_adaptive_weights_against_fixed_ones(tool, monkeypatch, tmp_path, capsys
     files = [str(tmp_path / f"{name}.txt") for name in ("one", "two")]
     arguments = [str(bundle), *files, "--passage", "20", "--max-tokens", "100"]
     monkeypatch.setattr(sys, "argv", ["adaptive.py", *arguments])
-    tool("adaptive").main()
+    tool("measure/adaptive").main()
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(rows["a"]) == {"one", "two", "stream"}
     assert {"a", "b", "uniform", "fixed", "adaptive, 1", "adaptive, 32"} <= rows.keys()
     monkeypatch.setattr(sys, "argv", ["adaptive.py", str(bundle), files[0]])
     with pytest.raises(SystemExit, match="two texts or more"):
-        tool("adaptive").main()
+        tool("measure/adaptive").main()

@@ -1,4 +1,4 @@
-"""Other runtimes behind one interface, for `benchmark.py`: prompt ids, a number of tokens -> new ids, step by step.
+"""Other runtimes behind one interface, for the benchmark: prompt ids, a number of tokens -> new ids, step by step.
 
 Greedy; each reads one model, with as many threads as it is told; end-of-text tokens do not end a text.
 """

@@ -1,7 +1,7 @@
 r"""One model in several formats: perplexity, size, and tokens per second of decoding and prefill.
 
-    python tools/formats.py MODEL TEXT... -o FOLDER [--adapter A] [--calibration FILE...]
-                            [--formats fp32 int8 int4 int4-rtn int4-learned-rounding-group=128 int4-rotate ...]
+    python tools/measure/formats.py MODEL TEXT... -o FOLDER [--adapter A] [--calibration FILE...]
+                                    [--formats fp32 int8 int4 int4-rtn int4-learned-rounding-group=128 int4-rotate ...]
 
 A format is its name in a recipe. After dashes may follow an algorithm and other settings of a recipe's `quantization`,
 those that are true or false as their names, others as name=value. Each becomes a bundle in FOLDER, exported as `edgemix

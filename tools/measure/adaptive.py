@@ -1,6 +1,6 @@
 r"""What weights that follow the text are worth: on texts of one domain each, and on a stream that moves between them.
 
-    python tools/adaptive.py BUNDLE TEXT TEXT... [--template T] [--passage 300] [--max-tokens 15000]
+    python tools/measure/adaptive.py BUNDLE TEXT TEXT... [--template T] [--passage 300] [--max-tokens 15000]
 
 The stream is one document: passages of so many tokens, from the texts in turn. Prints bits per byte of every member, of
 fixed weights and of adaptive ones with several periods (tokens between two changes), by how much each loses against

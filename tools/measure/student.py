@@ -1,6 +1,7 @@
 r"""How close the student comes to the mixture, how fast it is, and whether a mixture is worth having as a teacher.
 
-    python tools/student.py RECIPE TEXT... --base MODEL -o FOLDER [--template T] [--minutes 45] [--max-tokens 15000]
+    python tools/measure/student.py RECIPE TEXT... --base MODEL -o FOLDER [--template T] [--minutes 45]
+                                    [--max-tokens 15000]
 
 Builds two bundles with equal students, trained for equal minutes on the recipe's training text: one of the recipe's
 mixture, one of the single base model that its members were made from. Then measures both students on the texts, which

@@ -1,4 +1,4 @@
-"""How long a bundle takes to load, and what stays in memory, for `benchmark.py`."""
+"""How long a bundle takes to load, and what stays in memory, for the benchmark."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Weight formats: one file an algorithm, one table of formats."""
 
-from edgemix.export.quantization.formats import FORMATS, Algorithm, quantize
+from edgemix.export.quantization.formats import EMITTERS, Algorithm, quantize
 
-__all__ = ["FORMATS", "Algorithm", "quantize"]
+__all__ = ["EMITTERS", "Algorithm", "quantize"]

@@ -43,7 +43,7 @@ INT4_ALGORITHMS: Mapping[Algorithm, Callable[..., Blocks]] = {
 }
 """The algorithms of int4; each takes the size of blocks as `block`."""
 
-FORMATS: Mapping[Format, Emitter | None] = {
+EMITTERS: Mapping[Format, Emitter | None] = {
     "fp32": None,
     "fp16": None,
     "int8": _INT8,
@@ -77,7 +77,7 @@ def quantize(
     Args:
         source: The float32 graph, with its external data beside it.
         output: The graph to write; its external data goes beside it, as OUTPUT.data.
-        format: A row of `FORMATS`.
+        format: A row of `EMITTERS`.
         target: The provider that will run the graph.
         algorithm: A row of `INT4_ALGORITHMS`; the other formats have no choice.
         group: Inputs that share a scale in int4.
@@ -104,7 +104,7 @@ def quantize(
     # Constants as initializers and no Identity: then a weight is found at its reader.
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.IdentityEliminationPass()(model)
-    emit = block_emitter(partial(INT4_ALGORITHMS[algorithm], block=group)) if format == "int4" else FORMATS[format]
+    emit = block_emitter(partial(INT4_ALGORITHMS[algorithm], block=group)) if format == "int4" else EMITTERS[format]
     if emit is not None:
         text = calibration if target == "cpu" else None
         _emit_blocks(model, source, emit, table=table, calibration=text, low_rank=low_rank, progress=progress)

@@ -17,7 +17,7 @@ from edgemix.bundle.external_data import external_files, external_tensors
 from edgemix.bundle.manifest import GraphParity
 from edgemix.export.drafting.draft_head import GRAPH_FILE, cut_head, draft_size, frequent_tokens
 from edgemix.export.graphs.decoder import export_graph
-from edgemix.export.quantization import FORMATS
+from edgemix.export.quantization import EMITTERS
 from edgemix.formats import TARGETS
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from edgemix.formats import Format, Target
 
 TOKENS = np.array([0, 1, 2, 7, 8, 30, 31, 40, 41, 42, 43, 44, 61, 62, 68, 69])
-PLACES = [(form, target) for form in FORMATS for target in TARGETS if (form, target) != ("int8-dynamic", "cuda")]
+PLACES = [(form, target) for form in EMITTERS for target in TARGETS if (form, target) != ("int8-dynamic", "cuda")]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", EMITTERS)
 @pytest.mark.parametrize("model", ["llama-tied", "gemma2", "llama-head-20", "phi", "granite"])
 def test_heads_of_exported_models_are_cut(model: str, form: Format, exported: dict[str, Path], tmp_path: Path) -> None:
     shrink(exported[model], tmp_path / "model.onnx", form)

@@ -29,7 +29,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgemix.bundle.manifest import GraphParity
 from edgemix.errors import InputError
 from edgemix.export.graphs.decoder import export_graph
-from edgemix.export.quantization import FORMATS, quantize
+from edgemix.export.quantization import EMITTERS, quantize
 from edgemix.export.quantization.algorithms.hqq import hqq
 from edgemix.export.quantization.algorithms.nf4 import nf4
 from edgemix.export.quantization.algorithms.rtn import rtn
@@ -124,7 +124,7 @@ def initializers(path: Path) -> dict[str, ir.Value]:
     return dict(ir.load(path).graph.initializers)
 
 
-@pytest.mark.parametrize("form", [form for form in FORMATS if form != "fp32"])
+@pytest.mark.parametrize("form", [form for form in EMITTERS if form != "fp32"])
 def test_tied_tables_are_stored_once_and_positions_stay_float(form: Format, tmp_path: Path) -> None:
     shrink(write_decoder(tmp_path / "source", tied=True), tmp_path / "model.onnx", form, "cpu")
     stored = initializers(tmp_path / "model.onnx")
@@ -149,7 +149,7 @@ def test_int8_dynamic_without_text_is_refused(tmp_path: Path) -> None:
         quantize(tmp_path / "model.onnx", tmp_path / "out.onnx", "int8-dynamic", target="cpu")
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", EMITTERS)
 def test_equal_sources_give_equal_bytes_without_paths(form: Format, tmp_path: Path) -> None:
     files = []
     for name in ("one", "two"):
@@ -195,7 +195,7 @@ KL = {"fp32": 1e-9, "fp16": 1e-5, "int8": 3e-3, "int8-dynamic": 6e-3, "int4": 0.
 @pytest.mark.parametrize("cache", ["shared", "growing"])
 @pytest.mark.parametrize(
     ("form", "target"),
-    [(form, target) for form in FORMATS for target in TARGETS if (form, target) != ("int8-dynamic", "cuda")],
+    [(form, target) for form in EMITTERS for target in TARGETS if (form, target) != ("int8-dynamic", "cuda")],
 )
 def test_exported_models_stay_close(
     form: Format, target: Target, cache: str, exported: dict[str, Path], tmp_path: Path
@@ -219,7 +219,7 @@ def test_exported_models_stay_close(
 
 def test_files_shrink(exported: dict[str, Path], tmp_path: Path) -> None:
     sizes = {}
-    for form in FORMATS:
+    for form in EMITTERS:
         shrink(exported["shared"], tmp_path / form / "model.onnx", form, "cpu")
         sizes[form] = (tmp_path / form / "model.onnx.data").stat().st_size
     assert sizes["fp32"] > 1.7 * sizes["fp16"]

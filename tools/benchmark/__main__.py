@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--one-graph", type=Path, metavar="BUNDLE", help="the same members with stack: true")
     parser.add_argument("--most", type=int, default=30, help="prompts at most")
     parser.add_argument("--new", type=int, default=64, help="tokens to generate")
-    parser.add_argument("--batch", type=int, help="measure throughput, too, in batches of so many texts")
+    parser.add_argument("--batch", type=int, help="measure throughput, too, in batches of this many texts")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()

@@ -96,10 +96,10 @@ def plot(figures: dict[str, Any], path: Path) -> None:
     names = list(rows)[::-1]
     rates = [rows[name]["decode"] for name in names]
     low, high = zip(*(rows[name]["decode_quartiles"] for name in names), strict=True)
-    colours = ["#1f6f8b" if "differ" in rows[name] else "#c8793d" if name == NAIVE else "#9aa5ab" for name in names]
+    colors = ["#1f6f8b" if "differ" in rows[name] else "#c8793d" if name == NAIVE else "#9aa5ab" for name in names]
     figure, axes = plt.subplots(figsize=(8, 0.5 * len(names) + 1.4), layout="constrained")
     spread = [np.subtract(rates, low).clip(0), np.subtract(high, rates).clip(0)]
-    axes.barh(names, rates, color=colours, xerr=spread, error_kw={"ecolor": "#444", "lw": 1, "capsize": 2})
+    axes.barh(names, rates, color=colors, xerr=spread, error_kw={"ecolor": "#444", "lw": 1, "capsize": 2})
     axes.axvline(rows[NAIVE]["decode"], color="#c8793d", lw=1, ls="--")
     for name, rate, end in zip(names, rates, high, strict=True):
         axes.annotate(

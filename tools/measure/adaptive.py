@@ -2,7 +2,7 @@ r"""What weights that follow the text are worth: on texts of one domain each, an
 
     python tools/measure/adaptive.py BUNDLE TEXT TEXT... [--template T] [--passage 300] [--max-tokens 15000]
 
-The stream is one document: passages of so many tokens, from the texts in turn. Prints bits per byte of every member, of
+The stream is one document: passages of the texts in turn. Prints bits per byte of every member, of
 fixed weights and of adaptive ones with several periods (tokens between two changes), by how much each loses against
 the best member of that text, and one JSON line. Every text is read once, whatever is compared.
 """

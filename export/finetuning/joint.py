@@ -163,23 +163,33 @@ def finetune_mixture(
     return MixtureReport(
         recipe=output / RECIPE,
         joint=not separate,
-        members=tuple(
-            MemberReport(
-                name=member.name,
-                adapter=output / member.name,
-                parameters=sum(each.numel() for each in member.parameters.values()),
-                weight=shares[member.name],
-                validation_before=before.members[index] if before else None,
-                validation_after=after.members[index] if after else None,
-            )
-            for index, member in enumerate(members)
-        ),
+        members=_member_reports(output, members, shares, before, after),
         steps=steps,
         tokens=steps * training.batch * own[0].shape[1],
         seconds=sum(state.seconds for state in states),
         training_loss=math.fsum(state.loss for state in states) / len(states),
         validation_before=before.mixture if before else None,
         validation_after=after.mixture if after else None,
+    )
+
+
+def _member_reports(
+    output: Path,
+    members: Sequence[TrainableMember],
+    weights: Mapping[str, float],
+    before: _MeanLosses | None,
+    after: _MeanLosses | None,
+) -> tuple[MemberReport, ...]:
+    return tuple(
+        MemberReport(
+            name=member.name,
+            adapter=output / member.name,
+            parameters=sum(each.numel() for each in member.parameters.values()),
+            weight=weights[member.name],
+            validation_before=before.members[index] if before else None,
+            validation_after=after.members[index] if after else None,
+        )
+        for index, member in enumerate(members)
     )
 
 

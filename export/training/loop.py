@@ -160,31 +160,8 @@ def train(
     )
     if accelerator and not accelerator.is_main_process:
         checkpoint = None
-    with progress.stage(title, 1.0) as task, torch.random.fork_rng([device] if device.type == "cuda" else []):
-        done = 0.0
-        saved, pause = time.monotonic(), _SECONDS_BETWEEN_CHECKPOINTS
-        try:
-            while True:
-                run.validate()
-                used = run.used()
-                task.advance(min(used, 1.0) - done, _note(state))
-                done = min(used, 1.0)
-                if used >= 1 or (validation and state.stale >= validation.patience):
-                    break
-                run.step(used)
-                if checkpoint and time.monotonic() - saved > pause:
-                    started = time.monotonic()
-                    checkpoint.save(state, parameters, optimizer, best)
-                    saved = time.monotonic()
-                    pause = max(_SECONDS_BETWEEN_CHECKPOINTS, (saved - started) / _MAX_CHECKPOINT_TIME)
-        except KeyboardInterrupt:
-            if checkpoint:
-                with _defer_interrupts():
-                    checkpoint.save(state, parameters, optimizer, best)
-                progress.log(f"{title}: stopped after {state.steps} steps; the same call resumes from there")
-            raise
-        if checkpoint:
-            checkpoint.save(state, parameters, optimizer, best)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        run.run(checkpoint, title, progress)
     with torch.no_grad():
         for name, parameter in best.items():
             parameters[name].copy_(parameter)
@@ -216,6 +193,38 @@ class _TrainingLoop:
     device: torch.device
     state: TrainingState
     best: dict[str, Tensor]
+
+    def run(self, checkpoint: Checkpoint | None, title: str, progress: Progress) -> None:
+        """Train until the budget is used or validation stops improving, and write checkpoints.
+
+        Raises:
+            EdgemixError, KeyboardInterrupt: See `train`.
+        """
+        state, patience = self.state, self.validation.patience if self.validation else math.inf
+        done, saved, pause = 0.0, time.monotonic(), _SECONDS_BETWEEN_CHECKPOINTS
+        with progress.stage(title, 1.0) as task:
+            try:
+                while True:
+                    self.validate()
+                    used = self.used()
+                    task.advance(min(used, 1.0) - done, _note(state))
+                    done = min(used, 1.0)
+                    if used >= 1 or state.stale >= patience:
+                        break
+                    self.step(used)
+                    if checkpoint and time.monotonic() - saved > pause:
+                        started = time.monotonic()
+                        checkpoint.save(state, self.parameters, self.optimizer, self.best)
+                        saved = time.monotonic()
+                        pause = max(_SECONDS_BETWEEN_CHECKPOINTS, (saved - started) / _MAX_CHECKPOINT_TIME)
+            except KeyboardInterrupt:
+                if checkpoint:
+                    with _defer_interrupts():
+                        checkpoint.save(state, self.parameters, self.optimizer, self.best)
+                    progress.log(f"{title}: stopped after {state.steps} steps; the same call resumes from there")
+                raise
+            if checkpoint:
+                checkpoint.save(state, self.parameters, self.optimizer, self.best)
 
     def used(self) -> float:
         """Return the fraction of the budget used, by the main process's clock: all must stop at the same step."""

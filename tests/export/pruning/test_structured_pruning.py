@@ -115,7 +115,7 @@ def test_unsupported_numbers_of_heads_are_refused(name):
 
 
 def test_unsupported_structures_are_refused():
-    with pytest.raises(InputError, match="cannot take apart"):
+    with pytest.raises(InputError, match="structure that edgemix does not know"):
         sizes(tiny_model("mixtral"), Pruning(ffn=0.5))
 
 

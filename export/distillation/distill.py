@@ -21,6 +21,7 @@ from edgemix.bundle.stages import stage_key
 from edgemix.errors import InputError, RecipeError, storage_errors
 from edgemix.export.distillation.head_loss import objective_loss
 from edgemix.export.distillation.loss import DistillationLoss, mean_loss, training_speed
+from edgemix.export.distillation.report import DistillationReport
 from edgemix.export.distillation.student import CALIBRATION_TOKENS, new_student
 from edgemix.export.distillation.teacher import open_teacher
 from edgemix.export.distillation.teacher_cache import TeacherCache
@@ -65,39 +66,6 @@ TEACHER_SHARES = (0.1, 0.75)
 
 _MOST_TOKENS = 20_000_000
 _MODEL, _REPORT = "model", "report.json"
-
-
-class DistillationReport(msgspec.Struct, frozen=True):
-    """The results of a distillation.
-
-    Attributes:
-        parameters: Number of the student's weights.
-        layers: Number of the student's layers.
-        decoding: Estimated decoding time as a fraction of the starting member's, each in its format; None for a student
-            with random initial weights.
-        weights: Weights by member name of the mixture that was distilled.
-        teacher_tokens: Tokens that the teacher evaluated.
-        teacher_seconds: Time that the teacher took.
-        steps: Optimizer steps.
-        tokens: Tokens read, including repetitions.
-        seconds: Training time.
-        training_loss: Running mean over the last steps.
-        held_out_before: Loss on held-out text before the first step; None if there is too little text.
-        held_out: Loss on held-out text with the best weights, which were kept.
-    """
-
-    parameters: int
-    layers: int
-    decoding: float | None
-    weights: dict[str, float]
-    teacher_tokens: int
-    teacher_seconds: float
-    steps: int
-    tokens: int
-    seconds: float
-    training_loss: float
-    held_out_before: float | None
-    held_out: float | None
 
 
 def distill(

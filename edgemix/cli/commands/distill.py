@@ -13,7 +13,7 @@ from edgemix.cli.options import training_limit_options
 
 if TYPE_CHECKING:
     from edgemix.cli.console import Console
-    from edgemix.export.distillation.distill import DistillationReport
+    from edgemix.export.distillation.report import DistillationReport
 
 
 @command(

@@ -295,6 +295,10 @@ class ContinuousBatch:
     def prefill(self) -> list[tuple[GenerationRequest, Token | EdgemixError]]:
         """Read the prompts of all waiting requests as far as there is room, and return their first tokens."""
         self._drop_cancelled()
+        rows = min(len(self._rows) + len(self._waiting), self._max_sequences)
+        longest = max((len(request.prompt) for request in self._waiting), default=0)
+        for cache in self._caches:
+            cache.reserve_rows(rows, longest + 1)
         results = []
         while self._reading is not None or (self._waiting and len(self._rows) < self._max_sequences):
             results += self._join(None)

@@ -111,6 +111,9 @@ class KVCache(ABC):
     def join(self, rows: Sequence[Self]) -> None:
         """Join the rows from `split` again."""
 
+    def reserve_rows(self, rows: int, tokens: int) -> None:  # noqa: B027 - a hint
+        """Reserve memory for `rows` sequences of `tokens` tokens, where that saves copies later."""
+
     @abstractmethod
     def append(self, row: Self) -> None:
         """Copy a cache of one row as the last row."""

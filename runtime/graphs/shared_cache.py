@@ -83,6 +83,10 @@ class SharedCache(KVCache):
     def join(self, rows: Sequence[Self]) -> None:
         self.lengths = np.concatenate([row.lengths for row in rows])
 
+    def reserve_rows(self, rows: int, tokens: int) -> None:
+        if rows > self._rows:
+            self._move(list(range(self.batch)), self._capacity_for(tokens), rows)
+
     def append(self, row: Self) -> None:
         batch, length = self.batch, int(row.lengths[0])
         most = max(length, self.longest)

@@ -1,4 +1,4 @@
-"""What all stages of an export share."""
+"""The context that all stages of an export share."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def export_bundle(
 
 
 class _Inputs(NamedTuple):
-    """What is read before any member is exported.
+    """The inputs that are read before any member is exported.
 
     Attributes:
         tokenizer: The members'.
@@ -102,7 +102,7 @@ def _read_inputs(context: ExportContext) -> _Inputs:
 
 
 class _Members(NamedTuple):
-    """What makes members' models and graphs, by one recipe."""
+    """The makers of members' models and graphs, for one recipe."""
 
     models: MemberModels
     graphs: MemberGraphs

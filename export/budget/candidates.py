@@ -34,7 +34,7 @@ CANDIDATE_FORMATS: tuple[Format, ...] = ("int4", "int8", "fp16")
 
 
 class MeasuredMember(msgspec.Struct, frozen=True):
-    """What is known of a member before anything is chosen.
+    """The measurements of a member before formats are chosen.
 
     Attributes:
         config: Of its quantized graphs.
@@ -105,7 +105,7 @@ class CandidateGraphs:
         return self._context.stage(f"candidates/{spec.name}", key, make, MeasuredMember, files=files)
 
     def path(self, spec: MemberRecipe, name: str) -> Path:
-        """Where a member's graph lies: that of a format, or `mixed`."""
+        """Return the path of a member's graph in a format, or `mixed`."""
         return self._folder / spec.name / name / MODEL_FILE
 
     def mix(self, spec: MemberRecipe, eight_bits: Sequence[str]) -> Path:

@@ -1,4 +1,4 @@
-"""What a member costs in each format: bytes and seconds of graphs that were written and run, and what lies between."""
+"""Costs of a member in each format: bytes and seconds of graphs that were written and run, and interpolations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from edgemix.formats import Format
 
 _INT8_BLOCK = 32
-"""Of the format int8, whatever int4 has."""
+"""Block size of the format int8, whatever int4 has."""
 
 
 def block_bytes(rows: int, columns: int, *, bits: int, block: int, zero_points: bool) -> int:

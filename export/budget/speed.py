@@ -1,4 +1,4 @@
-"""How long members take to decode a token on this machine."""
+"""Measure how long members take to decode a token on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How large a student's graph will be, before there is a student."""
+"""Estimate the size of a student's graph before the student exists."""
 
 from __future__ import annotations
 

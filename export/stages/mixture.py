@@ -1,4 +1,4 @@
-"""What is measured on the mixture of the stored graphs: its weights, and what quantization costs it."""
+"""Stages on the mixture of the stored graphs: fit its weights, and measure the cost of quantization."""
 
 from __future__ import annotations
 

@@ -39,8 +39,9 @@ class Draft(NamedTuple):
 
     Attributes:
         tokens: Their ids.
-        sources: For each, the source of each.
-        proposals: For each the probabilities float32 [vocabulary] that it was drawn with; None where it was not drawn.
+        sources: The source of each, see `SpeculationCostModel`.
+        proposals: For each the probabilities float32 [vocabulary] that it was sampled with; None where it was not
+            sampled.
     """
 
     tokens: list[int]

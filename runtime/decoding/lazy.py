@@ -361,5 +361,5 @@ class LazyState:
 
 
 def _owned(row: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Of what may lie in a graph's buffer, which its next call overwrites, a copy."""
+    """Return a copy of a row that may lie in a graph's buffer, which its next call overwrites."""
     return row if row.base is None else row.copy()

@@ -1,4 +1,4 @@
-"""What is measured: each member alone, the student alone, the mixture in the plain loop and with speculation."""
+"""The targets of a profile: each member alone, the student alone, the mixture plainly and with speculation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Observe the inputs of a graph's linears on calibration text, as ONNX Runtime computes them."""
+"""Observe the inputs of a graph's linears on calibration text, as ONNX Runtime computes them.
+
+`calibration` says why torch models have statistics of their own.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,10 @@
 An activation x is divided by a scale s for each channel where it is made (a norm's gain, the rows of a linear), and the
 columns of its readers are multiplied by it (AWQ, Lin et al., arXiv 2306.00978):  s_j = mean|x_j|^alpha  gives the
 columns that are multiplied with much a finer grid, with the alpha that leaves the least error in the outputs.
+
+`smoothing` does the like on the ONNX graph, for another purpose: it scales activations so that they round better to 8
+bits, for the products that the graph really has. This one scales weights for 4-bit rounding, on the torch model, before
+the rounding is learned or compensated for there.
 """
 
 from __future__ import annotations

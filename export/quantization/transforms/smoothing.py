@@ -3,7 +3,8 @@ made, and the weights that read them are multiplied by it. The graph computes wh
 
         s_j = max|x_j|^a / max|W_j|^(1 - a),      x' = x / s,      W' = W s
 
-`a` is chosen for each activation by the error of its own 8-bit products on calibration text.
+`a` is chosen for each activation by the error of its own 8-bit products on calibration text. `awq` says how it differs
+from the scales of 4-bit weights.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Load members: their models, tokenizers and LoRA adapters, which are merged.
+"""Load members: their models and tokenizers, LoRA adapters merged.
 
 Weights come from safetensors and GGUF files only: nothing is unpickled, and no code of a model's repository runs.
 """
@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from edgemix.bundle.manifest import ModelSource
 from edgemix.errors import InputError
+from edgemix.export.models.adapters import merge_adapter
 from edgemix.export.models.gguf_cache import gguf_parsed_once
 from edgemix.export.models.location import Location, locate, reading
 from edgemix.progress import NO_PROGRESS, PrefixedProgress, Progress
@@ -24,8 +25,6 @@ from edgemix.tasks import DEFAULT_TASK, TASKS, TaskName
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from peft import PeftModel
 
     from edgemix.recipe.schema import MemberRecipe
 
@@ -170,40 +169,6 @@ def load_tokenizer(location: Location) -> PreTrainedTokenizerBase:
             f"{location.name}: its tokenizer cannot be written as tokenizer.json", "Convert it to a fast tokenizer."
         )
     return tokenizer
-
-
-def merge_adapter(model: PreTrainedModel, adapter: Location) -> PreTrainedModel:
-    """Merge a LoRA adapter into `model`, in place.
-
-    Raises:
-        InputError: See `add_adapter`.
-    """
-    merged = add_adapter(model, adapter).merge_and_unload()
-    return merged.eval().requires_grad_(False)
-
-
-def add_adapter(
-    model: PreTrainedModel | PeftModel, adapter: Location, name: str = "default", *, trainable: bool = False
-) -> PeftModel:
-    """Add a LoRA adapter's layers to a model, which may have others already.
-
-    Raises:
-        InputError: It is not a LoRA adapter in safetensors, or it does not fit the model.
-    """
-    from peft import PeftConfig, PeftModel
-
-    adapter.weight_files()
-    with reading(adapter):
-        config = PeftConfig.from_pretrained(str(adapter.folder))
-        kind = str(getattr(config.peft_type, "value", config.peft_type))
-        if kind != "LORA":
-            raise InputError(f"{adapter.name}: a {kind} adapter; edgemix merges LoRA adapters")
-        if config.megatron_config:  # it would import a module of the adapter's choice
-            raise InputError(f"{adapter.name}: an adapter for Megatron; edgemix merges plain LoRA adapters")
-        if isinstance(model, PeftModel):
-            model.load_adapter(str(adapter.folder), name, is_trainable=trainable)
-            return model
-        return PeftModel.from_pretrained(model, str(adapter.folder), name, is_trainable=trainable)
 
 
 def end_ids(member: LoadedMember) -> set[int]:

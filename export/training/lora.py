@@ -13,7 +13,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from edgemix.errors import InputError
-from edgemix.export.models.loading import add_adapter
+from edgemix.export.models.adapters import add_adapter
 from edgemix.export.models.location import Location
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from helpers.tiny_models import tiny_model
 
 from edgemix.errors import InputError
 from edgemix.export.finetuning.finetune import finetune, finetune_model
-from edgemix.export.models.loading import merge_adapter
+from edgemix.export.models.adapters import merge_adapter
 from edgemix.export.models.location import locate
 from edgemix.files import acquire_lock
 from edgemix.progress import NO_PROGRESS

@@ -16,7 +16,8 @@ from edgemix.export.finetuning.joint import finetune_mixture
 from edgemix.export.finetuning.members import load_trainable_members
 from edgemix.export.finetuning.mixture_likelihood import MixtureLikelihood
 from edgemix.export.finetuning.options import TrainingSettings
-from edgemix.export.models.loading import load_model, merge_adapter
+from edgemix.export.models.adapters import merge_adapter
+from edgemix.export.models.loading import load_model
 from edgemix.export.models.location import locate
 from edgemix.recipe.load import load_recipe
 from edgemix.recipe.schema import Data, MemberRecipe, Recipe

@@ -10,7 +10,8 @@ from helpers.tiny_models import tiny_model
 from edgemix.errors import InputError
 from edgemix.export.finetuning.finetune import finetune, finetune_model
 from edgemix.export.finetuning.joint import finetune_mixture
-from edgemix.export.models.loading import load_model, merge_adapter
+from edgemix.export.models.adapters import merge_adapter
+from edgemix.export.models.loading import load_model
 from edgemix.export.models.location import locate
 from edgemix.export.training import qlora
 from edgemix.export.training.qlora import load_base, quantize_linears, split_linears, survives_nf4

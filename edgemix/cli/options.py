@@ -26,6 +26,37 @@ class Number(click.FloatRange):
         return number
 
 
+class _BoundedOption(click.Option):
+    """An option with the bounds of a recipe's number.
+
+    They are read when a value or the command's help needs them: `edgemix --help` must not import msgspec.
+
+    Args:
+        field: The recipe's part and the number in it, such as "Pruning.layers".
+    """
+
+    def __init__(self, *args: Any, field: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._field = field
+        del self.type
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "type":
+            raise AttributeError(name)
+        from edgemix.recipe import schema
+        from edgemix.recipe.bounds import bounds_of
+
+        part, _, field = self._field.partition(".")
+        kind, bounds = bounds_of(getattr(schema, part), field)
+        low, high = (bounds.gt if bounds.ge is None else bounds.ge), (bounds.lt if bounds.le is None else bounds.le)
+        number = click.IntRange if kind is int else Number
+        self.type = number(low, high, min_open=bounds.gt is not None, max_open=bounds.lt is not None)
+        return self.type
+
+
+bounded_option = partial(click.option, cls=_BoundedOption)
+
+
 class Quantity(click.ParamType):
     """A number above zero with a unit, converted to the base unit: `SIZE` converts `250MB` to 2.5e8.
 
@@ -263,10 +294,10 @@ def template_option(function: F) -> F:
 
 
 def window_option(function: F) -> F:
-    return click.option(
+    return bounded_option(
         "--window",
         metavar="N",
-        type=click.IntRange(min=2),
+        field="Data.window",
         default=512,
         show_default=True,
         help="Tokens per chunk of text; each chunk is scored without those before it. At most the context.",
@@ -274,10 +305,10 @@ def window_option(function: F) -> F:
 
 
 def max_tokens_option(function: F) -> F:
-    return click.option(
+    return bounded_option(
         "--max-tokens",
         metavar="N",
-        type=click.IntRange(min=2),
+        field="Data.max_tokens",
         show_default="all",
         help="Use only the first N tokens of each file.",
     )(function)
@@ -288,22 +319,23 @@ def training_limit_options(*, steps: str, minutes: str) -> Callable[[F], F]:
     return partial(
         _all,
         options=(
-            click.option(
-                "--steps",
-                metavar="N",
-                type=click.IntRange(min=1),
-                show_default=steps,
-                help="Stop after N optimizer steps.",
+            bounded_option(
+                "--steps", metavar="N", field="Student.steps", show_default=steps, help="Stop after N optimizer steps."
             ),
-            click.option(
+            bounded_option(
                 "--minutes",
                 metavar="X",
-                type=Number(min=0, min_open=True),
+                field="Student.minutes",
                 show_default=minutes,
                 help="Stop after X minutes, including the time before an interruption.",
             ),
         ),
     )
+
+
+def seed_option(help_text: str) -> Callable[[F], F]:
+    """Add --seed, for training."""
+    return bounded_option("--seed", metavar="N", field="Recipe.seed", default=0, show_default=True, help=help_text)
 
 
 def _unescape_newlines(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:  # noqa: ARG001

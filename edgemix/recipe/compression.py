@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import msgspec
+from msgspec import Meta
 
 from edgemix.errors import InputError
 from edgemix.formats import Format
-from edgemix.recipe.yaml_loader import Problem, Where
+from edgemix.recipe.bounds import bound_problems
+from edgemix.recipe.problems import Problem, Where
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_ABOVE_ZERO = 1e-9
+Share = Annotated[float, Meta(ge=0, le=1)]
+Cut = Annotated[float, Meta(ge=0, le=0.95)]
+"""Share of a model's parts to remove."""
+Minutes = Annotated[float, Meta(gt=0)]
+Steps = Annotated[int, Meta(ge=1, le=1 << 40)]
 
 Algorithm = Literal["auto", "learned-rounding", "distil", "gptq", "rtn", "hqq"]
 """Ways to quantize to int4; `distil` is the old name of `learned-rounding`."""
@@ -42,10 +47,10 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     algorithm: Algorithm = "auto"
     group: int = 32
-    steps: int = 160
+    steps: Steps = 160
     rotate: bool = False
     scale: bool = False
-    eight_bits: float = 0.0
+    eight_bits: Share = 0.0
 
     def __post_init__(self) -> None:
         if self.algorithm == "distil":
@@ -71,14 +76,14 @@ class Pruning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         recover: Minutes of distillation from the unpruned model, over all steps; 0 leaves it out.
     """
 
-    layers: float = 0.0
-    ffn: float = 0.0
-    heads: float = 0.0
-    sparsity: float = 0.0
+    layers: Cut = 0.0
+    ffn: Cut = 0.0
+    heads: Cut = 0.0
+    sparsity: Cut = 0.0
     pattern: Literal["unstructured", "2:4"] = "unstructured"
     criterion: Literal["wanda", "magnitude"] = "wanda"
-    steps: int = 1
-    recover: float = 5.0
+    steps: Annotated[int, Meta(ge=1, le=100)] = 1
+    recover: Annotated[float, Meta(ge=0)] = 5.0
 
     @property
     def zeros(self) -> float:
@@ -116,27 +121,24 @@ class Student(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prune: Pruning | None = None
     format: Format = "int4"
     loss: Divergence = "forward"
-    alpha: float = 0.9
-    temperature: float = 1.0
-    skew: float = 0.1
-    samples: float = 0.0
-    top_k: int = 64
-    minutes: float | None = None
-    steps: int | None = None
-    batch: int = 4
-    accumulate: int = 1
-    length: int = 256
-    learning_rate: float = 1e-3
+    alpha: Share = 0.9
+    temperature: Annotated[float, Meta(ge=0.05, le=100)] = 1.0
+    skew: Annotated[float, Meta(gt=0, lt=1)] = 0.1
+    samples: Share = 0.0
+    top_k: Annotated[int, Meta(ge=1, le=1 << 16)] = 64
+    minutes: Minutes | None = None
+    steps: Steps | None = None
+    batch: Annotated[int, Meta(ge=1, le=1 << 16)] = 4
+    accumulate: Annotated[int, Meta(ge=1, le=1 << 16)] = 1
+    length: Annotated[int, Meta(ge=2, le=1 << 20)] = 256
+    learning_rate: Annotated[float, Meta(gt=0, le=10)] = 1e-3
     eight_bit_optimizer: bool = False
 
 
 def quantization_problems(quantization: Quantization, where: Where) -> Iterator[Problem]:
-    """Yield the mistakes of a recipe's `quantization`."""
+    """Yield the mistakes of a recipe's `quantization`, but for numbers out of bounds."""
     if quantization.group not in GROUPS:
         yield Problem((*where, "group"), f"is {quantization.group}; it may be {', '.join(map(str, GROUPS))}")
-    yield from _bounds(
-        {"steps": (quantization.steps, 1, 1 << 40), "eight_bits": (quantization.eight_bits, 0, 1)}, where
-    )
     if quantization.eight_bits and quantization.algorithm in ("rtn", "hqq"):
         yield Problem(
             (*where, "eight_bits"), f"goes with algorithm learned-rounding or gptq; {quantization.algorithm} has none"
@@ -144,9 +146,7 @@ def quantization_problems(quantization: Quantization, where: Where) -> Iterator[
 
 
 def pruning_problems(pruning: Pruning, where: Where) -> Iterator[Problem]:
-    """Yield the mistakes of a recipe's `prune`."""
-    shares = {name: (getattr(pruning, name), 0, 0.95) for name in ("layers", "ffn", "heads", "sparsity")}
-    yield from _bounds({**shares, "steps": (pruning.steps, 1, 100), "recover": (pruning.recover, 0, math.inf)}, where)
+    """Yield the mistakes of a recipe's `prune`, but for numbers out of bounds."""
     if pruning.pattern == "2:4" and pruning.sparsity not in (0.0, 0.5):
         yield Problem((*where, "sparsity"), f"is {pruning.sparsity}; two of every four weights is 0.5")
     if not (pruning.layers or pruning.ffn or pruning.heads or pruning.zeros):
@@ -159,12 +159,12 @@ def check_pruning(pruning: Pruning) -> None:
     Raises:
         InputError: With all its mistakes.
     """
-    if problems := [str(problem) for problem in pruning_problems(pruning, ())]:
+    if problems := [str(problem) for problem in (*bound_problems(pruning), *pruning_problems(pruning, ()))]:
         raise InputError("; ".join(problems))
 
 
 def student_problems(student: Student, members: list[str], where: Where) -> Iterator[Problem]:
-    """Yield the mistakes of a recipe's `student`."""
+    """Yield the mistakes of a recipe's `student`, but for numbers out of bounds."""
     if student.start is not None and student.start not in members:
         yield Problem((*where, "start"), f"no member is called {student.start[:80]!r}; members: {', '.join(members)}")
     if student.start is not None and student.config is not None:
@@ -173,35 +173,5 @@ def student_problems(student: Student, members: list[str], where: Where) -> Iter
         yield Problem((*where, "prune"), "a student made from a config has nothing to cut; leave one of them out")
     if student.loss not in get_args(Divergence):
         yield Problem((*where, "loss"), f"is {student.loss!r}; it may be {', '.join(get_args(Divergence))}")
-    yield from _bounds(
-        {
-            "alpha": (student.alpha, 0, 1),
-            "temperature": (student.temperature, 0.05, 100),
-            "skew": (student.skew, _ABOVE_ZERO, 1 - _ABOVE_ZERO),
-            "samples": (student.samples, 0, 1),
-            "top_k": (student.top_k, 1, 1 << 16),
-            "minutes": (student.minutes, _ABOVE_ZERO, math.inf),
-            "steps": (student.steps, 1, 1 << 40),
-            "batch": (student.batch, 1, 1 << 16),
-            "accumulate": (student.accumulate, 1, 1 << 16),
-            "length": (student.length, 2, 1 << 20),
-            "learning_rate": (student.learning_rate, _ABOVE_ZERO, 10),
-        },
-        where,
-    )
     if student.prune is not None:
         yield from pruning_problems(student.prune, (*where, "prune"))
-
-
-def _bounds(values: dict[str, tuple[float | None, float, float]], where: Where) -> Iterator[Problem]:
-    for name, (value, low, high) in values.items():
-        if value is not None and not (low <= value <= high and math.isfinite(value)):
-            yield Problem((*where, name), f"is {value}; it may be {_range(low, high)}")
-
-
-def _range(low: float, high: float) -> str:
-    if low != _ABOVE_ZERO:
-        return f"{low:g} or more" if math.isinf(high) else f"{low:g} to {high:g}"
-    if math.isinf(high):
-        return "any number above 0"
-    return "a number between 0 and 1" if high < 1 else f"a number above 0, up to {high:g}"

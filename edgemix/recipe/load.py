@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
@@ -9,6 +11,7 @@ import msgspec
 import yaml
 
 from edgemix.errors import RecipeError, storage_errors
+from edgemix.recipe.bounds import bound_problems
 from edgemix.recipe.schema import Recipe
 from edgemix.recipe.text_sources import TextSource
 from edgemix.recipe.validation import problems_of
@@ -44,8 +47,11 @@ def load_recipe(path: Path) -> Recipe:
 
 def check(recipe: Recipe) -> list[str]:
     """Return all mistakes of a recipe that was made in Python, one per line; `load_recipe` checks its own."""
+    plain = msgspec.to_builtins(recipe, enc_hook=str)
+    for *part, field in (problem.where for problem in bound_problems(recipe)):
+        reduce(getitem, part, plain).pop(field)  # msgspec would report the first of them only
     try:
-        msgspec.convert(msgspec.to_builtins(recipe, enc_hook=str), Recipe, dec_hook=lambda kind, value: kind(value))
+        msgspec.convert(plain, Recipe, dec_hook=lambda kind, value: kind(value))
     except msgspec.ValidationError as error:
         return [str(error)]
     return [str(problem) for problem in problems_of(recipe)]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from edgemix.formats import Format, Target
+from edgemix.recipe.bounds import Seed
 from edgemix.recipe.compression import Pruning, Quantization, Student
 from edgemix.recipe.text_sources import TextSource
 
@@ -46,8 +48,8 @@ class Data(_Part, frozen=True):
     validation: dict[str, TextSource] = {}
     calibration: dict[str, TextSource] = {}
     training: dict[str, TextSource] = {}
-    window: int = 512
-    max_tokens: int = 8_000
+    window: Annotated[int, Meta(ge=2, le=1 << 20)] = 512
+    max_tokens: Annotated[int, Meta(ge=2, le=1 << 40)] = 8_000
 
 
 class Recipe(_Part, frozen=True):
@@ -68,9 +70,9 @@ class Recipe(_Part, frozen=True):
     stack: bool | str = False
     cache: CacheType = "float"
     student: Student | None = None
-    ngrams: int = NGRAMS
+    ngrams: Annotated[int, Meta(ge=0, le=1 << 24)] = NGRAMS
     data: Data = Data()
-    seed: int = 0
+    seed: Seed = 0
     folder: Path = Path()
 
     @property

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING
 from edgemix.bundle.manifest import MEMBER_NAME, RESERVED_NAMES
 from edgemix.errors import InputError
 from edgemix.formats import FORMAT_SPECS
+from edgemix.recipe.bounds import bound_problems
 from edgemix.recipe.compression import pruning_problems, quantization_problems, student_problems
+from edgemix.recipe.problems import Problem, did_you_mean
 from edgemix.recipe.text_sources import read_documents
-from edgemix.recipe.yaml_loader import Problem, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from edgemix.formats import Format
     from edgemix.recipe.compression import Quantization
+    from edgemix.recipe.problems import Where
     from edgemix.recipe.schema import Recipe
-    from edgemix.recipe.yaml_loader import Where
 
 _LONGEST_HUB_ID = 96
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
@@ -34,15 +35,7 @@ def problems_of(recipe: Recipe) -> Iterator[Problem]:
     yield from _weight_problems(recipe)
     yield from _text_problems(recipe)
     yield from _compression_problems(recipe)
-    bounds = {
-        ("seed",): (recipe.seed, 0, 2**32 - 1),
-        ("ngrams",): (recipe.ngrams, 0, 1 << 24),
-        ("data", "window"): (recipe.data.window, 2, 1 << 20),
-        ("data", "max_tokens"): (recipe.data.max_tokens, 2, 1 << 40),
-    }
-    for where, (value, low, high) in bounds.items():
-        if not low <= value <= high:
-            yield Problem(where, f"is {value}; it may be {low} to {high}")
+    yield from bound_problems(recipe)
 
 
 def _member_problems(recipe: Recipe) -> Iterator[Problem]:

@@ -7,8 +7,7 @@ that recipes do not need are refused: anchors and aliases, explicit tags, deep n
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
@@ -16,9 +15,10 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar, Union, get_args, 
 import msgspec
 import yaml
 
+from edgemix.recipe.bounds import without_bounds
+from edgemix.recipe.problems import Problem, Where, did_you_mean
+
 T = TypeVar("T", bound=msgspec.Struct)
-Where = tuple[str | int, ...]
-"""A place in the data: keys, and indices of lists."""
 Rewrite = Callable[[Any, yaml.Node], yaml.Node]
 """Turns a short form of a type, given first, into the full one."""
 
@@ -30,16 +30,6 @@ _TAGS = frozenset(
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _SPECIAL_FLOATS = {".inf": "inf", "+.inf": "inf", "-.inf": "-inf", ".nan": "nan"}
 _BROKEN: Any = object()
-
-
-class Problem(NamedTuple):
-    """One mistake: where it is, and what is wrong with the remedy."""
-
-    where: Where
-    message: str
-
-    def __str__(self) -> str:
-        return f"{path_text(self.where)}: {self.message}" if self.where else self.message
 
 
 class Document(NamedTuple, Generic[T]):
@@ -78,19 +68,6 @@ def read_yaml(text: str, kind: type[T], rewrite: Rewrite = lambda _, node: node)
     return Document(None if value is _BROKEN else value, reader.problems, reader.lines)
 
 
-def path_text(where: Where) -> str:
-    """`("members", 1, "format")` as `members[1].format`."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).removeprefix(".")
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The remedy for an unknown word."""
-    known = list(known)
-    close = get_close_matches(word.casefold(), known, n=1)
-    listed = f"one of {', '.join(known)}" if known else "there are none"
-    return f"did you mean {close[0]!r}? ({listed})" if close else listed
-
-
 class _Composer(yaml.SafeLoader):
     """Composes nodes, each with its line, and constructs no objects."""
 
@@ -125,6 +102,7 @@ class _Reader:
         if node.tag not in _TAGS:
             return self._problem(where, f"the tag {node.tag.removeprefix(_PREFIX)} is not used here; leave it out")
         options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+        options = tuple(map(without_bounds, options))
         if isinstance(node, yaml.ScalarNode) and node.tag == f"{_PREFIX}null" and NoneType in options:
             return None
         for option in options:
@@ -225,6 +203,7 @@ class _Reader:
 
 
 def _blank(kind: Any) -> Any:
+    kind = without_bounds(kind)
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         required = (field for field in msgspec.structs.fields(kind) if field.required)
         return kind(**{field.name: _blank(field.type) for field in required})
@@ -232,6 +211,7 @@ def _blank(kind: Any) -> Any:
 
 
 def _describe(kind: Any) -> str:
+    kind = without_bounds(kind)
     origin = get_origin(kind)
     if origin is Literal:
         return "one of " + ", ".join(get_args(kind))

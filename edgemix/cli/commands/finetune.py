@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgemix.cli.command import command
-from edgemix.cli.options import Number, template_option, training_limit_options
+from edgemix.cli.options import bounded_option, seed_option, template_option, training_limit_options
 from edgemix.cli.texts import read_files
 
 if TYPE_CHECKING:
@@ -43,28 +43,19 @@ _RECIPES = (".yaml", ".yml")
     "--rank", metavar="N", type=click.IntRange(min=1), default=16, show_default=True, help="Rank of the adapter."
 )
 @training_limit_options(steps="200 without --minutes", minutes="no limit")
-@click.option(
-    "--batch", metavar="N", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences per step."
+@bounded_option("--batch", metavar="N", field="Student.batch", default=8, show_default=True, help="Sequences per step.")
+@bounded_option(
+    "--length", metavar="N", field="Student.length", default=256, show_default=True, help="Tokens per sequence."
 )
-@click.option(
-    "--length", metavar="N", type=click.IntRange(min=2), default=256, show_default=True, help="Tokens per sequence."
-)
-@click.option(
+@bounded_option(
     "--learning-rate",
     metavar="X",
-    type=Number(min=0, min_open=True),
+    field="Student.learning_rate",
     default=5e-4,
     show_default=True,
     help="Peak learning rate.",
 )
-@click.option(
-    "--seed",
-    metavar="N",
-    type=click.IntRange(min=0, max=2**32 - 1),
-    default=0,
-    show_default=True,
-    help="Seed, for repeatable training.",
-)
+@seed_option("Seed, for repeatable training.")
 def finetune(
     console: Console,
     *,

@@ -9,14 +9,12 @@ import click
 
 from edgemix.cli.command import command
 from edgemix.cli.console import megabytes
-from edgemix.cli.options import Number, template_option
+from edgemix.cli.options import bounded_option, seed_option, template_option
 from edgemix.cli.texts import read_files
 
 if TYPE_CHECKING:
     from edgemix.cli.console import Console
     from edgemix.export.pruning.report import LayerReport, PruningReport
-
-_SHARE = Number(min=0, max=0.95)
 
 
 @command(
@@ -39,10 +37,14 @@ _SHARE = Number(min=0, max=0.95)
 )
 @template_option
 @click.option("--adapter", metavar="FOLDER", help="A LoRA adapter to merge into the model first.")
-@click.option("--layers", metavar="X", type=_SHARE, default=0.0, help="Share of the layers to remove.")
-@click.option("--ffn", metavar="X", type=_SHARE, default=0.0, help="Share of feed-forward channels to remove.")
-@click.option("--heads", metavar="X", type=_SHARE, default=0.0, help="Share of key-value groups to remove.")
-@click.option("--sparsity", metavar="X", type=_SHARE, default=0.0, help="Share of weights to set to zero.")
+@bounded_option("--layers", metavar="X", field="Pruning.layers", default=0.0, help="Share of the layers to remove.")
+@bounded_option(
+    "--ffn", metavar="X", field="Pruning.ffn", default=0.0, help="Share of feed-forward channels to remove."
+)
+@bounded_option("--heads", metavar="X", field="Pruning.heads", default=0.0, help="Share of key-value groups to remove.")
+@bounded_option(
+    "--sparsity", metavar="X", field="Pruning.sparsity", default=0.0, help="Share of weights to set to zero."
+)
 @click.option(
     "--pattern",
     type=click.Choice(["unstructured", "2:4"]),
@@ -57,30 +59,23 @@ _SHARE = Number(min=0, max=0.95)
     show_default=True,
     help="Weights to set to zero: the smallest products with their input's norm, or the smallest.",
 )
-@click.option(
+@bounded_option(
     "--steps",
     metavar="N",
-    type=click.IntRange(min=1, max=100),
+    field="Pruning.steps",
     default=1,
     show_default=True,
     help="Number of cuts, each followed by recovery.",
 )
-@click.option(
+@bounded_option(
     "--recover",
     metavar="MINUTES",
-    type=Number(min=0),
+    field="Pruning.recover",
     default=5.0,
     show_default=True,
     help="Minutes of distillation from the unpruned model, over all cuts.",
 )
-@click.option(
-    "--seed",
-    metavar="N",
-    type=click.IntRange(min=0, max=2**32 - 1),
-    default=0,
-    show_default=True,
-    help="Seed for choosing and ordering text.",
-)
+@seed_option("Seed for choosing and ordering text.")
 def prune(
     console: Console,
     *,

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import mmap
 import stat
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from edgemix.bundle.paths import resolve
@@ -75,8 +76,12 @@ def external_files(graph: Path) -> frozenset[str]:
     Raises:
         BundleError: See `external_tensors`.
     """
-    locations = frozenset(tensor.location for tensor in external_tensors(graph))
-    return frozenset(name if (graph.parent / name).is_file() else name + SUFFIX for name in locations)
+    return frozenset(location_as_stored(graph, tensor.location) for tensor in external_tensors(graph))
+
+
+def location_as_stored(graph: Path, location: str) -> str:
+    """Return the name of the file, plain or .sparse, that holds what a graph takes from a location."""
+    return location if (graph.parent / location).is_file() else location + SUFFIX
 
 
 def external_tensors(graph: Path) -> Iterator[ExternalTensor]:
@@ -88,19 +93,41 @@ def external_tensors(graph: Path) -> Iterator[ExternalTensor]:
             than the tensor's place in it.
     """
     sizes: dict[str, int] = {}
+    with opened_graph(graph) as data:
+        for entries in _external_entries(data):
+            yield place_of(graph, entries, sizes)
+
+
+@contextmanager
+def opened_graph(graph: Path) -> Iterator[mmap.mmap]:
+    """Map a graph into memory, and turn a MalformedError within the block into one of the bundle.
+
+    Raises:
+        BundleError: The file is no ONNX model.
+    """
     with storage_errors(f"reading {graph}"):
         status = graph.stat()
         if not stat.S_ISREG(status.st_mode) or not 0 < status.st_size <= MAX_GRAPH_BYTES:
             raise BundleError(f"{graph}: is no ONNX model (it has {status.st_size:,} bytes)")
         with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                for entries in _external_entries(data):
-                    yield _placed(graph, entries, sizes)
+                yield data
             except MalformedError as error:
                 raise BundleError(f"{graph}: is no sound ONNX model: {error}", "Export the bundle again.") from None
 
 
-def _placed(graph: Path, entries: dict[str, str], sizes: dict[str, int]) -> ExternalTensor:
+def place_of(graph: Path, entries: dict[str, str], sizes: dict[str, int]) -> ExternalTensor:
+    """Return where a tensor lies by its entries, after checking that it lies there.
+
+    Args:
+        graph: The graph's file.
+        entries: The tensor's external data.
+        sizes: Location -> bytes, of what was looked up before; it is added to.
+
+    Raises:
+        MalformedError: The entries are no place.
+        BundleError: The file is missing, outside the graph's folder, or shorter.
+    """
     if "location" not in entries:
         raise MalformedError("a tensor's external data has no location")
     location = entries["location"]
@@ -153,11 +180,7 @@ def _external_entries(data: mmap.mmap) -> Iterator[dict[str, str]]:
         if start is None or inner is None:
             continue
         if inner == "StringStringEntryProto":
-            key, value = _entry(data, start, position)
-            if key in found or key not in _KEYS:
-                problem = "the unknown key" if key not in found else "twice the key"
-                raise MalformedError(f"a tensor's external data has {problem} {key[:80]!r}")
-            found[key] = value
+            read_entry(data, start, position, found)
         else:
             if len(stack) == MAX_DEPTH:
                 raise MalformedError(f"it nests messages more than {MAX_DEPTH} deep")
@@ -165,8 +188,12 @@ def _external_entries(data: mmap.mmap) -> Iterator[dict[str, str]]:
             position = start
 
 
-def _entry(data: mmap.mmap, position: int, end: int) -> tuple[str, str]:
-    """Decode a key and its value."""
+def read_entry(data: mmap.mmap, position: int, end: int, found: dict[str, str]) -> None:
+    """Decode a key of a tensor's external data and its value, and add them to those that were found before.
+
+    Raises:
+        MalformedError: There is no such key, or it was found before.
+    """
     texts: dict[int, str] = {}
     if end - position > _LONGEST_ENTRY:
         raise MalformedError("a tensor's external data has an entry that is too long")
@@ -179,4 +206,8 @@ def _entry(data: mmap.mmap, position: int, end: int) -> tuple[str, str]:
             texts[number] = data[start:stop].decode()
         except UnicodeDecodeError:
             raise MalformedError("a tensor's external data is no UTF-8") from None
-    return texts.get(1, ""), texts.get(2, "")
+    key = texts.get(1, "")
+    if key in found or key not in _KEYS:
+        problem = "the unknown key" if key not in found else "twice the key"
+        raise MalformedError(f"a tensor's external data has {problem} {key[:80]!r}")
+    found[key] = texts.get(2, "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
-from edgemix.bundle.external_data import external_files
+from edgemix.bundle.graph_safety import verify_graph
 from edgemix.bundle.manifest import (
     MANIFEST,
     TOKENIZER,
@@ -55,18 +55,19 @@ def verify_bundle(
                 if hash_file(resolve(bundle, name), task) != entry:
                     raise BundleError(f"{bundle}: {name} has changed: its sha256 is not the manifest's", EXPORT_AGAIN)
         _check_tokenizer(bundle, manifest)
+    graphs = {graph: member for member in entries for graph in member.paths}  # members may share one
+    for graph, member in graphs.items():
+        _check_weights(bundle, manifest, member, graph)
     for member in entries:
-        for graph in member.paths:
-            _check_weights(bundle, manifest, member, graph)
         if member.draft is not None:
             draft_tokens(bundle, manifest, member.draft)
     ngram_table(bundle, manifest)
 
 
 def _check_weights(bundle: Path, manifest: Manifest, member: MemberEntry, graph: str) -> None:
-    """Check that the weights of a member's graph are listed, and stored without their zeros if the manifest says so."""
+    """Check a member's graph, that its weights are listed, and stored without their zeros if the manifest says so."""
     folder = PurePosixPath(graph).parent
-    locations = sorted(external_files(resolve(bundle, graph)))
+    locations = sorted(verify_graph(resolve(bundle, graph)))
     for location in locations:
         if str(folder / location) not in manifest.files:
             raise BundleError(f"{bundle}: {graph} takes weights from {location!r}, which is not listed")

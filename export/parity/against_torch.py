@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from edgemix.bundle.graph_safety import verify_graph
 from edgemix.bundle.manifest import GraphParity
 from edgemix.export.models.architecture import sliding_windows
 from edgemix.export.parity.limits import CHECKED_WINDOW, GRAPH_TOLERANCE, NOISE, NOISE_ROOM
@@ -41,6 +42,7 @@ def check_graph(model: PreTrainedModel, path: Path, config: GraphConfig) -> Grap
     longest = min(config.context, max(_LENGTH, *(window + 16 for window in windows), 0))
     rows = _random_rows((longest, longest // 2, _STEPS + 2), model.config.get_text_config().vocab_size)
     expected = [_reference(model, row) for row in rows]
+    verify_graph(path)  # what a bundle may not hold is not exported
     graph = DecoderGraph.load(path, config, name=config.exporter)
     return GraphParity(
         prefill=_worst([_difference(expected[0], graph.forward(rows[:1])[0])]),

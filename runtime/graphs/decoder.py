@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgemix.bundle import graph_io
-from edgemix.errors import BundleError, EdgemixError, InputError
+from edgemix.errors import EXPORT_AGAIN, BundleError, EdgemixError, InputError
 from edgemix.runtime.cancellation import check as check_cancelled
 from edgemix.runtime.graphs.cuda_graphs import CudaGraph, numbers
 from edgemix.runtime.graphs.growing_cache import GrowingCache
@@ -171,7 +171,10 @@ class DecoderGraph:
         if config.cache == "shared":
             check_version(ATTENTION, "this graph's attention")
         session = open_session(graph, provider, threads=threads, packed=packed)
-        return cls(session, config, provider, name or graph.parent.name, tokens=tokens)
+        try:
+            return cls(session, config, provider, name or graph.parent.name, tokens=tokens)
+        except onnxruntime_errors() as error:
+            raise BundleError(f"ONNX Runtime cannot describe {graph}: {plain(error)}", EXPORT_AGAIN) from error
 
     def watched(self, watch: Watch) -> DecoderGraph:
         """Return the same graph, whose every call of ONNX Runtime is made within `watch(name, tokens)`."""

@@ -40,6 +40,8 @@ HEADER = struct.Struct("<8sQQ")
 MAX_RATIO = 64
 """Weights of 32 bits with 95% zeros shrink by a factor of 17; a file that grows more than this is no model."""
 MAX_INDEX_BYTES = 16 << 20
+MAX_SEGMENTS = 1 << 16
+"""A segment is a tensor; of the largest models' there are a few thousand."""
 WORTH_A_MASK = 1 / 8
 """Share of zeros from which they are left out; fewer cost less as frequent values than as bits of a mask."""
 PLANES = {4: 1, 8: 1, 16: 2, 32: 4}
@@ -191,6 +193,8 @@ def write_header(size: int, segments: Sequence[Segment]) -> bytes:
 
 
 def _errors(size: int, segments: Sequence[Segment], available: int) -> Iterator[str]:
+    if len(segments) > MAX_SEGMENTS:
+        yield f"it has {len(segments):,} segments, and may have {MAX_SEGMENTS:,}"
     end = 0
     for number, segment in enumerate(segments):
         where = f"segment {number}"

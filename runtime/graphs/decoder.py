@@ -54,8 +54,8 @@ ATTENTION = (1, 32)
 """First version of ONNX Runtime whose GroupQueryAttention supports all that graphs use: keys and values in 8 bits, and
 several tokens of several sequences.
 """
-MAX_STATE = 1 << 20
-"""Most numbers that a layer may keep for a token: beyond every existing model, and too few to exhaust memory."""
+MAX_STATE = 1 << 22
+"""Most numbers that all layers may keep for a token, each the same part; of GPT-3 it would be 2.4 million."""
 
 _CACHES: dict[str, type[KVCache]] = {"shared": SharedCache, "growing": GrowingCache}
 _FLOATS: dict[str, np.dtype[Any]] = {
@@ -385,7 +385,7 @@ class DecoderGraph:
             axes = tensor.shape
             if len(axes) != 4 or not isinstance(axes[1], int) or not isinstance(axes[3], int):
                 yield f"{tensor.name} is {axes}, not [batch, heads, past, head_size]"
-            elif not 0 < axes[1] * axes[3] <= MAX_STATE:
+            elif not 0 < axes[1] * axes[3] <= MAX_STATE // self.config.layers // 2:
                 yield f"{tensor.name} has {axes[1]} heads of size {axes[3]}"
             said_type = self.config.cache_dtype or self.config.dtype
             if tensor.type != f"tensor({said_type.removesuffix('32')})":

@@ -2,8 +2,8 @@
 
 Text number i has the tensors `i.tokens` (int64 [tokens]), `i.log_probabilities` (float64 [members, tokens]) and
 `i.state.j` ([heads, tokens, head_size]) for slot j of its graph's key-value cache. The metadata hold the messages of a
-session, each text's graph, and checksums: a damaged file is refused. But whoever can write the file decides what the
-graphs have read.
+session, each text's graph, and checksums. Counts, shapes and values are checked: a damaged file is refused. But whoever
+can write the file decides what the graphs have read.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ _OLD_MAGIC = b"edgemix texts that were read, 1\n"
 _MAX_HEADER_BYTES = 16 << 20
 _MAX_TEXTS = 1_000
 """With more, the names of their tensors would exceed safetensors' limit; the least recently used texts are left out."""
+
+_ROUNDING = 1e-6
+"""Most that rounding adds to a log-probability, which is at most 0."""
 
 
 class _Text(msgspec.Struct, frozen=True):
@@ -155,6 +158,8 @@ def _encode(header: _Header) -> bytes:
 
 def _checked_header(metadata: Mapping[str, str], path: Path) -> _Header:
     encoded = metadata.get("edgemix", "").encode()
+    if len(encoded) >= _MAX_HEADER_BYTES:
+        raise _damaged(path)
     if hashlib.sha256(encoded).hexdigest() != metadata.get("sha256"):
         raise _damaged(path)
     return _decode(encoded, path)
@@ -162,9 +167,12 @@ def _checked_header(metadata: Mapping[str, str], path: Path) -> _Header:
 
 def _decode(encoded: bytes, path: Path) -> _Header:
     try:
-        return msgspec.json.decode(encoded, type=_Header)
+        header = msgspec.json.decode(encoded, type=_Header)
     except (msgspec.DecodeError, ValueError, RecursionError):
         raise _damaged(path) from None
+    if len(header.texts) > _MAX_TEXTS:
+        raise _damaged(path)
+    return header
 
 
 def _entry(arrays: Sequence[NDArray[Any]], graph: DecoderGraph, vocabulary: int, path: Path) -> PrefixEntry:
@@ -178,7 +186,9 @@ def _entry(arrays: Sequence[NDArray[Any]], graph: DecoderGraph, vocabulary: int,
     ]
     if not 0 < tokens <= graph.context or [(array.dtype, array.shape) for array in arrays] != expected:
         raise _damaged(path)
-    if ids.min() < 0 or ids.max() >= vocabulary:
+    if ids.min() < 0 or ids.max() >= vocabulary or not all(np.isfinite(array).all() for array in state):
+        raise _damaged(path)
+    if (log_probabilities > _ROUNDING).any():  # those that were not computed are NaN
         raise _damaged(path)
     return PrefixEntry(id(graph), ids, graph.new_cache().holding(layout, state), log_probabilities)
 

@@ -199,6 +199,9 @@ def test_a_number_of_tokens_that_lies_is_refused(load, saved, number):
     {"0.tokens": np.full(54, VOCABULARY, np.int64)},
     {"0.log_probabilities": np.zeros((2, 54))},
     {"0.state.0": np.zeros((1, 54, 1), np.float64)},
+    {"0.state.0": np.full((1, 54, 272), np.nan, np.float32)},
+    {"0.state.1": np.full((1, 54, 272), np.inf, np.float32)},
+    {"0.log_probabilities": np.full((1, 54), 0.1)},
 ])  # fmt: skip
 def test_tensors_that_do_not_fit_the_graph_are_refused(load, saved, change):
     """Also where their checksum is right."""
@@ -214,6 +217,20 @@ def test_tensors_that_do_not_fit_the_graph_are_refused(load, saved, change):
     encoded = json.dumps(header)
     sealed = {"edgemix": encoded, "sha256": hashlib.sha256(encoded.encode()).hexdigest()}
     saved.write_bytes(save(tensors, sealed))
+    with pytest.raises(InputError, match="damaged"):
+        load().load_prefixes(saved)
+
+
+@pytest.mark.parametrize("header", [
+    {"texts": [{"graph": "x", "sha256": ""}] * 1_001},
+    {"messages": [{"role": "a" * (17 << 20)}]},
+    {"messages": [1]},
+    {"texts": [{"graph": 1}]},
+])  # fmt: skip
+def test_headers_are_bounded(load, saved, header):
+    encoded = json.dumps(header)
+    sealed = {"edgemix": encoded, "sha256": hashlib.sha256(encoded.encode()).hexdigest()}
+    saved.write_bytes(save({"0.tokens": np.zeros(1, np.int64)}, sealed))
     with pytest.raises(InputError, match="damaged"):
         load().load_prefixes(saved)
 

@@ -19,6 +19,9 @@ from edgemix.bundle.manifest import ModelSource
 from edgemix.errors import InputError
 from edgemix.export.models.adapters import merge_adapter
 from edgemix.export.models.gguf_cache import gguf_parsed_once
+from edgemix.export.models.gguf_config import check_sizes, check_tensors, set_config
+from edgemix.export.models.gguf_header import gguf_header
+from edgemix.export.models.gguf_tokenizer import end_token_ids, gguf_tokenizer
 from edgemix.export.models.location import Location, locate, reading
 from edgemix.progress import NO_PROGRESS, PrefixedProgress, Progress
 from edgemix.tasks import DEFAULT_TASK, TASKS, TaskName
@@ -107,6 +110,9 @@ def load_model(location: Location, *, quantization: Any = None, task: TaskName =
     location.weight_files()
     with reading(location):
         config, loader = _class_of(location, task)
+        if location.gguf:
+            with torch.device("meta"):
+                check_tensors(loader.from_config(config, trust_remote_code=False), gguf_header(location))
         if quantization is not None and hasattr(config, "quantization_config"):
             raise _already_quantized(location)
         model = loader.from_pretrained(
@@ -119,6 +125,8 @@ def load_model(location: Location, *, quantization: Any = None, task: TaskName =
         )
     if quantization is None and getattr(model, "hf_quantizer", None) is not None:
         model = _clear_quantization(model, location)
+    if location.gguf:
+        model.generation_config.eos_token_id = end_token_ids(gguf_header(location))
     return model.eval().requires_grad_(False)
 
 
@@ -135,7 +143,11 @@ def load_skeleton(location: Location, *, task: TaskName = DEFAULT_TASK) -> PreTr
 
 def _class_of(location: Location, task: TaskName) -> tuple[Any, Any]:
     """Return a model's configuration and the class of transformers that loads it with the head of a task."""
+    if location.gguf:
+        check_sizes(gguf_header(location))
     config = AutoConfig.from_pretrained(**location.arguments, trust_remote_code=False)
+    if location.gguf:
+        set_config(config, gguf_header(location))
     return config, getattr(transformers, TASKS[task].auto_class)
 
 
@@ -163,6 +175,8 @@ def load_tokenizer(location: Location) -> PreTrainedTokenizerBase:
         InputError: There is no tokenizer, or no fast one.
     """
     with reading(location):
+        if location.gguf:
+            return gguf_tokenizer(gguf_header(location))
         tokenizer = AutoTokenizer.from_pretrained(**location.arguments, trust_remote_code=False)
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
@@ -181,10 +195,8 @@ def end_ids(member: LoadedMember) -> set[int]:
 def _license(location: Location) -> str | None:
     """Return the license that the model's card or its GGUF metadata states."""
     if location.gguf:
-        from gguf import GGUFReader
-
-        field = GGUFReader(location.folder / location.gguf).get_field("general.license")
-        return str(field.contents()) if field else None
+        stated = gguf_header(location).metadata.get("general.license")
+        return str(stated) if stated else None
     card = location.folder / "README.md"
     if card.is_file():
         for line in card.read_text(errors="replace").splitlines()[:40]:

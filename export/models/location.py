@@ -72,10 +72,11 @@ def locate(model: str, folder: Path) -> Location:
     if path is None:
         return Location(_download(model), None, model)
     if path.is_dir():
-        return Location(path.resolve(), None, path.resolve().name)
+        return Location(path.resolve(), None, path.name if path.is_symlink() else path.resolve().name)
     if path.suffix.lower() != ".gguf":
         raise InputError(f"{model}: a file, but not a .gguf file", "Give a Hugging Face folder or a .gguf file.")
-    return Location(path.resolve().parent, path.name, path.name)
+    # A link keeps its own name: hubs keep files as blobs/SHA.
+    return Location(path.parent.resolve(), path.name, path.name)
 
 
 def _download(repository: str) -> Path:

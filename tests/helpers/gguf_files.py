@@ -21,56 +21,110 @@ def in_8_bits(name, array):
     return gguf.quantize(array, gguf.GGMLQuantizationType.Q8_0), gguf.GGMLQuantizationType.Q8_0
 
 
-def write_gguf(path, model, pack=in_8_bits):
-    """A llama as llama.cpp stores it: queries and keys in its rotary order, matrices as `pack` makes them of a name and
-    values: bytes and a type."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_license("mit")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10_000.0)
-    writer.add_vocab_size(config.vocab_size)
-    backend = json.loads(tiny_tokenizer().backend_tokenizer.to_str())["model"]
-    tokens = sorted(backend["vocab"], key=backend["vocab"].get)
-    # One token that transformers would add to a tokenizer of this kind.
-    tokens += ["<|endoftext|>", *(f"<pad{i}>" for i in range(config.vocab_size))][: config.vocab_size - len(tokens)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if t.startswith("<") and t.endswith(">") else 1 for t in tokens])
-    writer.add_token_merges([" ".join(m) for m in backend["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    names = {
-        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-        "model.layers": "blk",
-    }  # fmt: skip
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, tensor in model.state_dict().items():
-        array = tensor.numpy()
-        for part, count in heads.items():
-            if part in name:
-                array = array.reshape(count, 2, array.shape[0] // count // 2, -1).swapaxes(1, 2).reshape(array.shape)
-        ours = name
-        for part, theirs in names.items():
-            ours = ours.replace(part, theirs)
+_ROTARY_PAIRS = frozenset({"llama"})
+"""Architectures whose queries and keys llama.cpp stores with neighbors rotated together."""
+
+
+def write_gguf(path, model, pack=in_8_bits, *, metadata=None, tensors=None, tokens=()):
+    """A file as llama.cpp's converter writes it, for a model with the tokenizer of `tiny_tokenizer`.
+
+    Args:
+        path: The file.
+        model: The model.
+        pack: Makes bytes and a type of a matrix's name and values.
+        metadata: Keys that are added or, if None, left out; those of the model without its architecture.
+        tensors: Tensors that are added or, if None, left out.
+        tokens: Tokens of the vocabulary after those of `tiny_tokenizer`; control tokens if they look like <this>.
+    """
+    architecture = {"gemma3_text": "gemma3"}.get(model.config.model_type, model.config.model_type)
+    writer = gguf.GGUFWriter(path, architecture)
+    entries = _model_entries(model.config) | _tokenizer_entries(model.config.vocab_size, tokens)
+    for key, value in (entries | (metadata or {})).items():
+        if value is not None:
+            known = key.startswith(("general.", "tokenizer.", "split."))
+            _add(writer, key if known else f"{architecture}.{key}", value)
+    for name, array in (dict(_named(model, architecture)) | (tensors or {})).items():
+        if array is None:
+            continue
         if array.ndim == 2:
-            packed, kind = pack(ours, np.ascontiguousarray(array))
-            writer.add_tensor(ours, packed, raw_dtype=kind)
+            packed, kind = pack(name, np.ascontiguousarray(array))
+            writer.add_tensor(name, packed, raw_dtype=kind)
         else:
-            writer.add_tensor(ours, array)
+            writer.add_tensor(name, np.ascontiguousarray(array))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def as_they_are(name, array):
+    return array.astype(np.float32), gguf.GGMLQuantizationType.F32
+
+
+def _add(writer, key, value):
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+def _model_entries(config):
+    entries = {
+        "general.license": "mit",
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": getattr(config, "intermediate_size", 4 * config.hidden_size),
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": getattr(config, "num_key_value_heads", None),
+        "attention.layer_norm_rms_epsilon": getattr(config, "rms_norm_eps", None),
+        "vocab_size": config.vocab_size,
+    }
+    for name in ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"):
+        if hasattr(config, name):
+            entries["attention.layer_norm_epsilon"] = getattr(config, name)
+    if hasattr(config, "rope_parameters"):
+        entries["rope.freq_base"] = 10_000.0
+    return entries
+
+
+def _tokenizer_entries(size, tokens):
+    backend = json.loads(tiny_tokenizer().backend_tokenizer.to_str())["model"]
+    vocabulary = sorted(backend["vocab"], key=backend["vocab"].get)
+    vocabulary += [*tokens, *(f"<pad{i}>" for i in range(size))][: size - len(vocabulary)]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": vocabulary,
+        "tokenizer.ggml.token_type": [3 if t.startswith("<") and t.endswith(">") else 1 for t in vocabulary],
+        "tokenizer.ggml.merges": [" ".join(m) for m in backend["merges"]],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+    }
+
+
+def _named(model, architecture):
+    """Names and values of the tensors as the converter writes them."""
+    config = model.config
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[architecture], config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": getattr(config, "num_key_value_heads", 0)}
+    for name, tensor in model.named_parameters():
+        array = tensor.detach().numpy()
+        for part, count in heads.items():
+            if part in name and architecture in _ROTARY_PAIRS:
+                array = array.reshape(count, 2, array.shape[0] // count // 2, -1).swapaxes(1, 2).reshape(array.shape)
+        if architecture.startswith("gemma") and name.endswith("norm.weight"):
+            array = array + 1
+        if architecture == "gpt2" and array.ndim == 2 and ".h." in name:
+            array = array.T
+        yield names.get_name(name, try_suffixes=(".weight", ".bias")), array
 
 
 Array = np.ndarray

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 MAX_LAYERS = 1 << 12
 MAX_VOCABULARY = 1 << 24
 MAX_CONTEXT = 1 << 26
+MAX_MEMBERS = 1 << 10
 _SUM_TOLERANCE = 1e-6
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -46,8 +47,8 @@ def validation_errors(manifest: Manifest) -> list[str]:
 
 
 def _member_errors(manifest: Manifest) -> Iterator[str]:
-    if not manifest.members:
-        yield "members: there are none"
+    if not 1 <= len(manifest.members) <= MAX_MEMBERS:
+        yield f"members: there are {len(manifest.members):,}, and may be 1 to {MAX_MEMBERS:,}"
     counts = Counter(member.name.casefold() for member in manifest.members)
     for member in manifest.members:
         where = f"members: {member.name!r}"
@@ -100,8 +101,11 @@ def _draft_errors(manifest: Manifest) -> Iterator[str]:
 
 
 def _shared_graph_errors(manifest: Manifest) -> Iterator[str]:
-    for graph, group in groupby(manifest.graphs, key=lambda entry: entry.graph):
-        entries = list(group)
+    groups = [(graph, list(group)) for graph, group in groupby(manifest.graphs, key=lambda entry: entry.graph)]
+    for graph, count in Counter(graph for graph, _ in groups).items():
+        if count > 1:
+            yield f"members: those of the graph {graph!r} do not follow each other"
+    for graph, entries in groups:
         counts = {entry.config.member_count for entry in entries}
         if counts != {len(entries)} or len({entry.config for entry in entries}) > 1:
             wanted = ", ".join(map(str, sorted(counts)))

@@ -20,6 +20,7 @@ from helpers.onnx_members import saying, write_bundle
 
 from edgemix import files as files_module
 from edgemix.bundle import reader as bundle_module
+from edgemix.bundle import verify as verify_module
 from edgemix.bundle.manifest import MANIFEST, NGRAMS, SCHEMA, STUDENT, TOKENIZER, FileEntry, checksum_of
 from edgemix.bundle.paths import resolve
 from edgemix.bundle.reader import draft_tokens, ngram_table, read_manifest
@@ -365,7 +366,9 @@ def member(it: dict[str, Any]) -> dict[str, Any]:
     ("edit", "reason"),
     [
         (lambda it: it.update(schema=0), "schema"),
-        (lambda it: it.update(members=[]), "there are none"),
+        (lambda it: it.update(members=[]), "there are 0, and may be 1 to 1,024"),
+        (lambda it: it.update(members=it["members"] * 600), "there are 1,200"),
+        (lambda it: it.update(members=[*it["members"], member(it)]), "do not follow each other"),
         (lambda it: it["members"].append(member(it)), "more than once"),
         (lambda it: member(it).update(name="CODE"), "more than once"),
         (lambda it: member(it).update(name="../x"), "no name for a member"),
@@ -411,6 +414,17 @@ def test_hostile_manifests_are_refused(own_bundle: Path, edit: Callable[[dict[st
     change(own_bundle, edit)
     with pytest.raises(BundleError, match=reason):
         read_manifest(own_bundle)
+
+
+def test_a_graph_that_members_share_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A manifest of many members that share a graph kept the check of that graph busy once for each."""
+    members = {f"m{number}": saying("1+2=3") for number in range(3)}
+    folder = write_bundle(tmp_path / "stack", members, stacked=True)
+    read: list[Path] = []
+    whole = verify_module.verify_graph
+    monkeypatch.setattr(verify_module, "verify_graph", lambda graph: read.append(graph) or whole(graph))
+    verify_bundle(folder, read_manifest(folder))
+    assert len(read) == 1
 
 
 def test_one_flipped_byte_in_any_file_is_found(with_data: Path) -> None:

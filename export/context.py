@@ -26,12 +26,15 @@ class ExportContext:
         writer: The writer of the bundle; its scratch holds what the stages keep.
         force: Whether graphs that are over their parity limits are accepted.
         progress: Progress callback.
+        strict: Whether warnings of libraries are errors; then only stages of strict exports are reused, as these warned
+            about nothing.
     """
 
     recipe: Recipe
     writer: BundleWriter
     force: bool = False
     progress: Progress = NO_PROGRESS
+    strict: bool = False
 
     def member_progress(self, spec: MemberRecipe) -> Progress:
         """Return the progress callback for the stages of one member."""
@@ -58,6 +61,7 @@ class ExportContext:
             cleanup: Called after a stage that had to run is stored.
         """
         stages = self.writer.stages
+        key += "-strict" if self.strict else ""
         result = stages.done(name, key, kind)
         if result is None:
             result = make()

@@ -21,6 +21,7 @@ from edgemix.export.budget.check import check_budget
 from edgemix.export.budget.planner import FormatPlanner, with_initial_formats, with_planned_formats
 from edgemix.export.context import ExportContext
 from edgemix.export.drafting.ngrams import write_ngrams
+from edgemix.export.library_warnings import library_warnings
 from edgemix.export.models import tokenizers
 from edgemix.export.models.loading import versions
 from edgemix.export.stages.blocks import MemberBlocks
@@ -50,6 +51,7 @@ def export_bundle(
     output: Path,
     *,
     force: bool = False,
+    strict: bool = False,
     budget: ResourceBudget | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> Manifest:
@@ -59,6 +61,7 @@ def export_bundle(
         recipe: What to build; from `load_recipe`, or made in Python.
         output: The bundle's folder. An existing bundle is replaced in one step when the new one is complete.
         force: Accept a format that is over its parity limits; the manifest records it.
+        strict: Raise an InputError for what libraries warn about while they read a member; otherwise it is logged.
         budget: Limits within which formats are chosen, layer by layer, for the members that have no own format.
         progress: Progress callback.
 
@@ -70,8 +73,8 @@ def export_bundle(
     """
     if problems := check(recipe):
         raise RecipeError("\n".join(["the recipe has mistakes:", *problems]))
-    with BundleWriter(output) as writer:
-        context = ExportContext(recipe, writer, force, progress)
+    with BundleWriter(output) as writer, library_warnings(progress, strict=strict):
+        context = ExportContext(recipe, writer, force, progress, strict)
         manifest = _build(context, _read_inputs(context)) if budget is None else _build_within(context, budget)
         return writer.finish(manifest, progress)
 

@@ -13,6 +13,7 @@ from edgemix.errors import InputError, storage_errors
 from edgemix.export.demo.text import DOMAINS, DomainTexts, make_texts
 from edgemix.export.demo.tiny import train_member, train_tokenizer
 from edgemix.export.finetuning.finetune import finetune_model
+from edgemix.export.library_warnings import library_warnings
 from edgemix.export.models.loading import load_member, load_model, load_tokenizer
 from edgemix.export.models.location import locate
 from edgemix.export.models.save import save_member
@@ -211,9 +212,10 @@ def _load_base(folder: Path, progress: Progress) -> tuple[PreTrainedModel, PreTr
     """Load the base model from `folder`; the first time from the package's GGUF file, which takes longer."""
     if folder.is_dir():
         location = locate(folder.name, folder.parent)
-        with progress.stage(f"load {location.name}"):
+        with progress.stage(f"load {location.name}"), library_warnings(progress):
             return load_model(location), load_tokenizer(location)
-    member = load_member(MemberRecipe(name="base", model=str(_gguf_file())), Path(), progress)
+    with library_warnings(progress):
+        member = load_member(MemberRecipe(name="base", model=str(_gguf_file())), Path(), progress)
     with progress.stage(f"save {folder.name}"):
         save_member(member.model, member.tokenizer, folder, license_id=member.source.license)
     return member.model, member.tokenizer

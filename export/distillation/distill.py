@@ -26,6 +26,7 @@ from edgemix.export.distillation.student import CALIBRATION_TOKENS, new_student
 from edgemix.export.distillation.teacher import open_teacher
 from edgemix.export.distillation.teacher_cache import TeacherCache
 from edgemix.export.distillation.texts import read_texts
+from edgemix.export.library_warnings import library_warnings
 from edgemix.export.models.architecture import context_length
 from edgemix.export.models.loading import load_tokenizer
 from edgemix.export.models.location import locate
@@ -99,6 +100,7 @@ def distill(
     try:
         with (
             exclusive(output) if first else nullcontext(),
+            library_warnings(progress),
             open_teacher(recipe, bundle, accelerator.device, progress) as found,
         ):
             teacher, weights = found

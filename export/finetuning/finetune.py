@@ -12,6 +12,7 @@ import torch
 from edgemix.bundle.stages import stage_key
 from edgemix.export.data.text import split
 from edgemix.export.finetuning.options import HELD_OUT, TrainingOptions, TrainingSettings, held_out_windows
+from edgemix.export.library_warnings import library_warnings
 from edgemix.export.models.architecture import context_length
 from edgemix.export.models.loading import load_tokenizer
 from edgemix.export.models.location import locate
@@ -80,7 +81,7 @@ def finetune(
     """
     check_output(output)
     location = locate(base, Path())
-    with progress.stage(f"load {location.name}"):
+    with progress.stage(f"load {location.name}"), library_warnings(progress):
         model = load_base(location, four_bit=four_bit, progress=progress)
         tokenizer = load_tokenizer(location)
     return finetune_model(

@@ -17,6 +17,7 @@ from edgemix.export.finetuning.members import TrainableMember, load_trainable_me
 from edgemix.export.finetuning.mixture_likelihood import MixtureLikelihood
 from edgemix.export.finetuning.options import HELD_OUT, TrainingOptions, TrainingSettings, held_out_windows
 from edgemix.export.finetuning.recipe_output import RECIPE, finetuned_recipe, recipe_text
+from edgemix.export.library_warnings import library_warnings
 from edgemix.export.models.architecture import context_length
 from edgemix.export.models.tokenizers import tokenizer_size
 from edgemix.export.training.checkpoints import Checkpoint, TrainingState
@@ -131,11 +132,12 @@ def finetune_mixture(
             "Give it a weight, leave it out of the recipe, or tune each member alone (--separate).",
         )
     documents = _documents(recipe, texts, training.seed)
-    with progress.stage("compare tokenizers"):
+    with progress.stage("compare tokenizers"), library_warnings(progress):
         tokenizer = shared_tokenizer(recipe)
     vocabulary = tokenizer_size(tokenizer)
     with (
         exclusive(output),
+        library_warnings(progress),
         load_trainable_members(
             recipe, training, four_bit=four_bit, vocabulary=vocabulary, progress=progress
         ) as members,

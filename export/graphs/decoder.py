@@ -29,6 +29,7 @@ from edgemix.export.graphs import mobius, traced
 from edgemix.export.graphs.rewrites import add_initializer
 from edgemix.export.graphs.weights import head
 from edgemix.export.models.architecture import context_length
+from edgemix.export.models.verification import check_finite
 from edgemix.export.parity.against_torch import check_graph
 from edgemix.export.parity.limits import enforce
 from edgemix.progress import NO_PROGRESS, Progress
@@ -101,9 +102,11 @@ def export_graph(
         progress: Progress callback; logs every path that is refused, and why.
 
     Raises:
+        InputError: Weights of the model are NaN or infinite.
         ParityError: Graphs run, but none of them is the model.
         EdgemixError: No graph runs; the message names the model type and each path's reason.
     """
+    check_finite(model.config.model_type, model)
     measure = gate or (lambda path, config: check_graph(model, path, config))
     folder.mkdir(parents=True, exist_ok=True)
     model_type = model.config.model_type

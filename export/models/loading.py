@@ -18,11 +18,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from edgemix.bundle.manifest import ModelSource
 from edgemix.errors import InputError
 from edgemix.export.models.adapters import merge_adapter
+from edgemix.export.models.checkpoint import Checkpoint, counted, read_checkpoint, refuse_embedded_adapter
 from edgemix.export.models.gguf_cache import gguf_parsed_once
 from edgemix.export.models.gguf_config import check_sizes, check_tensors, set_config
 from edgemix.export.models.gguf_header import gguf_header
 from edgemix.export.models.gguf_tokenizer import end_token_ids, gguf_tokenizer
 from edgemix.export.models.location import Location, locate, reading
+from edgemix.export.models.verification import check_finite, check_report, check_weights
 from edgemix.progress import NO_PROGRESS, PrefixedProgress, Progress
 from edgemix.tasks import DEFAULT_TASK, TASKS, TaskName
 
@@ -72,6 +74,8 @@ class MemberLoader:
             digest = location.sha256() + (adapter.sha256() if adapter else "")
             base = self._load_base(location)
             model = merge_adapter(copy.deepcopy(base.model), adapter) if adapter else base.model
+            if adapter:
+                check_finite(f"{location.name} with {adapter.name}", model)
         source = ModelSource(
             model=location.name,
             model_type=model.config.model_type,
@@ -108,26 +112,49 @@ def load_model(location: Location, *, quantization: Any = None, task: TaskName =
         InputError: See `MemberLoader.load`.
     """
     location.weight_files()
-    with reading(location):
+    if location.gguf:
+        refuse_embedded_adapter(location.folder, location.name)
+    files = None if location.gguf else read_checkpoint(location.folder, location.name)
+    with reading(location) as warned:
         config, loader = _class_of(location, task)
         if location.gguf:
             with torch.device("meta"):
                 check_tensors(loader.from_config(config, trust_remote_code=False), gguf_header(location))
-        if quantization is not None and hasattr(config, "quantization_config"):
-            raise _already_quantized(location)
-        model = loader.from_pretrained(
+        model, info = loader.from_pretrained(
             **location.arguments,
             config=config,
             dtype=torch.float32,
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             **({} if quantization is None else {"quantization_config": quantization, "device_map": {"": "cpu"}}),
         )
-    if quantization is None and getattr(model, "hf_quantizer", None) is not None:
-        model = _clear_quantization(model, location)
+        check_report(location.name, info, model, files)
+        if files is None:
+            check_finite(location.name, model)
+        else:
+            aside = check_weights(location.name, files, model, quantized=quantization is not None)
+            warned.extend(_unused(files, aside))
     if location.gguf:
+        if getattr(model, "hf_quantizer", None) is not None:
+            _clear_quantization(model)
         model.generation_config.eos_token_id = end_token_ids(gguf_header(location))
+    _record_tying(model)
     return model.eval().requires_grad_(False)
+
+
+def _unused(files: Checkpoint, aside: list[str]) -> list[str]:
+    """Return warnings about what a folder holds and the model does not."""
+    lines = [f"{', '.join(files.unread)}: not read, as the weights are in other files"] if files.unread else []
+    return lines + ([f"models of its type do not use {counted(aside)}"] if aside else [])
+
+
+def _record_tying(model: PreTrainedModel) -> None:
+    """State in the configuration whether the head is the embedding: transformers keeps both where a file's differ."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and getattr(model.config, "tie_word_embeddings", False) and head.weight is not embedding.weight:
+        model.config.tie_word_embeddings = False
 
 
 def load_skeleton(location: Location, *, task: TaskName = DEFAULT_TASK) -> PreTrainedModel:
@@ -151,21 +178,12 @@ def _class_of(location: Location, task: TaskName) -> tuple[Any, Any]:
     return config, getattr(transformers, TASKS[task].auto_class)
 
 
-def _clear_quantization(model: PreTrainedModel, location: Location) -> PreTrainedModel:
+def _clear_quantization(model: PreTrainedModel) -> None:
     """Remove the marks of quantization from a GGUF file's model, whose weights are plain floats once they are read."""
-    if location.gguf is None:
-        raise _already_quantized(location)
     model.hf_quantizer = None
     model.is_quantized = False
     model.quantization_method = None
     del model.config.quantization_config
-    return model
-
-
-def _already_quantized(location: Location) -> InputError:
-    return InputError(
-        f"{location.name}: its weights are already quantized", "Give the unquantized model, or a GGUF file."
-    )
 
 
 def load_tokenizer(location: Location) -> PreTrainedTokenizerBase:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgemix.errors import EdgemixError, InputError
+from edgemix.export.library_warnings import collected
+from edgemix.export.models.checkpoint import refuse_quantized
 from edgemix.files import hash_file
 from edgemix.recipe.validation import local_path
 
@@ -66,13 +69,15 @@ def locate(model: str, folder: Path) -> Location:
     """Find a recipe's `model` or `adapter`: a path relative to `folder` first, then a hub id, which is downloaded.
 
     Raises:
-        InputError: It is neither, or the hub does not have it or cannot be reached.
+        InputError: It is neither, the hub does not have it or cannot be reached, or its weights are already quantized.
     """
     path = local_path(model, folder)
     if path is None:
         return Location(_download(model), None, model)
     if path.is_dir():
-        return Location(path.resolve(), None, path.name if path.is_symlink() else path.resolve().name)
+        name = path.name if path.is_symlink() else path.resolve().name
+        refuse_quantized(path, name)
+        return Location(path.resolve(), None, name)
     if path.suffix.lower() != ".gguf":
         raise InputError(f"{model}: a file, but not a .gguf file", "Give a Hugging Face folder or a .gguf file.")
     # A link keeps its own name: hubs keep files as blobs/SHA.
@@ -84,6 +89,7 @@ def _download(repository: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
+        refuse_quantized(Path(snapshot_download(repository, allow_patterns="*.json")), repository)
         return Path(snapshot_download(repository, allow_patterns=_HUB_FILES))
     except HFValidationError as error:
         raise InputError(f"{repository}: no such folder, and not a hub id ({error})") from None
@@ -96,10 +102,16 @@ def _download(repository: str) -> Path:
 
 
 @contextmanager
-def reading(location: Location) -> Iterator[None]:
-    """Turn the errors of model libraries into an InputError that keeps their first line."""
+def reading(location: Location) -> Iterator[list[str]]:
+    """Turn the errors of model libraries into an InputError that keeps their first line, and collect their warnings.
+
+    Yields:
+        The warnings so far, to which the caller may add.
+    """
+    warned: list[str] = []
     try:
-        yield
+        with collected(location.name) as warned:
+            yield warned
     except EdgemixError:
         raise
     except Exception as error:
@@ -107,4 +119,6 @@ def reading(location: Location) -> Iterator[None]:
         detail = lines[0] if lines else "no message"
         if "trust_remote_code" in str(error):
             detail = "it needs code of its own repository, which edgemix never runs"
+        if parts := re.findall(r"^(\S.*?) *\| *CONVERSION", "\n".join(warned), re.MULTILINE):
+            detail = f"some of the tensors that make up {', '.join(parts)} are missing or of other shapes"
         raise InputError(f"{location.name}: cannot be read: {type(error).__name__}: {detail}") from error

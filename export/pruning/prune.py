@@ -15,6 +15,7 @@ import torch
 from edgemix.bundle.stages import stage_key
 from edgemix.errors import InputError, storage_errors
 from edgemix.export.data.text import calibration_windows, split
+from edgemix.export.library_warnings import library_warnings
 from edgemix.export.models.loading import load_member
 from edgemix.export.pruning.cuts import Cuts, PruningState
 from edgemix.export.pruning.importance import importance
@@ -99,7 +100,8 @@ def prune(
     check_output(output)
     scratch = output.with_name(f".{output.name}.pruning")
     with exclusive(output):
-        member = load_member(MemberRecipe(output.name, model, adapter=adapter), Path(), progress)
+        with library_warnings(progress):
+            member = load_member(MemberRecipe(output.name, model, adapter=adapter), Path(), progress)
         texts = prune_texts(domains, member.tokenizer, seed=seed)
         pruned = prune_model(
             member.model,

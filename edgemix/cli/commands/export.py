@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("-o", "--output", "bundle", type=click.Path(path_type=Path), required=True, help="The bundle's folder.")
 @click.option("--force", is_flag=True, help="Export even if a parity gate fails; the bundle records it.")
+@click.option("--strict", is_flag=True, help="Stop at what libraries warn about while they read the members.")
 @click.option(
     "--budget",
     "size",
@@ -40,7 +41,14 @@ if TYPE_CHECKING:
     help="Choose the formats with the least loss for at most TIME per output token here, like 20ms.",
 )
 def export(
-    console: Console, *, recipe: Path, bundle: Path, force: bool, size: float | None, seconds: float | None
+    console: Console,
+    *,
+    recipe: Path,
+    bundle: Path,
+    force: bool,
+    strict: bool,
+    size: float | None,
+    seconds: float | None,
 ) -> None:
     """Build the bundle that RECIPE describes.
 
@@ -59,7 +67,7 @@ def export(
 
     limited = size is not None or seconds is not None
     budget = ResourceBudget(None if size is None else int(size), seconds) if limited else None
-    manifest = export_bundle(loaded, bundle, force=force, budget=budget, progress=console.progress)
+    manifest = export_bundle(loaded, bundle, force=force, strict=strict, budget=budget, progress=console.progress)
     if console.as_json:
         import msgspec
 

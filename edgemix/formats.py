@@ -39,6 +39,7 @@ class FormatSpec:
         integer_products: Whether the CPU computes its products in 8 bits.
         faithful: Whether its distributions are those of the torch model, up to bfloat16's rounding.
         shared_base: Whether members of one base can share a graph in it.
+        candidate: Whether a budget may choose it.
         cpu_cost: Cost of a layer's weight when a CPU decodes a token, as bytes that could be read meanwhile: fp16
             is computed in fp32, and unpacking nf4 takes as long as that.
         gpu_cost: The same on a GPU.
@@ -59,6 +60,16 @@ class FormatSpec:
     integer_products: bool = False
     faithful: bool = False
     shared_base: bool = True
+    candidate: bool = False
+
+    @property
+    def reference(self) -> bool:
+        """Whether it is what a graph is exported in, and the others are compared with."""
+        return self.bits == 32
+
+    def compute_dtype(self, target: Target) -> Literal["float32", "float16"]:
+        """Return the type of activations and logits."""
+        return "float16" if target == "cuda" and not self.reference else "float32"
 
     @property
     def floating_point(self) -> bool:
@@ -72,7 +83,16 @@ class FormatSpec:
 # about a third higher: the rest of the room is for that.
 _ROWS = (
     FormatSpec("fp32", 32, Limits(1e-6, 0.001, 1.001), cpu_cost=4.0, gpu_cost=4.0, stored_bytes=4.0, faithful=True),
-    FormatSpec("fp16", 16, Limits(1e-3, 0.01, 1.01), cpu_cost=4.0, gpu_cost=2.0, stored_bytes=2.0, faithful=True),
+    FormatSpec(
+        "fp16",
+        16,
+        Limits(1e-3, 0.01, 1.01),
+        cpu_cost=4.0,
+        gpu_cost=2.0,
+        stored_bytes=2.0,
+        faithful=True,
+        candidate=True,
+    ),
     FormatSpec(
         "int8",
         8,
@@ -83,6 +103,7 @@ _ROWS = (
         block_bits=8,
         integer_products=True,
         faithful=True,
+        candidate=True,
     ),
     FormatSpec(
         "int8-dynamic",
@@ -108,9 +129,15 @@ _ROWS = (
         mixed_bits=True,
         rotatable=True,
         integer_products=True,
+        candidate=True,
     ),
     FormatSpec("nf4", 4, Limits(0.45, 0.35, 1.5), cpu_cost=4.0, gpu_cost=0.53, stored_bytes=0.5625, shared_base=False),
 )
 
 FORMAT_SPECS: dict[Format, FormatSpec] = {row.name: row for row in _ROWS}
 FORMATS: tuple[Format, ...] = tuple(FORMAT_SPECS)
+BLOCK_FORMATS: dict[int, Format] = {row.block_bits: row.name for row in _ROWS if row.block_bits}
+"""The formats of blocks, by their bits."""
+MIXED_BITS: Format = next(row.name for row in _ROWS if row.mixed_bits)
+HEAD_FORMAT: Format = BLOCK_FORMATS[8]
+"""The format of embedding and head in quantized graphs, or one as fast."""

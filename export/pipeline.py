@@ -33,6 +33,7 @@ from edgemix.export.stages.models import MemberModels
 from edgemix.export.stages.shared_base import SharedBaseGraphs, groups
 from edgemix.export.stages.student import export_student
 from edgemix.export.stages.weights import given_weights
+from edgemix.formats import FORMAT_SPECS
 from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.recipe.load import check
 
@@ -154,7 +155,9 @@ def _build(
     if recipe.fits_weights:
         manifest = msgspec.structs.replace(manifest, weights=fitted_weights(context, manifest))
     distributions = {
-        spec.name: exporter.distributions(spec) for spec in recipe.members if models.format(spec) != "fp32"
+        spec.name: exporter.distributions(spec)
+        for spec in recipe.members
+        if not FORMAT_SPECS[models.format(spec)].reference
     }
     parity = mixture_parity(context, manifest, inputs.mixture_texts, distributions)
     manifest = msgspec.structs.replace(manifest, quantization=parity)

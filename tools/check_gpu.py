@@ -23,11 +23,12 @@ from edgemix.errors import EdgemixError
 from edgemix.export.demo.text import make_texts
 from edgemix.export.demo.tiny import train_member, train_tokenizer
 from edgemix.export.pipeline import export_bundle
+from edgemix.formats import FORMAT_SPECS
 from edgemix.recipe.schema import Data, MemberRecipe, Recipe
 from edgemix.recipe.text_sources import TextSource
 from edgemix.runtime import Mixture
 
-FORMATS = ("fp16", "int8", "int4", "nf4")
+FORMATS = tuple(row.name for row in FORMAT_SPECS.values() if "cuda" in row.targets and not row.reference)
 MEMBERS = ("code", "prose")
 PROMPTS = ["def read(path):\n", "The module provides", "import os\n\nclass A", "x"]
 LONG = 300

@@ -17,7 +17,7 @@ from edgemix.export.pruning.packing import pack_weights
 from edgemix.export.quantization import quantize
 from edgemix.export.quantization.algorithms.block_table import BlockTable
 from edgemix.export.quantization.algorithms.rtn import rtn
-from edgemix.formats import Format
+from edgemix.formats import FORMAT_SPECS, MIXED_BITS, Format
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from edgemix.export.stages.models import MemberModels
     from edgemix.recipe.schema import MemberRecipe
 
-CANDIDATE_FORMATS: tuple[Format, ...] = ("int4", "int8", "fp16")
-"""The formats that may be chosen."""
+CANDIDATE_FORMATS = tuple(row.name for row in sorted(FORMAT_SPECS.values(), key=lambda row: row.bits) if row.candidate)
 
 
 class MeasuredMember(msgspec.Struct, frozen=True):
@@ -88,12 +87,13 @@ class CandidateGraphs:
             parts = layout(member.model)
             linears, kept = parts.linears(), self._blocks.repacked(spec, 4)
             losses = {name: {4: 0.0, 8: 0.0} for name in linears} if kept else self._blocks.costs(spec, member)
-            half = self._recipe.target == "cuda"
             return MeasuredMember(
-                config=msgspec.structs.replace(record.config, dtype="float16" if half else "float32"),
+                config=msgspec.structs.replace(
+                    record.config, dtype=FORMAT_SPECS[MIXED_BITS].compute_dtype(self._recipe.target)
+                ),
                 bytes={
-                    form: self._make(spec, form, form, table=kept if form == "int4" else None, sparse=record.sparse)
-                    for form in CANDIDATE_FORMATS
+                    each: self._make(spec, each, each, table=kept if each == MIXED_BITS else None, sparse=record.sparse)
+                    for each in CANDIDATE_FORMATS
                 },
                 groups=tuple(group for layer in parts.layers for group in layer.groups()),
                 shapes={name: tuple(part.weight.shape) for name, part in linears.items()},
@@ -115,7 +115,7 @@ class CandidateGraphs:
         for name in eight_bits:
             weight = linears[name].weight.contiguous().numpy()
             table.add(weight, rtn(weight, bits=8, block=block, symmetric=False))
-        self._make(spec, "int4", "mixed", table=table)
+        self._make(spec, MIXED_BITS, "mixed", table=table)
         return self.path(spec, "mixed")
 
     def remove(self) -> None:
@@ -123,14 +123,28 @@ class CandidateGraphs:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _make(
-        self, spec: MemberRecipe, form: Format, name: str, *, table: BlockTable | None = None, sparse: bool = False
+        self,
+        spec: MemberRecipe,
+        weight_format: Format,
+        name: str,
+        *,
+        table: BlockTable | None = None,
+        sparse: bool = False,
     ) -> int:
         """Write a graph; its bytes on disk."""
         output, progress = self.path(spec, name), self._context.member_progress(spec)
         source, group = self._graphs.path(spec), self._models.quantization(spec).group
         with progress.stage(f"trial of {name}"), storage_errors(f"writing {output}"):
-            text = self._graphs.calibration(spec, form)
-            quantize(source, output, form, target=self._recipe.target, group=group, table=table, calibration=text)
+            text = self._graphs.calibration(spec, weight_format)
+            quantize(
+                source,
+                output,
+                weight_format,
+                target=self._recipe.target,
+                group=group,
+                table=table,
+                calibration=text,
+            )
             if sparse:
                 pack_weights(output)
             return sum(path.stat().st_size for path in output.parent.iterdir())

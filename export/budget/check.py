@@ -49,8 +49,8 @@ def check_budget(
     """
     measured = None
     if budget.seconds is not None:
-        heavy = [entry for entry in manifest.members if manifest.weights.default[entry.name] > 0]
-        graphs = {entry.name: StoredGraph(folder / entry.graph, entry.config) for entry in heavy}
+        active = [entry for entry in manifest.members if manifest.weights.default[entry.name] > 0]
+        graphs = {entry.name: StoredGraph(folder / entry.graph, entry.config) for entry in active}
         measured = decoding_times(graphs, prompt, target=manifest.target, progress=progress).together
     figures = BudgetFigures(
         bytes=budget.bytes,

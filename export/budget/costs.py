@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from edgemix.export.budget.plan import Cost, Group, MemberCosts
 from edgemix.export.graphs.weights import SMALLEST
+from edgemix.formats import BLOCK_FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -52,7 +53,7 @@ def member_costs(
         block: Inputs that share a scale in int4.
         sparse: Whether graphs are stored without their zeros.
     """
-    int4, int8 = graphs["int4"], graphs["int8"]
+    int4, int8 = graphs[BLOCK_FORMATS[4]], graphs[BLOCK_FORMATS[8]]
 
     def size(each: str, bits: int, *, block: int = block, zero_points: bool = True) -> int:
         return block_bytes(*shapes[each], bits=bits, block=block, zero_points=zero_points)
@@ -67,6 +68,6 @@ def member_costs(
         loss = sum(losses[each][8] - losses[each][4] for each in group)
         parts.append(Group(tuple(group), Cost(round(stored * larger), rate * larger, loss)))
     lost = {bits: sum(each[bits] for each in losses.values()) for bits in (4, 8)}
-    wholes = dict(graphs) | {"int8": int8 + Cost(loss=lost[8])}
-    del wholes["int4"]
-    return MemberCosts(name, weight, int4 + Cost(loss=lost[4]), tuple(parts), wholes)
+    uniform = dict(graphs) | {BLOCK_FORMATS[8]: int8 + Cost(loss=lost[8])}
+    del uniform[BLOCK_FORMATS[4]]
+    return MemberCosts(name, weight, int4 + Cost(loss=lost[4]), tuple(parts), uniform)

@@ -21,7 +21,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from edgemix.errors import InputError
-from edgemix.formats import Format
+from edgemix.formats import MIXED_BITS, Format
 
 POINTS = 20
 """About the number of points of a curve."""
@@ -56,11 +56,11 @@ class Group(msgspec.Struct, frozen=True):
 
     Attributes:
         linears: Names within the model.
-        eight: Cost of 8 bits minus that of 4; its loss is negative.
+        eight_bits: Cost of 8 bits minus that of 4; its loss is negative.
     """
 
     linears: tuple[str, ...]
-    eight: Cost
+    eight_bits: Cost
 
 
 class MemberCosts(msgspec.Struct, frozen=True):
@@ -69,16 +69,16 @@ class MemberCosts(msgspec.Struct, frozen=True):
     Attributes:
         name: The member's.
         weight: Its share of the mixture. A member of weight 0 takes no time.
-        int4: Its cost with 4 bits in all groups.
+        mixed: Its cost with 4 bits in all groups.
         groups: The groups that int4 may store in 8 bits.
-        wholes: Costs of the whole member in other formats.
+        uniform: Costs of the whole member in other formats.
     """
 
     name: str
     weight: float
-    int4: Cost
+    mixed: Cost
     groups: tuple[Group, ...]
-    wholes: dict[Format, Cost] = {}
+    uniform: dict[Format, Cost] = {}
 
 
 class ResourceBudget(msgspec.Struct, frozen=True):
@@ -140,18 +140,18 @@ def plan_formats(members: Sequence[MemberCosts], budget: ResourceBudget, *, shar
     """
     shared = shared or Cost()
     alone = [share for share, limit in ((1.0, budget.bytes), (0.0, budget.seconds)) if limit is not None]
-    attempts = [_Attempt(members, budget, shared, _price(budget, share)) for share in alone]
+    allocations = [_Allocation(members, budget, shared, _price(budget, share)) for share in alone]
     low, high = 0.0, 1.0
     for _ in range(_HALVINGS if len(alone) == 2 else 0):
         middle = (low + high) / 2
-        attempts.append(_Attempt(members, budget, shared, _price(budget, middle)))
-        low, high = (middle, high) if attempts[-1].blocked == "bytes" else (low, middle)
-    fitting = [each for each in attempts if not _exceeded(each.cost, budget)]
+        allocations.append(_Allocation(members, budget, shared, _price(budget, middle)))
+        low, high = (middle, high) if allocations[-1].blocked == "bytes" else (low, middle)
+    fitting = [each for each in allocations if not _exceeded(each.cost, budget)]
     if not fitting:
-        raise _too_small(attempts, budget)
+        raise _too_small(allocations, budget)
     best = min(fitting, key=lambda each: _rank(each.cost))
     chosen = tuple(state.described(member) for member, state in zip(members, best.states, strict=True))
-    unlimited = _Attempt(members, ResourceBudget(), shared, best.price)
+    unlimited = _Allocation(members, ResourceBudget(), shared, best.price)
     return FormatPlan(chosen, best.cost, _curve(unlimited.passed, best.cost))
 
 
@@ -159,33 +159,35 @@ class _State(msgspec.Struct, frozen=True):
     """A way to store a member.
 
     Attributes:
-        form: The format.
-        eight: Indices of the groups at 8 bits, for int4.
+        weight_format: The format.
+        eight_bits: Indices of the groups at 8 bits, for int4.
         cost: Its cost to the mixture.
     """
 
-    form: Format
-    eight: frozenset[int]
+    weight_format: Format
+    eight_bits: frozenset[int]
     cost: Cost
 
     def toggled(self, member: MemberCosts, group: int) -> _State:
         """Return the state with the other bits for a group."""
-        return _State(self.form, self.eight ^ {group}, self.cost + self.step(member, group))
+        return _State(self.weight_format, self.eight_bits ^ {group}, self.cost + self.step(member, group))
 
     def step(self, member: MemberCosts, group: int) -> Cost:
         """Return the additional cost of the other bits for a group."""
-        more = _weighed(member, member.groups[group].eight)
-        return Cost() - more if group in self.eight else more
+        more = _weighed(member, member.groups[group].eight_bits)
+        return Cost() - more if group in self.eight_bits else more
 
     def described(self, member: MemberCosts) -> MemberPlan:
-        if self.form != "int4":
-            return MemberPlan(member.name, self.form, (), member.wholes[self.form])
-        groups = [member.groups[index] for index in sorted(self.eight)]
+        if self.weight_format != MIXED_BITS:
+            return MemberPlan(member.name, self.weight_format, (), member.uniform[self.weight_format])
+        groups = [member.groups[index] for index in sorted(self.eight_bits)]
         names = tuple(name for group in groups for name in group.linears)
-        return MemberPlan(member.name, self.form, names, sum((group.eight for group in groups), member.int4))
+        return MemberPlan(
+            member.name, self.weight_format, names, sum((group.eight_bits for group in groups), member.mixed)
+        )
 
 
-class _Attempt:
+class _Allocation:
     """The best choice at one price.
 
     Attributes:
@@ -198,21 +200,21 @@ class _Attempt:
 
     def __init__(self, members: Sequence[MemberCosts], budget: ResourceBudget, shared: Cost, price: _Price) -> None:
         self._members, self._budget, self._shared, self.price = members, budget, shared, price
-        chains = [_chain(member, price) for member in members]
-        self.states = [chain[0] for chain in chains]
+        hulls = [_hull(member, price) for member in members]
+        self.states = [hull[0] for hull in hulls]
         self.cost = self._total()
         self.passed = [self.cost]
         self.blocked: _Limit | None = _exceeded(self.cost, budget)
         if self.blocked:
             return
         steps = [
-            (-_slope(chain[index - 1].cost, chain[index].cost, price), member, index)
-            for member, chain in enumerate(chains)
-            for index in range(1, len(chain))
+            (-_slope(hull[index - 1].cost, hull[index].cost, price), member, index)
+            for member, hull in enumerate(hulls)
+            for index in range(1, len(hull))
         ]
         for _, member, index in sorted(steps):
-            if self.states[member] is chains[member][index - 1]:
-                self._take(member, chains[member][index])
+            if self.states[member] is hulls[member][index - 1]:
+                self._take(member, hulls[member][index])
         self._fill()
 
     def _total(self) -> Cost:
@@ -233,25 +235,25 @@ class _Attempt:
         """Use the rest of the budget for steps that are not on a hull."""
         singles = []
         for member, (costs, state) in enumerate(zip(self._members, self.states, strict=True)):
-            for group in range(len(costs.groups) if state.form == "int4" else 0):
+            for group in range(len(costs.groups) if state.weight_format == MIXED_BITS else 0):
                 step = state.step(costs, group)
                 if step.loss < 0:
                     singles.append((-_slope(Cost(), step, self.price), member, group))
         for _, member, group in sorted(singles):
             self._take(member, self.states[member].toggled(self._members[member], group))
         for member, costs in enumerate(self._members):
-            for whole in _wholes(costs):
+            for whole in _uniform_states(costs):
                 if _rank(whole.cost) < _rank(self.states[member].cost):
                     self._take(member, whole)
 
 
-def _chain(member: MemberCosts, price: _Price) -> list[_State]:
+def _hull(member: MemberCosts, price: _Price) -> list[_State]:
     """Return a member's states on the lower convex hull of loss over price, the cheapest first."""
 
     def order(cost: Cost) -> tuple[float, float, int]:
         return price(cost), cost.loss, cost.bytes
 
-    cheapest, steps = _State("int4", frozenset(), _weighed(member, member.int4)), []
+    cheapest, steps = _State(MIXED_BITS, frozenset(), _weighed(member, member.mixed)), []
     for index in range(len(member.groups)):
         if order(cheapest.step(member, index)) < order(Cost()):
             cheapest = cheapest.toggled(member, index)
@@ -262,7 +264,7 @@ def _chain(member: MemberCosts, price: _Price) -> list[_State]:
     for _, index in sorted(steps):
         states.append(states[-1].toggled(member, index))
     hull: list[_State] = []
-    for state in sorted([*states, *_wholes(member)], key=lambda state: order(state.cost)):
+    for state in sorted([*states, *_uniform_states(member)], key=lambda state: order(state.cost)):
         if hull and state.cost.loss >= hull[-1].cost.loss:
             continue
         while len(hull) > 1 and _slope(hull[-1].cost, state.cost, price) >= _slope(hull[-2].cost, hull[-1].cost, price):
@@ -271,8 +273,8 @@ def _chain(member: MemberCosts, price: _Price) -> list[_State]:
     return hull
 
 
-def _wholes(member: MemberCosts) -> list[_State]:
-    return [_State(form, frozenset(), _weighed(member, cost)) for form, cost in member.wholes.items()]
+def _uniform_states(member: MemberCosts) -> list[_State]:
+    return [_State(form, frozenset(), _weighed(member, cost)) for form, cost in member.uniform.items()]
 
 
 def _weighed(member: MemberCosts, cost: Cost) -> Cost:
@@ -309,9 +311,9 @@ def _curve(passed: Sequence[Cost], chosen: Cost) -> tuple[Cost, ...]:
     return tuple(sorted({*passed[::every], passed[-1], chosen}, key=lambda cost: (-cost.loss, cost.bytes)))
 
 
-def _too_small(attempts: Sequence[_Attempt], budget: ResourceBudget) -> InputError:
+def _too_small(allocations: Sequence[_Allocation], budget: ResourceBudget) -> InputError:
     """Return the error for a budget that nothing is within."""
-    starts = [attempt.passed[0] for attempt in attempts]
+    starts = [allocation.passed[0] for allocation in allocations]
     smallest, fastest = min(starts, key=lambda cost: cost.bytes), min(starts, key=lambda cost: cost.seconds)
     remedy = "Prune the members, leave one out, or ship a student of the mixture alone (edgemix distill)."
     size, time = f"{(budget.bytes or 0) / 1e6:,.2f} MB", f"{1000 * (budget.seconds or 0):,.2f} ms a token"

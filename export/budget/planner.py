@@ -22,7 +22,7 @@ from edgemix.export.distillation.student import Shape, expected_shape, start_mem
 from edgemix.export.models import tokenizers
 from edgemix.export.models.loading import versions
 from edgemix.export.stages.weights import fit_weights, given_weights
-from edgemix.formats import Format
+from edgemix.formats import BLOCK_FORMATS, FORMAT_SPECS, MIXED_BITS, Format
 from edgemix.progress import PrefixedProgress
 from edgemix.recipe.text_sources import read_documents
 from edgemix.runtime import Mixture
@@ -76,7 +76,7 @@ def with_initial_formats(recipe: Recipe) -> Recipe:
             raise InputError(problem, "Take auto, distil or gptq.")
         if quantization.eight_bits:
             raise InputError(f"{what}, and so does eight_bits", "Leave out one of the two.")
-    return _with_formats(recipe, {spec.name: "int4" for spec in chosen})
+    return _with_formats(recipe, {spec.name: MIXED_BITS for spec in chosen})
 
 
 def with_planned_formats(recipe: Recipe, found: FormatPlan) -> Recipe:
@@ -196,21 +196,25 @@ class FormatPlanner:
             return plan_formats(members, room, shared=shared)
         # How much is left of the student depends on the format of the member that it is cut from.
         start = start_member(self._recipe, weights)
-        form: Format = self._models.format(start)
-        found = plan_formats(members, room, shared=shared + Cost(self._student(start, weights, form, measured)))
-        then = next((each.format for each in found.members if each.name == start.name), form)
-        if then == form:
+        before: Format = self._models.format(start)
+        found = plan_formats(members, room, shared=shared + Cost(self._student(start, weights, before, measured)))
+        after = next((each.format for each in found.members if each.name == start.name), before)
+        if after == before:
             return found
-        return plan_formats(members, room, shared=shared + Cost(self._student(start, weights, then, measured)))
+        return plan_formats(members, room, shared=shared + Cost(self._student(start, weights, after, measured)))
 
     def _student(
-        self, start: MemberRecipe, weights: Mapping[str, float], form: Format, measured: Mapping[str, MeasuredMember]
+        self,
+        start: MemberRecipe,
+        weights: Mapping[str, float],
+        start_format: Format,
+        measured: Mapping[str, MeasuredMember],
     ) -> int:
-        """Estimate the bytes of the student's graphs, if the member that it is cut from has the format `form`."""
+        """Estimate the bytes of the student's graphs, if the member that it is cut from has this format."""
         student = self._recipe.student
         if student is None:
             return 0
-        shape = expected_shape(self._recipe, weights, self._tokenizer, form)
+        shape = expected_shape(self._recipe, weights, self._tokenizer, start_format)
         member = Shape.of(self._models.load(start).model)
         own = self._models.format(start)
         size = measured[start.name].bytes[own] if start.name in measured else self._size([self._kept[start.name]])
@@ -236,7 +240,7 @@ class FormatPlanner:
 
     def _mixture(self, measured: Mapping[str, MeasuredMember]) -> Mixture:
         """Open the mixture of the members in int8."""
-        graphs = self._graphs(measured, "int8")
+        graphs = self._graphs(measured, BLOCK_FORMATS[8])
         root = self._writer.scratch.parent
         none = ModelSource("", "", 0, ""), GraphParity(0, 0, 0, 0)
         manifest = Manifest(
@@ -245,7 +249,9 @@ class FormatPlanner:
             target=self._recipe.target,
             seed=self._recipe.seed,
             members=tuple(
-                MemberEntry(name, "int8", graph.path.relative_to(root).as_posix(), none[0], graph.config, none[1])
+                MemberEntry(
+                    name, BLOCK_FORMATS[8], graph.path.relative_to(root).as_posix(), none[0], graph.config, none[1]
+                )
                 for name, graph in graphs.items()
             ),
             weights=given_weights(msgspec.structs.replace(self._recipe, weights="uniform")),
@@ -255,10 +261,10 @@ class FormatPlanner:
         tokenizers.save(self._tokenizer, root)
         return Mixture.assemble(root, manifest)
 
-    def _graphs(self, measured: Mapping[str, MeasuredMember], form: Format) -> dict[str, StoredGraph]:
+    def _graphs(self, measured: Mapping[str, MeasuredMember], weight_format: Format) -> dict[str, StoredGraph]:
         """Return every member's graph: in this format, or the stored one of a member with a format of its own."""
         return {
-            spec.name: StoredGraph(self._candidates.path(spec, form), measured[spec.name].config)
+            spec.name: StoredGraph(self._candidates.path(spec, weight_format), measured[spec.name].config)
             if spec.name in measured
             else self._as_kept(self._kept[spec.name])
             for spec in self._recipe.members
@@ -282,7 +288,9 @@ class FormatPlanner:
         in_turns = 1.0
         for weight_format in CANDIDATE_FORMATS:
             graphs = {name: graph for name, graph in self._graphs(measured, weight_format).items() if name in active}
-            if weight_format == "fp16":  # CPUs widen it: all members at once might not fit into memory
+            if FORMAT_SPECS[
+                weight_format
+            ].floating_point:  # CPUs widen it: all members at once might not fit into memory
                 alone = {
                     name: self._time({name: graph}, weight_format).together
                     for name, graph in graphs.items()

@@ -23,7 +23,7 @@ from edgemix.export.models.loading import MemberLoader
 from edgemix.export.pruning.importance import Importance, importance
 from edgemix.export.pruning.structure import Sizes, Structure
 from edgemix.export.pruning.structured import cut, sizes
-from edgemix.formats import FORMAT_SPECS
+from edgemix.formats import FORMAT_SPECS, HEAD_FORMAT
 from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.recipe.compression import Student
 from edgemix.recipe.validation import local_path
@@ -80,9 +80,8 @@ def decoding_cost(shape: Shape, weight_format: Format, target: Target) -> float:
         weight_format: Format of its graph.
         target: Where that runs.
     """
-    # Quantized formats hold the head in 8 bits.
     row = FORMAT_SPECS[weight_format]
-    head_row = row if row.floating_point else FORMAT_SPECS["int8"]
+    head_row = row if row.floating_point else FORMAT_SPECS[HEAD_FORMAT]
     each, head = (each.gpu_cost if target == "cuda" else each.cpu_cost for each in (row, head_row))
     return shape.layers * ((shape.attention + shape.ffn) * each + _LAYER) + _HEAD * shape.head * head
 

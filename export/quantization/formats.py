@@ -19,6 +19,7 @@ from edgemix.export.quantization.graph.embeddings import has_blocks, quantize_em
 from edgemix.export.quantization.graph.emission import BlockSums, Emitter, block_emitter, emit_blocks, nf4_emitter
 from edgemix.export.quantization.graph.float16 import compute_in_float16, store_halves, store_in_float16
 from edgemix.export.quantization.graph.key_value import quantize_cache
+from edgemix.formats import FORMAT_SPECS
 from edgemix.progress import NO_PROGRESS
 
 if TYPE_CHECKING:
@@ -92,19 +93,20 @@ def quantize(
     Raises:
         InputError: `target` has no kernels for `format`, or it needs calibration text.
     """
-    if format == "int8-dynamic" and target == "cuda":
+    spec = FORMAT_SPECS[format]
+    if target not in spec.targets:
         raise InputError(
-            "format int8-dynamic does not run on cuda: ONNX Runtime quantizes activations on CPUs only",
+            f"format {format} does not run on {target}: ONNX Runtime quantizes activations on CPUs only",
             remedy="Choose int8 (8-bit weights, float16 activations) for cuda, or the target cpu.",
         )
-    if format == "int8-dynamic" and not calibration:
-        raise InputError("format int8-dynamic observes activations and needs calibration text")
+    if spec.calibration == "required" and not calibration:
+        raise InputError(f"format {format} observes activations and needs calibration text")
     model = ir.load(source)
     graph = model.graph
     # Constants as initializers and no Identity: then a weight is found at its reader.
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.IdentityEliminationPass()(model)
-    emit = block_emitter(partial(INT4_ALGORITHMS[algorithm], block=group)) if format == "int4" else EMITTERS[format]
+    emit = block_emitter(partial(INT4_ALGORITHMS[algorithm], block=group)) if spec.mixed_bits else EMITTERS[format]
     if emit is not None:
         text = calibration if target == "cpu" else None
         _emit_blocks(model, source, emit, table=table, calibration=text, low_rank=low_rank, progress=progress)
@@ -112,12 +114,12 @@ def quantize(
         last = head(graph)
         quantize_embeddings(graph, but=last.weight if last else None)
         quantize_dynamic(model, source.parent, calibration or (), outliers=_INT8, low_rank=low_rank, progress=progress)
-    if target == "cuda" and format != "fp32":
+    if spec.compute_dtype(target) == "float16":
         compute_in_float16(graph, model.opset_imports[""])
-    elif format == "fp16":
-        store_in_float16(graph)
-    elif format != "fp32":
+    elif not spec.floating_point:
         store_halves(graph, low_rank)
+    elif not spec.reference:
+        store_in_float16(graph)
     if cache is not None:
         quantize_cache(graph, cache)  # the operator reads one row of queries there as it does several
     elif target == "cpu":

@@ -13,6 +13,7 @@ from edgemix.export.models.location import locate
 from edgemix.export.parity.against_fp32 import sample_texts
 from edgemix.export.parity.mixture import MIXTURE_TOKENS
 from edgemix.export.stages.graphs import GATE_TOKENS
+from edgemix.formats import FORMAT_SPECS
 from edgemix.recipe.text_sources import read_documents
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def mixture_texts(
     graph. Empty where there is nothing to compare: one member, or fp32 members only.
     """
     recipe = context.recipe
-    if len(recipe.members) == 1 or all(models.format(spec) == "fp32" for spec in recipe.members):
+    if len(recipe.members) == 1 or all(FORMAT_SPECS[models.format(spec)].reference for spec in recipe.members):
         return []
     share = max(2, MIXTURE_TOKENS // max(1, len(texts or [])))
     found = [text[:share] for text in texts or []]

@@ -223,10 +223,10 @@ class MemberExporter:
             )
         config = msgspec.structs.replace(
             graph.config,
-            dtype="float16" if target == "cuda" and weight_format != "fp32" else "float32",
+            dtype=FORMAT_SPECS[weight_format].compute_dtype(target),
             cache_dtype="int8" if int8_cache else None,
         )
-        if weight_format == "fp32":
+        if FORMAT_SPECS[weight_format].reference:
             return StoredMember(graph, config, None)
         share = table.share(8) if table is not None and (eight_bits or quantization.eight_bits) else 0.0
         figures = check_quantized(

@@ -192,7 +192,7 @@ class SharedBaseGraphs:
             )
         config = msgspec.structs.replace(
             self._graphs.make(base).config,
-            dtype="float16" if target == "cuda" and weight_format != "fp32" else "float32",
+            dtype=FORMAT_SPECS[weight_format].compute_dtype(target),
             member_count=len(group),
         )
         parity = {

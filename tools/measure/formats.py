@@ -38,7 +38,7 @@ from edgemix.cli.command import quiet_libraries
 from edgemix.cli.console import Console, megabytes
 from edgemix.cli.texts import read_files, unescape_newlines
 from edgemix.errors import EdgemixError, InputError
-from edgemix.formats import FORMATS
+from edgemix.formats import FORMAT_SPECS, FORMATS, MIXED_BITS
 from edgemix.progress import PrefixedProgress
 from edgemix.recipe.compression import Algorithm, Quantization
 from edgemix.recipe.schema import Data, MemberRecipe, Recipe
@@ -84,7 +84,7 @@ def member(form: str, model: str, adapter: str | None) -> MemberRecipe:
     if name is None:
         raise ValueError(f"{form}: no such format; there are {', '.join(FORMATS)}")
     settings = dict(_setting(part, form) for part in filter(None, _parts(form.removeprefix(name))))
-    if settings and name not in ("int4", "int8-dynamic"):
+    if settings and not FORMAT_SPECS[name].rotatable:
         raise ValueError(f"{form}: {name} is made in one way only")
     return MemberRecipe(NAME, model, adapter, format=name, quantization=Quantization(**settings) if settings else None)
 
@@ -192,7 +192,7 @@ def measure(found: dict[str, Measured], texts: dict[str, str], arguments: argpar
 def summary(found: dict[str, Measured], arguments: argparse.Namespace) -> dict[str, Any]:
     """What the JSON line holds: medians over the turns, and of each turn's ratio to int4."""
     source = next(iter(found.values())).manifest.members[0].source
-    base = next((form for form in found if form == "int4" or form.startswith("int4-")), None)
+    base = next((form for form in found if form.split("-")[0] == MIXED_BITS), None)
     formats = {}
     for form, figures in found.items():
         row: dict[str, Any] = {

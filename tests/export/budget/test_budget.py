@@ -23,12 +23,12 @@ def members(seed: int, *, count: int = 2, groups: int = 4, eager: float = 1.0) -
             four, eight = Cost(size, size * rates[0], loss), Cost(2 * size, 2 * size * rates[1], loss / 100)
             int4 += four
             parts.append(Group((f"{group}.a", f"{group}.b"), eight - four))
-        eight = sum((group.eight for group in parts), int4)
-        wholes = {
+        eight = sum((group.eight_bits for group in parts), int4)
+        uniform = {
             "int8": Cost(eight.bytes - 30, eight.seconds, eight.loss),
             "fp16": Cost(2 * eight.bytes, 2 * eight.seconds, 0.0),
         }
-        found.append(MemberCosts(f"m{index}", float(weight), int4, tuple(parts), wholes))
+        found.append(MemberCosts(f"m{index}", float(weight), int4, tuple(parts), uniform))
     return found
 
 
@@ -40,15 +40,15 @@ def every_cost(mixture: list[MemberCosts], shared: Cost) -> list[Cost]:
     """Of every way to store a mixture."""
     ways = []
     for member in mixture:
-        choices = itertools.product(*((Cost(), group.eight) for group in member.groups))
-        ways.append([weighed(member, sum(each, member.int4)) for each in choices])
-        ways[-1] += [weighed(member, cost) for cost in member.wholes.values()]
+        choices = itertools.product(*((Cost(), group.eight_bits) for group in member.groups))
+        ways.append([weighed(member, sum(each, member.mixed)) for each in choices])
+        ways[-1] += [weighed(member, cost) for cost in member.uniform.values()]
     return [sum(each, shared) for each in itertools.product(*ways)]
 
 
 def largest_step(mixture: list[MemberCosts]) -> float:
     return max(
-        member.weight * max(*(-group.eight.loss for group in member.groups), member.wholes["int8"].loss)
+        member.weight * max(*(-group.eight_bits.loss for group in member.groups), member.uniform["int8"].loss)
         for member in mixture
     )
 
@@ -61,9 +61,9 @@ def cost_of(found: FormatPlan, mixture: list[MemberCosts], shared: Cost) -> Cost
         if chosen.format == "int4":
             eight = set(chosen.eight_bits)
             assert all(len(eight & set(group.linears)) in (0, len(group.linears)) for group in member.groups)
-            own = sum((group.eight for group in member.groups if group.linears[0] in eight), member.int4)
+            own = sum((group.eight_bits for group in member.groups if group.linears[0] in eight), member.mixed)
         else:
-            own = member.wholes[chosen.format]
+            own = member.uniform[chosen.format]
         assert close(own, chosen.cost)
         parts.append(weighed(member, own))
     return sum(parts, shared)
@@ -128,7 +128,7 @@ def test_the_curve_is_convex_and_holds_the_choice() -> None:
     assert found.cost in found.curve
     assert 15 <= len(found.curve) <= 22
     assert [cost.bytes for cost in found.curve] == sorted(cost.bytes for cost in found.curve)
-    assert found.curve[0].bytes == 100 + sum(member.int4.bytes for member in mixture)
+    assert found.curve[0].bytes == 100 + sum(member.mixed.bytes for member in mixture)
     assert found.curve[-1].loss == pytest.approx(0, abs=1e-12)
     whole = plan_formats(mixture, ResourceBudget(10**9)).curve
     slopes = [(b.loss - a.loss) / (b.bytes - a.bytes) for a, b in itertools.pairwise(whole)]
@@ -140,19 +140,19 @@ def test_the_curve_is_convex_and_holds_the_choice() -> None:
 def test_weights_decide_where_bits_go() -> None:
     one = members(1, count=1, groups=6)[0]
     heavy, light, absent = (
-        MemberCosts(name, weight, one.int4, one.groups, one.wholes)
+        MemberCosts(name, weight, one.mixed, one.groups, one.uniform)
         for name, weight in (("heavy", 0.8), ("light", 0.2), ("absent", 0.0))
     )
     mixture = [light, absent, heavy]
     for limit in range(plan_formats(mixture, ResourceBudget(10**9)).curve[0].bytes, 60_000, 997):
         costs = {member.name: member.cost for member in plan_formats(mixture, ResourceBudget(limit)).members}
         assert costs["heavy"].loss <= costs["light"].loss <= costs["absent"].loss
-        assert costs["absent"] == one.int4
+        assert costs["absent"] == one.mixed
 
 
 def test_a_member_that_weighs_nothing_takes_no_time() -> None:
     one = members(1, count=1)[0]
-    none = MemberCosts("none", 0.0, one.int4, one.groups, one.wholes)
+    none = MemberCosts("none", 0.0, one.mixed, one.groups, one.uniform)
     assert plan_formats([one, none], ResourceBudget(10**9)).cost.seconds == pytest.approx(
         plan_formats([one], ResourceBudget(10**9)).cost.seconds
     )

@@ -63,14 +63,14 @@ def test_sizes_between_int4_and_int8_are_those_of_written_graphs(family: str, bl
         for (form, output), seconds in zip(outputs.items(), (3.0, 5.0, 9.0), strict=True)
     }
     found = member_costs("m", 0.5, graphs, groups=groups, shapes=shapes, losses=losses, block=block)
-    assert found.int4 == Cost(graphs["int4"].bytes, 3.0, sum(loss[4] for loss in losses.values()))
-    assert found.wholes["fp16"] == graphs["fp16"]
+    assert found.mixed == Cost(graphs["int4"].bytes, 3.0, sum(loss[4] for loss in losses.values()))
+    assert found.uniform["fp16"] == graphs["fp16"]
     for taken in (found.groups[:1], found.groups[1::2], found.groups):
-        estimate = sum((group.eight for group in taken), found.int4)
+        estimate = sum((group.eight_bits for group in taken), found.mixed)
         names = {name for group in taken for name in group.linears}
         output = tmp_path / "mixed" / "model.onnx"
         quantize(source, output, "int4", target="cpu", group=block, table=eight_bit_table(parts, names, block))
         assert size(output) == pytest.approx(estimate.bytes, rel=0.005)
         assert estimate.loss == pytest.approx(sum(loss[8 if name in names else 4] for name, loss in losses.items()))
     assert estimate.seconds == pytest.approx(5)
-    assert estimate.loss == pytest.approx(found.wholes["int8"].loss)
+    assert estimate.loss == pytest.approx(found.uniform["int8"].loss)

@@ -1,0 +1,60 @@
+"""The table of weight formats: the one place that names them, but for those that implement one."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from edgemix.formats import BLOCK_FORMATS, FORMAT_SPECS, FORMATS, HEAD_FORMAT, MIXED_BITS
+
+ROOT = Path(__file__).parents[1]
+MAY_NAME_FORMATS = {
+    "edgemix/formats.py": "the table",
+    "export/quantization/formats.py": "what writes each format",
+    "edgemix/recipe/schema.py": "the default of a recipe",
+    "edgemix/recipe/compression.py": "the default of a student",
+}
+OTHER_MEANINGS = {
+    "edgemix/bundle/graph_io.py": "int8: a key-value cache",
+    "edgemix/recipe/validation.py": "int8: a key-value cache",
+    "export/budget/planner.py": "int8: a key-value cache",
+    "export/stages/members.py": "int8: a key-value cache",
+    "export/distillation/teacher.py": "nf4: a layer of bitsandbytes",
+    "export/quantization/algorithms/nf4.py": "nf4: a code of bitsandbytes",
+    "export/training/qlora.py": "nf4: a layer of bitsandbytes",
+    "edgemix/report/sections/hardware.py": "fp32 and int8: a machine's peak rates",
+    "runtime/profiling/limits.py": "int8: numpy's type",
+}
+
+
+def _named(path):
+    """The lines of a module with a string that is the name of a format, docstrings aside."""
+    nodes = ast.walk(ast.parse(path.read_text("utf-8")))
+    return [node.lineno for node in nodes if isinstance(node, ast.Constant) and node.value in FORMATS]
+
+
+def test_only_the_table_and_the_implementations_name_formats():
+    """A new format is a new row, and what writes it: nothing else may have a list of formats to forget it in."""
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("edgemix", "export", "runtime")
+        for path in (ROOT / folder).rglob("*.py")
+        if _named(path)
+    }
+    assert found == MAY_NAME_FORMATS.keys() | OTHER_MEANINGS.keys()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_agree_with_themselves(name):
+    row = FORMAT_SPECS[name]
+    assert row.targets
+    assert row.block_bits in (None, row.bits)
+    assert not row.mixed_bits or row.block_bits
+    assert row.reference == (name == "fp32")
+    assert row.compute_dtype("cpu") == "float32"
+    assert row.compute_dtype("cuda") == ("float32" if row.reference else "float16")
+
+
+def test_formats_are_found_by_what_they_are():
+    assert BLOCK_FORMATS == {4: "int4", 8: "int8"}
+    assert (MIXED_BITS, HEAD_FORMAT) == ("int4", "int8")

@@ -11,6 +11,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from transformers import LlamaConfig
 
 from edgemix.errors import InputError
 from edgemix.export.models.gguf_header import DAMAGED, GgufHeader
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FOLDER = "Give the model's Hugging Face folder."
+
+_ARCHITECTURES = frozenset(
+    (
+        *("llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "gemma2", "gemma3", "phi3", "gpt2", "stablelm"),
+        *("starcoder2", "falcon", "bloom", "nemotron"),
+    )
+)
+"""Architectures whose models, read from a file, were compared with what the file was written from."""
 
 _ATTRIBUTES = {
     "context_length": ("max_position_embeddings", "seq_length"),
@@ -49,6 +58,7 @@ _ATTRIBUTES = {
 """Key of the metadata, without the architecture -> the configuration's name for it, the first that the class has."""
 
 _NEUTRAL: dict[str, Callable[[Any, Any], bool]] = {
+    "context_length": lambda _, config: config.model_type == "bloom",
     "attention.head_count_kv": lambda value, config: value == config.num_attention_heads,
     "feed_forward_length": lambda value, config: value == 4 * config.hidden_size,
     "attention.scale": lambda value, config: (
@@ -73,8 +83,11 @@ _NEUTRAL: dict[str, Callable[[Any, Any], bool]] = {
 }
 """Key -> whether a value changes nothing in a model whose configuration has no name for it."""
 
-_WINDOWED = frozenset({"mistral", "phi3", "starcoder2", "gemma2", "gemma3_text", "gpt_oss"})
+_WINDOWED = frozenset({"phi3", "starcoder2", "gemma2", "gemma3_text", "gpt_oss"})
 """Model types whose attention follows `sliding_window`."""
+
+_MISTRAL = frozenset({"model_type", "architectures", "sliding_window"})
+"""What a mistral's configuration has of its own."""
 
 _WIDE_QUERIES = {"gemma2": 46, "gemma3_text": 62}
 """Model type -> blocks of the model whose queries are scaled by its width over its heads, not by a head's width."""
@@ -84,11 +97,16 @@ _UNUSED_TENSORS = (".attn_rot_embd.",)
 
 
 def check_sizes(header: GgufHeader) -> None:
-    """Check the counts of which a model is built, before one is.
+    """Check the architecture and the counts of which a model is built, before one is.
 
     Raises:
-        InputError: They do not fit the file's tensors, or differ by layer.
+        InputError: It is not known, or they do not fit the file's tensors, or differ by layer.
     """
+    if header.architecture not in _ARCHITECTURES:
+        raise InputError(
+            f"{header.name}: models of the architecture {header.architecture!r:.60} cannot be read from GGUF files",
+            f"{_FOLDER} Known are {', '.join(sorted(_ARCHITECTURES))}.",
+        )
     for key, value in header.stated.items():
         if isinstance(value, np.ndarray | list):
             same = isinstance(value, np.ndarray) and value.size and (value == value[0]).all()
@@ -117,12 +135,14 @@ def check_sizes(header: GgufHeader) -> None:
             )
 
 
-def set_config(config: Any, header: GgufHeader) -> None:
-    """Set a configuration to what the metadata state.
+def stated_config(config: Any, header: GgufHeader) -> Any:
+    """Return the configuration that transformers read, set to what the metadata state.
 
     Raises:
         InputError: A key changes the model in a way that its class, or edgemix, does not know.
     """
+    if config.model_type == "mistral":  # by its name; llama.cpp knows no such architecture
+        config = LlamaConfig(**{key: value for key, value in config.to_dict().items() if key not in _MISTRAL})
     _set_head_size(config, header)
     for key, value in header.stated.items():
         if key in ("attention.key_length", "attention.value_length", "attention.sliding_window") or "rope." in key:
@@ -135,12 +155,15 @@ def set_config(config: Any, header: GgufHeader) -> None:
                 f"{header.name}: {header.architecture}.{key} is {value!r:.60}, which is not supported", _FOLDER
             )
     config.vocab_size = header.tensors["token_embd.weight"].shape[0]
+    config.bos_token_id, config.eos_token_id = header.token_id("bos"), header.token_id("eos")
+    config.pad_token_id = header.token_id("padding")
     config.tie_word_embeddings = "output.weight" not in header.tensors
     for name, tensor in {"attention_bias": "attn_output.bias", "mlp_bias": "ffn_down.bias"}.items():
         if hasattr(config, name):
             setattr(config, name, f"blk.0.{tensor}" in header.tensors)
     _set_window(config, header)
     rope_parameters(config, header)
+    return config
 
 
 def _value(key: str, value: Any) -> Any:
@@ -161,7 +184,7 @@ def _set_head_size(config: Any, header: GgufHeader) -> None:
         raise InputError(
             f"{header.name}: attention.value_length is not attention.key_length, which is not supported", _FOLDER
         )
-    if size != usual or hasattr(config, "head_dim"):
+    if _head_size(config) != size:
         config.head_dim = size
     blocks = _WIDE_QUERIES.get(config.model_type)
     if blocks is not None:
@@ -214,9 +237,8 @@ def _expected(model: PreTrainedModel, header: GgufHeader) -> Iterator[tuple[str,
     import gguf
 
     architectures = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
-    if header.architecture not in architectures:
-        raise InputError(f"{header.name}: the architecture {header.architecture!r} is not known", _FOLDER)
     names = gguf.get_tensor_name_map(architectures[header.architecture], model.config.num_hidden_layers)
+    prefix = f"{model.base_model_prefix}."
     for parameter, value in model.named_parameters():
         parts = {parameter: tuple(value.shape)}
         if parameter.endswith("experts.gate_up_proj"):  # the experts' two matrices are one parameter
@@ -224,7 +246,8 @@ def _expected(model: PreTrainedModel, header: GgufHeader) -> Iterator[tuple[str,
             stem = parameter.removesuffix("gate_up_proj")
             parts = {f"{stem}{half}_proj": (experts, rows // 2, columns) for half in ("gate", "up")}
         for part, shape in parts.items():
-            known = names.get_name(part, try_suffixes=(".weight", ".bias"))
+            spellings = (names.get_name(name, (".weight", ".bias")) for name in (part, part.removeprefix(prefix)))
+            known = next((name for name in spellings if name), None)
             yield part, () if known is None else (known, f"{known}.weight"), shape
 
 

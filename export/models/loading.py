@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from edgemix.bundle.manifest import ModelSource
 from edgemix.errors import InputError
 from edgemix.export.models.adapters import merge_adapter
 from edgemix.export.models.checkpoint import Checkpoint, counted, read_checkpoint, refuse_embedded_adapter
 from edgemix.export.models.gguf_cache import gguf_parsed_once
-from edgemix.export.models.gguf_config import check_sizes, check_tensors, set_config
+from edgemix.export.models.gguf_config import check_sizes, check_tensors, stated_config
 from edgemix.export.models.gguf_header import gguf_header
 from edgemix.export.models.gguf_tokenizer import end_token_ids, gguf_tokenizer
 from edgemix.export.models.location import Location, locate, reading
@@ -174,7 +174,7 @@ def _class_of(location: Location, task: TaskName) -> tuple[Any, Any]:
         check_sizes(gguf_header(location))
     config = AutoConfig.from_pretrained(**location.arguments, trust_remote_code=False)
     if location.gguf:
-        set_config(config, gguf_header(location))
+        config = stated_config(config, gguf_header(location))
     return config, getattr(transformers, TASKS[task].auto_class)
 
 
@@ -195,7 +195,10 @@ def load_tokenizer(location: Location) -> PreTrainedTokenizerBase:
     with reading(location):
         if location.gguf:
             return gguf_tokenizer(gguf_header(location))
-        tokenizer = AutoTokenizer.from_pretrained(**location.arguments, trust_remote_code=False)
+        # AutoTokenizer rebuilds tokenizers of some classes, without the pre-tokenizer of their tokenizer.json.
+        written = (location.folder / "tokenizer.json").is_file()
+        kind = PreTrainedTokenizerFast if written else AutoTokenizer
+        tokenizer = kind.from_pretrained(**location.arguments, trust_remote_code=False)
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
             f"{location.name}: its tokenizer cannot be written as tokenizer.json", "Convert it to a fast tokenizer."

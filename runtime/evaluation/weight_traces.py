@@ -111,9 +111,11 @@ def _trace(mixture: Mixture, sequence: _TokenSequence, window: int, advance: Cal
     _, path = adaptive_targets(own, ensemble.prior)
     along = np.concatenate([ensemble.weights[:, None], path], axis=1)[:, -len(sequence.ids) :]
     decoder = IncrementalDecoder(mixture.tokenizer, ids[: -len(sequence.ids)])
+    pieces = [decoder.add(token) for token in sequence.ids]
+    pieces[-1] += decoder.rest()
     return WeightTrace(
         sequence.name,
-        tuple(decoder.add(token) for token in sequence.ids),
+        tuple(pieces),
         {name: tuple(weights.tolist()) for name, weights in zip(mixture.members, along, strict=True)},
         sequence.origins,
     )

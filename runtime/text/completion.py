@@ -46,6 +46,7 @@ class CompletionBuilder:
         attribution: Callable[[int], TokenAttribution] | None = None,
     ) -> None:
         self._log_probabilities, self._attribution = log_probabilities, attribution
+        self._tokenizer = tokenizer
         self._decoder = IncrementalDecoder(tokenizer, prompt)
         self._stops = StopStrings(stops)
         self._prompt_tokens, self._batch_tokens, self._started = len(prompt), batch_tokens, started
@@ -59,18 +60,31 @@ class CompletionBuilder:
         if not self._tokens:
             self._first = time.perf_counter()
         self._tokens.append(token)
-        # The end-of-text token is no text, even where a tokenizer does not know it as special.
-        piece = "" if token.finish_reason == "stop" else self._decoder.add(token.id)
-        text, stopped = self._stops.add(piece)
+        text, stopped = self._read(token)
         reason: FinishReason | None = "stop" if stopped else token.finish_reason
-        if reason is not None and not stopped:
-            text += self._stops.rest()
         if not text and reason is None:
             return None
         self._text.append(text)
         first, self._emitted = self._emitted, len(self._tokens)
         ids = tuple(new.id for new in self._tokens[first:])
         return Chunk(text, ids, None if reason is None else self._complete(reason), *self._attribute(first))
+
+    def _read(self, token: Token) -> tuple[str, bool]:
+        """Return the text that the next token makes ready to be shown, and whether a stop string ends it."""
+        # The end-of-text token is no text, even where a tokenizer does not know it as special.
+        ended = token.finish_reason == "stop"
+        pieces = [(self._decoder.rest() if ended else self._decoder.add(token.id), False)]
+        if ended or token.id in self._tokenizer.special:
+            pieces.append((self._tokenizer.token(token.id), True))
+        if token.finish_reason == "length":
+            pieces.append((self._decoder.rest(), False))
+        shown = ""
+        for piece, hidden in pieces:
+            text, stopped = self._stops.add(piece, hidden=hidden)
+            shown += text
+            if stopped:
+                return shown, True
+        return (shown if token.finish_reason is None else shown + self._stops.rest()), False
 
     def _complete(self, reason: FinishReason) -> Completion:
         log_probabilities = self._log_probabilities()[: len(self._tokens)]

@@ -89,6 +89,11 @@ class Tokenizer:
         return ids, [0] * len(first) + [start for start, _ in encoding.offsets]
 
     @cached_property
+    def special(self) -> frozenset[int]:
+        """Ids of the special tokens, which `decode` leaves out."""
+        return frozenset(id_ for id_, token in self._core.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
     def words(self) -> Any:
         """The vocabulary as llguidance reads it, for `grammar`.
 

@@ -1,11 +1,12 @@
 """Text from the one object that apps embed, against closed forms."""
 
+import itertools
 import threading
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from helpers.onnx_members import BOS, EOS, VOCABULARY, mixed, random_member, saying, write_bundle
+from helpers.onnx_members import BOS, EOS, VOCABULARY, ClosedForm, mixed, random_member, saying, write_bundle
 
 from edgemix.errors import InputError
 from edgemix.runtime import Mixture
@@ -98,6 +99,40 @@ def test_stop_strings(mixture_of):
 def test_a_stop_string_ends_one_sequence_of_a_batch(mixture_of):
     first, second = mixture_of({"a": saying("One two!")}).generate(["O", "e"], stop="ne")
     assert (first.text, second.text) == ("", " two!")
+
+
+def following(*ids):
+    """A member over the byte tokenizer that says each id after the one before it, with near certainty."""
+    table = np.zeros((VOCABULARY, VOCABULARY), np.float32)
+    for before, after in itertools.pairwise(ids):
+        table[before, after] = 12.0
+    return ClosedForm(table)
+
+
+@pytest.mark.parametrize("said", [b"ok\xef\xbf\xbd", b"ok\xe4\xb8", b"\xff"], ids=["U+FFFD", "incomplete", "invalid"])
+def test_text_is_that_of_the_token_ids_to_its_end(mixture_of, said):
+    """A final U+FFFD, or the bytes of an incomplete character, was left out."""
+    mixture = mixture_of({"a": following(97, *said, EOS)})
+    expected = said.decode(errors="replace")
+    for options in ({}, {"max_new_tokens": len(said)}, {"stop": "zz"}, {"stop": f"{expected}z"}):
+        single, (_, batched) = mixture.generate("a", **options), mixture.generate(["a", "a"], **options)
+        assert single.text == batched.text == mixture.tokenizer.decode(single.token_ids) == expected
+    assert "".join(chunk.text for chunk in mixture.stream("a")) == expected
+    with mixture.serve() as server:
+        assert server.submit("a").result().text == expected
+    assert mixture.generate("a", stop=expected).text == ""
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"), [("<s>", "bc"), ("c<s>", "b"), ("<s>d", "bc"), ("d</s>", "bc"), ("<s>x", "bcd"), ("cd", "bcd")]
+)
+def test_stop_strings_match_special_tokens(mixture_of, stop, text):
+    """They never matched, as they were compared with the text without special tokens (vllm 2123)."""
+    mixture = mixture_of({"a": following(97, 98, 99, BOS, 100, EOS)})
+    single, (_, batched) = mixture.generate("a", stop=stop), mixture.generate(["a", "a"], stop=stop)
+    assert single.text == batched.text == "".join(chunk.text for chunk in mixture.stream("a", stop=stop)) == text
+    with mixture.serve() as server:
+        assert server.submit("a", stop=stop).result().text == text
 
 
 def test_weights_can_be_given_per_call(pair, pair_forms):

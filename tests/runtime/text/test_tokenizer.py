@@ -83,9 +83,27 @@ def test_bytes_that_are_no_character_become_replacement_characters_once_that_is_
     assert [decoder.add(byte) for byte in b"\xe4\xb8ab"] == ["", "", "\ufffda", "b"]
 
 
-def test_an_unfinished_character_never_comes():
+def test_an_unfinished_character_comes_at_the_end():
     decoder = IncrementalDecoder(tokenizer(), list(b"x"))
     assert "".join(decoder.add(byte) for byte in "ab👩".encode()[:-1]) == "ab"
+    assert decoder.rest() == "\ufffd"
+
+
+@pytest.mark.parametrize("unit", [b"\xff", "\ufffd".encode(), b"\xff\xf0\x9f"])
+def test_long_runs_of_replacement_characters_are_shown_as_they_come(unit):
+    """They were held as long as they lasted, and decoded again with each token."""
+    decoder, run = IncrementalDecoder(tokenizer(), list(b"x")), unit * 60
+    pieces = [decoder.add(byte) for byte in (*run, 97)]
+    assert any(pieces[:80])
+    assert "".join(pieces) + decoder.rest() == run.decode(errors="replace") + "a"
+
+
+def test_an_invalid_byte_leaves_characters_that_were_shown(metaspace):
+    """Byte fallback replaces all bytes of a run then, also those of characters that were shown before."""
+    subject, ids = metaspace
+    decoder = IncrementalDecoder(subject, [ids["▁Hello"]])
+    pieces = [decoder.add(ids[f"<0x{byte:02X}>"]) for byte in b"\xc3\xa9\xff"]
+    assert ("".join(pieces), decoder.rest()) == ("é", "\ufffd")
 
 
 def test_special_tokens_are_no_text():

@@ -28,27 +28,22 @@ def _names(text: str) -> frozenset[str]:
 
 OPERATORS = {
     "": _names("""
-        Abs Add And ArgMax ArgMin Attention AveragePool BatchNormalization BitShift BitwiseAnd BitwiseNot
-        BitwiseOr BitwiseXor Cast CastLike Ceil Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos Cosh
-        CumSum DepthToSpace DequantizeLinear Div DynamicQuantizeLinear Einsum Elu Equal Erf Exp Expand EyeLike
-        Flatten Floor Gather GatherElements GatherND Gelu Gemm GlobalAveragePool Greater GreaterOrEqual
-        GroupNormalization HardSigmoid HardSwish Identity InstanceNormalization IsInf IsNaN LayerNormalization
-        LeakyRelu Less LessOrEqual Log LogSoftmax MatMul MatMulInteger Max MaxPool Mean Min Mish Mod Mul Neg
-        NonZero Not OneHot Or PRelu Pad Pow QLinearConv QLinearMatMul QuantizeLinear RMSNormalization Range
-        Reciprocal ReduceL1 ReduceL2 ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
-        ReduceSumSquare Relu Reshape Resize RotaryEmbedding Round ScatterElements ScatterND Selu Shape Sigmoid
-        Sign Sin Sinh Size Slice Softmax Softplus Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Swish Tan Tanh
-        Tile TopK Transpose Trilu Unsqueeze Where Xor
+        Abs Add And ArgMax ArgMin Attention Cast Ceil Clip Concat Constant ConstantOfShape Cos CumSum
+        DequantizeLinear Div DynamicQuantizeLinear Equal Erf Exp Expand Floor Gather GatherElements GatherND Gelu
+        Gemm Greater GreaterOrEqual Identity IsInf IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log
+        LogSoftmax MatMul MatMulInteger Max Min Mod Mul Neg NonZero Not OneHot Or Pad Pow QuantizeLinear
+        RMSNormalization Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceSum ReduceSumSquare Relu
+        Reshape RotaryEmbedding Round ScatterElements ScatterND Shape Sigmoid Sign Sin Slice Softmax Softplus
+        Split Sqrt Squeeze Sub Tanh Tile TopK Transpose Trilu Unsqueeze Where
     """),
     "com.microsoft": _names("""
-        Attention BiasGelu BiasSplitGelu DequantizeLinear DynamicQuantizeMatMul FastGelu FusedConv FusedGemm
-        FusedMatMul GatherBlockQuantized Gelu GemmFloat8 GroupQueryAttention MatMulBnb4 MatMulInteger16
-        MatMulIntegerToFloat MatMulNBits MoE MultiHeadAttention PackedMultiHeadAttention QAttention QGemm
-        QLinearAdd QLinearMul QMoE QuantizeLinear QuickGelu RotaryEmbedding SimplifiedLayerNormalization
-        SkipLayerNormalization SkipSimplifiedLayerNormalization TransposeMatMul
+        BiasGelu DequantizeLinear FastGelu FusedMatMul GatherBlockQuantized Gelu GroupQueryAttention MatMulBnb4
+        MatMulIntegerToFloat MatMulNBits MultiHeadAttention QuantizeLinear QuickGelu RotaryEmbedding
+        SimplifiedLayerNormalization SkipLayerNormalization SkipSimplifiedLayerNormalization
     """),
 }
-"""Domain -> operators that a graph may have: none loops, has a subgraph, draws random numbers, or reads strings."""
+"""Domain -> operators that a graph may have, which exporters make decoders of: none loops, has a subgraph, draws random
+numbers, or reads strings. A kind of model that needs another adds it here."""
 OPERATORS["ai.onnx"] = OPERATORS[""]
 
 MAX_NODES = 1 << 17
@@ -69,6 +64,10 @@ _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12
 _INT32, _INT64 = 6, 7
 _SHAPES = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1}
 """Operator -> which of its inputs is the shape of a tensor that it makes."""
+_BINARY = frozenset({"Max", "Min"})
+"""Operators of any number of inputs: with one left out, or three that do not fit, they crash ONNX Runtime 1.32."""
+_NATURAL = frozenset({"batch_dims"})
+"""Attributes whose negative numbers abort ONNX Runtime 1.32 (GatherND)."""
 _REFUSED = {
     "ModelProto": {20: "training graphs", 25: "functions"},
     "GraphProto": {15: "sparse tensors"},
@@ -190,20 +189,24 @@ class _Checker:
         if operator not in OPERATORS.get(domain, ()) or texts.get(8):
             name = f"{domain}.{operator}" if domain else operator
             raise MalformedError(f"it has the operator {name[:80]!r}, which no graph of edgemix has")
+        if operator in _BINARY and (len(inputs) != 2 or "" in inputs):
+            raise MalformedError(f"it has a {operator} of the inputs {inputs!r:.80}; it takes two")
         constant = tensors[0] if operator == "Constant" and tensors else None
         return _Node(operator, tuple(inputs), tuple(outputs), constant)
 
     def _attribute(self, attribute: Field) -> list[_Tensor]:
         """Check an attribute, and return the tensor that it is, or the integers as one."""
-        tensors, numbers = [], []
+        tensors, numbers, name = [], [], ""
         for found in self._fields("AttributeProto", *self._inside(attribute), once=(1, 2, 3, 4, 5, 20)):
             if found.number == 1:
-                self._text(found)
+                name = self._text(found)
             elif found.number == 5:
                 tensors.append(self._tensor(found))
             elif found.number in (3, 8):
                 numbers += self._integers(found)
         _check_integers(numbers)
+        if name in _NATURAL and any(number < 0 for number in numbers):
+            raise MalformedError(f"its attribute {name} is negative")
         return tensors or ([_Tensor("", tuple(numbers), None)] if numbers else [])
 
     def _integers(self, found: Field) -> list[int]:

@@ -183,6 +183,22 @@ def test_names_and_declared_shapes_are_bounded(
     refused(graph, edit, reason)
 
 
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (node("logits", operator="Max"), "takes two"),
+        (node("logits", "", operator="Min"), "takes two"),
+        (node("logits", "shares", "table", operator="Min"), "takes two"),
+        (node("logits", "input_ids", operator="GatherND", batch_dims=-1), "batch_dims is negative"),
+    ],
+)
+def test_what_crashes_onnx_runtime_is_refused(
+    graph: Path, edit: Callable[[onnx.ModelProto], object], reason: str
+) -> None:
+    """ONNX Runtime 1.32 ends the process with a segmentation fault or an abort at such nodes."""
+    refused(graph, edit, reason)
+
+
 def test_a_second_graph_is_refused(graph: Path) -> None:
     """Protobuf merges a message that is there twice; another parser might see one of them alone."""
     data = onnx.load(graph).SerializeToString()

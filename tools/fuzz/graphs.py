@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 from values import integer, mutated_bytes
+
+from edgemix.bundle.graph_safety import OPERATORS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,6 +53,37 @@ _OPERATORS = (
     "Optional",
     "StringNormalizer",
     "Nothing",
+)
+_ATTRIBUTES = (
+    *(
+        "axis",
+        "axes",
+        "to",
+        "perm",
+        "keepdims",
+        "batch_dims",
+        "K",
+        "N",
+        "bits",
+        "block_size",
+        "num_heads",
+        "kv_num_heads",
+    ),
+    *(
+        "start",
+        "end",
+        "k",
+        "largest",
+        "upper",
+        "exclusive",
+        "reverse",
+        "transA",
+        "transB",
+        "epsilon",
+        "alpha",
+        "interleaved",
+    ),
+    *("gather_axis", "quantize_axis", "quant_type", "num_outputs", "allowzero", "stash_type", "is_causal", "scale"),
 )
 _NAMES = (b"\xff\xfe\xfd", b"", b"logits", b"a" * 5_000, b"\0", b"\x1b[2J", b"../x", b"input_ids")
 
@@ -205,6 +239,27 @@ def _many(rng: Random, model: onnx.ModelProto) -> None:
     model.graph.node.extend(helper.make_node("Identity", ["table"], [f"fuzz_{number}"]) for number in range(count))
 
 
+def _operate(rng: Random, model: onnx.ModelProto) -> None:
+    """Compute an operator of those that are allowed, of constants that may not be its kind, as one more output."""
+    domain = rng.choice(("", "", "", "com.microsoft"))
+    operator = rng.choice(sorted(OPERATORS[domain]))
+    names = [f"fuzz_in_{number}" for number in range(rng.choice((1, 1, 2, 2, 3, 5)))]
+    for name in names:
+        model.graph.initializer.append(numpy_helper.from_array(_array(rng), name))
+    inputs = [name if rng.random() < 0.9 else "" for name in names]
+    keys = rng.sample(_ATTRIBUTES, rng.choice((0, 0, 1, 2, 4)))
+    values = {key: rng.choice((0, 1, 2, -1, -7, 16, 1 << 20, [0, 1], [-1], 0.5, 1e30)) for key in keys}
+    model.graph.node.append(helper.make_node(operator, inputs, ["fuzz_out"], domain=domain, **values))
+    model.graph.output.append(helper.make_empty_tensor_value_info("fuzz_out"))
+
+
+def _array(rng: Random) -> np.ndarray:
+    shape = [rng.choice((0, 1, 1, 2, 3, 4, 8, 16)) for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 4)))]
+    dtype = rng.choice((np.float32, np.float32, np.float16, np.int64, np.int64, np.int32, np.int8, np.uint8, np.bool_))
+    values = [rng.choice((0, 1, 1, 2, 3, -1, 100, -100)) for _ in range(math.prod(shape))]
+    return np.array(values).astype(dtype).reshape(shape)
+
+
 _MUTATIONS: tuple[Callable[[Random, onnx.ModelProto], None], ...] = (
     _change_operator,
     _change_attribute,
@@ -215,4 +270,6 @@ _MUTATIONS: tuple[Callable[[Random, onnx.ModelProto], None], ...] = (
     _loop,
     _values,
     _many,
+    _operate,
+    _operate,
 )

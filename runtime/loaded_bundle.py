@@ -46,7 +46,7 @@ class LoadedBundle:
         self.tokenizer = tokenizer
         self.members = tuple(entry.name for entry in manifest.members)
         self.weights: Mapping[str, float] = dict(manifest.weights.default)
-        self.vocabulary = manifest.tokenizer.vocabulary
+        self.vocabulary = manifest.vocabulary
         self.context = min(graph.context for graph in graphs)
         self.provider = provider.name
         self._weight_resolver = WeightResolver.of(manifest)

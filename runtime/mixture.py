@@ -59,7 +59,7 @@ class Mixture(LoadedBundle):
         members: The members' names, in the manifest's order.
         weights: Member name -> share: the bundle's fixed weights.
         tokenizer: Text to token ids and back.
-        vocabulary: Number of token ids.
+        vocabulary: Number of token ids that every member has rows for.
         context: Most tokens of a sequence: the smallest of the members' contexts.
         provider: Where the graphs run, by its name in `PROVIDERS`.
         ngrams: N-grams of the training text, to draft from; None where the bundle has none.
@@ -152,7 +152,7 @@ class Mixture(LoadedBundle):
         if threads is not None and threads < 1:
             raise InputError(f"threads must be at least 1, not {threads}")
         chosen = choose(provider)
-        tokenizer = Tokenizer.load(bundle, manifest.tokenizer)
+        tokenizer = Tokenizer.load(bundle, manifest.tokenizer, manifest.vocabulary)
         opened, drafter = open_graphs(bundle, manifest, chosen, threads, student=drafts, packed=packed)
         ngrams = ngram_table(bundle, manifest)
         return cls(
@@ -341,7 +341,9 @@ class Mixture(LoadedBundle):
     def next_token_distribution(
         self, text: str, weights: WeightChoice = None, combine: Combine = "linear"
     ) -> NDArray[np.float64]:
-        """Return the probability of every token id to come next after a text: float64 [vocabulary], sum one.
+        """Return the probability of every token id to come next after a text: float64 [token ids], sum one.
+
+        Tokens that not every member has rows for are included, with probability zero.
 
         Raises:
             InputError: The text is empty or longer than the context, or an argument is out of its bounds.
@@ -350,7 +352,8 @@ class Mixture(LoadedBundle):
         self.check_length(ids, "the text")
         mixed = next_token_log_probabilities(self.ensemble(weights, combine), ids, self.prefixes)
         probabilities = np.exp(mixed.astype(np.float64))
-        return np.asarray(probabilities / probabilities.sum())
+        beyond = self.manifest.tokenizer.vocabulary - len(probabilities)
+        return np.pad(probabilities / probabilities.sum(), (0, beyond))
 
     def serve(self, *, most: int = 16, waiting: int = 256) -> BatchScheduler:
         """Start a scheduler that generates for many requests at once, with continuous batching.

@@ -235,7 +235,8 @@ class TokenizerEntry(_Record, frozen=True):
 
     Attributes:
         sha256: Of its canonical vocabulary, merges and added tokens (not of a file's bytes).
-        vocabulary: Number of token ids; members' logits beyond it are padding and never mixed.
+        vocabulary: Number of token ids; members' logits beyond it are padding and never mixed. Members may have fewer
+            rows: see `Manifest.vocabulary`.
         bos: Beginning-of-text token id, if the model family starts texts with one; `adds_bos` whether encoding puts it.
         eos: Ids that end a generation.
     """
@@ -296,6 +297,14 @@ class Manifest(_Record, frozen=True):
     def graphs(self) -> tuple[MemberEntry, ...]:
         """Every graph that the bundle holds: the members', then the student's."""
         return self.members if self.student is None else (*self.members, self.student)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids that are mixed: the tokenizer's, as far as every member has rows for them.
+
+        A member cannot read a token that it has no row for, so no text may hold one, and its probability is zero.
+        """
+        return min(self.tokenizer.vocabulary, *(member.config.vocabulary for member in self.members))
 
     def sealed(self) -> Manifest:
         """The same manifest with its checksum."""

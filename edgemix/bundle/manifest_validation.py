@@ -96,8 +96,8 @@ def _draft_errors(manifest: Manifest) -> Iterator[str]:
             yield f"student: drafts with {path!r}, which is no {suffix} file in the folder {STUDENT}"
     if draft.graph == manifest.student.graph:
         yield f"student: drafts with {draft.graph!r}, its whole graph"
-    if not 1 <= draft.vocabulary <= manifest.tokenizer.vocabulary:
-        yield f"student: drafts {draft.vocabulary} tokens of the tokenizer's {manifest.tokenizer.vocabulary}"
+    if manifest.members and not 1 <= draft.vocabulary <= manifest.vocabulary:
+        yield f"student: drafts {draft.vocabulary} tokens of the tokenizer's {manifest.vocabulary}"
 
 
 def _shared_graph_errors(manifest: Manifest) -> Iterator[str]:
@@ -129,12 +129,18 @@ def _weight_errors(manifest: Manifest) -> Iterator[str]:
 
 def _tokenizer_errors(manifest: Manifest) -> Iterator[str]:
     tokenizer = manifest.tokenizer
-    narrowest = min((entry.config.vocabulary for entry in manifest.graphs), default=MAX_VOCABULARY)
-    if not 1 <= tokenizer.vocabulary <= narrowest:
-        yield f"tokenizer: vocabulary is {tokenizer.vocabulary}, and the members' logits are {narrowest} wide"
+    if not 1 <= tokenizer.vocabulary <= MAX_VOCABULARY:
+        yield f"tokenizer: vocabulary is {tokenizer.vocabulary}, and may be 1 to {MAX_VOCABULARY}"
+    if not manifest.members:
+        return
+    narrowest = min(entry.config.vocabulary for entry in manifest.graphs)
+    if narrowest < manifest.vocabulary:
+        yield f"student: its logits are {narrowest} wide, and the members share {manifest.vocabulary} tokens"
     special = tokenizer.eos if tokenizer.bos is None else (tokenizer.bos, *tokenizer.eos)
     if not all(0 <= token < tokenizer.vocabulary for token in special):
         yield f"tokenizer: a special token lies outside its vocabulary: {special}"
+    if tokenizer.bos is not None and tokenizer.bos >= manifest.vocabulary:
+        yield f"tokenizer: texts begin with token {tokenizer.bos}, which not every member has"
 
 
 def _file_errors(manifest: Manifest) -> Iterator[str]:

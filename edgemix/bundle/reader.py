@@ -85,7 +85,7 @@ def draft_tokens(bundle: Path, manifest: Manifest, draft: DraftGraph) -> list[in
         tokens = msgspec.json.decode(data, type=list[int])
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is damaged: {error}", EXPORT_AGAIN) from None
-    ascending, end = all(one < other for one, other in pairwise(tokens)), manifest.tokenizer.vocabulary
+    ascending, end = all(one < other for one, other in pairwise(tokens)), manifest.vocabulary
     if not ascending or len(tokens) != draft.vocabulary or tokens[0] < 0 or tokens[-1] >= end:
         raise BundleError(
             f"{path} should hold {draft.vocabulary:,} different ids below {end:,}, ascending, and does not",
@@ -104,7 +104,7 @@ def ngram_table(bundle: Path, manifest: Manifest) -> NgramTable | None:
         return None
     from edgemix.bundle.ngram_table import NgramTable
 
-    return NgramTable.open(resolve(bundle, NGRAMS), manifest.ngrams, manifest.tokenizer.vocabulary)
+    return NgramTable.open(resolve(bundle, NGRAMS), manifest.ngrams, manifest.vocabulary)
 
 
 def graph_digest(manifest: Manifest, graph: str) -> str:

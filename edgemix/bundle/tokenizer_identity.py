@@ -48,6 +48,12 @@ class TokenizerIdentity(msgspec.Struct, frozen=True):
         """Number of token ids, gaps included: one more than the greatest id."""
         return max(self.vocabulary.values(), default=-1) + 1
 
+    @property
+    def trained_size(self) -> int:
+        """Number of token ids without the added tokens that come after all others."""
+        own = (number for token, number in self.vocabulary.items() if token not in self.added)
+        return max(own, default=-1) + 1
+
     def sha256(self) -> str:
         """Hexadecimal digest over all attributes."""
         return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()

@@ -134,6 +134,7 @@ class TorchTeacher:
         self._models: dict[str, _DeviceMember] = {}
         for member in members:
             self._models[member.name] = self._place(member, four_bit)
+            self.vocabulary = min(self.vocabulary, member.model.config.get_text_config().vocab_size)
             context = context_length(member.model.config)
             self.context = min(self.context, context) if self.context else context
         self.set_weights(dict.fromkeys(self._models, 1.0))

@@ -24,6 +24,7 @@ from edgemix.export.models.gguf_config import check_sizes, check_tensors, stated
 from edgemix.export.models.gguf_header import gguf_header
 from edgemix.export.models.gguf_tokenizer import end_token_ids, gguf_tokenizer
 from edgemix.export.models.location import Location, locate, reading
+from edgemix.export.models.tokenizers import drop_absent_end
 from edgemix.export.models.verification import check_finite, check_report, check_weights
 from edgemix.progress import NO_PROGRESS, PrefixedProgress, Progress
 from edgemix.tasks import DEFAULT_TASK, TASKS, TaskName
@@ -203,6 +204,7 @@ def load_tokenizer(location: Location) -> PreTrainedTokenizerBase:
         raise InputError(
             f"{location.name}: its tokenizer cannot be written as tokenizer.json", "Convert it to a fast tokenizer."
         )
+    drop_absent_end(tokenizer, location.folder)
     return tokenizer
 
 

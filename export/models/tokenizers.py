@@ -96,6 +96,49 @@ def tokenizer_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return TokenizerIdentity.parse(tokenizer_json(tokenizer)).size
 
 
+def trained_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the number of token ids without trailing added tokens: those that every member has rows for."""
+    return TokenizerIdentity.parse(tokenizer_json(tokenizer)).trained_size
+
+
+def check_rows(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -> None:
+    """Check that a model has a row for every token but added ones, which then have a probability of zero.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        rows: Number of the model's logits.
+        name: The member, for the message.
+
+    Raises:
+        InputError: It lacks other tokens, or the one with which texts begin.
+    """
+    needed = trained_size(tokenizer)
+    if rows < needed:
+        raise InputError(
+            f"member {name}: the model has {rows} logits, but its tokenizer has {needed} tokens without added ones",
+            "Give the tokenizer that the model was trained with, or resize the model's embeddings.",
+        )
+    if (leading := leading_token(tokenizer)) is not None and leading >= rows:
+        raise InputError(
+            f"member {name}: texts begin with {tokenizer.bos_token!r}, token {leading}, and the model has {rows} logits",
+            "Resize the model's embeddings, or take the beginning-of-text token that it was trained with.",
+        )
+
+
+def drop_absent_end(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Unset the end-of-text token if the model in `folder` has no row for it.
+
+    Some tokenizers of transformers (Qwen2Tokenizer) add one of their own, with which documents would be separated.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        rows = config.get("vocab_size") or config["text_config"]["vocab_size"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return  # an adapter's folder, or one that loading the model will refuse
+    if isinstance(rows, int) and tokenizer.eos_token_id is not None and tokenizer.eos_token_id >= rows:
+        tokenizer.eos_token = None
+
+
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the template that turns messages into text; the one named default if there are several."""
     template = tokenizer.chat_template

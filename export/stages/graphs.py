@@ -11,11 +11,11 @@ import edgemix
 from edgemix.bundle.graph_io import GraphConfig
 from edgemix.bundle.manifest import GraphParity, ModelSource, PruningFigures
 from edgemix.bundle.stages import stage_key
-from edgemix.errors import InputError, storage_errors
+from edgemix.errors import storage_errors
 from edgemix.export.graphs.decoder import MODEL_FILE, export_graph
 from edgemix.export.models.loading import end_ids, load_tokenizer, versions
 from edgemix.export.models.location import locate
-from edgemix.export.models.tokenizers import tokenizer_size
+from edgemix.export.models.tokenizers import check_rows
 from edgemix.export.parity.against_fp32 import sample_texts
 from edgemix.export.pruning.report import sparsity
 from edgemix.formats import FORMAT_SPECS
@@ -118,12 +118,7 @@ class MemberGraphs:
 
     def _make(self, spec: MemberRecipe) -> GraphRecord:
         pruning, member, folder = self._models.prune(spec), self._models.load(spec), self.path(spec).parent
-        logits, ids = member.model.config.get_text_config().vocab_size, tokenizer_size(member.tokenizer)
-        if logits < ids:
-            raise InputError(
-                f"member {spec.name}: the model has {logits} logits, but its tokenizer has {ids} token ids",
-                "Give the tokenizer that the model was trained with, or resize the model's embeddings.",
-            )
+        check_rows(member.tokenizer, member.model.config.get_text_config().vocab_size, spec.name)
         progress, force = self._context.member_progress(spec), self._context.force
         shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
         with progress.stage("graph"), storage_errors(f"writing {folder}"):

@@ -76,7 +76,7 @@ def mixture_texts(
     found = [text[:share] for text in texts or []]
     if sum(map(len, found)) >= MIXTURE_TOKENS // 2:
         return found
-    return found + _sampled_texts(context, graphs, tokenizers.tokenizer_size(tokenizer))
+    return found + _sampled_texts(context, graphs, tokenizers.trained_size(tokenizer))
 
 
 def _sampled_texts(context: ExportContext, graphs: MemberGraphs, vocabulary: int) -> list[list[int]]:

@@ -56,7 +56,7 @@ class Ensemble:
         graphs: Graphs that hold the members, in order; a graph may hold several.
         weights: float64 [members], sum one; where they follow the text, those before any text.
         combine: See `arithmetic`.
-        vocabulary: Size of the tokenizer's vocabulary; logits beyond it are cut off.
+        vocabulary: Number of token ids that are mixed; logits beyond them are cut off.
         prior: What adaptive weights choose among; None for fixed weights.
     """
 
@@ -124,7 +124,7 @@ class WeightResolver:
     def of(cls, manifest: Manifest) -> WeightResolver:
         """Return the resolver of a bundle."""
         names = tuple(entry.name for entry in manifest.members)
-        return cls(names, manifest.weights, manifest.tokenizer.vocabulary)
+        return cls(names, manifest.weights, manifest.vocabulary)
 
     def full_ensemble(self, graphs: Sequence[DecoderGraph], weights: WeightChoice, combine: Combine) -> Ensemble:
         """Return the ensemble of all members, those of weight zero included.

@@ -115,7 +115,7 @@ def read(
                         arrays = [file.get_tensor(name) for name in names]
                         if _sha256(arrays) != text.sha256:
                             raise _damaged(path)
-                        prefixes.add(_entry(arrays, graph, manifest.tokenizer.vocabulary, path))
+                        prefixes.add(_entry(arrays, graph, manifest.vocabulary, path))
                         found += 1
         except FileNotFoundError:
             raise InputError(f"there is no file {path}") from None

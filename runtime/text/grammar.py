@@ -92,7 +92,7 @@ class Grammar:
 
     def __init__(self, constraint: Constraint, tokenizer: Tokenizer) -> None:
         source = constraint.grammar()
-        if not tokenizer.entry.eos:
+        if not any(token < tokenizer.vocabulary for token in tokenizer.entry.eos):
             raise InputError("this tokenizer has no end-of-text token, so a text of a given form could not end")
         self._tokenizer, words, matcher = tokenizer, tokenizer.words, llguidance_module().LLMatcher
         if trouble := matcher.validate_grammar(source, words):
@@ -118,7 +118,8 @@ class GrammarState:
 
     def __init__(self, matcher: Any, tokenizer: Tokenizer) -> None:
         self._matcher, self._words = matcher, tokenizer.words
-        self._vocabulary, self._eos = tokenizer.entry.vocabulary, frozenset(tokenizer.entry.eos)
+        self._vocabulary, self._eos = tokenizer.vocabulary, frozenset(tokenizer.entry.eos)
+        self._ends = [token for token in tokenizer.entry.eos if token < tokenizer.vocabulary]
         self._ahead: tuple[int, ...] = ()
         self._masks: dict[tuple[int, ...], NDArray[np.bool_]] = {}
 
@@ -134,7 +135,7 @@ class GrammarState:
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
             mask = np.unpackbits(bits, count=self._vocabulary, bitorder="little").view(np.bool_)
             if not self._matcher.is_accepting():
-                mask[[*self._eos]] = False
+                mask[self._ends] = False
             self._check(bool(mask.any()))
             self._masks[position] = mask
         return self._masks[position]

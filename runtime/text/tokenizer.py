@@ -26,18 +26,26 @@ class Tokenizer:
     Attributes:
         entry: Its entry in the manifest.
         chat_template: The Jinja template of conversations; None if the bundle has none.
+        vocabulary: Number of ids that the members have rows for; by default all of the tokenizer's.
     """
 
-    def __init__(self, core: tokenizers.Tokenizer, entry: TokenizerEntry, chat_template: str | None = None) -> None:
+    def __init__(
+        self,
+        core: tokenizers.Tokenizer,
+        entry: TokenizerEntry,
+        chat_template: str | None = None,
+        vocabulary: int | None = None,
+    ) -> None:
         core.no_truncation()
         core.no_padding()
         self._core = core
         self.chat_template = chat_template
         self.entry = entry
+        self.vocabulary = entry.vocabulary if vocabulary is None else vocabulary
 
     @classmethod
-    def load(cls, bundle: Path, entry: TokenizerEntry) -> Tokenizer:
-        """Read a bundle's tokenizer.
+    def load(cls, bundle: Path, entry: TokenizerEntry, vocabulary: int | None = None) -> Tokenizer:
+        """Read a bundle's tokenizer; see the attributes.
 
         Raises:
             BundleError: A file is missing, damaged, or not the manifest's tokenizer.
@@ -53,14 +61,14 @@ class Tokenizer:
                 f"{bundle}: the tokenizer has {size} token ids, the manifest says {entry.vocabulary}",
                 "Export the bundle again.",
             )
-        return cls(core, entry, chat_template)
+        return cls(core, entry, chat_template, vocabulary)
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """Return the token ids of a text, after the beginning-of-text token where the model family has one and `bos` is
         true.
 
         Raises:
-            InputError: The text is empty, or not valid Unicode.
+            InputError: The text is empty, not valid Unicode, or holds a token that not every member has.
         """
         return self._encode(text, bos=bos)[0]
 
@@ -86,6 +94,12 @@ class Tokenizer:
         ids = [*first, *encoding.ids]
         if not ids:
             raise InputError("the text is empty", "Give at least one character.")
+        if (greatest := max(ids)) >= self.vocabulary:
+            raise InputError(
+                f"the text holds the token {self.token(greatest)!r}, which not every member has: its id is {greatest}, "
+                f"and they share {self.vocabulary} tokens",
+                "Leave it out of the text.",
+            )
         return ids, [0] * len(first) + [start for start, _ in encoding.offsets]
 
     @cached_property

@@ -391,7 +391,7 @@ def member(it: dict[str, Any]) -> dict[str, Any]:
         (lambda it: it["weights"]["domains"].update(x={"math": 0.0, "code": 0.0}), r"domains\['x'\] does not sum"),
         (lambda it: it.update(quantization=PARITY), r"quantization\.weights is not over the members: 'code'"),
         (lambda it: it["tokenizer"].update(vocabulary=0), "vocabulary is 0"),
-        (lambda it: it["tokenizer"].update(vocabulary=10**6), "logits are"),
+        (lambda it: it["tokenizer"].update(vocabulary=10**9), "may be 1 to"),
         (lambda it: it["tokenizer"].update(eos=[10**6]), "special token"),
         (lambda it: it["tokenizer"].update(bos=-1), "special token"),
         (lambda it: it["files"].pop(GRAPH), "not listed"),

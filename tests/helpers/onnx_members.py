@@ -332,8 +332,12 @@ def write_bundle(
     student: ClosedForm | None = None,
     stacked: bool = False,
     adaptive: bool = False,
+    added: Sequence[str] = (),
 ) -> Path:
-    """A bundle of members over the byte tokenizer, in one graph if they are `stacked`, and perhaps a student."""
+    """A bundle of members over the byte tokenizer, in one graph if they are `stacked`, and perhaps a student.
+
+    The tokenizer has the special tokens `added`, too.
+    """
     forms = {f"members/{name}": member for name, member in members.items()}
     if student is not None:
         forms[STUDENT] = student
@@ -355,7 +359,9 @@ def write_bundle(
             shutil.rmtree(folder / "members" / name)
             entries[index] = msgspec.structs.replace(entries[index], graph=graph, config=config)
     (folder / TOKENIZER).parent.mkdir(parents=True, exist_ok=True)
-    byte_tokenizer().save(str(folder / TOKENIZER))
+    core = byte_tokenizer()
+    core.add_special_tokens([*added])
+    core.save(str(folder / TOKENIZER))
     fingerprint = TokenizerIdentity.parse((folder / TOKENIZER).read_bytes()).sha256()
     if chat_template is not None:
         (folder / CHAT_TEMPLATE).write_text(chat_template, "utf-8")
@@ -377,7 +383,7 @@ def write_bundle(
             domains=domains or {},
             adaptive=adaptive,
         ),
-        tokenizer=TokenizerEntry(sha256=fingerprint, vocabulary=VOCABULARY, eos=(EOS,), bos=bos),
+        tokenizer=TokenizerEntry(sha256=fingerprint, vocabulary=core.get_vocab_size(), eos=(EOS,), bos=bos),
         files=files,
     )
     write_manifest(folder, manifest)

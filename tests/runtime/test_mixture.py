@@ -135,6 +135,31 @@ def test_stop_strings_match_special_tokens(mixture_of, stop, text):
         assert server.submit("a", stop=stop).result().text == text
 
 
+def test_a_token_that_a_member_has_no_row_for_has_no_probability(mixture_of):
+    """A tokenizer with more tokens than a model has rows was refused (llama.cpp 6111, transformers 24899)."""
+    wide = ClosedForm(np.pad(random_member(2, tokens=VOCABULARY).table, ((0, 2), (0, 2)), constant_values=20.0))
+    forms = {"narrow": random_member(1, tokens=VOCABULARY, pull=6.0), "wide": wide}
+    mixture = mixture_of(forms, added=["[PAD]"], student=random_member(1, tokens=VOCABULARY))
+    pad = VOCABULARY
+    with pytest.raises(InputError, match=r"'\[PAD\]', which not every member has"):
+        mixture.generate("a[PAD]b")
+    found = mixture.next_token_distribution("ab")
+    parts = [form.logits([97, 98])[-1, :VOCABULARY] for form in forms.values()]
+    expected = sum(np.exp(part) / np.exp(part).sum() / 2 for part in parts)
+    assert found[pad] == 0
+    np.testing.assert_allclose(found[:pad], expected, atol=1e-6)
+    for options in ({}, {"temperature": 1.0, "seed": 3}, {"regex": "[a-d]{9}"}, {"combine": "log-linear"}):
+        plain = mixture.generate("a", max_new_tokens=20, speculation="off", **options)
+        same_completions(plain, mixture.generate("a", max_new_tokens=20, **options))
+        same_completions(plain, mixture.generate(["a", "bcd"], max_new_tokens=20, **options)[0])
+        assert max(plain.token_ids) < pad
+    ids = [*b"some text"]
+    rows = [np.array([form.logits(ids)[i, :VOCABULARY] for i in range(len(ids) - 1)]) for form in forms.values()]
+    shares = [np.exp(row) / np.exp(row).sum(-1, keepdims=True) for row in rows]
+    scored = sum(np.log(sum(share[i, ids[i + 1]] for share in shares) / 2) for i in range(len(ids) - 1))
+    assert mixture.score("some text").perplexity == pytest.approx(np.exp(-scored / (len(ids) - 1)), rel=1e-4)
+
+
 def test_weights_can_be_given_per_call(pair, pair_forms):
     for name, domain in (("shared", "first"), ("growing", "second")):
         by_name = pair.next_token_distribution("xyz", weights={name: 2.0})

@@ -11,8 +11,9 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import pre_tokenizers
 
 from edgemix.errors import InputError
-from edgemix.export.models.loading import MemberLoader, end_ids, load_member
-from edgemix.export.models.tokenizers import check_shared, describe
+from edgemix.export.models.loading import MemberLoader, end_ids, load_member, load_tokenizer
+from edgemix.export.models.location import locate
+from edgemix.export.models.tokenizers import check_rows, check_shared, describe
 from edgemix.recipe.schema import MemberRecipe
 
 TOKENS = torch.arange(3, 23)[None]
@@ -166,6 +167,24 @@ def test_tokenizers_that_split_differently_are_named():
     other.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     with pytest.raises(InputError, match="is encoded with"):
         check_shared({"x": tiny_tokenizer(), "y": other})
+
+
+def test_only_added_tokens_may_lack_rows():
+    tokenizer = tiny_tokenizer(bos=True)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    check_rows(tokenizer, 259, "m")
+    with pytest.raises(InputError, match="member m: the model has 258 logits, but its tokenizer has 259"):
+        check_rows(tokenizer, 258, "m")
+
+
+def test_an_end_token_that_the_model_lacks_is_none(tmp_path):
+    """Qwen2Tokenizer adds one by itself, and text that it separates could not be read by the model."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    tokenizer.save_pretrained(tmp_path)
+    for rows, expected in ((260, "<|endoftext|>"), (259, None)):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": rows}))
+        assert load_tokenizer(locate(str(tmp_path), tmp_path)).eos_token == expected
 
 
 def test_the_tokenizer_entry_describes_the_tokenizer():

@@ -92,9 +92,10 @@ class GgufHeader:
         Raises:
             InputError: There is none, or a token comes twice.
         """
-        tokens = self.metadata.get("tokenizer.ggml.tokens")
-        if not isinstance(tokens, list) or not tokens:
+        stated = self.metadata.get("tokenizer.ggml.tokens")
+        if not isinstance(stated, list) or not stated:
             raise InputError(f"{self.name}: no vocabulary (tokenizer.ggml.tokens)", "Convert the model again.")
+        tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(stated)]
         if len(set(tokens)) != len(tokens):
             seen: set[str] = set()
             twice = next(token for token in tokens if token in seen or seen.add(token))  # type: ignore[func-returns-value]
@@ -134,12 +135,18 @@ class GgufHeader:
         key = f"tokenizer.ggml.{role}_token_id"
         value = self.metadata.get(key)
         if value is None:
-            return None
+            return self._usual_id(role)
         if not isinstance(value, int) or not 0 <= value < len(self.tokens):
             raise InputError(
                 f"{self.name}: {key} is {value!r:.60}, but its vocabulary has {len(self.tokens)} tokens", DAMAGED
             )
         return value
+
+    def _usual_id(self, role: str) -> int | None:
+        """Return the id that a SentencePiece vocabulary gives a role, unless the file states another."""
+        index, text = {"unknown": (0, "<unk>"), "bos": (1, "<s>"), "eos": (2, "</s>")}.get(role, (0, ""))
+        usual = self.metadata.get("tokenizer.ggml.model") == "llama" and self.tokens[index : index + 1] == [text]
+        return index if usual else None
 
 
 def gguf_header(location: Location) -> GgufHeader:

@@ -362,7 +362,7 @@ SENTENCEPIECE = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(2
     ("metadata", "pieces"), [({}, ["▁ab", "▁a", "c"]), ({"add_space_prefix": False}, ["ab", "▁a", "c"])]
 )
 def test_sentencepiece_vocabularies(tmp_path, metadata, pieces):
-    """transformers ignores that a file says that no space is put before a text."""
+    """transformers ignores that a file says that no space is put before a text; ids that it leaves out are usual."""
     tokens = SENTENCEPIECE + [f"[PAD{i}]" for i in range(300 - len(SENTENCEPIECE))]
     metadata = {f"tokenizer.ggml.{key}": value for key, value in metadata.items()} | {
         "tokenizer.ggml.model": "llama",
@@ -371,12 +371,12 @@ def test_sentencepiece_vocabularies(tmp_path, metadata, pieces):
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.scores": [-float(i) for i in range(300)],
         "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * (300 - 259)],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.bos_token_id": None,
+        "tokenizer.ggml.eos_token_id": None,
     }
     write_gguf(tmp_path / "m.gguf", llama(), metadata=metadata)
     tokenizer = load_tokenizer(locate("m.gguf", tmp_path))
+    assert (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     assert tokenizer.convert_ids_to_tokens(tokenizer("ab ac")["input_ids"]) == ["<s>", *pieces]
     assert tokenizer.decode(tokenizer("ab aé c")["input_ids"], skip_special_tokens=True).strip() == "ab aé c"
 

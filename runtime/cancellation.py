@@ -22,6 +22,21 @@ class Cancelled(BaseException):
     """Raised in work that was cancelled. It is no `Exception`: handlers of errors let it through."""
 
 
+def failure(error: BaseException) -> EdgemixError:
+    """Return the error that ends one text of several: a library's panic or want of memory must not end the others.
+
+    Raises:
+        BaseException: `error` itself, where it ends the work as a whole: an interruption, or a cancellation.
+    """
+    if isinstance(error, Cancelled | KeyboardInterrupt | SystemExit | GeneratorExit):
+        raise error
+    if isinstance(error, EdgemixError):
+        return error
+    found = EdgemixError(f"{type(error).__name__}: {error}")
+    found.__cause__ = error
+    return found
+
+
 def check() -> None:
     """Raise Cancelled in a thread whose work was cancelled; does nothing elsewhere."""
     event = _CANCELLED.get()

@@ -1,18 +1,17 @@
 """Continuous batching: sequences join and leave a batch between its steps, each with settings of its own.
 
-What a sequence yields does not depend on the others in the batch. Prompts are read a piece at a time between steps, so
-that a long prompt does not hold up the other sequences.
+What a sequence yields does not depend on the others in the batch, and what fails for one does not end the others.
+Prompts are read a piece at a time between steps, so that a long prompt does not hold up the other sequences.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgemix.errors import EdgemixError
+from edgemix.runtime.cancellation import failure
 from edgemix.runtime.decoding.sampling import choose_token, penalize_repetition
 from edgemix.runtime.decoding.tokens import Token, finish_reason
 from edgemix.runtime.mixing.adaptive import Posterior, evidence_from
@@ -26,94 +25,14 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemix.runtime.decoding.sampling import Sampling
-    from edgemix.runtime.mixing.adaptive import AdaptivePrior
-    from edgemix.runtime.mixing.arithmetic import Combine
+    from edgemix.errors import EdgemixError
+    from edgemix.runtime.decoding.request import GenerationRequest
+    from edgemix.runtime.graphs.decoder import DecoderGraph
+    from edgemix.runtime.graphs.kv_cache import KVCache
     from edgemix.runtime.mixing.ensemble import ActiveGraph, Ensemble
-    from edgemix.runtime.text.grammar import GrammarState
 
 PREFILL_CHUNK = 128
 """Tokens of a prompt that are read between two steps."""
-
-
-@dataclass(eq=False)
-class GenerationRequest:
-    """A sequence to generate.
-
-    Attributes:
-        weights: float64 [active members of the batch]; a weight of zero leaves a member out.
-        combine: How the members' distributions are mixed.
-        prior: What adaptive weights choose among, over the same members; None for fixed weights.
-        prompt: int64 [tokens], at least one.
-        sampling: How tokens are chosen.
-        generator: Source of randomness.
-        budget: Most tokens that are still generated.
-        eos: Ids that finish the sequence with "stop".
-        grammar_state: Where the text must follow a grammar.
-        attribution: Keep the members' log-probabilities of each token.
-        log_probabilities: Of the tokens so far, under the mixture, nats.
-        attributions: One per token so far.
-    """
-
-    weights: NDArray[np.float64]
-    combine: Combine
-    prior: AdaptivePrior | None
-    prompt: NDArray[np.int64]
-    sampling: Sampling
-    generator: np.random.Generator
-    budget: int
-    eos: frozenset[int]
-    grammar_state: GrammarState | None = None
-    attribution: bool = False
-    log_probabilities: list[float] = field(default_factory=list)
-    attributions: list[TokenAttribution] = field(default_factory=list)
-
-    @classmethod
-    def of(
-        cls,
-        ensemble: Ensemble,
-        members: NDArray[np.int64],
-        prompt: Sequence[int],
-        sampling: Sampling,
-        *,
-        seed: int | None,
-        max_new_tokens: int,
-        context: int,
-        eos: Iterable[int],
-        grammar_state: GrammarState | None = None,
-        attribution: bool = False,
-    ) -> GenerationRequest:
-        """Return the request for a prompt.
-
-        Args:
-            ensemble: Whose weights mix the members.
-            members: int64, the indices among the ensemble's members of those that the batch serves.
-            prompt: Token ids, at least one.
-            sampling: How tokens are chosen.
-            seed: None draws from the system's entropy.
-            max_new_tokens: Most tokens.
-            context: Most tokens that are read of a sequence; what would follow ends with finish reason "length".
-            eos: Ids that finish a sequence with "stop"; the id itself is the last token.
-            grammar_state: Where the text must follow a grammar.
-            attribution: Keep the members' log-probabilities of each token.
-        """
-        return cls(
-            weights=ensemble.weights[members],
-            combine=ensemble.combine,
-            prior=ensemble.prior.narrowed(members) if ensemble.prior else None,
-            prompt=np.asarray(prompt, np.int64),
-            sampling=sampling,
-            generator=np.random.default_rng(seed),
-            # The last token is never read, so it may lie one beyond the context.
-            budget=min(max_new_tokens, context - len(prompt) + 1),
-            eos=frozenset(eos),
-            grammar_state=grammar_state,
-            attribution=attribution,
-        )
-
-    def attribution_from(self, first: int = 0) -> TokenAttribution:
-        """Return the attribution of the tokens so far, from index `first` on."""
-        return TokenAttribution.joined(self.attributions[first:])
 
 
 class BatchSequence:
@@ -279,10 +198,8 @@ class ContinuousBatch:
     def step(self) -> list[tuple[GenerationRequest, Token | EdgemixError]]:
         """Return the next token of every sequence in the batch, and perhaps the first one of a sequence that joins.
 
-        A sequence that failed leaves the batch, and its error is returned in the place of a token.
-
-        Raises:
-            EdgemixError: A graph failed on all of them.
+        A sequence that failed leaves the batch, and its error is returned in the place of a token. Where a graph fails
+        on a step of all sequences, each is tried alone: those that succeed go on.
         """
         self._drop_cancelled()
         results = self._join(PREFILL_CHUNK)
@@ -304,6 +221,14 @@ class ContinuousBatch:
             results += self._join(None)
         return results
 
+    def reset(self) -> list[GenerationRequest]:
+        """Drop all sequences and their caches, and return their requests; others may join afterwards."""
+        dropped = [*self._waiting, *(row.request for row in self._rows)]
+        dropped += [self._reading.request] if self._reading else []
+        self.close()
+        self._caches = [each.graph.new_cache(0) for each in self._active_graphs]
+        return dropped
+
     def close(self) -> None:
         """Free the caches."""
         self._drop_reading()
@@ -311,6 +236,7 @@ class ContinuousBatch:
             cache.free()
         self._rows = []
         self._waiting.clear()
+        self._cancelled.clear()
 
     def _join(self, chunk: int | None) -> list[tuple[GenerationRequest, Token | EdgemixError]]:
         """Read on in the next prompt; when all of it is read, its sequence joins."""
@@ -318,8 +244,8 @@ class ContinuousBatch:
             request = self._waiting.popleft()
             try:
                 self._reading = BatchSequence(request, self._active_graphs, self._vocabulary, self._prefixes)
-            except EdgemixError as error:
-                return [(request, error)]
+            except BaseException as error:  # noqa: BLE001 - `failure` passes on what is not this text's alone
+                return [(request, failure(error))]
             if self.on_join is not None:
                 self.on_join(self._reading)
         row = self._reading
@@ -329,12 +255,16 @@ class ContinuousBatch:
             if not (logits := row.prefill(chunk)):
                 return []
             token = row.choose(logits, np.stack([log_softmax(each) for each in logits]))
-        except EdgemixError as error:
+            for cache, state in zip(self._caches, row.states, strict=True):
+                cache.append(state.cache)
+        except BaseException as error:  # noqa: BLE001 - `failure` passes on what is not this text's alone
+            for cache in self._caches:
+                if cache.batch > len(self._rows):
+                    cache.drop(cache.batch - 1)
             self._drop_reading()
-            return [(row.request, error)]
+            return [(row.request, failure(error))]
         self._reading = None
-        for cache, state in zip(self._caches, row.states, strict=True):
-            cache.append(state.cache)
+        for state in row.states:
             self._prefixes.keep(state, row.request.prompt, row.log_probabilities[list(state.members)])
         row.states = []
         self._rows.append(row)
@@ -344,22 +274,66 @@ class ContinuousBatch:
         new = np.array([[row.last] for row in self._rows])
         if self._log_probabilities.shape[1] != len(new):
             self._log_probabilities = np.empty((self._members, len(new), self._vocabulary), np.float32)
-        logits: list[NDArray[np.float32]] = []
-        for (graph, local_indices, _), cache in zip(self._active_graphs, self._caches, strict=True):
-            members = graph.parts(graph.extend(cache, new))
-            logits += [members[index][:, : self._vocabulary] for index in local_indices]
+        logits, failed = self._forward(new)
         for each, out in zip(logits, self._log_probabilities, strict=True):
             log_softmax(each, out=out)
         results: list[tuple[GenerationRequest, Token | EdgemixError]] = []
         for index, row in enumerate(self._rows):
             try:
+                if index in failed:
+                    raise failed[index]
                 token = row.choose([each[index] for each in logits], self._log_probabilities[:, index])
-            except EdgemixError as error:
+            except BaseException as error:  # noqa: BLE001 - `failure` passes on what is not this text's alone
+                results.append((row.request, failure(error)))
                 row.request.budget = 0
-                results.append((row.request, error))
             else:
                 results.append((row.request, token))
         return results
+
+    def _forward(self, new: NDArray[np.int64]) -> tuple[list[NDArray[np.float32]], dict[int, EdgemixError]]:
+        """Read a token of every row, int64 [rows, 1].
+
+        Returns:
+            For each member logits [rows, vocabulary], and the errors of the rows that failed, by their index.
+        """
+        lengths = [cache.lengths.copy() for cache in self._caches]
+        failed: dict[int, EdgemixError] = {}
+        try:
+            return self._of_members([graph.extend(cache, new) for graph, cache in self._graphs()]), failed
+        except BaseException as error:  # noqa: BLE001 - `failure` passes on what is not a text's alone
+            failure(error)
+        for cache, before in zip(self._caches, lengths, strict=True):
+            cache.rollback(before)
+        logits = [self._forward_apart(graph, cache, new, failed) for graph, cache in self._graphs()]
+        return self._of_members(logits), failed
+
+    def _forward_apart(
+        self, graph: DecoderGraph, cache: KVCache, new: NDArray[np.int64], failed: dict[int, EdgemixError]
+    ) -> NDArray[np.float32]:
+        """Read a token of every row alone, but for those that failed; adds to them."""
+        parts = cache.split([1] * len(new))
+        width = graph.vocabulary if graph.member_count == 1 else (graph.member_count, graph.vocabulary)
+        logits = np.zeros((len(new), *np.atleast_1d(width)), np.float32)
+        for index, part in enumerate(parts):
+            if index in failed:
+                continue
+            try:
+                logits[index] = graph.extend(part, new[index : index + 1])[0]
+            except BaseException as error:  # noqa: BLE001 - `failure` passes on what is not a text's alone
+                failed[index] = failure(error)
+        cache.join(parts)
+        return logits
+
+    def _graphs(self) -> Iterable[tuple[DecoderGraph, KVCache]]:
+        return zip((each.graph for each in self._active_graphs), self._caches, strict=True)
+
+    def _of_members(self, logits: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+        """Return the logits [rows, vocabulary] of each active member from those of the graphs."""
+        members = []
+        for (graph, local_indices, _), each in zip(self._active_graphs, logits, strict=True):
+            parts = graph.parts(each)
+            members += [parts[index][:, : self._vocabulary] for index in local_indices]
+        return members
 
     def _drop_finished(self) -> None:
         """Take finished sequences out; the last row takes the place of each."""

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemix.errors import EdgemixError
-from edgemix.runtime.decoding.batch import BatchSequence, ContinuousBatch, GenerationRequest
+from edgemix.runtime.decoding.batch import BatchSequence, ContinuousBatch
+from edgemix.runtime.decoding.request import GenerationRequest
 from edgemix.runtime.decoding.sampling import Sampling
 from edgemix.runtime.mixing.arithmetic import log_softmax
 from edgemix.runtime.sequences.prefix_cache import PrefixCache

@@ -111,8 +111,8 @@ class GrowingCache(KVCache):
         for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             for target, source in zip(stacked, row, strict=True):
                 target[b, :, places - length :] = source[0, :, source.shape[2] - length :]
-        self.lengths = lengths
         self._replace(stacked)
+        self.lengths = lengths
 
     def _replace(self, arrays: Sequence[NDArray[Any]]) -> None:
         self._tensors = [place(array, self.layout.provider) for array in arrays]

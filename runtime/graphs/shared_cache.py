@@ -161,8 +161,8 @@ class SharedCache(KVCache):
             if used:
                 array[: len(rows), :, :used] = held[index][rows, :, :used]
             fresh.append(array)
-        self._rows, self.capacity = room, capacity
         self._place(fresh)
+        self._rows, self.capacity = room, capacity
 
     def _hosts(self) -> list[NDArray[Any]]:
         """Return the buffers as arrays: on the CPU themselves, elsewhere copies, which `_place` writes back."""
@@ -173,6 +173,6 @@ class SharedCache(KVCache):
         """Make arrays the buffers, or write their content to them."""
         if arrays is self._arrays:  # changed in place
             return
-        self._arrays = arrays if self.layout.provider.device == "cpu" else []
         self._buffers = [place(array, self.layout.provider) for array in arrays]
+        self._arrays = arrays if self.layout.provider.device == "cpu" else []
         self.calls = {}

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Self, Unpack
 import numpy as np
 
 from edgemix.errors import EdgemixError, InputError
-from edgemix.runtime.decoding.batch import ContinuousBatch, GenerationRequest
+from edgemix.runtime.cancellation import failure
+from edgemix.runtime.decoding.batch import ContinuousBatch
+from edgemix.runtime.decoding.request import GenerationRequest
 from edgemix.runtime.options import GenerateOptions, Settings
 from edgemix.runtime.text.completion import CompletionBuilder
 from edgemix.runtime.text.grammar import Grammar
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -234,21 +236,27 @@ class BatchScheduler:
         self.close()
 
     def _work(self) -> None:
-        failure: Exception = EdgemixError("this scheduler is closed")
-        try:
-            while self._apply_actions():
-                for request, token in self._batch.step():
-                    self._deliver(request, token)
-        except Exception as error:  # noqa: BLE001 - passed on to those who wait
-            failure = error
-        except BaseException as error:  # noqa: BLE001 - a panic of a library in Rust, say
-            failure = EdgemixError(f"{type(error).__name__}: {error}")
+        while self._apply_actions():
+            try:
+                results = self._batch.step()
+            except BaseException as error:  # noqa: BLE001 - the next texts are served all the same
+                self._end(self._batch.reset(), failure(error))
+                continue
+            for request, token in results:
+                self._deliver(request, token)
         with self._lock:
             self._closed = True
-            unfinished, self._handles = list(self._handles.values()), {}
-        for handle in unfinished:
-            handle.put(failure)
+            unfinished = [handle.request for handle in self._handles.values()]
+        self._end(unfinished, EdgemixError("this scheduler is closed"))
         self._batch.close()
+
+    def _end(self, requests: Iterable[GenerationRequest], error: EdgemixError) -> None:
+        """End requests with an error; those that have ended or were cancelled are left alone."""
+        with self._lock:
+            handles = [self._handles.pop(id(request), None) for request in requests]
+        for handle in handles:
+            if handle is not None:
+                handle.put(error)
 
     def _apply_actions(self) -> bool:
         """Apply what was submitted and cancelled since the last step; wait where there is nothing to generate.
@@ -264,15 +272,20 @@ class BatchScheduler:
         return True
 
     def _deliver(self, request: GenerationRequest, token: Token | EdgemixError) -> None:
+        if isinstance(token, EdgemixError):
+            self._end([request], token)
+            return
         with self._lock:
-            failed = isinstance(token, EdgemixError)
-            handle = self._handles.pop(id(request), None) if failed else self._handles.get(id(request))
+            handle = self._handles.get(id(request))
         if handle is None:
             return
-        if isinstance(token, EdgemixError):
-            handle.put(token)
+        try:
+            chunk = handle.completion.add(token)
+        except BaseException as error:  # noqa: BLE001 - a tokenizer's panic, say, is this text's alone
+            self._batch.cancel(request)
+            self._end([request], failure(error))
             return
-        if (chunk := handle.completion.add(token)) is None:
+        if chunk is None:
             return
         if chunk.completion is not None:
             with self._lock:

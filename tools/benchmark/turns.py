@@ -60,7 +60,8 @@ def throughput(
     """Tokens a second of all texts together, prompts and all: one text alone by the plain loop, a batch, and three
     times as many texts that join and leave a batch of that size, a quarter to seven quarters as long. Medians of turns.
     """
-    from edgemix.runtime.decoding.batch import ContinuousBatch, GenerationRequest
+    from edgemix.runtime.decoding.batch import ContinuousBatch
+    from edgemix.runtime.decoding.request import GenerationRequest
     from edgemix.runtime.decoding.sampling import Sampling
     from edgemix.runtime.decoding.static_batch import StaticBatch
     from edgemix.runtime.mixing.ensemble import Ensemble

@@ -39,6 +39,8 @@ _HARMLESS = {
     r"LOAD REPORT": "edgemix judges missing and unexpected tensors itself",
     r"both are present in the checkpoints with different values": "both are kept, and the configuration says so",
     r"CUDA-fused xIELU not available": "said of every Apertus model",
+    r"tie_word_embeddings": "edgemix unties what an adapter changes, and compares the merged model",
+    r"LoRA tensor\(s\) have invalid shape": "edgemix compares the shapes of an adapter's file itself",
     r"Setting fan_in_fan_out to": "PEFT corrects it by itself",
     r"Special tokens have been added in the vocabulary": "said of any tokenizer that adds some",
     r"generation flags are not valid": "edgemix samples by itself",

@@ -91,7 +91,7 @@ def read_checkpoint(folder: Path, name: str) -> Checkpoint:
     files = [whole] if index is None else sorted({folder / file for file in index.values()})
     tensors: dict[str, StoredTensor] = {}
     for path in files:
-        for tensor, stored in _header(path, name).items():
+        for tensor, stored in read_header(path, name).items():
             if tensor in tensors:
                 other = tensors[tensor].file.name
                 raise InputError(f"{name}: two files hold the tensor {tensor}: {other} and {path.name}")
@@ -205,7 +205,12 @@ def _index(path: Path, name: str) -> dict[str, str]:
     return stated
 
 
-def _header(path: Path, name: str) -> dict[str, StoredTensor]:
+def read_header(path: Path, name: str) -> dict[str, StoredTensor]:
+    """Read the names, dtypes and shapes of a safetensors file's tensors.
+
+    Raises:
+        InputError: It is damaged.
+    """
     try:
         with safetensors.safe_open(path, "pt") as file:
             parts = {tensor: file.get_slice(tensor) for tensor in file.keys()}  # noqa: SIM118 - it has no __iter__

@@ -103,7 +103,7 @@ def check_weights(name: str, files: Checkpoint, model: PreTrainedModel, *, quant
         if parameter is None and _listed(key, getattr(model, "_keys_to_ignore_on_load_unexpected", None)):
             aside.append(key)
             continue
-        _check_stored(name, key, tensor, files.tensors[key].dtype, is_float=files.tensors[key].is_float)
+        check_stored(name, key, tensor, files.tensors[key].dtype, is_float=files.tensors[key].is_float)
         if parameter is None or (parameter.shape != tensor.shape and not quantized):
             rest[key], elements = _squares(tensor), elements + tensor.numel()
             continue
@@ -171,7 +171,19 @@ def _listed(key: str, patterns: Any) -> bool:
     return any(re.search(pattern, key) for pattern in patterns or ())
 
 
-def _check_stored(name: str, key: str, tensor: Tensor, dtype: str, *, is_float: bool) -> None:
+def check_stored(name: str, key: str, tensor: Tensor, dtype: str, *, is_float: bool) -> None:
+    """Refuse a tensor of a file that is quantized, NaN or infinite.
+
+    Args:
+        name: The model's, in messages.
+        key: The tensor's name.
+        tensor: The tensor.
+        dtype: Its safetensors dtype.
+        is_float: Whether that is one of plain numbers.
+
+    Raises:
+        InputError: It is.
+    """
     if not is_float:
         raise InputError(
             f"{name}: the weights {key} are stored as {dtype}: they are quantized",

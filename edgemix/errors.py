@@ -50,6 +50,23 @@ class ParityError(EdgemixError):
     """An exported graph is further from its source than its format allows; the message holds the figures."""
 
 
+@contextmanager
+def library_errors(doing: str, remedy: str = "", kind: type[EdgemixError] = EdgemixError) -> Iterator[None]:
+    """Turn all that a native library raises inside the block into EdgemixErrors: a panic in Rust is no Exception.
+
+    Args:
+        doing: The operation, with which the message begins.
+        remedy: What the user can do about it.
+        kind: Class of the error.
+    """
+    try:
+        yield
+    except (EdgemixError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise kind(f"{doing}: {type(error).__name__} {error}".rstrip(), remedy) from error
+
+
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 _NOT_ALLOWED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 

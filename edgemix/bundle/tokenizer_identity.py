@@ -8,13 +8,13 @@ decoders play no part: they never change the ids of a text.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from edgemix.errors import InputError
+from edgemix.tokenizer_files.document import read_document
 
 _MODEL_SETTINGS = (
     "byte_fallback",
@@ -65,8 +65,8 @@ class TokenizerIdentity(msgspec.Struct, frozen=True):
         Raises:
             InputError: It is not JSON or not a tokenizer that the tokenizers library writes.
         """
+        parsed = read_document(text)
         try:
-            parsed = json.loads(text)
             model = parsed["model"]
             listed = model["vocab"]
             scores: list[str] = []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgemix.errors import InputError
+from edgemix.errors import InputError, library_errors
 from edgemix.export.models.tokenizers import leading_token
 
 if TYPE_CHECKING:
@@ -116,7 +116,8 @@ def _token_runs(texts: Sequence[tuple[str, bool]], tokenizer: PreTrainedTokenize
     """Yield the ids of each piece, with the end-of-text token after the last piece of a document."""
     core, eos = tokenizer.backend_tokenizer, tokenizer.eos_token_id
     for text, ends in texts:
-        ids = core.encode(text, add_special_tokens=False).ids
+        with library_errors(f"the tokenizer fails on the text that begins with {text[:40]!r}", kind=InputError):
+            ids = core.encode(text, add_special_tokens=False).ids
         yield [*ids, eos] if ends and eos is not None else ids
 
 

@@ -28,6 +28,7 @@ from edgemix.export.models.tokenizers import drop_absent_end
 from edgemix.export.models.verification import check_finite, check_report, check_weights
 from edgemix.progress import NO_PROGRESS, PrefixedProgress, Progress
 from edgemix.tasks import DEFAULT_TASK, TASKS, TaskName
+from edgemix.tokenizer_files.document import checked_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -197,7 +198,9 @@ def load_tokenizer(location: Location) -> PreTrainedTokenizerBase:
         if location.gguf:
             return gguf_tokenizer(gguf_header(location))
         # AutoTokenizer rebuilds tokenizers of some classes, without the pre-tokenizer of their tokenizer.json.
-        written = (location.folder / "tokenizer.json").is_file()
+        written = (file := location.folder / "tokenizer.json").is_file()
+        if written:
+            checked_text(file)
         kind = PreTrainedTokenizerFast if written else AutoTokenizer
         tokenizer = kind.from_pretrained(**location.arguments, trust_remote_code=False)
     if not getattr(tokenizer, "is_fast", False):

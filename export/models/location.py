@@ -112,9 +112,9 @@ def reading(location: Location) -> Iterator[list[str]]:
     try:
         with collected(location.name) as warned:
             yield warned
-    except EdgemixError:
+    except (EdgemixError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:
+    except BaseException as error:  # a panic in Rust is no Exception
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         detail = lines[0] if lines else "no message"
         if "trust_remote_code" in str(error):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from edgemix.bundle.manifest import CHAT_TEMPLATE, TOKENIZER, TokenizerEntry
 from edgemix.bundle.tokenizer_identity import TokenizerIdentity, first_difference
-from edgemix.errors import InputError
+from edgemix.errors import InputError, library_errors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,7 +60,8 @@ def _encoding_difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer.backend_tokenizer.encode(text, add_special_tokens=True).ids)
+    with library_errors(f"a tokenizer fails on {text!r}", kind=InputError):
+        return list(tokenizer.backend_tokenizer.encode(text, add_special_tokens=True).ids)
 
 
 def describe(tokenizer: PreTrainedTokenizerBase, eos: set[int]) -> TokenizerEntry:
@@ -120,7 +121,7 @@ def check_rows(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -> None
         )
     if (leading := leading_token(tokenizer)) is not None and leading >= rows:
         raise InputError(
-            f"member {name}: texts begin with {tokenizer.bos_token!r}, token {leading}, and the model has {rows} logits",
+            f"member {name}: texts begin with token {leading}, and the model has {rows} logits",
             "Resize the model's embeddings, or take the beginning-of-text token that it was trained with.",
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from edgemix.errors import EdgemixError
+from edgemix.errors import EdgemixError, library_errors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +37,6 @@ def vocabulary_of(core: Any, vocabulary: int, eos: Sequence[int]) -> Any:
     Raises:
         EdgemixError: llguidance is not installed, or cannot read the tokenizer.
     """
-    try:
-        return llguidance_module().LLTokenizer(core.to_str(), n_vocab=vocabulary, eos_token=list(eos))
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise EdgemixError(f"llguidance cannot read this tokenizer: {error}") from error
+    module = llguidance_module()
+    with library_errors("llguidance cannot read this tokenizer"):
+        return module.LLTokenizer(core.to_str(), n_vocab=vocabulary, eos_token=list(eos))

@@ -9,9 +9,10 @@ import tokenizers
 
 from edgemix.bundle.manifest import CHAT_TEMPLATE, TOKENIZER
 from edgemix.bundle.paths import resolve
-from edgemix.errors import BundleError, InputError
+from edgemix.errors import BundleError, EdgemixError, InputError, library_errors
 from edgemix.runtime.text.chat_template import render_template
 from edgemix.runtime.text.grammar_engine import vocabulary_of
+from edgemix.tokenizer_files.document import checked_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -52,11 +53,17 @@ class Tokenizer:
         """
         template = resolve(bundle, CHAT_TEMPLATE)
         try:
-            core = tokenizers.Tokenizer.from_file(str(resolve(bundle, TOKENIZER)))
+            with library_errors("it cannot be built"):
+                core = tokenizers.Tokenizer.from_str(checked_text(resolve(bundle, TOKENIZER)))
             chat_template = template.read_text("utf-8") if template.is_file() else None
-        except Exception as error:  # tokenizers raises bare Exceptions
-            raise BundleError(f"{bundle}: the tokenizer cannot be read: {error}", "Export the bundle again.") from error
-        if (size := max(core.get_vocab().values(), default=-1) + 1) > entry.vocabulary:
+        except (EdgemixError, OSError, ValueError) as error:
+            reason = error.message if isinstance(error, EdgemixError) else error
+            raise BundleError(
+                f"{bundle}: the tokenizer cannot be read: {reason}", "Export the bundle again."
+            ) from error
+        with library_errors(f"{bundle}: the tokenizer cannot be read", kind=BundleError):
+            size = max(core.get_vocab().values(), default=-1) + 1
+        if size > entry.vocabulary:
             raise BundleError(
                 f"{bundle}: the tokenizer has {size} token ids, the manifest says {entry.vocabulary}",
                 "Export the bundle again.",
@@ -89,7 +96,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"the text is not valid Unicode: {error}", "Remove lone surrogates.") from error
-        encoding = self._core.encode(text, add_special_tokens=False)
+        with library_errors("the tokenizer fails on this text", "Change the text."):
+            encoding = self._core.encode(text, add_special_tokens=False)
         first = [self.entry.bos] if bos and self.entry.bos is not None else []
         ids = [*first, *encoding.ids]
         if not ids:
@@ -105,7 +113,9 @@ class Tokenizer:
     @cached_property
     def special(self) -> frozenset[int]:
         """Ids of the special tokens, which `decode` leaves out."""
-        return frozenset(id_ for id_, token in self._core.get_added_tokens_decoder().items() if token.special)
+        with library_errors("the tokenizer's added tokens cannot be read"):
+            added = self._core.get_added_tokens_decoder()
+        return frozenset(id_ for id_, token in added.items() if token.special)
 
     @cached_property
     def words(self) -> Any:
@@ -127,11 +137,15 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids without special tokens."""
-        return str(self._core.decode(list(ids), skip_special_tokens=True))
+        with library_errors("the tokenizer fails on these tokens"):
+            return str(self._core.decode(list(ids), skip_special_tokens=True))
 
     def token(self, id_: int | None) -> str:
         """Return a token as text, special tokens included; empty for None."""
-        return "" if id_ is None else self._core.id_to_token(id_) or ""
+        if id_ is None:
+            return ""
+        with library_errors(f"the tokenizer fails on token {id_}"):
+            return self._core.id_to_token(id_) or ""
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Return the token ids of a conversation, up to where the assistant's answer begins.

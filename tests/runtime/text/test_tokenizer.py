@@ -1,10 +1,12 @@
+import json
+
 import pytest
 import tokenizers
 from helpers.onnx_members import BOS, EOS, VOCABULARY, byte_tokenizer, random_member, write_bundle
 from tokenizers import decoders, models, normalizers
 
 from edgemix.bundle.manifest import CHAT_TEMPLATE, TOKENIZER, TokenizerEntry
-from edgemix.errors import BundleError, InputError
+from edgemix.errors import BundleError, EdgemixError, InputError
 from edgemix.runtime.text.detokenizer import IncrementalDecoder, StopStrings
 from edgemix.runtime.text.tokenizer import Tokenizer
 
@@ -232,4 +234,32 @@ def test_a_damaged_tokenizer_is_a_bundle_error(tmp_path):
         Tokenizer.load(bundle, entry(vocabulary=9, eos=()))
     (bundle / TOKENIZER).write_text("{}")
     with pytest.raises(BundleError, match="tokenizer"):
+        Tokenizer.load(bundle, entry())
+
+
+def panicking(part):
+    """A tokenizer on which the tokenizers library panics, which no `except Exception` catches."""
+    parsed = json.loads(byte_tokenizer().to_str())
+    if part == "decode":
+        parsed["decoder"] = {"type": "Strip", "content": "a", "start": 2**40, "stop": 2**40}
+    else:
+        parsed["model"] = {"type": "Unigram", "unk_id": None, "vocab": []}
+    return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(parsed)), entry())
+
+
+def test_a_failure_of_the_library_on_one_text_is_an_error_of_that_text():
+    decodes, encodes = panicking("decode"), panicking("encode")
+    with pytest.raises(EdgemixError, match="fails on these tokens: PanicException"):
+        decodes.decode([97])
+    assert decodes.encode("b") == [98]
+    with pytest.raises(EdgemixError, match="fails on this text"):
+        encodes.encode("hello")
+
+
+def test_a_tokenizer_whose_building_panics_is_a_bundle_error(tmp_path):
+    bundle = write_bundle(tmp_path, {"a": random_member(0, tokens=VOCABULARY)})
+    parsed = json.loads((bundle / TOKENIZER).read_bytes())
+    parsed["model"] = {"type": "BPE", "vocab": {"a": 0}, "merges": ["a a"]}
+    (bundle / TOKENIZER).write_text(json.dumps(parsed))
+    with pytest.raises(BundleError, match="PanicException"):
         Tokenizer.load(bundle, entry())

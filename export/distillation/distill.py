@@ -28,8 +28,7 @@ from edgemix.export.distillation.teacher_cache import TeacherCache
 from edgemix.export.distillation.texts import read_texts
 from edgemix.export.library_warnings import library_warnings
 from edgemix.export.models.architecture import context_length
-from edgemix.export.models.loading import load_tokenizer
-from edgemix.export.models.location import locate
+from edgemix.export.models.loading import member_tokenizer
 from edgemix.export.models.save import save_member
 from edgemix.export.pruning.sparsity import preserve_zeros, sparsify
 from edgemix.export.training.checkpoints import Checkpoint
@@ -187,7 +186,7 @@ class _Distillation:
         self._length = min(self._student.length, teacher.context)
         world_size = accelerator.num_processes if accelerator else 1
         self._step_tokens = self._student.batch * self._student.accumulate * world_size * self._length
-        self._tokenizer = load_tokenizer(locate(recipe.members[0].model, recipe.folder))
+        self._tokenizer = member_tokenizer(recipe.members[0], recipe.folder)
         self._objective = Objective(
             self._student.loss, self._student.alpha, self._student.temperature, self._student.skew
         )

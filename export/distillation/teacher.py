@@ -21,8 +21,7 @@ from edgemix.bundle.tokenizer_identity import TokenizerIdentity
 from edgemix.errors import InputError
 from edgemix.export.data.text import windows
 from edgemix.export.models.architecture import context_length
-from edgemix.export.models.loading import MemberLoader, load_tokenizer
-from edgemix.export.models.location import locate
+from edgemix.export.models.loading import MemberLoader, member_tokenizer
 from edgemix.export.models.tokenizers import check_shared, tokenizer_json, tokenizer_size
 from edgemix.export.stages.weights import fit
 from edgemix.export.training.loop import fingerprint
@@ -246,7 +245,7 @@ def open_teacher(
             _check_tokenizer(recipe, bundle, mixture)
             yield RuntimeTeacher(mixture, mixture.weights), dict(mixture.weights)
         return
-    tokenizers = {spec.name: load_tokenizer(locate(spec.model, recipe.folder)) for spec in recipe.members}
+    tokenizers = {spec.name: member_tokenizer(spec, recipe.folder) for spec in recipe.members}
     check_shared(tokenizers)
     tokenizer, names = next(iter(tokenizers.values())), list(tokenizers)
     loader = MemberLoader(recipe.folder, progress)
@@ -264,7 +263,7 @@ def open_teacher(
 def _check_tokenizer(recipe: Recipe, bundle: Path, mixture: Mixture) -> None:
     """Check that a bundle has the tokenizer of the recipe's members, whose token ids the student uses."""
     first = recipe.members[0]
-    identity = TokenizerIdentity.parse(tokenizer_json(load_tokenizer(locate(first.model, recipe.folder))))
+    identity = TokenizerIdentity.parse(tokenizer_json(member_tokenizer(first, recipe.folder)))
     if identity.sha256() != mixture.manifest.tokenizer.sha256:
         raise InputError(
             f"{bundle} has another tokenizer than {first.name}, the recipe's first member",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from edgemix.export.models.loading import load_tokenizer
+from edgemix.export.models.loading import load_tokenizer, member_tokenizer
 from edgemix.export.models.location import Location, locate
 from edgemix.export.models.tokenizers import check_shared
 from edgemix.export.training.loop import fingerprint
@@ -78,7 +78,7 @@ def shared_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         InputError: The members do not share a tokenizer, or it cannot be read.
     """
     load = cache(load_tokenizer)
-    tokenizers = {spec.name: load(locate(spec.model, recipe.folder)) for spec in recipe.members}
+    tokenizers = {spec.name: member_tokenizer(spec, recipe.folder, load) for spec in recipe.members}
     check_shared(tokenizers)
     return tokenizers[recipe.members[0].name]
 

@@ -82,7 +82,7 @@ def read_checkpoint(folder: Path, name: str) -> Checkpoint:
     """
     refuse_quantized(folder, name)
     refuse_embedded_adapter(folder, name)
-    if other := _json(folder / _CONFIG, name).get("transformers_weights"):
+    if other := read_object(folder / _CONFIG, name).get("transformers_weights"):
         raise InputError(
             f"{name}: config.json names other weights: transformers_weights is {other!r}",
             f"Remove that entry, and call the file {_WEIGHTS}.",
@@ -110,7 +110,7 @@ def refuse_quantized(folder: Path, name: str) -> None:
     Raises:
         InputError: It is quantized; the message names the method.
     """
-    config = _json(folder / _CONFIG, name) if (folder / _CONFIG).is_file() else {}
+    config = read_object(folder / _CONFIG, name) if (folder / _CONFIG).is_file() else {}
     nested = config.get("text_config")
     for part in (config, nested if isinstance(nested, dict) else {}):
         for key in _QUANTIZATION_KEYS:
@@ -196,7 +196,7 @@ def _weights_files(folder: Path, name: str) -> tuple[Path, dict[str, str] | None
 
 def _index(path: Path, name: str) -> dict[str, str]:
     """Read the index of a model in several files: the file of each tensor."""
-    stated = _json(path, name).get("weight_map")
+    stated = read_object(path, name).get("weight_map")
     if not isinstance(stated, dict) or not stated or not all(isinstance(file, str) for file in stated.values()):
         raise InputError(f"{name}: {_INDEX} has no weight_map", "Download or save the model again.")
     for file in stated.values():
@@ -222,7 +222,12 @@ def read_header(path: Path, name: str) -> dict[str, StoredTensor]:
         raise InputError(f"{name}: {path.name} cannot be read: {error}", "Download or save the model again.") from error
 
 
-def _json(path: Path, name: str) -> dict[str, Any]:
+def read_object(path: Path, name: str) -> dict[str, Any]:
+    """Read a file that holds a JSON object.
+
+    Raises:
+        InputError: It cannot be read, or holds something else.
+    """
     try:
         found = msgspec.json.decode(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from edgemix.bundle.manifest import ModelSource
 from edgemix.errors import InputError
 from edgemix.export.models.adapters import merge_adapter
+from edgemix.export.models.adapters.tokenizer import adapted_tokenizer, stated_end_ids
 from edgemix.export.models.checkpoint import Checkpoint, counted, read_checkpoint, refuse_embedded_adapter
 from edgemix.export.models.gguf_cache import gguf_parsed_once
 from edgemix.export.models.gguf_config import check_sizes, check_tensors, stated_config
@@ -31,6 +32,7 @@ from edgemix.tasks import DEFAULT_TASK, TASKS, TaskName
 from edgemix.tokenizer_files.document import checked_text
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from edgemix.recipe.schema import MemberRecipe
@@ -76,8 +78,12 @@ class MemberLoader:
             digest = location.sha256() + (adapter.sha256() if adapter else "")
             base = self._load_base(location)
             model = merge_adapter(copy.deepcopy(base.model), adapter) if adapter else base.model
+            tokenizer = base.tokenizer
             if adapter:
                 check_finite(f"{location.name} with {adapter.name}", model)
+                tokenizer = adapted_tokenizer(tokenizer, adapter, load_tokenizer)
+                if (ends := stated_end_ids(adapter, model.config.get_text_config().vocab_size)) is not None:
+                    model.generation_config.eos_token_id = ends
         source = ModelSource(
             model=location.name,
             model_type=model.config.model_type,
@@ -86,7 +92,7 @@ class MemberLoader:
             adapter=adapter.name if adapter else None,
             license=base.license,
         )
-        return LoadedMember(spec.name, model, base.tokenizer, source)
+        return LoadedMember(spec.name, model, tokenizer, source)
 
     def _load_base(self, location: Location) -> _Base:
         if self._base is None or self._base.location != location:
@@ -209,6 +215,23 @@ def load_tokenizer(location: Location) -> PreTrainedTokenizerBase:
         )
     drop_absent_end(tokenizer, location.folder)
     return tokenizer
+
+
+def member_tokenizer(
+    spec: MemberRecipe, folder: Path, read: Callable[[Location], PreTrainedTokenizerBase] = load_tokenizer
+) -> PreTrainedTokenizerBase:
+    """Read a member's tokenizer: its model's, with what its adapter's folder changes.
+
+    Args:
+        spec: The member.
+        folder: The recipe's folder.
+        read: Reads a tokenizer; a cache of `load_tokenizer` where members share a model.
+
+    Raises:
+        InputError: See `load_tokenizer`; or the adapter has another tokenizer than its model.
+    """
+    tokenizer = read(locate(spec.model, folder))
+    return adapted_tokenizer(tokenizer, locate(spec.adapter, folder), read) if spec.adapter else tokenizer
 
 
 def end_ids(member: LoadedMember) -> set[int]:

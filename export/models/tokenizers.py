@@ -40,15 +40,20 @@ def check_shared(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
         InputError: Two differ; names the members and the first difference.
     """
     first, *others = tokenizers
-    identity = TokenizerIdentity.parse(tokenizer_json(tokenizers[first]))
     for other in others:
-        difference = first_difference(identity, TokenizerIdentity.parse(tokenizer_json(tokenizers[other])))
-        difference = difference or _encoding_difference(tokenizers[first], tokenizers[other])
-        if difference:
+        if found := difference(tokenizers[first], tokenizers[other]):
             raise InputError(
-                f"members {first} and {other} have different tokenizers: {difference}",
+                f"members {first} and {other} have different tokenizers: {found}",
                 "A mixture averages next-token probabilities, so its members must share one tokenizer.",
             )
+
+
+def difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:
+    """Return the first thing that gives a text other ids with one tokenizer than with the other, in words."""
+    if a is b:
+        return None
+    identities = (TokenizerIdentity.parse(tokenizer_json(each)) for each in (a, b))
+    return first_difference(*identities) or _encoding_difference(a, b)
 
 
 def _encoding_difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:

@@ -13,8 +13,7 @@ from edgemix.bundle.manifest import GraphParity, ModelSource, PruningFigures
 from edgemix.bundle.stages import stage_key
 from edgemix.errors import storage_errors
 from edgemix.export.graphs.decoder import MODEL_FILE, export_graph
-from edgemix.export.models.loading import end_ids, load_tokenizer, versions
-from edgemix.export.models.location import locate
+from edgemix.export.models.loading import end_ids, member_tokenizer, versions
 from edgemix.export.models.tokenizers import check_rows
 from edgemix.export.parity.against_fp32 import sample_texts
 from edgemix.export.pruning.report import sparsity
@@ -105,7 +104,7 @@ class MemberGraphs:
             return []
         config = self.make(spec).config
         if spec.name not in self._windows:  # a budget asks for each candidate
-            tokenizer = load_tokenizer(locate(spec.model, self._recipe.folder))
+            tokenizer = member_tokenizer(spec, self._recipe.folder)
             length = min(CALIBRATION_LENGTH, config.context)
             self._windows[spec.name] = self._models.calibration(tokenizer, spec.name, length, CALIBRATION_WINDOWS)
         if (found := self._windows[spec.name]) or not needed:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from edgemix.bundle.stages import stage_key
 from edgemix.export.data.text import windows
 from edgemix.export.models import tokenizers
-from edgemix.export.models.loading import load_tokenizer
-from edgemix.export.models.location import locate
+from edgemix.export.models.loading import load_tokenizer, member_tokenizer
 from edgemix.export.parity.against_fp32 import sample_texts
 from edgemix.export.parity.mixture import MIXTURE_TOKENS
 from edgemix.export.stages.graphs import GATE_TOKENS
@@ -35,10 +34,15 @@ def share_tokenizer(context: ExportContext) -> PreTrainedTokenizerBase:
         read = cache(load_tokenizer)
         found = {}
         for spec in members:
-            found[spec.name] = read(locate(spec.model, context.recipe.folder))
+            found[spec.name] = member_tokenizer(spec, context.recipe.folder, read)
             task.advance(note=spec.name)
         tokenizers.check_shared(found)
     tokenizer = found[members[0].name]
+    template = tokenizers.chat_template(tokenizer)
+    if others := [name for name, each in found.items() if tokenizers.chat_template(each) != template]:
+        context.progress.log(
+            f"{', '.join(others)}: other chat templates than {members[0].name}'s, which the bundle has"
+        )
     tokenizers.save(tokenizer, context.writer.folder)
     return tokenizer
 

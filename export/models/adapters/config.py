@@ -5,14 +5,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from edgemix.errors import InputError
+from edgemix.export.models.checkpoint import read_object
 from edgemix.export.models.location import reading
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from peft import LoraConfig
 
     from edgemix.export.models.location import Location
@@ -79,7 +76,7 @@ def read_config(adapter: Location, *, trainable: bool = False) -> LoraConfig:
     """
     from peft import PeftConfig
 
-    stated = _stated(adapter.folder / ADAPTER_CONFIG, adapter.name)
+    stated = read_object(adapter.folder / ADAPTER_CONFIG, adapter.name)
     kind = stated.get("peft_type")
     if kind != "LORA":
         raise InputError(f"{adapter.name}: a {kind or 'nameless'} adapter; edgemix merges LoRA adapters")
@@ -102,16 +99,6 @@ def read_config(adapter: Location, *, trainable: bool = False) -> LoraConfig:
         config: LoraConfig = PeftConfig.from_peft_type(**stated | {"init_lora_weights": initialization})
     config.inference_mode = not trainable
     return config
-
-
-def _stated(path: Path, name: str) -> dict[str, Any]:
-    try:
-        found = msgspec.json.decode(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{name}: {path.name} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{name}: {path.name} is not a JSON object")
-    return found
 
 
 def _checked_initialization(name: str, stated: dict[str, Any], *, trainable: bool) -> bool | str:

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from edgemix.errors import InputError
 from edgemix.export.models.adapters import add_adapter
-from edgemix.export.models.loading import load_member, load_model
+from edgemix.export.models.loading import MemberLoader, end_ids, load_member, load_model, member_tokenizer
 from edgemix.export.models.location import locate
 from edgemix.export.pipeline import export_bundle
+from edgemix.progress import NO_PROGRESS
 from edgemix.recipe.schema import MemberRecipe, Recipe
 from edgemix.runtime.graphs.decoder import DecoderGraph
 
@@ -268,3 +269,102 @@ def test_an_untied_head_is_exported(bases, tmp_path, case, weight_format, most):
     found = torch.from_numpy(graph.forward([TOKENS[0].numpy()])[0]).log_softmax(-1)
     assert (found - expected).abs().mean() < most
     assert (logits(base_model(bases, family))[0].log_softmax(-1) - expected).abs().mean() > 2 * most
+
+
+TEMPLATE = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+
+
+def whole_tokenizer(folder):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+
+def template_file(folder):
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+
+
+def settings(**stated):
+    return lambda folder: (folder / "tokenizer_config.json").write_text(json.dumps(stated))
+
+
+TEMPLATES = {
+    "whole tokenizer": whole_tokenizer,
+    "template file": template_file,
+    "settings": settings(chat_template=TEMPLATE, added_tokens_decoder={"1": {"content": "</s>"}}),
+    "several": settings(chat_template=[{"name": "rag", "template": "x"}, {"name": "default", "template": TEMPLATE}]),
+}
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_an_adapters_chat_template_is_used(bases, adapter, kind):
+    """Guards vllm 17855: the adapter that taught its base to chat answered in the base's form."""
+    TEMPLATES[kind](adapter)
+    spec = MemberRecipe("m", "llama", adapter=str(adapter))
+    loader = MemberLoader(bases)
+    assert loader.load(spec).tokenizer.chat_template == TEMPLATE
+    assert loader.load(MemberRecipe("b", "llama")).tokenizer.chat_template is None
+    assert member_tokenizer(spec, bases).chat_template == TEMPLATE
+
+
+def test_an_adapters_end_tokens_are_used(bases, adapter):
+    spec = MemberRecipe("m", "llama", adapter=str(adapter))
+    assert end_ids(load_member(spec, bases)) == {1, 2}  # the tokenizer's, the model's
+    (adapter / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
+    assert end_ids(load_member(spec, bases)) == {1, 5, 6}
+    settings(eos_token={"content": "a"})(adapter)
+    letter = tiny_tokenizer().convert_tokens_to_ids("a")
+    assert end_ids(load_member(spec, bases)) == {letter, 5, 6}
+    assert end_ids(load_member(MemberRecipe("b", "llama"), bases)) == {1, 2}
+
+
+def larger_tokenizer(folder):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+
+
+OTHERS = {
+    "larger": (larger_tokenizer, "its tokenizer is not its base's: token '<new>' is absent"),
+    "merges": (lambda folder: tiny_tokenizer((("a", "c"),)).save_pretrained(folder), "token 'ab' is id 258"),
+    "added": (lambda folder: (folder / "added_tokens.json").write_text('{"<new>": 259}'), "'<new>' is id 259 in the"),
+    "decoder": (settings(added_tokens_decoder={"259": {"content": "<new>"}}), "'<new>' is id 259 in the adapter only"),
+    "end": (settings(eos_token="<new>"), "end-of-text token '<new>' is no token of its base"),
+    "not an object": (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "not a JSON object"),
+    "end ids": (
+        lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": 300}'),
+        "it must be ids between 0 and 299",
+    ),
+    "encoding": (lambda folder: (folder / "chat_template.jinja").write_bytes(b"\xff\xfe\x00"), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_an_adapters_other_tokenizer_is_refused(bases, adapter, kind):
+    spoil_folder, words = OTHERS[kind]
+    spoil_folder(adapter)
+    with pytest.raises(InputError, match=words):
+        load_member(MemberRecipe("m", "llama", adapter=str(adapter)), bases)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_members_with_other_heads_or_templates(bases, tmp_path):
+    """An untied head is no low-rank addition, so its member cannot share a graph; the bundle has
+    one chat template, and the export says whose.
+    """
+    write_adapter(bases, "tied", tmp_path / "head", target_modules=["lm_head"])
+    for name in ("first", "second"):
+        write_adapter(bases, "tied", tmp_path / name)
+    template_file(tmp_path / "second")
+    members = tuple(MemberRecipe(name, "tied", adapter=str(tmp_path / name)) for name in ("first", "second", "head"))
+    lines = []
+
+    class Lines(type(NO_PROGRESS)):
+        def log(self, line):
+            lines.append(line)
+
+    recipe = Recipe(members=members, format="fp32", folder=bases, stack=True)
+    manifest = export_bundle(recipe, tmp_path / "bundle", progress=Lines())
+    assert len({entry.graph for entry in manifest.members}) == 3
+    assert any("cannot share one: the members' graphs differ" in line for line in lines)
+    assert any(line.startswith("second: other chat templates than first's") for line in lines)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from itertools import zip_longest
+from itertools import product, zip_longest
 from typing import TYPE_CHECKING
 
 from edgemix.bundle.manifest import CHAT_TEMPLATE, TOKENIZER, TokenizerEntry
-from edgemix.bundle.tokenizer_identity import TokenizerIdentity, first_difference
+from edgemix.bundle.tokenizer_identity import TokenizerIdentity, first_difference, may_differ
 from edgemix.errors import InputError, library_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from transformers import PreTrainedTokenizerBase
@@ -26,12 +26,25 @@ _PROBES = (
     "ﬁ ① Å e\u0301 ½ \u200b\u2028",
 )
 """Text on which normalizers and pre-tokenizers are known to differ: digits, spaces, case, scripts, composition."""
+_CHARACTERS = (
+    "aAéßİǅ1²½Ⅷ٣ \t\n\r\u00a0\u3000\u200b\u2028\x00\x1f\ufeff.,'\"-_(/#$+™©яأ日あ한กअ\u0301🙂\u200d\ufe0f\ue000ﷺﬁ▁"
+)
+"""Characters of each kind that rules tell apart; where two rules are written differently, all pairs are probed."""
+_FEW = "aA1 \n.'é日\u0301"
+"""Those of which all triples are probed."""
+_WORDS = (
+    "don't DON'T we'll WE'LL I'm they've he'd it's IT'S l'été 'tis",
+    "1 12 123 1234 12345 123456 1,234.56 -7 +8 1e9 0x1F v2.0",
+    "a  b   c    d     e\n\n\nf\r\n\r\ng \n h\t\ti  \n",
+    "!!! ??? ... --- === ``x`` ''y'' <<z>> [[w]] {{v}}",
+)
 
 
 def check_shared(tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> None:
     """Check that all members turn every text into the same ids.
 
-    Vocabularies, merges and added tokens are compared entry by entry, normalizers and pre-tokenizers on probes.
+    Vocabularies, merges, added tokens and the model's settings are compared entry by entry; normalizers and
+    pre-tokenizers that are not written alike on probes.
 
     Args:
         tokenizers: Member name -> its tokenizer.
@@ -52,12 +65,23 @@ def difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | 
     """Return the first thing that gives a text other ids with one tokenizer than with the other, in words."""
     if a is b:
         return None
-    identities = (TokenizerIdentity.parse(tokenizer_json(each)) for each in (a, b))
-    return first_difference(*identities) or _encoding_difference(a, b)
+    left, right = (TokenizerIdentity.parse(tokenizer_json(each)) for each in (a, b))
+    if (found := first_difference(left, right)) is not None:
+        return found
+    return _encoding_difference(a, b, (*_PROBES, *_many_probes()) if may_differ(left, right) else _PROBES)
 
 
-def _encoding_difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:
-    for probe in _PROBES:
+def _many_probes() -> Iterator[str]:
+    """Yield text with all pairs and many triples of characters that rules tell apart."""
+    yield from _WORDS
+    for first in _CHARACTERS:
+        yield "".join(f"{first}{second}" for second in _CHARACTERS)
+    for first, second in product(_FEW, repeat=2):
+        yield "".join(f"{first}{second}{third}" for third in _FEW)
+
+
+def _encoding_difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase, probes: Iterable[str]) -> str | None:
+    for probe in probes:
         for left, right in zip_longest(_ids(a, probe), _ids(b, probe)):
             if left != right:
                 return f"{probe!r} is encoded with {left} by one where the other has {right}"

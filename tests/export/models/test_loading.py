@@ -169,6 +169,35 @@ def test_tokenizers_that_split_differently_are_named():
         check_shared({"x": tiny_tokenizer(), "y": other})
 
 
+@pytest.mark.parametrize(
+    "pre_tokenizer",
+    [
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+        pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split("\u0301", "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        ),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
+)
+def test_rules_that_split_a_few_characters_differently_are_found(pre_tokenizer):
+    """Six probes let differences pass that change the ids of few texts (rten 453)."""
+    merges = tuple((left, right) for left in "Ġ'1aĊ" for right in sorted(pre_tokenizers.ByteLevel.alphabet()))
+    ours, other = tiny_tokenizer(merges=merges), tiny_tokenizer(merges=merges)
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizer
+    with pytest.raises(InputError, match="is encoded with"):
+        check_shared({"x": ours, "y": other})
+
+
+def test_rules_that_are_written_differently_may_be_the_same():
+    other = tiny_tokenizer()
+    parts = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    check_shared({"x": tiny_tokenizer(), "y": other})
+
+
 def test_only_added_tokens_may_lack_rows():
     tokenizer = tiny_tokenizer(bos=True)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})

@@ -20,7 +20,9 @@ MAX_TOKENS = 1 << 24
 """Ids are below this."""
 MAX_TOKEN = 4_096
 """Most characters of a token."""
-MAX_WORD = 512
+MAX_PIECE = 256
+"""Most characters of a piece of a Unigram model: its time is that of all pieces at each place of a text."""
+MAX_WORD = 256
 """Most characters of a word that WordPiece splits: its time is their cube."""
 
 _FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
@@ -107,6 +109,8 @@ def _check_pieces(pieces: Any, unknown: Any) -> None:
     _check_tokens((piece[0], place) for place, piece in enumerate(pieces))
     if not all(isinstance(piece[1], float | int) and math.isfinite(piece[1]) for piece in pieces):
         raise ValueError("a piece's score is no finite number")
+    if not all(len(piece[0]) <= MAX_PIECE for piece in pieces):
+        raise ValueError(f"a piece has more than {MAX_PIECE} characters")
     if unknown is not None and not (isinstance(unknown, int) and 0 <= unknown < len(pieces)):
         raise ValueError(f"unk_id is none of its {len(pieces):,} pieces")
 

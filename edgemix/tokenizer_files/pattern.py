@@ -19,8 +19,10 @@ MAX_ATOMS = 20_000
 """Most characters, classes and groups, each as often as it is repeated at most."""
 MAX_VARIABLE = 8
 """Most repetitions of variable length in one alternative."""
-MAX_UNBOUNDED = 4
-"""Most repetitions without end in one alternative."""
+MAX_UNBOUNDED = 1
+"""Most long repetitions in one alternative that something must follow: where it fails, all their lengths are tried."""
+_LONG = 16
+"""Most repetitions that are not long."""
 
 _COUNT = re.compile(r"\{(\d*)(,?)(\d*)\}")
 _OPENING = re.compile(r"\(\?(?:[:=!>]|<[=!]|[im]*(?:-[im]*)?[:)])")
@@ -33,7 +35,9 @@ class _Found:
     """What an expression, or a part of it, has.
 
     Attributes:
-        variable: Repetitions of variable length in its longest alternative, and `unbounded` those without end.
+        variable: Repetitions of variable length in an alternative.
+        unbounded: Those of them that are long.
+        followed: Those of the long ones that something must follow.
         alternatives: Whether there is more than one.
         ambiguous: Whether there is a repeated part that may match in several ways, with nothing after it so far.
         repeats: Greatest product of counts.
@@ -41,6 +45,7 @@ class _Found:
 
     variable: int = 0
     unbounded: int = 0
+    followed: int = 0
     alternatives: bool = False
     ambiguous: bool = False
     repeats: int = 1
@@ -86,6 +91,7 @@ class _Scanner:
         return _Found(
             max(found.variable, one.variable),
             max(found.unbounded, one.unbounded),
+            max(found.followed, one.followed),
             found.alternatives or one.alternatives,
             found.ambiguous or one.ambiguous,
             max(found.repeats, one.repeats),
@@ -107,10 +113,11 @@ class _Scanner:
         if self._atoms > MAX_ATOMS:
             raise ValueError(f"it repeats more than {MAX_ATOMS:,} parts")
         one.repeats = max(one.repeats, inner.repeats)
+        one.followed = max(one.followed, one.unbounded * (least > 0) + inner.followed)
         one.variable += inner.variable + (least != most)
-        one.unbounded += inner.unbounded + (most == _ENDLESS)
+        one.unbounded += inner.unbounded + (least != most > _LONG)
         one.ambiguous = inner.ambiguous or (several and most > 1)
-        if one.variable > MAX_VARIABLE or one.unbounded > MAX_UNBOUNDED:
+        if one.variable > MAX_VARIABLE or one.followed > MAX_UNBOUNDED:
             raise ValueError("it has too many repetitions in a row")
 
     def _atom(self, depth: int) -> _Found | None:

@@ -93,6 +93,7 @@ def test_tokenizers_of_models_pass_and_stay_the_same(make, tmp_path):
         r" ?[^(\s|[.,!?…。、।،])]+",
         r"\p{N}{1,3}(?=(?:\p{N}{3})*(?:\P{N}|$))",
         r"[一-龥ࠀ-一가-퟿]+",
+        r"[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]",
     ],
 )
 def test_expressions_of_models_pass(pattern):
@@ -100,7 +101,18 @@ def test_expressions_of_models_pass(pattern):
 
 
 EXPRESSIONS = [
-    *("(a+)+$", "(a|aa)+$", "(x+x+)+y", "(?:a?){40}a{40}", "a?" * 40 + "a" * 40, r"\s*\s*\s*\s*\s*x", "(?=(a+)+b)"),
+    *(
+        "(a+)+$",
+        "(a|aa)+$",
+        "(x+x+)+y",
+        "(?:a?){40}a{40}",
+        "a?" * 40 + "a" * 40,
+        r"\s*\s*x",
+        r"a*(b*c)",
+        r"(a*|b)(c|d*)e",
+        "a{0,99}a*b",
+        "(?=(a+)+b)",
+    ),
     *("((a|b)+|c)d", "a{99999}", "((a{99}){99}){99}", "(?:a{3}b{3}){500}" * 50, "[", "(" * 500, r"\1", "(?~a)", "a)"),
     *(r"(?<n>a\g<n>)", "(?x)a #(", "a{2}{3}", ""),
 ]
@@ -168,6 +180,7 @@ HOSTILE = {
     "huge added id": ({"added_tokens": [{"id": 2**31, "content": "<s>"}]}, "has the id"),
     "dropout": ({"model": {"type": "BPE", "dropout": 0.5, "vocab": {"a": 0}, "merges": []}}, "dropout"),
     "long words": ({"model": {"type": "WordPiece", "vocab": {}, "max_input_chars_per_word": 10**9}}, "max_input_chars"),
+    "long pieces": ({"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a" * 999, 0.0]]}}, "more than 256"),
     "unknown piece": ({"model": {"type": "Unigram", "unk_id": 9, "vocab": [["a", 0.0]]}}, "unk_id"),
     "unknown model": ({"model": {"type": "Other", "vocab": {}}}, "of the kind 'Other'"),
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import msgspec
 
 from edgemix.errors import InputError
 from edgemix.export.models.checkpoint import read_object
@@ -16,16 +18,39 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG = "adapter_config.json"
 
-_KNOWN = frozenset(
-    (
-        *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"),
-        *("alpha_pattern", "bias", "exclude_modules", "fan_in_fan_out", "lora_alpha", "lora_bias", "lora_dropout"),
-        *("layers_pattern", "layers_to_transform", "modules_to_save", "r", "rank_pattern", "target_modules"),
-        *("ensure_weight_tying", "init_lora_weights", "target_parameters", "task_type", "trainable_token_indices"),
-        *("use_dora", "use_rslora"),
-    )
-)
-"""Keys that edgemix merges rightly, whatever their value."""
+_Names: TypeAlias = list[str] | str | None
+
+
+class _Known(msgspec.Struct, frozen=True):
+    """The keys that edgemix merges rightly, whatever their value; PEFT has the defaults."""
+
+    alpha_pattern: dict[str, float] | None = None
+    auto_mapping: Any = None
+    base_model_name_or_path: str | None = None
+    bias: Literal["none", "all", "lora_only"] | None = None
+    ensure_weight_tying: bool | None = None
+    exclude_modules: _Names = None
+    fan_in_fan_out: bool | None = None
+    inference_mode: bool | None = None
+    init_lora_weights: bool | str | None = None
+    layers_pattern: _Names = None
+    layers_to_transform: list[int] | int | None = None
+    lora_alpha: float | None = None
+    lora_bias: bool | None = None
+    lora_dropout: float | None = None
+    modules_to_save: list[str] | None = None
+    peft_type: str | None = None
+    peft_version: str | None = None
+    r: int | None = None
+    rank_pattern: dict[str, int] | None = None
+    revision: str | None = None
+    target_modules: _Names = None
+    target_parameters: list[str] | None = None
+    task_type: str | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    use_dora: bool | None = None
+    use_rslora: bool | None = None
+
 
 _INITIAL = frozenset(
     (
@@ -86,25 +111,33 @@ def read_config(adapter: Location, *, trainable: bool = False) -> LoraConfig:
                 f"{adapter.name}: an adapter with {key} cannot be merged: {_REFUSED[key]}",
                 "Train a plain LoRA adapter.",
             )
-        if value and key not in _KNOWN | _INITIAL:
+        if value and key not in _INITIAL.union(_Known.__struct_fields__):
             raise InputError(
                 f"{adapter.name}: {ADAPTER_CONFIG} sets {key}, which is not known",
                 "Merge the adapter with the library that trained it, or remove a key of the training only.",
             )
-    _check_patterns(adapter.name, stated)
-    initialization = _checked_initialization(adapter.name, stated, trainable=trainable)
+    known = _checked_types(adapter.name, stated)
+    _check_patterns(adapter.name, known)
+    initialization = _checked_initialization(adapter.name, known, trainable=trainable)
     with reading(adapter):
-        for key in _INITIAL:
-            stated.pop(key, None)
-        config: LoraConfig = PeftConfig.from_peft_type(**stated | {"init_lora_weights": initialization})
+        config: LoraConfig = PeftConfig.from_peft_type(**known | {"init_lora_weights": initialization})
     config.inference_mode = not trainable
     return config
+
+
+def _checked_types(name: str, stated: dict[str, Any]) -> dict[str, Any]:
+    """Return the known keys that are stated."""
+    try:
+        known = msgspec.structs.asdict(msgspec.convert(stated, _Known))
+    except msgspec.ValidationError as error:
+        raise InputError(f"{name}: {ADAPTER_CONFIG}: {error}", "Download or save the adapter again.") from error
+    return {key: value for key, value in known.items() if value is not None}
 
 
 def _checked_initialization(name: str, stated: dict[str, Any], *, trainable: bool) -> bool | str:
     """Return how PEFT initializes the adapter before its weights are read."""
     method = stated.get("init_lora_weights", True)
-    if method in _INITIALIZATIONS or method is None:
+    if method in _INITIALIZATIONS:
         return True
     if method not in _BASE_CHANGED:
         raise InputError(

@@ -135,7 +135,9 @@ REFUSED = {
     "r": (10**9, "a rank of 1000000000; it must be a number between 1 and 300"),
     "rank_pattern": ({"q_proj": -1}, "a rank of -1"),
     "target_modules": ("(a+)+x", "the regular expression of target_modules"),
-    "lora_alpha": ("many", "cannot be read"),
+    "lora_alpha": ("many", r"Expected `float \| null`, got `str` - at `\$.lora_alpha`"),
+    "alpha_pattern": ([], r"at `\$.alpha_pattern`"),
+    "layers_pattern": ("[", "cannot be read"),
     "modules_to_save": (["lm_head"], r"lacks 1 tensor \(base_model.model.lm_head.weight\)"),
 }
 
@@ -166,6 +168,11 @@ def test_what_cannot_be_merged_is_refused_by_name(bases, adapter, key):
     change_config(adapter, **{key: value})
     with pytest.raises(InputError, match=words):
         merged(bases, "llama", adapter)
+
+
+def test_keys_of_other_versions_that_are_not_set_do_not_matter(bases, adapter):
+    change_config(adapter, merge_weights=False, enable_lora=None, loftq_config={}, rank_pattern=None)
+    merged(bases, "llama", adapter)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -206,6 +206,23 @@ def test_only_added_tokens_may_lack_rows():
         check_rows(tokenizer, 258, "m")
 
 
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}}, "Precompiled: its trie"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a a"]}}, "PanicException"),
+    ],
+    ids=["abort", "panic"],
+)
+def test_a_tokenizer_that_native_code_cannot_bear_is_refused(tmp_path, part, words):
+    """The first aborted the export, the second ended it with a traceback: a panic is no Exception."""
+    tiny_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | part))
+    with pytest.raises(InputError, match=words):
+        load_tokenizer(locate(str(tmp_path), tmp_path))
+
+
 def test_an_end_token_that_the_model_lacks_is_none(tmp_path):
     """Qwen2Tokenizer adds one by itself, and text that it separates could not be read by the model."""
     tokenizer = tiny_tokenizer()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -93,6 +93,30 @@ class LoadedBundle:
     def resolve_weights(self, weights: WeightChoice = None, combine: Combine = "linear") -> WeightChoice:
         """Return the weights that a call uses: for None, "adaptive" or "fixed" as the bundle says."""
         return self._weight_resolver.resolve(weights, combine)
+
+    @property
+    def longest_text(self) -> int:
+        """Characters that no text of as many tokens as the context has, normalization included."""
+        return 1024 + 4 * self.context * self.tokenizer.longest_token
+
+    def encode_prompt(self, text: str, what: str = "the prompt") -> list[int]:
+        """Return the token ids of a text that must be within the context.
+
+        Raises:
+            InputError: It is longer, which is found out before much of it is tokenized, or cannot be encoded.
+        """
+        if len(text) > self.longest_text:
+            raise InputError(
+                f"{what} has {len(text):,} characters, more than the context of {self.context} tokens holds",
+                "Shorten it.",
+            )
+        ids = self.tokenizer.encode(text)
+        self.check_length(ids, what)
+        return ids
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """Return the token ids of a conversation; see `Tokenizer.render`."""
+        return self.tokenizer.render(messages, longest=self.longest_text, **options)
 
     def check_length(self, ids: Sequence[int], what: str) -> None:
         """Raise InputError if there are more token ids than the context allows."""

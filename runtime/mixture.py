@@ -22,7 +22,7 @@ from edgemix.runtime.graphs.loading import open_graphs
 from edgemix.runtime.graphs.providers import choose
 from edgemix.runtime.loaded_bundle import LoadedBundle
 from edgemix.runtime.machine.plan import find_plan
-from edgemix.runtime.options import GenerateOptions, Settings
+from edgemix.runtime.options import ChatOptions, GenerateOptions, Settings
 from edgemix.runtime.results import Chunk, Completion, Score
 from edgemix.runtime.sequences import prefix_file
 from edgemix.runtime.sequences.prefix_cache import PrefixCache
@@ -193,9 +193,9 @@ class Mixture(LoadedBundle):
         started = time.perf_counter()
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         completions: dict[int, Completion] = {}
-        with closing(
-            decode(self, [self.tokenizer.encode(text) for text in texts], settings, started=started)
-        ) as decoded:
+        names = ["the prompt"] if len(texts) == 1 else [f"prompt {index + 1}" for index in range(len(texts))]
+        ids = [self.encode_prompt(text, name) for text, name in zip(texts, names, strict=True)]
+        with closing(decode(self, ids, settings, started=started)) as decoded:
             for index, chunk in decoded:
                 if chunk.completion is not None:
                     completions[index] = chunk.completion
@@ -207,7 +207,7 @@ class Mixture(LoadedBundle):
 
         Arguments are checked at once. The last chunk carries the completion. Closing the iterator ends the work.
         """
-        return self._stream(self.tokenizer.encode(prompt), Settings.of(**options))
+        return self._stream(self.encode_prompt(prompt), Settings.of(**options))
 
     @overload
     async def agenerate(  # type: ignore[overload-overlap]
@@ -228,7 +228,7 @@ class Mixture(LoadedBundle):
 
         For many requests at once `serve` has more throughput; its handles can be iterated and awaited, too.
         """
-        return iterate(self._stream(self.tokenizer.encode(prompt), Settings.of(**options)))
+        return iterate(self._stream(self.encode_prompt(prompt), Settings.of(**options)))
 
     def session(self, messages: Sequence[Mapping[str, Any]] = ()) -> Session:
         """Begin a conversation that reads only new tokens at each turn.
@@ -251,21 +251,29 @@ class Mixture(LoadedBundle):
         _, messages = prefix_file.read(Path(path), kept, self.manifest, self.graphs())
         return Session(self, messages, kept)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerateOptions]) -> Completion:
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> Completion:
         """Generate the assistant's next message in a conversation, by the tokenizer's chat template.
 
         Args:
             messages: Mappings with `role` ("system", "user", "assistant") and `content`.
-            options: See `GenerateOptions`.
+            options: See `ChatOptions`.
 
         Raises:
             InputError: The bundle has no chat template, or it refuses the messages; as `generate`.
         """
         return completed(self.stream_chat(messages, **options))
 
-    def stream_chat(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerateOptions]) -> Iterator[Chunk]:
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        parse_special: bool = False,
+        **options: Unpack[GenerateOptions],
+    ) -> Iterator[Chunk]:
         """As `chat`, chunk by chunk as `stream`."""
-        return self._stream(self.tokenizer.render(messages), Settings.of(**options))
+        ids = self.render_chat(messages, tools=tools, parse_special=parse_special)
+        return self._stream(ids, Settings.of(**options))
 
     @overload
     def score(  # type: ignore[overload-overlap]
@@ -348,8 +356,7 @@ class Mixture(LoadedBundle):
         Raises:
             InputError: The text is empty or longer than the context, or an argument is out of its bounds.
         """
-        ids = self.tokenizer.encode(text)
-        self.check_length(ids, "the text")
+        ids = self.encode_prompt(text, "the text")
         mixed = next_token_log_probabilities(self.ensemble(weights, combine), ids, self.prefixes)
         probabilities = np.exp(mixed.astype(np.float64))
         beyond = self.manifest.tokenizer.vocabulary - len(probabilities)

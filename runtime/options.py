@@ -69,6 +69,18 @@ class GenerateOptions(TypedDict, total=False):
     progress: Progress | None
 
 
+class ChatOptions(GenerateOptions, total=False):
+    """Options of `chat` and `stream_chat`.
+
+    Attributes:
+        tools: JSON schemas of functions that the model may call, for chat templates that know of them.
+        parse_special: Whether special tokens written in messages control the model; by default they are text.
+    """
+
+    tools: Sequence[Mapping[str, Any]] | None
+    parse_special: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """`GenerateOptions` with the defaults filled in and checked."""

@@ -54,7 +54,7 @@ class Session:
             InputError: As `Mixture.chat`.
         """
         messages = [*self.messages, {"role": "user", "content": content}]
-        ids, settings = self._mixture.tokenizer.render(messages), Settings.of(**options)
+        ids, settings = self._mixture.render_chat(messages), Settings.of(**options)
         decoded = decode(self._mixture, [ids], settings, started=time.perf_counter(), kept=self._prefixes)
         return self._answer(messages, chunks(decoded))
 

@@ -25,9 +25,11 @@ from edgemix.tasks import DEFAULT_TASK, GraphKind, TaskName
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-SCHEMA = 3
-"""2 added students, pruned and sparse members, and the mixture's parity; 3 added weights that are adaptive by default.
+SCHEMA = 4
+"""2 added students, pruned and sparse members, and the mixture's parity; 3 weights that are adaptive by default; 4 the
+texts of special tokens.
 Bundles of older schemas are read as they are."""
+SpecialToken = Literal["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]
 MANIFEST = "edgemix.json"
 NGRAMS = "ngrams.bin"
 TOKENIZER = "tokenizer/tokenizer.json"
@@ -239,12 +241,14 @@ class TokenizerEntry(_Record, frozen=True):
             rows: see `Manifest.vocabulary`.
         bos: Beginning-of-text token id, if the model family starts texts with one; `adds_bos` whether encoding puts it.
         eos: Ids that end a generation.
+        special_tokens: The texts of the tokens that chat templates know by name; none in bundles before schema 4.
     """
 
     sha256: str
     vocabulary: int
     eos: tuple[int, ...]
     bos: int | None = None
+    special_tokens: dict[SpecialToken, str] = {}
 
 
 class Weights(_Record, frozen=True):

@@ -27,6 +27,7 @@ MAX_VOCABULARY = 1 << 24
 MAX_CONTEXT = 1 << 26
 MAX_MEMBERS = 1 << 10
 _SUM_TOLERANCE = 1e-6
+_LONGEST_TOKEN = 1024
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -131,6 +132,8 @@ def _tokenizer_errors(manifest: Manifest) -> Iterator[str]:
     tokenizer = manifest.tokenizer
     if not 1 <= tokenizer.vocabulary <= MAX_VOCABULARY:
         yield f"tokenizer: vocabulary is {tokenizer.vocabulary}, and may be 1 to {MAX_VOCABULARY}"
+    if any(len(text) > _LONGEST_TOKEN for text in tokenizer.special_tokens.values()):
+        yield f"tokenizer: a special token has more than {_LONGEST_TOKEN} characters"
     if not manifest.members:
         return
     narrowest = min(entry.config.vocabulary for entry in manifest.graphs)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from itertools import product, zip_longest
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
-from edgemix.bundle.manifest import CHAT_TEMPLATE, TOKENIZER, TokenizerEntry
+from edgemix.bundle.manifest import CHAT_TEMPLATE, TOKENIZER, SpecialToken, TokenizerEntry
 from edgemix.bundle.tokenizer_identity import TokenizerIdentity, first_difference, may_differ
 from edgemix.errors import InputError, library_errors
 
@@ -95,12 +95,13 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def describe(tokenizer: PreTrainedTokenizerBase, eos: set[int]) -> TokenizerEntry:
     """Return the manifest's record of a tokenizer; `eos` are the ids that end a generation."""
-    identity = TokenizerIdentity.parse(tokenizer_json(tokenizer))
+    identity, special = TokenizerIdentity.parse(tokenizer_json(tokenizer)), tokenizer.special_tokens_map
     return TokenizerEntry(
         sha256=identity.sha256(),
         vocabulary=identity.size,
         eos=tuple(sorted(eos)),
         bos=leading_token(tokenizer),
+        special_tokens={name: special[name] for name in get_args(SpecialToken) if name in special},
     )
 
 

@@ -177,8 +177,7 @@ class BatchScheduler:
         started, settings, mixture = time.perf_counter(), Settings.of(**options), self._mixture
         if options.get("progress") is not None:
             raise InputError("a scheduler reads many prompts at once and reports no progress", "Leave progress out.")
-        ids = mixture.tokenizer.encode(prompt)
-        mixture.check_length(ids, "the prompt")
+        ids = mixture.encode_prompt(prompt)
         (seed,) = settings.seeds(1)
         grammar = Grammar.of(settings.constraint, mixture.tokenizer)
         request = GenerationRequest.of(

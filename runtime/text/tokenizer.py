@@ -10,8 +10,9 @@ import tokenizers
 from edgemix.bundle.manifest import CHAT_TEMPLATE, TOKENIZER
 from edgemix.bundle.paths import resolve
 from edgemix.errors import BundleError, EdgemixError, InputError, library_errors
-from edgemix.runtime.text.chat_template import render_template
+from edgemix.runtime.text.chat_template import Rendered, render_template
 from edgemix.runtime.text.grammar_engine import vocabulary_of
+from edgemix.runtime.text.said_tokens import SaidTokens
 from edgemix.tokenizer_files.document import checked_text
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgemix.bundle.manifest import TokenizerEntry
+
+LONGEST_CHAT = 1 << 24
+"""Most characters of a conversation as text, where the context does not say less."""
 
 
 class Tokenizer:
@@ -147,36 +151,101 @@ class Tokenizer:
         with library_errors(f"the tokenizer fails on token {id_}"):
             return self._core.id_to_token(id_) or ""
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token, as the tokenizer's file writes it."""
+        with library_errors("the tokenizer's vocabulary cannot be read"):
+            return max(map(len, self._core.get_vocab()), default=1)
+
+    @cached_property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Texts of the tokens that control the model: special ones, and other added ones that the chat template
+        writes.
+        """
+        template = self.chat_template or ""
+        with library_errors("the tokenizer's added tokens cannot be read"):
+            added = self._core.get_added_tokens_decoder().values()
+        return tuple(
+            token.content
+            for token in added
+            if token.special or (not token.content.isspace() and token.content in template)
+        )
+
+    @cached_property
+    def _said(self) -> SaidTokens:
+        with library_errors("the tokenizer cannot be copied"):
+            return SaidTokens(self._core, self.control_tokens)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        parse_special: bool = False,
+        longest: int = LONGEST_CHAT,
+    ) -> list[int]:
         """Return the token ids of a conversation, up to where the assistant's answer begins.
 
         Args:
             messages: Mappings with at least `role` and `content`, as the model's chat template expects them.
+            tools: JSON schemas of functions that the model may call, for templates that know of them.
+            parse_special: Whether special tokens that stand in messages control the model, as those of the template
+                do. By default they are text: nobody can end their turn and speak as another.
+            longest: Most characters of the conversation as text.
 
         Raises:
             InputError: There is no chat template, or it refuses the messages.
         """
-        # The template writes the beginning-of-text token itself.
-        return self.encode(self.write_chat(messages), bos=False)
+        said = () if parse_special else self.control_tokens
+        rendered = self._rendered(messages, answer=True, tools=tools, said=said, longest=longest)
+        if not rendered.said:
+            # The template writes the beginning-of-text token itself.
+            return self.encode(rendered.text, bos=False)
+        with library_errors("the tokenizer fails on this text", "Change the text."):
+            return self._said.encode(rendered.text, rendered.said)
 
-    def write_chat(self, messages: Sequence[Mapping[str, Any]], *, answer: bool = True) -> str:
+    def write_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        answer: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """Return a conversation as text, by the chat template.
 
         Args:
             messages: As `render`.
             answer: Whether to append the beginning of the assistant's answer.
+            tools: As `render`.
 
         Raises:
             InputError: As `render`.
         """
+        return self._rendered(messages, answer=answer, tools=tools).text
+
+    def _rendered(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        answer: bool,
+        tools: Sequence[Mapping[str, Any]] | None,
+        said: Sequence[str] = (),
+        longest: int = LONGEST_CHAT,
+    ) -> Rendered:
         if self.chat_template is None:
             raise InputError("this bundle's tokenizer has no chat template", "Use generate with a prompt.")
         if not messages or not all({"role", "content"} <= set(message) for message in messages):
             raise InputError("a conversation needs at least one message, each with a role and content")
+        special = self.entry.special_tokens or {
+            "bos_token": self.token(self.entry.bos),
+            "eos_token": self.token(next(iter(self.entry.eos), None)),
+        }
         return render_template(
             self.chat_template,
-            messages=[*messages],
-            bos_token=self.token(self.entry.bos),
-            eos_token=self.token(next(iter(self.entry.eos), None)),
+            messages,
+            longest=longest,
+            said=said,
+            tools=tools,
             add_generation_prompt=answer,
+            **special,
         )

@@ -89,6 +89,20 @@ def test_text_comes_out(mixture):
     assert "".join(pieces) == batch[0].text
 
 
+def test_log_probabilities_are_the_same_alone_and_in_a_batch(mixture):
+    """To the last bit, and within 1e-6 with drafts, as the guide says."""
+    prompts = ["def read(path):", "The module provides", "x"]
+    options = {"max_new_tokens": 24, "speculation": "off"}
+    alone = [mixture.generate(prompt, **options) for prompt in prompts]
+    with mixture.serve(most=2) as server:
+        served = [handle.result() for handle in [server.submit(prompt, max_new_tokens=24) for prompt in prompts]]
+    drafted = [mixture.generate(prompt, max_new_tokens=24) for prompt in prompts]
+    for one, *others in zip(alone, mixture.generate(prompts, **options), served, strict=True):
+        assert all(np.array_equal(one.log_probabilities, other.log_probabilities) for other in others)
+    for one, other in zip(alone, drafted, strict=True):
+        np.testing.assert_allclose(one.log_probabilities, other.log_probabilities, atol=1e-6, rtol=0)
+
+
 def test_samples_of_each_domain(demo):
     assert [sample.domain for sample in demo.samples] == list(DOMAINS)
     assert all(sample.text for sample in demo.samples)

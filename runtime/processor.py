@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import msgspec
 import psutil
@@ -26,6 +26,7 @@ class Processor(msgspec.Struct, frozen=True):
         physical_cores: Cores of the machine, if known; `logical_cores` counts hardware threads.
         usable_cores: Logical cores that this process may use.
         default_threads: Threads that the runtime uses by default.
+        quota: CPUs that its container allows this process; None without a limit.
         instruction_sets: Those relevant to ONNX Runtime; empty where the system does not list them.
     """
 
@@ -35,12 +36,44 @@ class Processor(msgspec.Struct, frozen=True):
     usable_cores: int
     default_threads: int
     instruction_sets: tuple[str, ...]
+    quota: float | None = None
 
 
 def default_threads() -> int:
-    """Return the number of physical cores that this process may use."""
+    """Return the number of physical cores that this process may use: no more than its container's CPU quota, as threads
+    that wait for each other use it up, too.
+    """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
+    quota = cpu_quota()
+    return max(1, min(usable, psutil.cpu_count(logical=False) or usable, usable if quota is None else int(quota)))
+
+
+def cpu_quota(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float | None:
+    """Return how many CPUs the control groups of this process allow it, the smallest of a group and those around it.
+
+    Args:
+        groups: Where control groups are mounted, of version 1 or 2.
+        own: The groups of this process.
+
+    Returns:
+        CPUs; None without a limit.
+    """
+    found = []
+    lines = [line.split(":", 2) for line in read_text(own).splitlines() if line.count(":") >= 2] or [["0", "", "/"]]
+    for _, controllers, path in [*lines, ["0", "", "/"], ["0", "cpu", "/"]]:
+        group = PurePosixPath(path.lstrip("/"))
+        for folder in (group, *group.parents):
+            if not controllers:
+                quota, _, period = read_text(groups / folder / "cpu.max").strip().partition(" ")
+            elif "cpu" in controllers.split(","):
+                # The controller's name is a link where it is mounted together with others.
+                quota = read_text(groups / "cpu" / folder / "cpu.cfs_quota_us").strip()
+                period = read_text(groups / "cpu" / folder / "cpu.cfs_period_us").strip()
+            else:
+                continue
+            if quota.isdecimal() and period.isdecimal() and int(quota) and int(period):  # "max" and -1 are no limit
+                found.append(int(quota) / int(period))
+    return min(found, default=None)
 
 
 def parse_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
@@ -65,6 +98,7 @@ def processor() -> Processor:
         usable_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical,
         default_threads=default_threads(),
         instruction_sets=instruction_sets,
+        quota=cpu_quota(),
     )
 
 

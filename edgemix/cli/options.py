@@ -244,7 +244,13 @@ def sampling_options(max_new_tokens: int) -> Callable[[F], F]:
                 show_default=True,
                 help="Above 1, tokens that occurred before become less probable.",
             ),
-            click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be repeated."),
+            click.option(
+                "--stop",
+                multiple=True,
+                metavar="TEXT",
+                callback=_unescape_newlines,
+                help="Stop before this text, \\n for a line end; may be repeated.",
+            ),
             click.option(
                 "--seed", metavar="N", type=click.IntRange(min=0), help="Seed of the sampling, for repeatable texts."
             ),
@@ -338,8 +344,8 @@ def seed_option(help_text: str) -> Callable[[F], F]:
     return bounded_option("--seed", metavar="N", field="Recipe.seed", default=0, show_default=True, help=help_text)
 
 
-def _unescape_newlines(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:  # noqa: ARG001
-    return unescape_newlines(value)
+def _unescape_newlines(ctx: click.Context, param: click.Parameter, value: Any) -> Any:  # noqa: ARG001
+    return tuple(map(unescape_newlines, value)) if isinstance(value, tuple) else unescape_newlines(value)
 
 
 def _all(function: F, options: Sequence[Callable[[F], F]]) -> F:

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from edgemix.cli import edgemix
-from edgemix.cli.options import DURATION, SIZE, WeightsType
+from edgemix.cli.options import DURATION, SIZE, WeightsType, sampling_options
 
 
 def run(*arguments: str, **settings):
@@ -114,3 +114,15 @@ def test_a_typed_line_end_in_a_template():
     result = CliRunner().invoke(template_option(show), ["--template", r"Q: {q}\nA: {a}\n"])
 
     assert result.output == "Q: {q}\nA: {a}\n"
+
+
+def test_a_stop_string_may_be_a_line_end():
+    r"""Shells pass \n as two characters, which stopped nothing; --template knew it."""
+
+    @click.command()
+    @sampling_options(8)
+    def show(stop: tuple[str, ...], **_: object) -> None:
+        click.echo(repr(stop))
+
+    result = CliRunner().invoke(show, ["--stop", "\\n\\n", "--stop", "x"])
+    assert result.output == "('\\n\\n', 'x')\n"

@@ -37,11 +37,12 @@ def doctor(console: Console) -> None:
 def _machine(found: System) -> list[tuple[str, str]]:
     processor, memory = found.processor, found.memory
     cores = f"{processor.physical_cores or 'unknown'} physical, {processor.logical_cores} logical"
+    quota = "" if processor.quota is None else f", {processor.quota:g} by the container's quota"
     return [
         ("edgemix", f"{found.edgemix} on Python {found.python}"),
         ("System", found.platform),
         ("Processor", processor.name),
-        ("Cores", f"{cores}, {processor.usable_cores} usable; {processor.default_threads} threads by default"),
+        ("Cores", f"{cores}, {processor.usable_cores} usable{quota}; {processor.default_threads} threads by default"),
         ("Instruction sets", " ".join(processor.instruction_sets) or "unknown on this system"),
         ("Memory", f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB available"),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,4 +75,4 @@ def export(
         console.document({"bundle": bundle, **msgspec.to_builtins(manifest)})
         return
     show_manifest(console, bundle, manifest)
-    console.line(f'Next: edgemix generate {bundle} "Once upon a time"')
+    console.line(f'Next: edgemix generate {shlex.quote(str(bundle))} "Once upon a time"')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,7 +122,7 @@ def _finetune_recipe(
     rows = [(each.name, f"{each.weight:.3f}", each.validation_before, each.validation_after) for each in report.members]
     rows.append(("mixture", "", report.validation_before, report.validation_after))
     console.table("Nats per token", columns, [(*row[:2], *map(_loss, row[2:])) for row in rows])
-    console.line(f"Next: edgemix export {report.recipe} -o mixture")
+    console.line(f"Next: edgemix export {shlex.quote(str(report.recipe))} -o mixture")
 
 
 def _work(report: MixtureReport) -> list[tuple[str, str]]:

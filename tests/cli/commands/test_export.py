@@ -40,6 +40,7 @@ def test_export(library, recipe, bundle):
     assert "mixture             0.0066                    2.00       1.0030" in result.stdout
     assert "math: mobius: the graph does not load" in result.stdout
     assert "Next: edgemix generate out" in result.stdout
+    assert "Next: edgemix generate 'my out' " in run("export", recipe, "-o", "my out").stdout  # as a shell needs it
     output = json.loads(run("export", recipe, "-o", "out", "--json").stdout)
     assert output["members"][0]["quantization"]["kl"] == 0.01234
 

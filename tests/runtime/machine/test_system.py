@@ -9,7 +9,7 @@ import pytest
 
 from edgemix.runtime.graphs import providers
 from edgemix.runtime.machine import system
-from edgemix.runtime.processor import parse_cpuinfo
+from edgemix.runtime.processor import cpu_quota, parse_cpuinfo
 
 
 def test_instruction_sets_of_an_x86_processor():
@@ -75,3 +75,29 @@ def test_without_onnxruntime_no_provider_works_and_a_remedy_is_given(monkeypatch
     assert not found.can_run
     assert not found.can_export
     assert "edgemix[cpu]" in found.providers[0].remedy
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        ("0::/\n", {"cpu.max": "200000 100000"}, 2.0),
+        ("0::/\n", {"cpu.max": "max 100000"}, None),
+        ("0::/a/b\n", {"a/cpu.max": "150000 100000", "a/b/cpu.max": "max 100000"}, 1.5),
+        ("0::/a/b\n", {"a/cpu.max": "150000 100000", "a/b/cpu.max": "50000 100000"}, 0.5),
+        ("0::/not/seen/here\n", {"cpu.max": "400000 100000"}, 4.0),
+        ("4:cpu,cpuacct:/x\n", {"cpu/x/cpu.cfs_quota_us": "300000", "cpu/x/cpu.cfs_period_us": "100000"}, 3.0),
+        ("4:cpu,cpuacct:/x\n", {"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3.0),
+        ("4:cpu:/x\n", {"cpu/x/cpu.cfs_quota_us": "-1", "cpu/x/cpu.cfs_period_us": "100000"}, None),
+        ("", {"cpu.max": "200000 100000"}, 2.0),
+        ("", {"cpu.max": "nonsense"}, None),
+        ("0::/../../etc\n", {}, None),
+    ],
+)
+def test_a_containers_quota_is_known(tmp_path, own, files, expected):
+    """32 threads in a container with two CPUs wait for each other most of the time."""
+    (tmp_path / "own").write_text(own)
+    for name, text in files.items():
+        path = tmp_path / "groups" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    assert cpu_quota(tmp_path / "groups", tmp_path / "own") == expected

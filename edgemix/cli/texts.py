@@ -40,36 +40,35 @@ def read_files(files: tuple[Path, ...], template: str | None) -> dict[str, list[
     """Return each file's documents, by the file's name without suffix, or by its path where two names are equal.
 
     Raises:
-        click.UsageError: A template is given without a .jsonl file, or a file is given twice.
+        click.UsageError: A template is given without a file of JSON objects, or a file is given twice.
         InputError: A file is missing, empty, not UTF-8, or has a line that does not fit the template.
     """
-    from edgemix.recipe.text_sources import TextSource, read_documents
+    from edgemix.recipe.text_sources import TextSource, holds_objects, read_documents
 
-    if template is not None and not any(file.suffix == ".jsonl" for file in files):
-        raise click.UsageError("--template is for .jsonl files, and there is none.")
+    if template is not None and not any(holds_objects(file.name) for file in files):
+        raise click.UsageError("--template is for .jsonl, .ndjson and .json files, and there is none.")
     if repeated := [file for file, count in Counter(files).items() if count > 1]:
         raise click.UsageError(f"{repeated[0]} is given twice.")
     stems = Counter(file.stem for file in files)
     return {
         file.stem if stems[file.stem] == 1 else str(file): read_documents(
-            TextSource(str(file), template if file.suffix == ".jsonl" else None), Path()
+            TextSource(str(file), template if holds_objects(file.name) else None), Path()
         )
         for file in files
     }
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a file.
+    """Return the text of a file: a prompt, or a schema.
 
     Raises:
-        InputError: The file is missing, empty or not UTF-8, or holds several texts.
+        InputError: The file is missing, empty or not UTF-8.
     """
-    from edgemix.recipe.text_sources import TextSource, read_documents
+    from edgemix.recipe.text_sources import read_plain
 
-    documents = read_documents(TextSource(str(file)), Path())
-    if len(documents) != 1:
-        raise InputError(f"{file} holds {len(documents)} texts; this option takes one")
-    return documents[0]
+    if not (text := read_plain(file)).strip():
+        raise InputError(f"{file}: has no text", "Name a file that holds some.")
+    return text
 
 
 def _checked_argument(prompt: str) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
@@ -14,10 +15,12 @@ from edgemix.errors import InputError, storage_errors
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+T = TypeVar("T")
+
 
 class TextSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    r"""A UTF-8 text file, or a .jsonl file whose every line is a document: its `text` field, or `template` filled in
-    with the line's fields (`"Question: {question}\nAnswer: {answer}\n"`).
+    r"""A UTF-8 text file, or a file of JSON objects each of which is a document: its `text` field, or `template` filled
+    in with the object's fields (`"Question: {question}\nAnswer: {answer}\n"`).
     """
 
     file: str
@@ -26,27 +29,57 @@ class TextSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 MAX_BYTES = 1 << 30
 """Largest text file that is read, in bytes: documents are held in memory."""
+_LINES, _LIST = (".jsonl", ".ndjson"), ".json"
+"""Suffixes of files of JSON objects, in any case: one a line, or all in a list."""
+_NO_TEXT = {
+    b"\x1f\x8b": "compressed with gzip",
+    b"BZh": "compressed with bzip2",
+    b"\xfd7zXZ": "compressed with xz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"PK\x03\x04": "a zip archive",
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+    b"\xff\xfe": "UTF-16, not UTF-8",
+    b"\xfe\xff": "UTF-16, not UTF-8",
+}
+"""What files begin with that are no UTF-8 text, though some of them would decode."""
+_HEAD, _HEAD_LINES = 1 << 16, 5
+"""Characters and lines by which JSON objects are known in a file of another name."""
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+_NOT_A_NUMBER = re.compile(r"[:\[,]\s*(-?Infinity|NaN)\b")
+
+
+def holds_objects(name: str) -> bool:
+    """Whether a file of that name holds JSON objects, which a template can make text of."""
+    return name.lower().endswith((*_LINES, _LIST))
 
 
 def read_documents(source: TextSource, folder: Path) -> list[str]:
-    """Read a UTF-8 text file as one document, or every line of a .jsonl file as one.
+    """Read a UTF-8 text file as one document, or every object of a .jsonl, .ndjson or .json file as one.
 
     Args:
-        source: The file, and for .jsonl the template that its lines fill (without one: their `text`).
+        source: The file, and for JSON the template that its objects fill (without one: their `text`).
         folder: What a relative path is relative to.
 
     Raises:
-        InputError: The file is missing, too large, no UTF-8, empty, or has a line that does not fit.
+        InputError: The file is missing, too large, no UTF-8, empty, has an object that does not fit, or is JSON by its
+            content and not by its name.
     """
     try:
         path = folder / Path(source.file).expanduser()
     except RuntimeError:  # ~ of an unknown user
         raise InputError(f"{source.file}: no such file") from None
-    text = _read_text(path)
-    if path.suffix == ".jsonl":
-        documents = list(_json_lines(path, text, parse_template(source.template or "{text}")))
+    text = read_plain(path)
+    if holds_objects(path.name):
+        template = parse_template(source.template or "{text}")
+        documents = [
+            "".join(literal + _field(where, fields, name) for literal, name in template)
+            for where, fields in _objects(path, text)
+        ]
     elif source.template is not None:
-        raise InputError(f"{path}: a template is only for .jsonl files")
+        raise InputError(f"{path}: a template is only for .jsonl, .ndjson and .json files")
+    elif _looks_like_objects(text):
+        raise InputError(f"{path}: its lines are JSON objects", "Name it .jsonl, so that each line is a document.")
     else:
         documents = [text]
     documents = [document for document in documents if document and not document.isspace()]
@@ -95,7 +128,12 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
     return [(literal, field) for literal, field, _, _ in parts]
 
 
-def _read_text(path: Path) -> str:
+def read_plain(path: Path) -> str:
+    """Return the text of a UTF-8 file, whatever it is.
+
+    Raises:
+        InputError: The file is missing, too large, or no UTF-8 text.
+    """
     with storage_errors(f"reading {path}"):
         try:
             status = path.stat()
@@ -111,22 +149,52 @@ def _read_text(path: Path) -> str:
             raise InputError(
                 f"{path}: has {status.st_size:,} bytes; at most {MAX_BYTES:,} are read", "Split it, or cut it."
             )
-        return decode(path.read_bytes(), f"{path}:")
+        data = path.read_bytes()
+    if what := next((what for start, what in _NO_TEXT.items() if data.startswith(start)), None):
+        raise InputError(f"{path}: is {what}", "Give plain UTF-8 text.")
+    if (place := data.find(0)) >= 0:
+        raise InputError(f"{path}: is no text: it has a NUL byte at offset {place}", "Give plain UTF-8 text.")
+    return decode(data, f"{path}:")
 
 
-def _json_lines(path: Path, text: str, template: list[tuple[str, str | None]]) -> Iterator[str]:
-    decoder = msgspec.json.Decoder(dict[str, object])
+def _objects(path: Path, text: str) -> Iterator[tuple[str, dict[str, object]]]:
+    """Yield the objects of a file, each with its place."""
+    if path.name.lower().endswith(_LIST) and text.lstrip().startswith("["):
+        found = _decoded(text, list[dict[str, object]], f"{path}", "a list of JSON objects")
+        yield from ((f"{path}: object {number}", fields) for number, fields in enumerate(found, start=1))
+        return
     for number, line in enumerate(text.split("\n"), start=1):
-        if not line or line.isspace():
-            continue
-        try:
-            fields = decoder.decode(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}:{number}: is not a JSON object: {error}") from None
-        yield "".join(literal + _field(path, number, fields, name) for literal, name in template)
+        if line and not line.isspace():
+            where = f"{path}:{number}"
+            yield where, _decoded(line, dict[str, object], where, "a JSON object")
 
 
-def _field(path: Path, number: int, fields: dict[str, object], name: str | None) -> str:
+def _decoded(text: str, kind: type[T], where: str, what: str) -> T:
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
+        if _SURROGATE.search(text) and "truncated" in reason:
+            reason = "it has half of a surrogate pair, like \\ud800, which is no character"
+        elif found := _NOT_A_NUMBER.search(text):
+            reason = f"{found[1]} is no JSON"
+        raise InputError(f"{where}: is not {what}: {reason}") from None
+
+
+def _looks_like_objects(text: str) -> bool:
+    """Whether the first lines of a text are JSON objects, several of them."""
+    lines = [line for line in text[:_HEAD].split("\n")[:_HEAD_LINES] if line and not line.isspace()]
+    if len(lines) < 2 or not all(line.lstrip().startswith("{") for line in lines):
+        return False
+    try:
+        for line in lines[: -1 if len(text) > _HEAD else None]:  # the last may have been cut
+            msgspec.json.decode(line, type=dict[str, object])
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _field(where: str, fields: dict[str, object], name: str | None) -> str:
     if name is None:
         return ""
     value = fields.get(name)
@@ -136,6 +204,6 @@ def _field(path: Path, number: int, fields: dict[str, object], name: str | None)
         return str(value)
     problem = "is no text or number" if name in fields else "is missing"
     raise InputError(
-        f"{path}:{number}: the field {name!r} {problem}",
+        f"{where}: the field {name!r} {problem}",
         f"Its fields: {', '.join(list(fields)[:10]) or 'none'}. Name those to use in a template.",
     )

@@ -31,6 +31,26 @@ def test_every_line_of_jsonl_is_a_document(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.JSONL", '{"text": "a"}\n{"text": "b"}\n'),
+        ("t.ndjson", '{"text": "a"}\n{"text": "b"}\n'),
+        ("t.json", '[{"text": "a"},\n {"text": "b", "n": [1]}]'),
+        ("t.json", '{"text": "a"}\n{"text": "b"}\n'),
+    ],
+)
+def test_json_is_read_under_all_its_names(tmp_path: Path, name: str, content: str) -> None:
+    """Braces and keys of such files were read as prose, and scored."""
+    assert read(tmp_path, content, name) == ["a", "b"]
+    assert read(tmp_path, content, name, "<{text}>") == ["<a>", "<b>"]
+
+
+def test_text_that_begins_like_json_is_text(tmp_path: Path) -> None:
+    for text in ('{"a": 1}', '{\n  "a": 1\n}\n', '{"a": 1} is an object\n{"b": 2} is one, too'):
+        assert read(tmp_path, text) == [text]
+
+
+@pytest.mark.parametrize(
     ("name", "content", "template", "message"),
     [
         ("t.txt", "", None, "t.txt: has no text"),
@@ -45,6 +65,28 @@ def test_every_line_of_jsonl_is_a_document(tmp_path: Path) -> None:
         ("t.jsonl", '{"body": "a"}', None, "t.jsonl:1: the field 'text' is missing\nIts fields: body"),
         ("t.jsonl", '{"text": null}', None, "t.jsonl:1: the field 'text' is no text or number"),
         ("t.jsonl", '{"text": "a"}', "{title}", "the field 'title' is missing"),
+        (
+            "t.jsonl",
+            '{"text": "a"}\n{"text": "\\ud800"}',
+            None,
+            "t.jsonl:2: is not a JSON object: it has half of a surr",
+        ),
+        ("t.jsonl", '{"text": "a", "n": NaN}', None, "t.jsonl:1: is not a JSON object: NaN is no JSON"),
+        ("t.jsonl", '{"text": -Infinity}', None, "t.jsonl:1: is not a JSON object: -Infinity is no JSON"),
+        (
+            "t.jsonl",
+            '{"text": ' + "9" * 5000 + "}",
+            None,
+            "t.jsonl:1: is not a JSON object: Integer value",
+        ),
+        ("t.json", '[{"text": "a"}, 1]', None, "t.json: is not a list of JSON objects"),
+        ("t.json", '[{"text": "a"}, {"body": "b"}]', None, "t.json: object 2: the field 'text' is missing"),
+        ("t.json", "prose", None, "t.json:1: is not a JSON object"),
+        ("t.txt", '{"text": "a"}\n\n{"text": "b"}\n', None, "its lines are JSON objects\nName it .jsonl"),
+        ("t.txt.gz", b"\x1f\x8b\x08\x00text", None, "is compressed with gzip"),
+        ("t.parquet", b"PAR1text", None, "is a Parquet file"),
+        ("t.txt", "text".encode("utf-16"), None, "is UTF-16"),
+        ("t.txt", b"ELF\x00\x01", None, "a NUL byte at offset 3"),
     ],
 )
 def test_bad_files_are_refused(tmp_path: Path, name: str, content: bytes | str, template: str, message: str) -> None:

@@ -42,7 +42,7 @@ from edgemix.formats import FORMAT_SPECS, FORMATS, MIXED_BITS
 from edgemix.progress import PrefixedProgress
 from edgemix.recipe.compression import Algorithm, Quantization
 from edgemix.recipe.schema import Data, MemberRecipe, Recipe
-from edgemix.recipe.text_sources import TextSource
+from edgemix.recipe.text_sources import TextSource, holds_objects
 
 if TYPE_CHECKING:
     from edgemix.bundle.manifest import Manifest
@@ -269,7 +269,7 @@ def main() -> None:
         template = unescape_newlines(arguments.template)
         texts = {name: "\n".join(each) for name, each in read_files(tuple(arguments.texts), template).items()}
         calibration = {
-            str(index): TextSource(str(path.resolve()), template if path.suffix == ".jsonl" else None)
+            str(index): TextSource(str(path.resolve()), template if holds_objects(path.name) else None)
             for index, path in enumerate(arguments.calibration)
         }
         arguments.output.mkdir(parents=True, exist_ok=True)

@@ -99,7 +99,7 @@ def test_a_share_that_rounds_to_zero_is_reported(prune):
         (("--ffn", "nan"), "not a finite number"),
         (("--ffn", 1), "not in the range 0<=x<=0.95"),
         (("--pattern", "2:4", "--sparsity", 0.3), "two of every four weights is 0.5"),
-        (("--ffn", 0.5, "--template", "{a}"), "--template is for .jsonl files"),
+        (("--ffn", 0.5, "--template", "{a}"), "--template is for .jsonl"),
     ],
 )
 def test_mistakes(prune, arguments, message):

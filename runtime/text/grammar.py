@@ -9,6 +9,7 @@ over a lexer of derivatives, github.com/guidance-ai/llguidance).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgemix.errors import EdgemixError, InputError
+from edgemix.errors import EdgemixError, InputError, library_errors
 from edgemix.runtime.text.grammar_engine import llguidance_module
+from edgemix.runtime.text.json_schema import schema_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -63,6 +65,13 @@ class Constraint:
         """Whether any text is allowed."""
         return self.json_schema is None and self.regex is None and self.choices is None
 
+    @property
+    def described(self) -> str:
+        """What is given, for messages."""
+        if self.regex is not None:
+            return f"the expression {self.regex[:80]!r}"
+        return "this schema" if self.json_schema is not None else "these choices"
+
     def grammar(self) -> str:
         """Return the grammar for llguidance.
 
@@ -72,7 +81,7 @@ class Constraint:
         """
         matcher = llguidance_module().LLMatcher
         if self.json_schema is not None:
-            grammar = json.loads(matcher.grammar_from_json_schema(_schema(self.json_schema), defaults=_JSON))
+            grammar = json.loads(matcher.grammar_from_json_schema(schema_text(self.json_schema), defaults=_JSON))
             lark = f"start: %json {json.dumps(grammar['grammars'][0]['json_schema'])}"
         elif self.regex is not None:
             lark = json.loads(matcher.grammar_from_regex(self.regex))["grammars"][0]["lark_grammar"]
@@ -91,17 +100,19 @@ class Grammar:
     """
 
     def __init__(self, constraint: Constraint, tokenizer: Tokenizer) -> None:
-        source = constraint.grammar()
+        what, remedy = constraint.described, "Correct it."
+        with library_errors(f"no text can be held to {what}", remedy, InputError):
+            source = constraint.grammar()
         if not any(token < tokenizer.vocabulary for token in tokenizer.entry.eos):
             raise InputError("this tokenizer has no end-of-text token, so a text of a given form could not end")
         self._tokenizer, words, matcher = tokenizer, tokenizer.words, llguidance_module().LLMatcher
         if trouble := matcher.validate_grammar(source, words):
-            raise InputError(f"no text can be held to this: {trouble.strip().splitlines()[0]}", _remedy(constraint))
+            raise InputError(f"no text can be held to {what}: {_reason(trouble)}", remedy)
         self._matcher = matcher(words, source, log_level=0)
         try:
             self.follow().allowed()
         except EdgemixError as error:
-            raise InputError(f"there is no text of this form: {error.message}", _remedy(constraint)) from None
+            raise InputError(f"there is no text of this form: {error.message}", remedy) from None
 
     @classmethod
     def of(cls, constraint: Constraint, tokenizer: Tokenizer) -> Grammar | None:
@@ -213,23 +224,10 @@ def _are_texts(texts: object) -> bool:
     return isinstance(texts, Sequence) and not isinstance(texts, str) and bool(texts) and all(map(_is_text, texts))
 
 
-def _schema(given: Mapping[str, Any] | str) -> str:
-    """Return a JSON schema as text.
-
-    Raises:
-        InputError: It is not a JSON schema.
-    """
-    try:
-        schema = json.loads(given) if isinstance(given, str) else dict(given)
-        text = json.dumps(schema)
-        text.encode()
-    except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"json_schema is not JSON: {error}", "Correct the schema.") from None
-    if not isinstance(schema, dict):
-        raise InputError("json_schema must be a JSON object", 'For any JSON at all, give "{}".')
-    return text
-
-
-def _remedy(constraint: Constraint) -> str:
-    kind = "schema" if constraint.json_schema is not None else "expression" if constraint.regex else "choices"
-    return f"Correct the {kind}."
+def _reason(trouble: str) -> str:
+    """Return why llguidance refuses a grammar: the message within its parser's report."""
+    lines = [line.strip() for line in trouble.splitlines() if line.strip()]
+    found = next((line.removeprefix("error:").strip() for line in lines if line.startswith("error:")), lines[0])
+    if "lookaround" in found:
+        return "look-around, word boundaries included, is not supported"
+    return re.sub(r"^at \d+\(\d+\): ", "", found)

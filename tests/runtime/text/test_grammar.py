@@ -1,8 +1,11 @@
 """Texts of a given form: exactly the mixture's distribution over those texts, however they are generated."""
 
 import json
+import re
 import sys
+import time
 from collections import Counter
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from edgemix.runtime import Mixture
 from edgemix.runtime.decoding.sampling import Sampling
 from edgemix.runtime.decoding.speculative import SpeculativeDecoding
 from edgemix.runtime.text.grammar import Constraint, Grammar
+from edgemix.runtime.text.json_schema import schema_text
 from edgemix.runtime.text.tokenizer import Tokenizer
 
 WEIGHTS = {"shared": 0.7, "growing": 0.3}
@@ -217,6 +221,75 @@ def test_a_form_that_makes_no_sense_is_refused_at_once(drafted, form, message):
             call("a", **form)
     with drafted.serve() as server, pytest.raises(InputError, match=message):
         server.submit("a", **form)
+
+
+@pytest.mark.parametrize("name", ["password", "file-path", "base64url", "json-pointer", "regex", "no-such-format"])
+def test_an_unknown_format_of_a_schema_is_an_annotation(drafted, name):
+    """As JSON schema has it; pydantic's FilePath and SecretStr have such formats (jsonschema 638)."""
+    part = {"anyOf": [{"enum": ["a", "b"], "format": name}]}
+    schema = {"type": "object", "properties": {"x": part}, "required": ["x"], "additionalProperties": False}
+    assert json.loads(drafted.generate(PROMPT, json_schema=schema).text)["x"] in ("a", "b")
+
+
+def test_a_format_is_left_out_where_it_is_a_keyword_only():
+    known = {"type": "string", "format": "date"}
+    kept = {
+        "properties": {"format": {"type": "string"}, "d": known},
+        "const": {"format": "zip"},
+        "enum": [{"format": "zip"}],
+        "default": {"format": "zip"},
+        "examples": [{"format": "zip"}],
+    }
+    given = {**kept, "items": [{"format": "zip"}], "not": {"format": "zip"}, "$defs": {"format": {"format": "zip"}}}
+    assert json.loads(schema_text(given)) == {**kept, "items": [{}], "not": {}, "$defs": {"format": {}}}
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"regex": "(?=a)b"}, "look-around, including look-ahead and look-behind, is not supported"),
+        ({"regex": r"(a)\1"}, "backreferences are not supported"),
+        ({"regex": r"\bfoo"}, "look-around, word boundaries included, is not supported"),
+        ({"regex": "("}, "the expression '(': unclosed group"),
+        ({"json_schema": {"type": "string", "pattern": "(?=a)b"}}, "schema: look-around"),
+    ],
+)
+def test_a_refusal_says_why(drafted, form, message):
+    """Not the first line of a parser's report."""
+    with pytest.raises(InputError, match=re.escape(message)):
+        drafted.generate(PROMPT, **form)
+
+
+def _nested(depth):
+    schema = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"json_schema": _nested(400)},
+        {"json_schema": {"properties": {f"p{index}": {"type": "string"} for index in range(20_000)}}},
+        {"json_schema": {"enum": [f"v{index}" for index in range(60_000)]}},
+        {"json_schema": {"type": "string", "minLength": 10**9}},
+        {"json_schema": {"type": "array", "minItems": 10**9}},
+        {"json_schema": {"type": "integer", "minimum": 10**300}},
+        {"json_schema": {"$ref": "#"}},
+        {"regex": "a{1,1000000000}b"},
+        {"regex": "((a{1,999}){1,999}){1,999}b"},
+        {"regex": "(" * 2000 + "a" + ")" * 2000},
+        {"choices": ["a" * 1_000_000]},
+    ],
+    ids=lambda form: str(form)[:40],
+)
+def test_a_hostile_form_ends_soon(drafted, form):
+    """With a text that follows it, or an error."""
+    begun = time.monotonic()
+    with suppress(EdgemixError):
+        drafted.generate(PROMPT, max_new_tokens=4, **form)
+    assert time.monotonic() - begun < 20  # well under 1 s each on a machine of its own
 
 
 def test_without_the_library_the_remedy_is_told(drafted, monkeypatch):

@@ -59,6 +59,7 @@ class Recipe(_Part, frozen=True):
         weights: "uniform", a number for each member, or fitted on the validation text: "adaptive" follows the text that
             is generated, beginning with the fitted weights, "fixed" stays with them, and "fit" is adaptive where there
             are several domains and fixed where there is one.
+        context: Most tokens of a sequence; by default the members' own, as far as tables of positions stay small.
         ngrams: Maximum n-grams of the training text that the bundle keeps to draft from.
     """
 
@@ -69,6 +70,7 @@ class Recipe(_Part, frozen=True):
     quantization: Quantization = Quantization()
     stack: bool | str = False
     cache: CacheType = "float"
+    context: Annotated[int, Meta(ge=16, le=1 << 24)] | None = None
     student: Student | None = None
     ngrams: Annotated[int, Meta(ge=0, le=1 << 24)] = NGRAMS
     data: Data = Data()

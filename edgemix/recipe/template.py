@@ -69,6 +69,9 @@ target: cpu
 # float, or int8: the key-value cache takes a quarter of the memory, with scales from the text under data: calibration.
 # cache: int8
 
+# Most tokens of a text, prompt included; by default the members' own, as far as tables of positions stay small.
+# context: 2048
+
 # A small model that is distilled from the mixture on the text under data: training, for when memory or power is short.
 # It is cut from a member to a third of its decoding time.
 # student:

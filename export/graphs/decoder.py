@@ -26,9 +26,9 @@ from edgemix.bundle import graph_io
 from edgemix.bundle.graph_io import CacheKind, GraphConfig
 from edgemix.errors import EdgemixError, ParityError
 from edgemix.export.graphs import mobius, traced
-from edgemix.export.graphs.rewrites import add_initializer
+from edgemix.export.graphs.rewrites import add_initializer, cut_rotary_tables
 from edgemix.export.graphs.weights import head
-from edgemix.export.models.architecture import context_length
+from edgemix.export.models.architecture import context_length, graph_context
 from edgemix.export.models.verification import check_finite
 from edgemix.export.parity.against_torch import check_graph
 from edgemix.export.parity.limits import enforce
@@ -85,6 +85,7 @@ def export_graph(
     folder: Path,
     *,
     target: Target,
+    context: int | None = None,
     gate: Gate | None = None,
     force: bool = False,
     paths: Sequence[ExportPath] | None = None,
@@ -96,17 +97,24 @@ def export_graph(
         model: A causal language model, fp32, on the CPU, in evaluation mode.
         folder: Where to; created if it is not there.
         target: The provider that the graph will run on. It decides the opset only.
+        context: Most tokens of a sequence; see `graph_context`.
         gate: Measures a graph against its source; by default `check_graph` against `model`.
         force: If no path passes the gate, take the first whose graph runs.
         paths: The ways to make the graph, in order; `PATHS` by default.
         progress: Progress callback; logs every path that is refused, and why.
 
     Raises:
-        InputError: Weights of the model are NaN or infinite.
+        InputError: Weights of the model are NaN or infinite, or it states too many positions.
         ParityError: Graphs run, but none of them is the model.
         EdgemixError: No graph runs; the message names the model type and each path's reason.
     """
     check_finite(model.config.model_type, model)
+    length = graph_context(model, context)
+    if context is None and length < (longest := context_length(model.config)):
+        progress.log(
+            f"{model.config.model_type}: made for {length:,} of {longest:,} tokens, as rotary tables for all would be "
+            "large beside the weights; context: in the recipe asks for more"
+        )
     measure = gate or (lambda path, config: check_graph(model, path, config))
     folder.mkdir(parents=True, exist_ok=True)
     model_type = model.config.model_type
@@ -115,7 +123,7 @@ def export_graph(
     for forced in (False, True) if force else (False,):
         for path in paths or PATHS:
             try:
-                config, parity = _attempt(path, model, folder, target, measure, forced=forced)
+                config, parity = _attempt(path, model, folder, target, measure, context=length, forced=forced)
             except OSError:
                 raise  # a failing disk says nothing about the path
             except Exception as error:  # noqa: BLE001 - exporters raise anything; the reason is logged and recorded
@@ -133,11 +141,18 @@ def export_graph(
 
 
 def _attempt(
-    path: ExportPath, model: PreTrainedModel, folder: Path, target: Target, measure: Gate, *, forced: bool
+    path: ExportPath,
+    model: PreTrainedModel,
+    folder: Path,
+    target: Target,
+    measure: Gate,
+    *,
+    context: int,
+    forced: bool,
 ) -> tuple[GraphConfig, GraphParity]:
     """Build, write, load and measure one path's graph; it reaches `folder` only if it passes."""
     graph = path.build(model)
-    config = _finish(graph, model, path, target)
+    config = _finish(graph, model, path, target, context)
     scratch = folder / f".{path.exporter}"
     shutil.rmtree(scratch, ignore_errors=True)  # left by a killed export
     scratch.mkdir()
@@ -152,10 +167,11 @@ def _attempt(
     return config, parity
 
 
-def _finish(graph: ir.Model, model: PreTrainedModel, path: ExportPath, target: Target) -> GraphConfig:
+def _finish(graph: ir.Model, model: PreTrainedModel, path: ExportPath, target: Target, context: int) -> GraphConfig:
     """Name the graph's axes, strip what depends on the machine, and return its config."""
     for value in [value for value in graph.graph.inputs if value.name == graph_io.POSITION_IDS and not value.uses()]:
         graph.graph.inputs.remove(value)
+    cut_rotary_tables(graph.graph, context)
     vocabulary = _name_axes(graph.graph)
     _share_tied_head(graph.graph)
     _keep_some_logits(graph.graph)
@@ -169,7 +185,7 @@ def _finish(graph: ir.Model, model: PreTrainedModel, path: ExportPath, target: T
         cache=path.cache,
         layers=sum(value.name.endswith(".key") for value in graph.graph.inputs),
         vocabulary=vocabulary,
-        context=context_length(model.config),
+        context=context,
     )
 
 

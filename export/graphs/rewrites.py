@@ -37,6 +37,15 @@ def add_half(graph: ir.Graph, name: str, array: NDArray[np.float16]) -> ir.Value
     return cast.outputs[0]
 
 
+def cut_rotary_tables(graph: ir.Graph, positions: int) -> None:
+    """Leave the first rows of the tables of rotary angles, float [positions, angles]."""
+    for name, value in graph.initializers.items():
+        tensor = value.const_value
+        if name.endswith(("cos_cache", "sin_cache")) and tensor is not None and tensor.shape[0] > positions:
+            value.const_value = ir.tensor(np.ascontiguousarray(tensor.numpy()[:positions]), name=name)
+            value.shape = value.const_value.shape
+
+
 def replace_linear(graph: ir.Graph, linear: Linear, nodes: list[ir.Node]) -> None:
     """Replace a linear's node by `nodes`, and an Add where there is a bias."""
     if linear.bias is not None:

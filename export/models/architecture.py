@@ -6,12 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import DynamicCache
 
+from edgemix.errors import InputError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CONTEXT_KEYS = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "seq_length")
 _CONTEXT_WITHOUT_LIMIT = 2048
 """Context of models without position tables (ALiBi) whose configuration has no length: a usual training length."""
+_MOST_POSITIONS = 1 << 24
+_TABLE_SHARE, _LEAST_CONTEXT = 1 / 32, 8192
 
 
 def context_length(config: Any) -> int:
@@ -30,6 +34,33 @@ def context_length(config: Any) -> int:
         )
         context = min(context, original or context)
     return context
+
+
+def graph_context(model: PreTrainedModel, most: int | None = None) -> int:
+    """Return the longest sequence, in tokens, that a graph of a model is made for.
+
+    Rotary tables have a row for every position: without `most`, there are so many that they take no more than
+    `_TABLE_SHARE` of the model's fp32 weights, but at least `_LEAST_CONTEXT`.
+
+    Args:
+        model: The model.
+        most: A limit that the user gives.
+
+    Raises:
+        InputError: The model states more positions than any model has.
+    """
+    longest = context_length(model.config)
+    if longest > _MOST_POSITIONS:
+        raise InputError(
+            f"the model's configuration states {longest:,} positions; edgemix makes graphs for at most "
+            f"{_MOST_POSITIONS:,}",
+            "Correct max_position_embeddings in its config.json.",
+        )
+    if most is not None:
+        return min(longest, most)
+    row = sum(8 * len(module.inv_freq) for module in model.modules() if hasattr(module, "inv_freq"))  # cosine and sine
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    return min(longest, max(_LEAST_CONTEXT, int(_TABLE_SHARE * weights) // row)) if row else longest
 
 
 def sliding_windows(config: Any) -> tuple[int | None, ...]:

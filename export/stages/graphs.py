@@ -69,6 +69,7 @@ class MemberGraphs:
         return stage_key(
             weights=self._models.key(spec),
             target=self._recipe.target,
+            **({} if self._recipe.context is None else {"context": self._recipe.context}),
             versions=versions() | {"edgemix": edgemix.__version__},
         )
 
@@ -121,7 +122,14 @@ class MemberGraphs:
         progress, force = self._context.member_progress(spec), self._context.force
         shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
         with progress.stage("graph"), storage_errors(f"writing {folder}"):
-            graph = export_graph(member.model, folder, target=self._recipe.target, force=force, progress=progress)
+            graph = export_graph(
+                member.model,
+                folder,
+                target=self._recipe.target,
+                context=self._recipe.context,
+                force=force,
+                progress=progress,
+            )
         ends = end_ids(member)
         found = graph.config, graph.parity, graph.fallbacks, tuple(sorted(ends))
         return GraphRecord(member.source, *found, pruning, sparsity(member.model))

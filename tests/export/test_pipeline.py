@@ -192,6 +192,13 @@ def test_all_mistakes_are_reported_at_once(folder, tmp_path):
     assert "int3" in str(caught.value)
 
 
+def test_a_recipe_may_limit_the_context(folder, tmp_path):
+    manifest = export_bundle(recipe(folder, context=48), tmp_path / "bundle")
+    assert [entry.config.context for entry in manifest.members] == [48, 48]
+    with Mixture.load(tmp_path / "bundle", provider="cpu", threads=1) as mixture:
+        assert len(mixture.generate("ab", max_new_tokens=200).token_ids) <= 48
+
+
 def test_cuda_bundles_are_half_precision(folder, tmp_path):
     members = (MemberRecipe("one", "one", format="fp16"), MemberRecipe("two", "two", format="int4"))
     manifest = export_bundle(recipe(folder, members=members, target="cuda"), tmp_path / "bundle", force=True)

@@ -12,7 +12,7 @@ import pytest
 from helpers.tiny_models import tiny_model
 
 from edgemix.bundle.manifest import GraphParity
-from edgemix.errors import EdgemixError, ParityError
+from edgemix.errors import EdgemixError, InputError, ParityError
 from edgemix.export.graphs import mobius
 from edgemix.export.graphs.decoder import PATHS, ExportPath, export_graph
 from edgemix.progress import NO_PROGRESS
@@ -98,6 +98,27 @@ def test_graph_is_the_model(architecture: str, exporter: str, tmp_path: Path) ->
         np.testing.assert_allclose(run(tmp_path, 9, keep), logits[:, -keep:], rtol=1e-4, atol=1e-4)
     assert (exported.config.vocabulary, exported.config.context) == (model.config.vocab_size, 256)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+
+
+@pytest.mark.parametrize("exporter", ["mobius", "mobius-unfused"])
+def test_rotary_tables_have_a_row_for_each_token_of_the_context(tmp_path: Path, exporter: str) -> None:
+    """They had one for every position that the configuration states, and outweighed the model (vllm 44738)."""
+    model = tiny_model("llama", max_position_embeddings=300_000)
+    log = Listener()
+    for context, expected in ((None, 8192), (64, 64), (20_000, 20_000)):
+        graph = export_graph(model, tmp_path, target="cpu", context=context, paths=only(exporter), progress=log)
+        assert graph.config.context == expected
+        tables = [value for name, value in load(tmp_path).graph.initializers.items() if name.endswith("_cache")]
+        assert {value.shape[0] for value in tables} == {expected}
+    assert [line for line in log.lines if "8,192 of 300,000 tokens" in line]
+    assert len(log.lines) == 1
+
+
+def test_a_configuration_with_absurdly_many_positions_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.config.max_position_embeddings = 1 << 40
+    with pytest.raises(InputError, match="positions"):
+        export_graph(model, tmp_path, target="cpu", context=64)
 
 
 def test_traced_graph_is_the_model(tmp_path: Path) -> None:

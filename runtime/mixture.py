@@ -308,9 +308,10 @@ class Mixture(LoadedBundle):
     ) -> Score | list[Score]:
         """Compute how probable texts are under the mixture and under each member.
 
-        A text longer than `window` is read in windows of that many tokens, each with an empty past; the first token of
-        a window is scored as the continuation of the window before, so every token but the text's first is scored.
-        The memory needed does not grow with the text. All members are evaluated, whatever their weights.
+        A text longer than `window` is read in windows of that many tokens, each with an empty past but for the
+        beginning-of-text token, where the model family has one. The first token of a window is scored as the
+        continuation of the window before, so every token but the text's first is scored. The memory needed does not
+        grow with the text. All members are evaluated, whatever their weights.
 
         Args:
             texts: One text, or several; each at least two tokens (a beginning-of-text token counts).
@@ -324,8 +325,8 @@ class Mixture(LoadedBundle):
         """
         ensemble = self.full_ensemble(weights, combine)
         window = self.context if window is None else window
-        if not 1 <= window <= self.context:
-            raise InputError(f"window must be between 1 and the context, {self.context} tokens, not {window}")
+        if not min(2, self.context) <= window <= self.context:
+            raise InputError(f"window must be between 2 and the context, {self.context} tokens, not {window}")
         encoded = [
             self.tokenizer.encode_for_scoring(text) for text in ([texts] if isinstance(texts, str) else list(texts))
         ]
@@ -341,6 +342,7 @@ class Mixture(LoadedBundle):
                     prior=ensemble.prior,
                     vocabulary=self.vocabulary,
                     window=window,
+                    bos=self.tokenizer.entry.bos,
                     advance=task.advance,
                 )
                 scores.append(Score(ids, mixed, own, scored_bytes))

@@ -58,7 +58,13 @@ class Comparison:
 
 
 def compare_tokens(
-    ensemble: Ensemble, ids: NDArray[np.int64], *, scored_bytes: int, window: int, advance: Callable[[float], None]
+    ensemble: Ensemble,
+    ids: NDArray[np.int64],
+    *,
+    scored_bytes: int,
+    window: int,
+    bos: int | None = None,
+    advance: Callable[[float], None],
 ) -> Comparison:
     """Read a text with several models and compare each with their mixture.
 
@@ -67,6 +73,7 @@ def compare_tokens(
         ids: int64 [tokens], at least two, all within the vocabulary.
         scored_bytes: UTF-8 bytes of all tokens but the first.
         window: Maximum tokens that are read with one past, see `scoring.read`.
+        bos: See `scoring.read`.
         advance: Progress callback; takes the number of newly read tokens.
 
     Raises:
@@ -76,7 +83,7 @@ def compare_tokens(
     found = Comparison(np.empty(shape), np.empty(shape, np.bool_), np.empty(shape), scored_bytes, shape[1:])
     row = np.empty((len(ensemble.weights), ensemble.vocabulary), np.float32)
     shares = ensemble.weights.astype(np.float32)
-    with closing(read(ensemble.graphs, ids, vocabulary=ensemble.vocabulary, window=window)) as chunks:
+    with closing(read(ensemble.graphs, ids, vocabulary=ensemble.vocabulary, window=window, bos=bos)) as chunks:
         for place, logits, targets in chunks:
             # A token at a time: its distributions stay within the processor's cache.
             for t, target in enumerate(targets):

@@ -219,7 +219,12 @@ def _compare(
         return Comparison.of(
             [
                 compare_tokens(
-                    ensemble, np.array(ids, np.int64), scored_bytes=scored_bytes, window=window, advance=task.advance
+                    ensemble,
+                    np.array(ids, np.int64),
+                    scored_bytes=scored_bytes,
+                    window=window,
+                    bos=mixture.tokenizer.entry.bos,
+                    advance=task.advance,
                 )
                 for ids, scored_bytes in encoded
             ]

@@ -48,15 +48,17 @@ class ContinuationScore(NamedTuple):
 
 
 def score_continuations(
-    ensemble: Ensemble, continuations: Sequence[Continuation]
+    ensemble: Ensemble, continuations: Sequence[Continuation], *, padding: bool = False
 ) -> Generator[tuple[int, ContinuationScore]]:
     """Score continuations: yield the index of each with its score, in an order that shares beginnings.
 
-    Closing the generator frees the caches. A score equals that of `Mixture.score` for those tokens.
+    Closing the generator frees the caches. Without `padding`, a score equals that of `Mixture.score` for those tokens.
 
     Args:
         ensemble: The members and their weights.
         continuations: Each at most as long as the context, not counting its last token, which is never read.
+        padding: Whether probabilities are over all of a model's logits, those beyond the tokenizer's vocabulary
+            included, as benchmarks of the model itself count them.
 
     Raises:
         InputError: A part is empty, or a text is too long.
@@ -73,7 +75,8 @@ def score_continuations(
             )
     # Big-endian bytes are in the order of the numbers, and take less memory than those do.
     order = sorted(range(len(continuations)), key=lambda i: np.array(_text(continuations[i]), ">u4").tobytes())
-    scorer = _TextScorer(ensemble)
+    widest = max(graph.vocabulary for graph in ensemble.graphs)
+    scorer = _TextScorer(ensemble, widest if padding else ensemble.vocabulary)
     try:
         for index in order:
             one = continuations[index]
@@ -89,16 +92,14 @@ def _text(continuation: Continuation) -> list[int]:
 class _TextScorer:
     """Scores one text after another, and reads only what is new in each."""
 
-    def __init__(self, ensemble: Ensemble) -> None:
+    def __init__(self, ensemble: Ensemble, vocabulary: int) -> None:
         active = ensemble.active
-        self._sequences = [
-            SequenceState(active_graph, ensemble.vocabulary) for active_graph in ensemble.active_graphs()
-        ]
+        self._sequences = [SequenceState(active_graph, vocabulary) for active_graph in ensemble.active_graphs()]
         self._chunk = min(graph.chunk for graph in ensemble.graphs)
         self._combine = ensemble.combine
         self._weights = ensemble.weights[active]
         self._prior = ensemble.prior.narrowed(active) if ensemble.prior else None
-        self._parts = np.empty((len(active), ensemble.vocabulary), np.float32)
+        self._parts = np.full((len(active), vocabulary), -np.inf, np.float32)  # a graph may have fewer logits
         self._text = np.empty(0, np.int64)
         self._own = np.empty((len(active), 0))
 
@@ -118,7 +119,7 @@ class _TextScorer:
         for place, members in self._forward(text, first):
             target = text[place]
             for part, logits in zip(self._parts, members, strict=True):
-                log_softmax(logits, out=part)
+                log_softmax(logits, out=part[: len(logits)])
             own[:, place] = self._parts[:, target]
             check_numbers(own[:, place])
             if place >= start:

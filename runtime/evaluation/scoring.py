@@ -40,18 +40,25 @@ class TextChunk(NamedTuple):
 
 
 def read(
-    models: Sequence[DecoderGraph], ids: NDArray[np.int64], *, vocabulary: int, window: int
+    models: Sequence[DecoderGraph],
+    ids: NDArray[np.int64],
+    *,
+    vocabulary: int,
+    window: int,
+    bos: int | None = None,
 ) -> Generator[TextChunk]:
     """Read a text with several models in chunks of bounded size.
 
     A text longer than `window` is read in independent windows of that many tokens: each begins with an empty past, and
-    its first token is scored by the window before.
+    its first token is scored by the window before. Models that begin every text with a token of its own get it at the
+    beginning of each window.
 
     Args:
         models: The graphs.
         ids: int64 [tokens], at least two, all within the vocabulary.
         vocabulary: The tokenizer's; logits beyond it are cut off.
-        window: Maximum tokens that are read with one past; at most the context.
+        window: Maximum tokens that are read with one past; at least two, at most the context.
+        bos: The beginning-of-text token with which the text begins, if the model family has one.
 
     Raises:
         EdgemixError: A graph fails.
@@ -59,16 +66,19 @@ def read(
     caches = [model.new_cache() for model in models]
     chunk = min(model.chunk for model in models)
     try:
-        for start in range(0, len(ids) - 1, window):
+        end = 0
+        while end < len(ids) - 1:
             for cache in caches:
                 cache.rollback([0])
-            end = min(start + window, len(ids) - 1)
+            lead = [] if bos is None or end == 0 else [bos]
+            start, end = end, min(end + window - len(lead), len(ids) - 1)
             for at in range(start, end, chunk):
                 place = slice(at, min(at + chunk, end))
+                tokens = [*(lead if at == start else ()), *ids[place]]
                 logits = [
-                    member[:, :vocabulary]
+                    member[-len(ids[place]) :, :vocabulary]
                     for model, cache in zip(models, caches, strict=True)
-                    for member in model.parts(model.extend_all(cache, [ids[place]])[0])
+                    for member in model.parts(model.extend_all(cache, [tokens])[0])
                 ]
                 yield TextChunk(place, logits, ids[place.start + 1 : place.stop + 1])
     finally:
@@ -85,6 +95,7 @@ def score_tokens(
     prior: AdaptivePrior | None = None,
     vocabulary: int,
     window: int,
+    bos: int | None,
     advance: Callable[[float], None],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Compute the log-probabilities of every token after the first.
@@ -97,6 +108,7 @@ def score_tokens(
         prior: The prior of adaptive weights; None for fixed weights.
         vocabulary: See `read`.
         window: See `read`.
+        bos: See `read`.
         advance: Progress callback; takes the number of newly scored tokens.
 
     Raises:
@@ -107,7 +119,7 @@ def score_tokens(
     """
     mixed = np.empty(len(ids) - 1, np.float64)
     own = np.empty((len(weights), len(ids) - 1), np.float64)
-    with closing(read(members, ids, vocabulary=vocabulary, window=window)) as chunks:
+    with closing(read(members, ids, vocabulary=vocabulary, window=window, bos=bos)) as chunks:
         for place, logits, targets in chunks:
             own[:, place] = [target_log_probabilities(each, targets) for each in logits]
             check_numbers(own[:, place])

@@ -106,6 +106,7 @@ def _trace(mixture: Mixture, sequence: _TokenSequence, window: int, advance: Cal
         combine=ensemble.combine,
         vocabulary=ensemble.vocabulary,
         window=min(window, mixture.context),
+        bos=bos,
         advance=advance,
     )
     _, path = adaptive_targets(own, ensemble.prior)

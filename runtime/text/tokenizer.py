@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from edgemix.bundle.manifest import TokenizerEntry
+    from edgemix.bundle.manifest import SpecialToken, TokenizerEntry
 
 LONGEST_CHAT = 1 << 24
 """Most characters of a conversation as text, where the context does not say less."""
@@ -175,6 +175,14 @@ class Tokenizer:
     def _said(self) -> SaidTokens:
         with library_errors("the tokenizer cannot be copied"):
             return SaidTokens(self._core, self.control_tokens)
+
+    def special_id(self, name: SpecialToken) -> int | None:
+        """Return the id of a special token by its name, as the tokenizer's own settings have it; None without one."""
+        text = self.entry.special_tokens.get(name)
+        if text is None:
+            return None
+        with library_errors(f"the tokenizer fails on {name}"):
+            return self._core.token_to_id(text)
 
     def render(
         self,

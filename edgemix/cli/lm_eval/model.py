@@ -77,14 +77,19 @@ class MixtureLM(TemplateLM):  # type: ignore[misc]
         Raises:
             InputError: The bundle has none.
         """
-        for token in self._mixture.tokenizer.entry.eos:
-            return token
+        tokenizer = self._mixture.tokenizer
+        for token in (tokenizer.special_id("eos_token"), *tokenizer.entry.eos):
+            if token is not None:
+                return token
         raise InputError("this bundle's tokenizer has no end-of-text token to stand for an empty context")
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text that has no context."""
-        bos = self._mixture.tokenizer.entry.bos
+        """The token before a text that has no context: the beginning-of-text token, though texts may not begin with
+        it, or the end-of-text token.
+        """
+        tokenizer = self._mixture.tokenizer
+        bos = tokenizer.special_id("bos_token") if tokenizer.entry.bos is None else tokenizer.entry.bos
         return self.eot_token_id if bos is None else bos
 
     @property
@@ -105,6 +110,14 @@ class MixtureLM(TemplateLM):  # type: ignore[misc]
         if not string and not begin:
             return []
         return tokenizer.encode(string, bos=begin)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the ids of a context and its continuation, to which the context's last spaces belong.
+
+        A context of spaces counts as an empty one.
+        """
+        before, after = super()._encode_pair(context, continuation)
+        return before or [self.prefix_token_id], after
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Return the bundle's chat template if the argument is not empty; a bundle has only one, so a name is ignored.
@@ -167,7 +180,7 @@ class MixtureLM(TemplateLM):  # type: ignore[misc]
                 self.max_length,
             )
         with (
-            closing(score_continuations(self._ensemble, texts)) as scores,
+            closing(score_continuations(self._ensemble, texts, padding=True)) as scores,
             progress_bar(len(texts), "loglikelihood", disable_tqdm) as bar,
         ):
             for index, score in scores:

@@ -123,3 +123,16 @@ def test_nan_ends_the_work(mixture_of):
     assert len(scores(mixture, [("a", "a")])) == 1
     with pytest.raises(EdgemixError, match="not numbers"):
         scores(mixture, [("ab", "c")])
+
+
+def test_padding_counts_where_the_model_itself_is_measured(pair):
+    """lm-eval's own model takes the softmax over all rows of the model, those beyond the tokenizer's included."""
+    graph = pair.graphs()[1]
+    (logits,) = graph.extend_all(graph.new_cache(), [ids("An owl.")])
+    rows = logits.astype(np.float64)[1:-1]
+    whole = rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
+    continuation = Continuation(ids("An"), ids(" owl."))
+    ((_, found),) = score_continuations(pair.ensemble("second"), [continuation], padding=True)
+    np.testing.assert_allclose(found.log_probabilities, whole[range(5), ids(" owl.")], atol=1e-4)
+    ((_, mixed),) = score_continuations(pair.ensemble(), [continuation], padding=True)  # of graphs of two widths
+    assert np.isfinite(mixed.log_probabilities).all()

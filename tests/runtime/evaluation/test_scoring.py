@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from helpers.onnx_members import VOCABULARY, mixed, random_member
+from helpers.onnx_members import BOS, VOCABULARY, mixed, random_member
 
 from edgemix.errors import InputError
 
@@ -56,6 +56,22 @@ def test_long_texts_are_scored_in_windows(pair, pair_forms):
     score = pair.score("twelve bytes", window=5)
     windows = [ids[0:6], ids[5:11], ids[10:12]]
     expected = np.concatenate([mixed(pair_forms.values(), [0.7, 0.3], window) for window in windows])
+    np.testing.assert_allclose(score.log_probabilities, expected, atol=1e-4)
+
+
+def test_every_window_begins_with_the_beginning_of_text_token(mixture_of):
+    """Models that were trained with it are lost without it, after the first window, too (llama.cpp 1303)."""
+    forms = {"a": random_member(3, tokens=VOCABULARY), "b": random_member(4, tokens=VOCABULARY)}
+    mixture = mixture_of(forms, weights={"a": 0.6, "b": 0.4}, bos=BOS)
+    ids = list(b"twelve bytes")
+    score = mixture.score("twelve bytes", window=5)
+    windows = [
+        ids[0:5],
+        ids[4:9],
+        ids[8:12],
+    ]  # what each predicts, after what it reads: at most 5 tokens with the first
+    expected = [mixed(forms.values(), [0.6, 0.4], [BOS, *window]) for window in windows]
+    expected = np.concatenate([expected[0], *(each[1:] for each in expected[1:])])
     np.testing.assert_allclose(score.log_probabilities, expected, atol=1e-4)
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 MAX_TEMPLATE = 1 << 18
 """Most characters of a template."""
+_LONGEST_REASON = 1000
+"""Most characters of an error that a template raises."""
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys of a message's reasoning; templates read the first, or the second."""
 _MARKS = range(0xE000, 0xF8FF)
@@ -75,7 +77,7 @@ def render_template(
             return sandbox.render(_compiled(template), everything, longest)
         except BaseException as error:  # a template may raise anything
             reason = str(error) if isinstance(error, jinja2.TemplateError) else failure(error).message
-            raise InputError(f"the chat template refuses these messages: {reason}") from error
+            raise InputError(f"the chat template refuses these messages: {reason[:_LONGEST_REASON]}") from error
 
     text = rendered(conversation, schemas)
     pattern = _any_of(tuple(said))
@@ -96,7 +98,8 @@ def render_template(
 
 @lru_cache(maxsize=8)
 def _compiled(template: str) -> jinja2.Template:
-    from edgemix.runtime.text.template_sandbox import Sandbox, TemplateLimitError
+    from edgemix.runtime.text.template_budget import TemplateLimitError
+    from edgemix.runtime.text.template_sandbox import Sandbox
 
     if len(template) > MAX_TEMPLATE:
         raise TemplateLimitError(f"it has more than {MAX_TEMPLATE:,} characters")

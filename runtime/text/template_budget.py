@@ -1,0 +1,90 @@
+"""What a rendering of a chat template may take: time, and the sizes of all values that it makes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import jinja2
+
+SECONDS = 2.0
+"""Longest time that a rendering may take."""
+VALUE = 1 << 20
+"""Largest value that is made beside the messages, in characters and elements."""
+TOTAL = 1 << 22
+"""Characters and elements of all values that a rendering makes beside copies of the messages."""
+_COPIES = 50
+"""Number of times that the messages may be copied."""
+BITS = 4096
+"""Largest whole number, in bits."""
+_FIXED = 16
+"""What a value costs beside its characters and elements."""
+
+
+class TemplateLimitError(jinja2.TemplateError):
+    """A template does more than a template may."""
+
+
+class Budget:
+    """What is left for a rendering.
+
+    Args:
+        given: Size of the variables, in characters and elements.
+    """
+
+    def __init__(self, given: int) -> None:
+        self._deadline = time.monotonic() + SECONDS
+        self.value = VALUE + 4 * given
+        self._left = TOTAL + _COPIES * given
+
+    def tick(self, size: int = 0) -> None:
+        """Count a step, and the characters that it writes."""
+        if time.monotonic() > self._deadline:
+            raise TemplateLimitError(f"it takes more than {SECONDS:g} seconds")
+        self.take(size + _FIXED)
+
+    def take(self, size: int) -> None:
+        """Count a value that is made."""
+        self._left -= size
+        if size > self.value or self._left < 0:
+            raise TemplateLimitError("it makes texts or lists that are too large")
+
+    def measure(self, value: Any) -> int:
+        """Return the size of a value, all that it holds included, each as often as it is held."""
+        total, pending = 0, [value]
+        while pending:
+            each = pending.pop()
+            total += 1
+            if isinstance(each, str | bytes):
+                total += len(each)
+            elif isinstance(each, list | tuple):
+                pending += each
+            elif isinstance(each, Mapping):
+                pending += [*each.keys(), *each.values()]
+            elif isinstance(each, Collection) and not isinstance(each, range):  # views of mappings are written whole
+                pending += each
+            if total > self.value:
+                raise TemplateLimitError("it makes texts or lists that are too large")
+        return total
+
+    def check(self, size: int) -> None:
+        """Refuse a value of this size before it is made."""
+        if size > self.value:
+            raise TemplateLimitError("it makes texts or lists that are too large")
+
+    def made(self, value: Any) -> Any:
+        """Count a value that was made, and return it."""
+        if isinstance(value, str):
+            self.take(len(value) + _FIXED)
+        elif isinstance(value, list | tuple | dict | set | frozenset):
+            self.take(self.measure(value) + _FIXED)
+        else:
+            if isinstance(value, int) and value.bit_length() > BITS:
+                raise TemplateLimitError("it computes numbers that are too large")
+            self.tick()
+        return value
+
+
+BUDGET: ContextVar[Budget] = ContextVar("budget")

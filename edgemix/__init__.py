@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from edgemix.runtime import Session as Session
 
 __version__ = "0.1.0"
+
+# ONNX Runtime reads this when it is imported. Without it, it keeps a database of calls in the user's cache, and uploads
+# that.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # an app decides what of it is shown
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -71,9 +73,13 @@ _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 _NOT_ALLOWED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How libraries in Rust (safetensors, tokenizers) say what the system said; their errors are no OSErrors."""
+
+
 @contextmanager
 def storage_errors(doing: str) -> Iterator[None]:
-    """Turn OSErrors inside the block into EdgemixErrors.
+    """Turn OSErrors inside the block into EdgemixErrors, and errors of libraries that stand for one.
 
     Args:
         doing: The operation, with which the message begins: "writing out/edgemix.json".
@@ -83,11 +89,21 @@ def storage_errors(doing: str) -> Iterator[None]:
     except OSError as error:
         if error.errno is None and type(error) is not OSError:  # network libraries also derive from it
             raise
-        message = f"{doing}: {(error.strerror or str(error)).lower()}"
-        if error.errno is None:  # numpy, for a write that was cut short
-            raise EdgemixError(message, "Free some space there, or choose another disk.") from error
-        if error.errno in _NO_SPACE:
-            raise EdgemixError(message, "Free some space there, or choose another disk.") from error
-        if error.errno in _NOT_ALLOWED:
-            raise InputError(message, "Change the permissions, or choose another folder.") from error
-        raise EdgemixError(message) from error
+        # numpy gives no number for a write that was cut short
+        number = errno.ENOSPC if error.errno is None else error.errno
+        raise _storage_error(doing, number, error.strerror or str(error)) from error
+    except EdgemixError:
+        raise
+    except Exception as error:
+        if (found := _SYSTEM_ERROR.search(str(error))) is None:
+            raise
+        raise _storage_error(doing, int(found[1]), os.strerror(int(found[1]))) from error
+
+
+def _storage_error(doing: str, number: int, reason: str) -> EdgemixError:
+    message = f"{doing}: {reason.lower()}"
+    if number in _NO_SPACE:
+        return EdgemixError(message, "Free some space there, or choose another disk.")
+    if number in _NOT_ALLOWED:
+        return InputError(message, "Change the permissions, or choose another folder.")
+    return EdgemixError(message)

@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,7 +14,7 @@ from edgemix.cli.console import Console
 from edgemix.cli.failures import DEBUG, translate_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 _QUIET = {
     "BITSANDBYTES_NOWELCOME": "1",
@@ -27,8 +27,16 @@ _QUIET = {
 }
 
 
+NOTHING = "Nothing was written."
+
+
 def command(
-    name: str, *, example: str, extra: str = "", on_interrupt: str = "Nothing was written."
+    name: str,
+    *,
+    example: str,
+    extra: str = "",
+    on_interrupt: str = NOTHING,
+    work: Callable[[Mapping[str, Any]], bool] | None = None,
 ) -> Callable[[Callable[..., None]], click.Command]:
     """Make a click command from a function whose first argument is a `Console`.
 
@@ -37,6 +45,7 @@ def command(
         example: Command lines for the help, one per line.
         extra: The extras of the distribution that the command needs, comma-separated.
         on_interrupt: Message after Ctrl-C that says what is kept of the work.
+        work: Whether any is kept, by the command's arguments; else the message is that nothing was written.
     """
 
     def decorate(function: Callable[..., None]) -> click.Command:
@@ -44,7 +53,11 @@ def command(
         def run(as_json: bool, **arguments: object) -> None:
             quiet_libraries()
             console = Console(as_json=as_json)
-            with translate_errors(name, extra=extra, on_interrupt=on_interrupt), console.guarded():
+
+            def interrupted() -> str:
+                return on_interrupt if work is None or work(arguments) else NOTHING
+
+            with translate_errors(name, extra=extra, on_interrupt=interrupted), console.guarded():
                 function(console, **arguments)
 
         lines = "\n".join(f"  {line}" for line in example.splitlines())

@@ -19,7 +19,7 @@ from edgemix.cli.console import printable
 from edgemix.errors import EdgemixError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 DEBUG = "EDGEMIX_DEBUG"
 INTERRUPTED = 130
@@ -45,18 +45,18 @@ class Failure:
 
 
 @contextmanager
-def translate_errors(command: str, *, extra: str, on_interrupt: str) -> Iterator[None]:
+def translate_errors(command: str, *, extra: str, on_interrupt: Callable[[], str]) -> Iterator[None]:
     """Turn Ctrl-C and a missing optional package into errors with a remedy.
 
     Args:
         command: The command's name.
         extra: The extras that install its optional packages.
-        on_interrupt: The remedy after Ctrl-C.
+        on_interrupt: Returns the remedy after Ctrl-C.
     """
     try:
         yield
     except KeyboardInterrupt:
-        raise InterruptError(on_interrupt) from None
+        raise InterruptError(on_interrupt()) from None
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in {"", "edgemix"} or not extra:

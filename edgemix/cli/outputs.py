@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from typing import TYPE_CHECKING
 
@@ -26,3 +27,8 @@ def check_output_file(path: Path) -> None:
     with storage_errors(f"writing {path}"):
         probe.touch()
         probe.unlink()
+
+
+def has_work(output: Path) -> bool:
+    """Return whether a run that was interrupted left work beside its output, from which the next one goes on."""
+    return any(output.parent.glob(f".{glob.escape(output.name)}.*"))

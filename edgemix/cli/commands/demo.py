@@ -16,11 +16,16 @@ if TYPE_CHECKING:
     from edgemix.export.demo.run import DemoReport
 
 
+def _folder(folder: Path | None, tiny: bool) -> Path:
+    return folder or Path("edgemix-demo-tiny" if tiny else "edgemix-demo")
+
+
 @command(
     "demo",
     example="edgemix demo\nedgemix demo --tiny -o trial",
     extra="export,cpu",
     on_interrupt="Finished stages are kept: run the same command to go on.",
+    work=lambda arguments: _folder(**arguments).exists(),
 )
 @click.option(
     "-o",
@@ -41,8 +46,7 @@ def demo(console: Console, folder: Path | None, tiny: bool) -> None:
     with console.progress.stage("import torch"):
         from edgemix.export.demo.run import run_demo
 
-    folder = folder or Path("edgemix-demo-tiny" if tiny else "edgemix-demo")
-    report = run_demo(folder, tiny=tiny, progress=console.progress)
+    report = run_demo(_folder(folder, tiny), tiny=tiny, progress=console.progress)
     if console.as_json:
         console.document(asdict(report))
         return

@@ -10,6 +10,7 @@ import click
 
 from edgemix.cli.command import command
 from edgemix.cli.options import training_limit_options
+from edgemix.cli.outputs import has_work
 
 if TYPE_CHECKING:
     from edgemix.cli.console import Console
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     "accelerate launch -m edgemix distill recipe.yaml -o student",
     extra="export,cpu",
     on_interrupt="The teacher's distributions and the steps so far are kept: run the same command to go on.",
+    work=lambda arguments: has_work(arguments["student"]),
 )
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("-o", "--output", "student", type=click.Path(path_type=Path), required=True, help="The student's folder.")

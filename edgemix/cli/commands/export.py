@@ -11,6 +11,7 @@ import click
 from edgemix.cli.command import command
 from edgemix.cli.commands.bundle import show_manifest
 from edgemix.cli.options import DURATION, SIZE
+from edgemix.cli.outputs import has_work
 
 if TYPE_CHECKING:
     from edgemix.cli.console import Console
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     "edgemix export recipe.yaml -o mixture --budget 250MB --max-tpot 20ms",
     extra="export,cpu",
     on_interrupt="No bundle was written, but finished stages are kept: run the same command to go on.",
+    work=lambda arguments: has_work(arguments["bundle"]),
 )
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("-o", "--output", "bundle", type=click.Path(path_type=Path), required=True, help="The bundle's folder.")

@@ -11,6 +11,7 @@ import click
 
 from edgemix.cli.command import command
 from edgemix.cli.options import bounded_option, seed_option, template_option, training_limit_options
+from edgemix.cli.outputs import has_work
 from edgemix.cli.texts import read_files
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ _RECIPES = (".yaml", ".yml")
     "edgemix finetune recipe.yaml -o tuned",
     extra="export,cpu",
     on_interrupt="The steps so far are kept: run the same command to go on.",
+    work=lambda arguments: has_work(arguments["output"]),
 )
 @click.argument("base", metavar="BASE|RECIPE")
 @click.argument("texts", metavar="[TEXT...]", nargs=-1, type=click.Path(path_type=Path))

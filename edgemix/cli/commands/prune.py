@@ -10,6 +10,7 @@ import click
 from edgemix.cli.command import command
 from edgemix.cli.console import megabytes
 from edgemix.cli.options import bounded_option, seed_option, template_option
+from edgemix.cli.outputs import has_work
 from edgemix.cli.texts import read_files
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     "edgemix prune ./SmolLM2-135M -o sparse --text prose.txt --sparsity 0.5",
     extra="export,cpu",
     on_interrupt="The cuts and recovery steps so far are kept: run the same command to go on.",
+    work=lambda arguments: has_work(arguments["output"]),
 )
 @click.argument("model")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the pruned model.")

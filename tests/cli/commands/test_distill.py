@@ -64,8 +64,10 @@ def test_only_the_first_of_several_processes_prints(library, recipe, monkeypatch
     assert run("distill", recipe, "-o", "student", "--json").stdout == ""
 
 
-def test_distill_interrupted(library, recipe):
+def test_distill_interrupted(library, recipe, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     library("edgemix.export.distillation.distill", "distill", KeyboardInterrupt())
+    Path(".student.distilling").mkdir()
 
     result = run("distill", recipe, "-o", "student")
 

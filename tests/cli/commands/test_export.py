@@ -103,10 +103,15 @@ def test_invalid_budgets_are_usage_errors(library, recipe, option, value, messag
     assert message in result.stderr
 
 
-def test_export_interrupted(library, recipe):
+def test_export_interrupted(library, recipe, monkeypatch, tmp_path):
+    """What is kept is said where something is kept."""
+    monkeypatch.chdir(tmp_path)
     library("edgemix.export.pipeline", "export_bundle", KeyboardInterrupt())
 
     result = run("export", recipe, "-o", "out")
-
     assert result.exit_code == 130
+    assert "interrupted\nNothing was written" in result.stderr
+
+    Path(".out.partial").mkdir()
+    result = run("export", recipe, "-o", "out")
     assert "interrupted\nNo bundle was written, but finished stages are kept" in result.stderr

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
+import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +23,9 @@ if TYPE_CHECKING:
     from edgemix.progress import ProgressTask
 
 _CHUNK = 1 << 20
+_STALE = 60.0 if os.name == "posix" else 86_400.0
+"""Seconds after which a temporary file may be one that a killed process left; the folder may be another machine's, too.
+"""
 _LOCK_TIMEOUT = 0.1
 """Seconds; long enough to try again where a run that ends deletes its lock file in the same moment."""
 
@@ -36,8 +43,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         EdgemixError: It cannot be written; the old file is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(f"writing {path}"):
+        temporary = temporary_beside(path)
         try:
             with temporary.open("wb") as file:
                 file.write(data)
@@ -47,6 +54,33 @@ def write_atomically(path: Path, data: bytes) -> None:
         finally:
             temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return a path beside `path` for this process to write to, and remove what killed processes left there.
+
+    Raises:
+        OSError: The folder cannot be read.
+    """
+    for other in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        process = other.name.split(".")[-2]
+        with suppress(OSError):  # another run removes it, too
+            if process.isdecimal() and time.time() - other.stat().st_mtime > _STALE and not _is_alive(int(process)):
+                other.unlink()
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _is_alive(process: int) -> bool:
+    """Return whether a process of this machine runs; where that cannot be asked, only a day's age tells."""
+    if os.name != "posix":
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def sync_folder(folder: Path) -> None:
@@ -102,6 +136,20 @@ def acquire_lock(path: Path) -> FileLock:
             "Wait for it to end, or name another output.",
         ) from None
     return lock
+
+
+def exchange_folders(one: Path, other: Path) -> bool:
+    """Swap two folders in one step, where the system and the file system can (Linux, macOS); False if they cannot."""
+    import ctypes
+
+    system, here, names = sys.platform, -100, (os.fsencode(one), os.fsencode(other))  # AT_FDCWD
+    if system == "linux":
+        swap = getattr(ctypes.CDLL(None), "renameat2", None)
+        return swap is not None and swap(here, names[0], here, names[1], 2) == 0  # RENAME_EXCHANGE
+    if system == "darwin":
+        swap = getattr(ctypes.CDLL(None), "renamex_np", None)
+        return swap is not None and swap(*names, 2) == 0  # RENAME_SWAP
+    return False
 
 
 def sync_file(path: Path) -> None:

@@ -1,7 +1,8 @@
-"""Lock files: one process at a time, never stale, deletable by their holder."""
+"""Lock files: one process at a time, never stale, deletable by their holder; temporary files of killed processes."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from edgemix.errors import InputError
-from edgemix.files import acquire_lock
+from edgemix.files import acquire_lock, write_atomically
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,3 +61,17 @@ def test_the_holder_may_delete_the_locks_folder(tmp_path: Path) -> None:
         acquire_lock(path)
     second.release()
     assert path.exists()
+
+
+def test_temporary_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    """And those of processes that run, or of files of other names, are not."""
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    killed, alive = int(ended.stdout), os.getppid()
+    names = [f".a[1].{killed}.tmp", f".a[1].{alive}.tmp", f".b.{killed}.tmp", ".a[1].x.tmp"]
+    for name in names:
+        (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (1, 1))
+    (tmp_path / f".a[1].{killed}0.tmp").write_text("new")  # perhaps of another machine
+    write_atomically(tmp_path / "a[1]", b"whole")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"a[1]", *names[1:], f".a[1].{killed}0.tmp"}

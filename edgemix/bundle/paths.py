@@ -1,15 +1,20 @@
-"""Check that relative paths from untrusted files stay inside their folder, on every system."""
+"""The paths of a bundle: those from untrusted files stay inside its folder, and it is built beside its place."""
 
 from __future__ import annotations
 
 import re
+import time
 from typing import TYPE_CHECKING
 
-from edgemix.errors import BundleError
+from edgemix.errors import BundleError, InputError
+from edgemix.files import acquire_lock
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+REPLACED = "replaced"
+"""The old bundle in the staging folder, between the two steps of a move."""
+_PATIENCE = 20
 _LONGEST = 1024
 _LONGEST_PART = 255
 # Not allowed in Windows file names. It also keeps out ONNX Runtime's tag for weights at a memory address, which has *.
@@ -50,3 +55,32 @@ def resolve(folder: Path, relative: str) -> Path:
             "Copy the folder with the links followed (cp -rL) and use the copy.",
         )
     return path
+
+
+def staging_folder(bundle: Path) -> Path:
+    """Return where a bundle is built, beside its place."""
+    return bundle.with_name(f".{bundle.name}.partial")
+
+
+def recover_replaced(bundle: Path) -> bool:
+    """Put a bundle back that was being replaced when the export was killed; waits for a moment where one is at it.
+
+    Returns:
+        Whether there is a bundle now.
+    """
+    bundle = bundle.resolve()
+    staging = staging_folder(bundle) if bundle.name else bundle
+    for _ in range(_PATIENCE):
+        if bundle.exists() or not (staging / REPLACED).is_dir():
+            break
+        try:
+            lock = acquire_lock(staging / "lock")
+        except InputError:
+            time.sleep(0.01)  # the export goes on with the second step
+            continue
+        try:
+            if not bundle.exists() and (staging / REPLACED).is_dir():
+                (staging / REPLACED).rename(bundle)
+        finally:
+            lock.release()
+    return bundle.exists()

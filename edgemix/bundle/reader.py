@@ -23,7 +23,7 @@ from edgemix.bundle.manifest import (
     checksum_of,
 )
 from edgemix.bundle.manifest_validation import validation_errors
-from edgemix.bundle.paths import resolve
+from edgemix.bundle.paths import recover_replaced, resolve
 from edgemix.errors import EXPORT_AGAIN, BundleError, storage_errors
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def graph_digest(manifest: Manifest, graph: str) -> str:
 
 def _read_manifest_bytes(bundle: Path, path: Path) -> bytes:
     with storage_errors(f"reading {path}"):
-        if not bundle.exists():
+        if not bundle.exists() and not recover_replaced(bundle):
             raise BundleError(f"{bundle}: there is no such bundle", "Make one with: edgemix export RECIPE -o BUNDLE")
         if not bundle.is_dir():
             raise BundleError(f"{bundle}: is not a folder, and a bundle is one")

@@ -9,10 +9,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import shutil
-import sys
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Self
 
@@ -21,11 +18,20 @@ import msgspec
 from edgemix.bundle.external_data import external_files
 from edgemix.bundle.manifest import MANIFEST, NGRAMS, SCHEMA, TOKENIZER
 from edgemix.bundle.manifest_validation import validation_errors
-from edgemix.bundle.paths import resolve
+from edgemix.bundle.paths import REPLACED, resolve, staging_folder
 from edgemix.bundle.stages import Stages
 from edgemix.bundle.verify import verify_bundle
 from edgemix.errors import EdgemixError, InputError, storage_errors
-from edgemix.files import acquire_lock, files_in, hash_file, sync_file, sync_folder, write_atomically
+from edgemix.files import (
+    acquire_lock,
+    exchange_folders,
+    files_in,
+    hash_file,
+    sync_file,
+    sync_folder,
+    temporary_beside,
+    write_atomically,
+)
 from edgemix.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
@@ -57,7 +63,7 @@ class BundleWriter:
 
     def __init__(self, output: Path) -> None:
         self.output = output.resolve()
-        self._staging = self.output.with_name(f".{self.output.name}.partial") if self.output.name else self.output
+        self._staging = staging_folder(self.output) if self.output.name else self.output
         self.folder = self._staging / "bundle"
         self.scratch = self._staging / "scratch"
         self.stages = Stages(self._staging)
@@ -133,8 +139,8 @@ class BundleWriter:
                 )
 
     def _recover(self) -> None:
-        """Undo a move that was killed between its two steps."""
-        replaced = self._staging / "replaced"
+        """Undo a move that was killed between its two steps, and remove what other moves left."""
+        replaced = self._staging / REPLACED
         if replaced.exists() and not self.output.exists():
             replaced.rename(self.output)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -164,22 +170,14 @@ class BundleWriter:
             self.output.rmdir()
             self.folder.rename(self.output)
         elif not exchange_folders(self.folder, self.output):
-            replaced = self._staging / "replaced"
+            # For the moment between the two steps, readers find the old bundle where `recover_replaced` looks.
+            replaced = self._staging / REPLACED
             self.output.rename(replaced)
             try:
                 self.folder.rename(self.output)
             except OSError:
                 replaced.rename(self.output)
                 raise
-
-
-def exchange_folders(one: Path, other: Path) -> bool:
-    """Swap two folders in one step, where the system and the file system can (Linux); False if they cannot."""
-    if not sys.platform.startswith("linux"):
-        return False
-    swap = getattr(ctypes.CDLL(None), "renameat2", None)
-    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
-    return swap is not None and swap(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _remove_empty_folders(folder: Path) -> None:
@@ -211,7 +209,7 @@ def check_writable(bundle: Path) -> None:
     Raises:
         EdgemixError: It will not.
     """
-    probe = bundle / f".{MANIFEST}.{os.getpid()}.tmp"
     with storage_errors(f"writing {bundle / MANIFEST}"):
+        probe = temporary_beside(bundle / MANIFEST)
         probe.touch()
         probe.unlink()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import os
 from typing import TYPE_CHECKING
 
 from edgemix.errors import InputError, storage_errors
@@ -19,12 +18,14 @@ def check_output_file(path: Path) -> None:
         InputError: The path exists and is not a file, or its folder does not exist.
         EdgemixError: The system does not allow writing there.
     """
+    from edgemix.files import temporary_beside
+
     if path.exists() and not path.is_file():  # a device would be replaced by a file
         raise InputError(f"{path} is not a file", "Give the path of a file; it may exist or not.")
     if not path.parent.is_dir():
         raise InputError(f"there is no folder {path.parent}", f"Make it: mkdir -p {path.parent}")
-    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(f"writing {path}"):
+        probe = temporary_beside(path)
         probe.touch()
         probe.unlink()
 

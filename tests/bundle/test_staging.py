@@ -122,7 +122,7 @@ def test_a_swap_has_no_moment_without_a_bundle(tmp_path: Path) -> None:
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
-    if not writer.exchange_folders(tmp_path / "one", tmp_path / "other"):
+    if not files_module.exchange_folders(tmp_path / "one", tmp_path / "other"):
         pytest.skip("this file system cannot exchange folders")
     assert (tmp_path / "one/other").exists()
     assert (tmp_path / "other/one").exists()
@@ -136,6 +136,35 @@ def test_a_kill_between_the_two_steps_of_a_move_is_undone(bundle: Path, output: 
     with BundleWriter(output) as writer:
         assert read_manifest(output) == read_manifest(bundle)
         assert writer.stages.done("a", KEY, bool)
+
+
+def test_readers_find_the_bundle_whenever_a_move_is_killed(bundle: Path, output: Path) -> None:
+    """Where folders cannot be exchanged, a kill between the two steps left no bundle until the next export."""
+    code = """
+import os, signal, sys
+from pathlib import Path
+import msgspec
+from edgemix.bundle import writer
+from edgemix.bundle.reader import read_manifest
+sys.path.insert(0, sys.argv[1])
+from bundle.test_staging import export
+writer.exchange_folders = lambda *_: False
+rename = Path.rename
+def killed(self, target):
+    if self.name == "bundle":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(self, target)
+Path.rename = killed
+source, output = Path(sys.argv[2]), Path(sys.argv[3])
+export(output, source, msgspec.structs.replace(read_manifest(source), files={}, seed=7))
+"""
+    shutil.copytree(bundle, output)
+    command = [sys.executable, "-c", code, str(Path(__file__).parents[1]), str(bundle), str(output)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run(command, check=False, env=environment).returncode == -signal.SIGKILL
+    assert not output.exists()
+    assert read_manifest(output) == read_manifest(bundle)
+    verify_bundle(output, read_manifest(output))
 
 
 def test_a_move_that_fails_half_way_is_undone(

@@ -8,7 +8,7 @@ and calls look at the clock. What no operation can make larger than `Budget` all
 from __future__ import annotations
 
 from itertools import islice, repeat
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from jinja2 import nodes
@@ -19,6 +19,10 @@ from jinja2.visitor import NodeTransformer
 
 from edgemix.runtime.text import template_operations as operations
 from edgemix.runtime.text.template_budget import BITS, BUDGET, Budget, TemplateLimitError
+from edgemix.runtime.text.template_comparisons import replace_in_comparisons
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 MAX_NODES = 1 << 14
 """Most parts of a template, as Jinja counts them: what is compiled takes time and memory, too."""
@@ -122,12 +126,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
             "strftime_now": operations.strftime_now,
         }
 
-    def template(self, source: str) -> jinja2.Template:
-        """Compile a template."""
+    def template(self, source: str, compared: Mapping[int, str] | None = None) -> jinja2.Template:
+        """Compile a template; `compared` replaces characters of the constants with which it compares texts."""
         parsed = self.parse(source)
         parts = (each for node in parsed.find_all(nodes.Node) for each in repeat(node, _parts(node)))
         if next(islice(parts, MAX_NODES, None), None) is not None:
             raise TemplateLimitError(f"it has more than {MAX_NODES:,} parts")
+        replace_in_comparisons(parsed, compared or {})
         tree = _Counting(self).visit(parsed)
         return jinja2.Template.from_code(self, self.compile(tree), self.make_globals(None))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +17,24 @@ from edgemix.runtime.text.said_tokens import SaidTokens
 from edgemix.tokenizer_files.document import checked_text
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from edgemix.bundle.manifest import SpecialToken, TokenizerEntry
 
 LONGEST_CHAT = 1 << 24
 """Most characters of a conversation as text, where the context does not say less."""
+
+
+@contextmanager
+def _text_errors(text: str) -> Iterator[None]:
+    """Refuse a text that is no Unicode, and translate what the tokenizer raises of another."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the text is not valid Unicode: {error}", "Remove lone surrogates.") from error
+    with library_errors("the tokenizer fails on this text", "Change the text."):
+        yield
 
 
 class Tokenizer:
@@ -96,14 +108,14 @@ class Tokenizer:
 
     def _encode(self, text: str, *, bos: bool) -> tuple[list[int], list[int]]:
         """Return token ids, and the index of the character where each begins."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"the text is not valid Unicode: {error}", "Remove lone surrogates.") from error
-        with library_errors("the tokenizer fails on this text", "Change the text."):
+        with _text_errors(text):
             encoding = self._core.encode(text, add_special_tokens=False)
         first = [self.entry.bos] if bos and self.entry.bos is not None else []
         ids = [*first, *encoding.ids]
+        return self._known(ids), [0] * len(first) + [start for start, _ in encoding.offsets]
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """Return ids, after a check that there are some and that every member has them."""
         if not ids:
             raise InputError("the text is empty", "Give at least one character.")
         if (greatest := max(ids)) >= self.vocabulary:
@@ -112,7 +124,7 @@ class Tokenizer:
                 f"and they share {self.vocabulary} tokens",
                 "Leave it out of the text.",
             )
-        return ids, [0] * len(first) + [start for start, _ in encoding.offsets]
+        return ids
 
     @cached_property
     def special(self) -> frozenset[int]:
@@ -209,8 +221,8 @@ class Tokenizer:
         if not rendered.said:
             # The template writes the beginning-of-text token itself.
             return self.encode(rendered.text, bos=False)
-        with library_errors("the tokenizer fails on this text", "Change the text."):
-            return self._said.encode(rendered.text, rendered.said)
+        with _text_errors(rendered.text):
+            return self._known(self._said.encode(rendered.text, rendered.said))
 
     def write_chat(
         self,

@@ -167,28 +167,74 @@ def test_added_tokens_that_the_template_writes_are_control_tokens_too():
 
 
 @pytest.mark.parametrize(
-    "written",
+    ("written", "content"),
     [
-        "{{ messages[0].content | trim }}|",
-        "{{ messages[0].content.split('\n') | join('-') }}|",
-        "{% if '</s>' in messages[0].content %}{{ messages[0].content.split('</s>')[-1] }}{% endif %}|",
-        "{{ messages | tojson }}",
-        "{{ messages[0].content[:4] }}",
+        ("{{ content | trim }}|", " a</s>b "),
+        ("{{ content.split('\n') | join('-') }}|", "a</s>\nb"),
+        ("{% if '</s>' in content %}{{ content.split('</s>')[-1] }}{% endif %}|", "a</s>b"),
+        ("{% if content.startswith('<t>') and content[:3] == '<t>' %}{{ content | length }}{% endif %}", "<t></s>"),
+        ("{{ messages | tojson }}", "</s>"),
+        ("{{ content[:4] }}", " a</s>"),
+        ("{{ content | replace('x', '') }}", "</xs>"),
+        ("{{ content | lower }}", "</S>"),
+        ("{{ content.split('<t>') | join }}", "</<t>s>"),
+        ("{% for part in content %}{{ part.text }}{% endfor %}", [{"text": "</"}, {"text": "s>"}]),
+        ("{{ content }}s>", "</"),
     ],
 )
-def test_templates_may_change_what_is_said(written):
-    """Marks around what was said must not change the text; where they would, the message is refused."""
-    found = subject(written + "</s>")
-    messages = [{"role": "user", "content": " a</s>b\nc "}]
-    text = found.write_chat(messages)
-    try:
-        ids = found.render(messages)
-    except InputError as error:
-        assert "parse_special" in str(error)  # noqa: PT017
-        assert written.endswith("[:4] }}")
-    else:
-        assert ids.count(EOS) == 1
-        assert found._core.decode(ids, skip_special_tokens=False) == text
+def test_no_change_of_what_is_said_makes_a_special_token(written, content):
+    """Parts of messages that a template joins, or letters that it changes, could end a turn, too."""
+    found = subject("{% set content = messages[0].content %}" + written + "</s>")
+    messages = [{"role": "user", "content": content}]
+    ids = found.render(messages)
+    assert ids.count(EOS) == 1
+    assert found._core.decode(ids, skip_special_tokens=False) == found.write_chat(messages)
+
+
+def test_special_tokens_that_cannot_be_told_from_the_templates_are_refused():
+    found = subject("{{ messages[0].content | tojson(ensure_ascii=true) }}</s>")
+    assert found.render([{"role": "user", "content": "1 < 2"}]).count(EOS) == 1
+    with pytest.raises(InputError, match="parse_special"):
+        found.render([{"role": "user", "content": "a</s>"}])
+
+
+THOUGHTS = (
+    "{% for m in messages %}{% if m.role == 'assistant' and '</t>' in m.content %}"
+    "{% set thought = m.content.split('</t>')[0].rstrip('\n').split('<t>')[-1].lstrip('\n') %}"
+    "{{ '<s>' + m.role + '\n<t>\n' + thought + '\n</t>\n' + m.content.split('</t>')[-1].lstrip('\n') + '</s>' }}"
+    "{% else %}{{ '<s>' + m.role + '\n' + m.content + '</s>' }}{% endif %}{% endfor %}"
+)
+
+
+def test_thoughts_of_an_answer_are_read_as_the_template_writes_them():
+    """Conversations were refused after a model's first thoughts, for they hold tokens that the template looks for."""
+    found = subject(THOUGHTS, added=["<t>", "</t>"])
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "<t>\nHm.\n</t>\n\nHello"},
+        {"role": "user", "content": "What is <t>?"},
+    ]
+    opening, closing = (found._core.token_to_id(each) for each in ("<t>", "</t>"))
+    ids = found.render(messages)
+    assert (ids.count(opening), ids.count(closing)) == (1, 1)
+    assert found._core.decode(ids, skip_special_tokens=False) == found.write_chat(messages)
+
+
+def test_messages_with_special_tokens_are_checked_as_others_are():
+    """They could hold ids without a row in the members, and half surrogates."""
+    found = subject("{{ messages[0].content }}<big>", added=["<big>"])
+    found.vocabulary = VOCABULARY
+    with pytest.raises(InputError, match="not every member has"):
+        found.render([{"role": "user", "content": "</s>"}])
+    with pytest.raises(InputError, match="Unicode"):
+        found.render([{"role": "user", "content": "\ud800</s>"}])
+
+
+def test_messages_that_are_nested_too_deeply_are_refused():
+    content = []
+    content.append(content)
+    with pytest.raises(InputError, match="nested too deeply"):
+        subject(TURNS).render([{"role": "user", "content": content}])
 
 
 def test_private_characters_in_messages_hide_nothing():
@@ -197,6 +243,8 @@ def test_private_characters_in_messages_hide_nothing():
     ids = found.render(messages)
     assert (ids.count(BOS), ids.count(EOS)) == (1, 1)
     assert found._core.decode(ids, skip_special_tokens=False) == found.write_chat(messages)
+    every = "".join(map(chr, range(0xE000, 0xF900)))
+    assert found.render([{"role": "user", "content": every + "</s>"}]).count(EOS) == 1
 
 
 def test_templates_get_the_tokenizers_own_special_tokens():

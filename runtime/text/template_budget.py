@@ -47,9 +47,10 @@ class Budget:
 
     def take(self, size: int) -> None:
         """Count a value that is made."""
+        self.check(size)
         self._left -= size
-        if size > self.value or self._left < 0:
-            raise TemplateLimitError("it makes texts or lists that are too large")
+        if self._left < 0:
+            raise TemplateLimitError("it makes too many texts, lists or steps")
 
     def measure(self, value: Any) -> int:
         """Return the size of a value, all that it holds included, each as often as it is held."""

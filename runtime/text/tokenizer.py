@@ -184,6 +184,16 @@ class Tokenizer:
         )
 
     @cached_property
+    def _normalizes(self) -> bool:
+        """Whether other letters may become control tokens by normalization."""
+        with library_errors("the tokenizer's added tokens cannot be read"):
+            added = self._core.get_added_tokens_decoder().values()
+        control = set(self.control_tokens)
+        return self._core.normalizer is not None and any(
+            token.normalized for token in added if token.content in control
+        )
+
+    @cached_property
     def _said(self) -> SaidTokens:
         with library_errors("the tokenizer cannot be copied"):
             return SaidTokens(self._core, self.control_tokens)
@@ -218,7 +228,7 @@ class Tokenizer:
         """
         said = () if parse_special else self.control_tokens
         rendered = self._rendered(messages, answer=True, tools=tools, said=said, longest=longest)
-        if not rendered.said:
+        if not rendered.said and (parse_special or not self._normalizes):
             # The template writes the beginning-of-text token itself.
             return self.encode(rendered.text, bos=False)
         with _text_errors(rendered.text):

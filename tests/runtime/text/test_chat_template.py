@@ -191,6 +191,21 @@ def test_no_change_of_what_is_said_makes_a_special_token(written, content):
     assert found._core.decode(ids, skip_special_tokens=False) == found.write_chat(messages)
 
 
+@pytest.mark.parametrize("said", ["a<END>b", "a\uff1cend\uff1eb", "a<end>b"])
+def test_letters_that_normalization_makes_a_special_token_of_are_text(said):
+    core = byte_tokenizer()
+    core.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.NFKC(), tokenizers.normalizers.Lowercase()]
+    )
+    core.add_special_tokens([tokenizers.AddedToken("<end>", special=True, normalized=True)])
+    found = subject("{{ messages[0].content }}<end>", core=core)
+    end = core.token_to_id("<end>")
+    assert found.render([{"role": "user", "content": said}]).count(end) == 1
+    assert found.render([{"role": "user", "content": said}], parse_special=True).count(end) == 2
+    plain = [{"role": "user", "content": "Hi"}]
+    assert found.render(plain) == found.render(plain, parse_special=True)
+
+
 def test_special_tokens_that_cannot_be_told_from_the_templates_are_refused():
     found = subject("{{ messages[0].content | tojson(ensure_ascii=true) }}</s>")
     assert found.render([{"role": "user", "content": "1 < 2"}]).count(EOS) == 1

@@ -235,19 +235,21 @@ class BatchScheduler:
         self.close()
 
     def _work(self) -> None:
-        while self._apply_actions():
-            try:
-                results = self._batch.step()
-            except BaseException as error:  # noqa: BLE001 - the next texts are served all the same
-                self._end(self._batch.reset(), failure(error))
-                continue
-            for request, token in results:
-                self._deliver(request, token)
-        with self._lock:
-            self._closed = True
-            unfinished = [handle.request for handle in self._handles.values()]
-        self._end(unfinished, EdgemixError("this scheduler is closed"))
-        self._batch.close()
+        try:
+            while self._apply_actions():
+                try:
+                    results = self._batch.step()
+                except BaseException as error:  # noqa: BLE001 - the next texts are served all the same
+                    self._end(self._batch.reset(), failure(error))
+                    continue
+                for request, token in results:
+                    self._deliver(request, token)
+        finally:  # also where this thread is told to exit: nobody waits for ever
+            with self._lock:
+                self._closed = True
+                unfinished = [handle.request for handle in self._handles.values()]
+            self._end(unfinished, EdgemixError("this scheduler is closed"))
+            self._batch.close()
 
     def _end(self, requests: Iterable[GenerationRequest], error: EdgemixError) -> None:
         """End requests with an error; those that have ended or were cancelled are left alone."""

@@ -1,5 +1,6 @@
 """What fails for one text ends that text, with the reason, and no other."""
 
+import asyncio
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -81,6 +82,18 @@ def test_a_graph_that_fails_for_good_ends_the_texts_that_need_it(pair, error):
         repaired.set()
         expected = pair.generate("x", max_new_tokens=5).text
         assert server.submit("x", max_new_tokens=5).result().text == expected
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_clients_are_told_when_the_thread_exits(pair):
+    """A SystemExit ends the scheduler; clients waited for ever, and new ones were taken."""
+    mixture, _ = failing(pair, lambda *_: SystemExit())
+    with mixture.serve() as server:
+        handle = server.submit("a fox", max_new_tokens=5)
+        with pytest.raises(EdgemixError, match="closed"):
+            asyncio.run(asyncio.wait_for(handle.aresult(), 10))
+        with pytest.raises(EdgemixError, match="closed"):
+            server.submit("hen")
 
 
 def test_random_failures_end_single_texts_only(pair):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from contextlib import aclosing, closing, suppress
 from contextvars import ContextVar
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+LOG = logging.getLogger(__name__)
 _CANCELLED: ContextVar[threading.Event | None] = ContextVar("cancelled", default=None)
 
 
@@ -30,6 +32,11 @@ def failure(error: BaseException) -> EdgemixError:
     """
     if isinstance(error, Cancelled | KeyboardInterrupt | SystemExit | GeneratorExit):
         raise error
+    LOG.debug("a text failed", exc_info=error)
+    cause: BaseException | None = error
+    while cause is not None and cause.__traceback__ is not None:
+        cause.__traceback__ = None  # its frames hold caches, and often the error itself
+        cause = cause.__cause__ or cause.__context__
     if isinstance(error, EdgemixError):
         return error
     found = EdgemixError(f"{type(error).__name__}: {error}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from edgemix.runtime.text.said_tokens import SaidTokens
 from edgemix.tokenizer_files.document import checked_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator
     from pathlib import Path
 
     from edgemix.bundle.manifest import SpecialToken, TokenizerEntry
@@ -264,7 +265,10 @@ class Tokenizer:
     ) -> Rendered:
         if self.chat_template is None:
             raise InputError("this bundle's tokenizer has no chat template", "Use generate with a prompt.")
-        if not messages or not all({"role", "content"} <= set(message) for message in messages):
+        fine = isinstance(messages, Sequence) and all(
+            isinstance(message, Mapping) and {"role", "content"} <= set(message) for message in messages
+        )
+        if not messages or not fine:
             raise InputError("a conversation needs at least one message, each with a role and content")
         special = self.entry.special_tokens or {
             "bos_token": self.token(self.entry.bos),

@@ -75,6 +75,9 @@ TEXTS = (
 )
 
 
+_LARGEST = 1 << 27
+
+
 def integer(rng: Random) -> int:
     """Return a number near a boundary."""
     return rng.choice(INTEGERS) + rng.choice((0, 0, 0, 1, -1))
@@ -128,8 +131,18 @@ def mutated_json(rng: Random, data: bytes) -> bytes:
 
 
 def dumps(document: Any) -> bytes:
-    """Encode JSON, with what `json` does not write in the places that stand for it."""
-    text = json.dumps(document)
+    """Encode JSON, with what `json` does not write in the places that stand for it.
+
+    Raises:
+        ValueError: It is larger than any file that a case needs.
+    """
+    parts, size = [], 0
+    for part in json.JSONEncoder().iterencode(document):
+        parts.append(part)
+        size += len(part)
+        if size > _LARGEST:  # lists that were repeated in lists that were repeated
+            raise ValueError("the document is too large")
+    text = "".join(parts)
     for name, raw in RAW_VALUES.items():
         text = text.replace(json.dumps(_RAW + name), raw)
     return text.encode()

@@ -213,7 +213,7 @@ def test_a_template_that_fails_or_leaves_its_sandbox_is_an_input_error(template)
         tokenizer(template).render([{"role": "user", "content": "x"}])
 
 
-@pytest.mark.parametrize("messages", [[], [{"role": "user"}], [{"content": "x"}]])
+@pytest.mark.parametrize("messages", [[], [{"role": "user"}], [{"content": "x"}], [None], 5, "text"])
 def test_messages_need_role_and_content(messages):
     with pytest.raises(InputError, match="role and content"):
         tokenizer(TEMPLATE).render(messages)

@@ -32,4 +32,5 @@ def check_output_file(path: Path) -> None:
 
 def has_work(output: Path) -> bool:
     """Return whether a run that was interrupted left work beside its output, from which the next one goes on."""
-    return any(output.parent.glob(f".{glob.escape(output.name)}.*"))
+    beside = output.parent.glob(f".{glob.escape(output.name)}.*")
+    return any(path.suffix not in (".lock", ".tmp") for path in beside)

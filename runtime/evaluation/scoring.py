@@ -95,7 +95,7 @@ def score_tokens(
     prior: AdaptivePrior | None = None,
     vocabulary: int,
     window: int,
-    bos: int | None,
+    bos: int | None = None,
     advance: Callable[[float], None],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Compute the log-probabilities of every token after the first.

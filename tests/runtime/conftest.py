@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +16,40 @@ from edgemix.runtime.graphs.decoder import DecoderGraph
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+
+class GraphCalls(list[int]):
+    """The tokens of each call of a graph, since it was cleared.
+
+    Attributes:
+        before: Called with nothing before each call; it may raise, or take its time.
+    """
+
+    before: Callable[[], object] = staticmethod(lambda: None)
+
+
+@pytest.fixture
+def graph_calls(monkeypatch: pytest.MonkeyPatch) -> GraphCalls:
+    """Counts the calls of all graphs."""
+    calls, within = GraphCalls(), threading.local()
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(graph: DecoderGraph, cache: object, tokens: Any) -> Any:
+            if getattr(within, "call", False):  # of one row among several
+                return real(graph, cache, tokens)
+            calls.append(sum(map(len, tokens)))
+            calls.before()
+            within.call = True
+            try:
+                return real(graph, cache, tokens)
+            finally:
+                within.call = False
+
+        return call
+
+    for name in ("extend", "extend_all"):
+        monkeypatch.setattr(DecoderGraph, name, counted(getattr(DecoderGraph, name)))
+    return calls
 
 
 @pytest.fixture

@@ -9,23 +9,16 @@ from helpers.onnx_members import write_bundle
 
 from edgemix.errors import EdgemixError, InputError
 from edgemix.runtime import Mixture
-from edgemix.runtime.graphs.decoder import DecoderGraph
 
 PROMPT = "Once upon a time"
 
 
 @pytest.fixture
-def slow(monkeypatch):
+def slow(graph_calls):
     """Graphs that take their time; counts the calls."""
-    calls, run, pause = [], DecoderGraph._run, threading.Event()
-
-    def counted(*arguments, **options):
-        calls.append(1)
-        pause.wait(0.005)
-        return run(*arguments, **options)
-
-    monkeypatch.setattr(DecoderGraph, "_run", counted)
-    return calls
+    pause = threading.Event()
+    graph_calls.before = lambda: pause.wait(0.005)
+    return graph_calls
 
 
 def working():
@@ -86,8 +79,8 @@ def test_a_task_that_is_cancelled_stops_the_work(pair, slow, prompt):
     assert called < 50, "a long prompt is called off between two calls, too"
 
 
-def test_errors_come_where_they_are_awaited(pair, monkeypatch):
-    def fail(*_, **__):
+def test_errors_come_where_they_are_awaited(pair, graph_calls):
+    def fail():
         raise EdgemixError("no more memory")
 
     async def ask():
@@ -95,7 +88,7 @@ def test_errors_come_where_they_are_awaited(pair, monkeypatch):
             pair.astream(PROMPT, temperature=-1)
         with pytest.raises(InputError, match="temperature"):
             await pair.agenerate(PROMPT, temperature=-1)
-        monkeypatch.setattr(DecoderGraph, "_run", fail)
+        graph_calls.before = fail
         with pytest.raises(EdgemixError, match="no more memory"):
             await pair.agenerate(PROMPT)
 
@@ -131,13 +124,13 @@ def test_a_ticket_that_is_left_is_cancelled(pair, slow):
     assert len(slow) < 100
 
 
-def test_an_error_reaches_the_one_who_awaits_a_ticket(pair, monkeypatch):
-    def fail(*_, **__):
+def test_an_error_reaches_the_one_who_awaits_a_ticket(pair, graph_calls):
+    def fail():
         raise EdgemixError("no more memory")
 
     async def ask():
         with pair.serve() as server:
-            monkeypatch.setattr(DecoderGraph, "_run", fail)
+            graph_calls.before = fail
             with pytest.raises(EdgemixError, match="no more memory"):
                 await server.submit(PROMPT).aresult()
 
@@ -148,17 +141,17 @@ class Panic(BaseException):
     """What a library in Rust raises where it fails badly is no Exception."""
 
 
-def test_a_panic_reaches_the_one_who_waits(pair, monkeypatch):
-    def fail(*_, **__):
+def test_a_panic_reaches_the_one_who_waits(pair, graph_calls):
+    def fail():
         raise Panic("in a library")
 
     async def ask():
         with pair.serve() as server:
-            with monkeypatch.context() as patch:
-                patch.setattr(DecoderGraph, "_run", fail)
-                for waited in (pair.agenerate(PROMPT), server.submit(PROMPT).aresult()):
-                    with pytest.raises(EdgemixError, match="Panic"):
-                        await waited
+            graph_calls.before = fail
+            for waited in (pair.agenerate(PROMPT), server.submit(PROMPT).aresult()):
+                with pytest.raises(EdgemixError, match="Panic"):
+                    await waited
+            graph_calls.before = lambda: None
             assert (await server.submit(PROMPT, max_new_tokens=3).aresult()).token_ids  # others are served
 
     asyncio.run(ask())

@@ -9,7 +9,6 @@ from helpers.onnx_members import random_member, write_bundle
 
 from edgemix.errors import EdgemixError, InputError
 from edgemix.runtime import Mixture
-from edgemix.runtime.graphs.decoder import DecoderGraph
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
 LONG = "Here is a long story about a fox and an owl who lived in a forest, told in every detail. " * 3
@@ -29,16 +28,9 @@ def talking(tmp_path_factory, pair_forms):
 
 
 @pytest.fixture
-def read(monkeypatch):
+def read(graph_calls):
     """Tokens read by all graphs since it was cleared."""
-    counts, run = [], DecoderGraph._run
-
-    def counted(member, cache, ids, *arguments, **options):
-        counts.append(ids.size)
-        return run(member, cache, ids, *arguments, **options)
-
-    monkeypatch.setattr(DecoderGraph, "_run", counted)
-    return counts
+    return graph_calls
 
 
 def by_chat(mixture, turns, **options):
@@ -142,18 +134,17 @@ def test_a_session_begins_with_messages(talking):
             talking[0].session(wrong)
 
 
-def test_a_turn_that_fails_leaves_the_conversation_as_it_was(talking, monkeypatch):
+def test_a_turn_that_fails_leaves_the_conversation_as_it_was(talking, graph_calls):
     session = talking[0].session()
     session.send("Hello", max_new_tokens=4)
-    before, run, calls = session.messages, DecoderGraph._run, []
+    before = session.messages
+    graph_calls.clear()
 
-    def fail(*arguments, **options):
-        calls.append(1)
-        if len(calls) > 6:
+    def fail():
+        if len(graph_calls) > 6:
             raise EdgemixError("no more memory")
-        return run(*arguments, **options)
 
-    monkeypatch.setattr(DecoderGraph, "_run", fail)
+    graph_calls.before = fail
     with pytest.raises(EdgemixError, match="memory"):
         session.send("And then?", max_new_tokens=40)
     assert session.messages == before

@@ -7,7 +7,6 @@ from helpers.onnx_members import VOCABULARY, random_member, write_bundle
 from edgemix.errors import EdgemixError, InputError
 from edgemix.runtime import Mixture
 from edgemix.runtime.evaluation.log_likelihood import Continuation, score_continuations
-from edgemix.runtime.graphs.decoder import DecoderGraph
 
 CONTEXT = "Which bird sits on a mat in the wood, and sees at night? "
 ANSWERS = ["An owl.", "An ox.", "A", "An owl.", "Nobody knows."]
@@ -31,15 +30,9 @@ def scores(mixture, pairs, **mix):
 
 
 @pytest.fixture
-def read(monkeypatch):
+def read(graph_calls):
     """Counts the tokens that graphs read."""
-    counts, real = [], DecoderGraph._run
-    monkeypatch.setattr(
-        DecoderGraph,
-        "_run",
-        lambda self, cache, ids, *a, **o: counts.append(ids.size) or real(self, cache, ids, *a, **o),
-    )
-    return counts
+    return graph_calls
 
 
 @pytest.mark.parametrize("mix", MIXES)

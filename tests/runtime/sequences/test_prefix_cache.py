@@ -11,7 +11,6 @@ from safetensors.numpy import save
 
 from edgemix.errors import InputError
 from edgemix.runtime import Mixture
-from edgemix.runtime.graphs.decoder import DecoderGraph
 from edgemix.runtime.sequences.prefix_cache import LEAST, PrefixCache
 
 INTRODUCTION = "You are an owl, and sit on a mat in the wood. "
@@ -28,15 +27,9 @@ def load(tmp_path):
 
 
 @pytest.fixture
-def read(monkeypatch):
+def read(graph_calls):
     """Counts the tokens that graphs read."""
-    counts, real = [], DecoderGraph._run
-    monkeypatch.setattr(
-        DecoderGraph,
-        "_run",
-        lambda self, cache, ids, *a, **o: counts.append(ids.size) or real(self, cache, ids, *a, **o),
-    )
-    return counts
+    return graph_calls
 
 
 OPTIONS = [{}, {"weights": "adaptive"}, {"combine": "log-linear"}, {"weights": {"a": 1.0}}]

@@ -72,33 +72,46 @@ def render_template(
         from edgemix.runtime.text import template_sandbox as sandbox
 
         try:
-            return sandbox.render(_compiled(template, tuple(compared.items())), {**values, **given}, longest)
+            compiled = _compiled(template)
+            if isinstance(compiled, str):
+                raise jinja2.TemplateError(compiled)
+            return sandbox.render(compiled, {**values, **given}, longest, compared)
         except BaseException as error:  # a template may raise anything
-            reason = str(error) if isinstance(error, jinja2.TemplateError) else failure(error).message
-            raise InputError(f"the chat template refuses these messages: {reason[:_LONGEST_REASON]}") from error
+            raise InputError(f"the chat template refuses these messages: {_reason(error)}") from error
 
     text = rendered(values, {})
     return Rendered(text, said_spans(text, values, template, tuple(said), rendered))
 
 
 @lru_cache(maxsize=8)
-def _compiled(template: str, compared: tuple[tuple[int, str], ...]) -> jinja2.Template:
-    from edgemix.runtime.text.template_budget import TemplateLimitError
+def _compiled(template: str) -> jinja2.Template | str:
+    """Return the compiled template, or the reason why it is none."""
     from edgemix.runtime.text.template_sandbox import Sandbox
 
     if len(template) > MAX_TEMPLATE:
-        raise TemplateLimitError(f"it has more than {MAX_TEMPLATE:,} characters")
-    return Sandbox().template(template, dict(compared))
+        return f"it has more than {MAX_TEMPLATE:,} characters"
+    try:
+        return Sandbox().template(template)
+    except Exception as error:  # noqa: BLE001 - a template may be anything
+        return _reason(error)
+
+
+def _reason(error: BaseException) -> str:
+    import jinja2
+
+    reason = str(error) if isinstance(error, jinja2.TemplateError) else failure(error).message
+    return reason[:_LONGEST_REASON]
 
 
 def _plain(value: Any) -> Any:
     """Return a copy of plain types: a template must not reach other objects. Messages lose keys without a value."""
-    if value is None or isinstance(value, bool | int | float):
+    if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, str):
-        return str(value)
+    for plain in (str, int, float):
+        if isinstance(value, plain):  # an enumeration's member, too, is its value here
+            return plain.__str__(value) if plain is str else plain(value)
     if hasattr(value, "items"):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(_plain(key)): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return f"<{type(value).__name__}>"

@@ -23,7 +23,8 @@ def said_spans(
     """Return the spans of characters of a text that look like tokens, and that begin in what messages say.
 
     The messages are written a second time, with other characters for those that begin tokens; so are the texts that
-    the template compares them with. Every character keeps its place, whatever the template cuts, joins or tests.
+    the template compares them with. Every character keeps its place, whatever the template cuts, joins or tests. Where
+    that does not hold, as in a comparison with a variable, messages that hold tokens are refused.
 
     Args:
         text: The conversation as text.
@@ -46,12 +47,12 @@ def said_spans(
         raise InputError("the messages hold too many private-use characters", _REMEDY)
     table = {ord(character): mark for character, mark in zip(first, marks, strict=True)}
     try:
-        marked = render(_translated(values, table, pattern), table)
+        marked = render(_translated(values, table, lambda key: pattern.search(key) or not _names(template, key)), table)
     except InputError:  # the template refuses other characters: nothing is known of it
         marked = ""
     if marked.translate({ord(mark): character for character, mark in zip(first, marks, strict=True)}) == text:
         return tuple(match.span() for match in pattern.finditer(text) if marked[match.start()] in marks)
-    if pattern.findall(marked) != pattern.findall(text):
+    if pattern.findall(marked) != pattern.findall(text) or any(map(pattern.search, _strings(values))):
         raise InputError(
             "the chat template changes what messages say, which hold special tokens: they cannot be told from its own",
             _REMEDY,
@@ -63,6 +64,12 @@ def said_spans(
 def _any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
     longest_first = sorted(filter(None, tokens), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _names(template: str, key: str) -> bool:
+    """Return whether a template looks a key up by its name."""
+    name = re.escape(key)
+    return bool(re.search(rf"\b{name}\b" if key.isidentifier() else rf"""(['"]){name}\1""", template))
 
 
 def _strings(value: Any) -> Iterable[str]:
@@ -77,13 +84,13 @@ def _strings(value: Any) -> Iterable[str]:
             yield from _strings(item)
 
 
-def _translated(value: Any, table: dict[int, str], pattern: re.Pattern[str]) -> Any:
-    """Return a copy with characters replaced in every text, and in keys that hold tokens."""
+def _translated(value: Any, table: dict[int, str], is_said: Callable[[str], object]) -> Any:
+    """Return a copy with characters replaced in every text, and in the keys that are said."""
     if isinstance(value, str):
         return value.translate(table)
     if isinstance(value, dict):
         return {
-            key.translate(table) if pattern.search(key) else key: _translated(item, table, pattern)
+            key.translate(table) if is_said(key) else key: _translated(item, table, is_said)
             for key, item in value.items()
         }
-    return [_translated(item, table, pattern) for item in value] if isinstance(value, list) else value
+    return [_translated(item, table, is_said) for item in value] if isinstance(value, list) else value

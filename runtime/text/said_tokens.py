@@ -37,9 +37,13 @@ class SaidTokens:
                 names[token["id"]] = name, token["content"]
                 token["content"] = name
         document["post_processor"] = None
+        model = document["model"]
+        unknown = core.token_to_id(model["unk_token"]) if model.get("unk_token") else model.get("unk_id")
+        self._controls = names.keys() - {unknown}  # which the model makes of letters that it does not know
         self._names = names
         self._copy = tokenizers.Tokenizer.from_str(json.dumps(document))
-        self._ids = {self._copy.token_to_id(name): id_ for id_, (name, _) in names.items()}
+        # A name that the model's vocabulary lacks gets an id of its own, and so may every added token after it.
+        self._ids = {self._copy.token_to_id(token["content"]): token["id"] for token in document["added_tokens"]}
 
     def encode(self, text: str, said: Sequence[tuple[int, int]]) -> list[int]:
         """Return the token ids of a text.
@@ -56,7 +60,7 @@ class SaidTokens:
             parts += [text[end:first], _NEUTRAL * (last - first)]
             end = last
         encoding = self._core.encode("".join([*parts, text[end:]]), add_special_tokens=False)
-        parts, end, controls = [], 0, 0
+        parts, end, controls = [], 0, list[int]()
         for id_, (first, last) in zip(encoding.ids, encoding.offsets, strict=True):
             if id_ in self._names:
                 name, content = self._names[id_]
@@ -64,10 +68,11 @@ class SaidTokens:
                 if place < 0:  # a template writes tokens as they are; these letters became one by normalization
                     continue
                 parts += [text[end:place], name]
-                end, controls = place + len(content), controls + 1
+                end = place + len(content)
+                controls.append(id_)
         found = self._copy.encode("".join([*parts, text[end:]]), add_special_tokens=False).ids
         ids = [self._ids.get(id_, id_) for id_ in found]
-        if sum(id_ in self._names for id_ in ids) != controls:
+        if [id_ for id_ in ids if id_ in self._controls] != [id_ for id_ in controls if id_ in self._controls]:
             raise InputError(
                 "a message holds special tokens, and this tokenizer cannot read them as ordinary text",
                 "Leave them out of the messages, or pass parse_special=True.",

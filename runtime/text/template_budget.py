@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import jinja2
+from jinja2 import Undefined
 
 SECONDS = 2.0
 """Longest time that a rendering may take."""
@@ -21,6 +22,8 @@ BITS = 4096
 """Largest whole number, in bits."""
 _FIXED = 16
 """What a value costs beside its characters and elements."""
+_PLAIN = (int, float, complex, range, Undefined, type(None))
+"""Types beside texts and collections that may be written."""
 
 
 class TemplateLimitError(jinja2.TemplateError):
@@ -31,13 +34,30 @@ class Budget:
     """What is left for a rendering.
 
     Args:
-        given: Size of the variables, in characters and elements.
+        variables: What the program gives, of plain types. It holds them anyway, and a template cannot change them.
+        compared: Replacements of characters in the constants with which the template compares texts.
     """
 
-    def __init__(self, given: int) -> None:
+    def __init__(self, variables: dict[str, Any], compared: Mapping[int, str]) -> None:
         self._deadline = time.monotonic() + SECONDS
+        self._sizes: dict[int, int] = {}
+        given = self._given(variables)
+        self.compared = compared
         self.value = VALUE + 4 * given
         self._left = TOTAL + _COPIES * given
+
+    def _given(self, value: Any) -> int:
+        """Return the size of a given value, and keep those of its collections."""
+        if isinstance(value, str):
+            return len(value) + 1
+        if isinstance(value, dict):
+            size = 1 + sum(self._given(key) + self._given(item) for key, item in value.items())
+        elif isinstance(value, list):
+            size = 1 + sum(map(self._given, value))
+        else:
+            return 1
+        self._sizes[id(value)] = size
+        return size
 
     def tick(self, size: int = 0) -> None:
         """Count a step, and the characters that it writes."""
@@ -52,20 +72,31 @@ class Budget:
         if self._left < 0:
             raise TemplateLimitError("it makes too many texts, lists or steps")
 
-    def measure(self, value: Any) -> int:
-        """Return the size of a value, all that it holds included, each as often as it is held."""
+    def measure(self, value: Any, *, written: bool = False) -> int:
+        """Return the size of a value, all that it holds included, each as often as it is held.
+
+        Args:
+            value: The value.
+            written: Whether it becomes text. Then it must be of plain types: what others would write is not known.
+        """
         total, pending = 0, [value]
         while pending:
             each = pending.pop()
-            total += 1
+            total += self._sizes.get(id(each), 1)
             if isinstance(each, str | bytes):
                 total += len(each)
+            elif id(each) in self._sizes:
+                pass
             elif isinstance(each, list | tuple):
                 pending += each
             elif isinstance(each, Mapping):
                 pending += [*each.keys(), *each.values()]
-            elif isinstance(each, Collection) and not isinstance(each, range):  # views of mappings are written whole
+            elif isinstance(each, _PLAIN):
+                pass
+            elif isinstance(each, Collection):  # views of mappings are written whole
                 pending += each
+            elif written:
+                raise TemplateLimitError(f"it writes a {type(each).__name__}, which is no text, number or list")
             if total > self.value:
                 raise TemplateLimitError("it makes texts or lists that are too large")
         return total
@@ -74,6 +105,12 @@ class Budget:
         """Refuse a value of this size before it is made."""
         if size > self.value:
             raise TemplateLimitError("it makes texts or lists that are too large")
+
+    def reached(self, value: Any) -> Any:
+        """Return a value that stands in another one, and that is not too large to be compared and passed on."""
+        if isinstance(value, str | Collection):
+            self.measure(value)
+        return value
 
     def made(self, value: Any) -> Any:
         """Count a value that was made, and return it."""

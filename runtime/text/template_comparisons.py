@@ -7,36 +7,25 @@ from typing import TYPE_CHECKING
 from jinja2 import nodes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
 _METHODS = frozenset(
     {
-        *(
-            "count",
-            "endswith",
-            "find",
-            "index",
-            "lstrip",
-            "partition",
-            "removeprefix",
-            "removesuffix",
-            "rfind",
-            "rindex",
-        ),
-        *("rpartition", "rsplit", "rstrip", "split", "startswith", "strip"),
+        *("count", "endswith", "find", "index", "lstrip", "partition", "removeprefix", "removesuffix", "rfind"),
+        *("rindex", "rpartition", "rsplit", "rstrip", "split", "startswith", "strip"),
     }
 )
 _PLAIN = (nodes.Const, nodes.List, nodes.Tuple)
 _FILTERS = frozenset({"trim", "select", "reject", "selectattr", "rejectattr"})
 
 
-def replace_in_comparisons(tree: nodes.Template, table: Mapping[int, str]) -> None:
-    """Replace characters in the constants with which a parsed template compares texts."""
-    for expression in list(_compared(tree)):
+def compared_texts(tree: nodes.Template) -> Iterator[nodes.Const]:
+    """Yield the constants with which a parsed template compares texts."""
+    for expression in _compared(tree):
         each = [expression, *expression.find_all(nodes.Const)] if isinstance(expression, _PLAIN) else []
         for constant in each:
             if isinstance(constant, nodes.Const) and isinstance(constant.value, str):
-                constant.value = constant.value.translate(dict(table))
+                yield constant
 
 
 def _compared(tree: nodes.Template) -> Iterator[nodes.Node]:

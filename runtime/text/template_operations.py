@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from datetime import datetime
+from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+from jinja2.filters import do_join, make_attrgetter
 
 from edgemix.runtime.text.template_budget import BITS, BUDGET, Budget, TemplateLimitError
 
@@ -20,10 +22,15 @@ _NUMBER = 400
 """Most characters of a number that a format writes, beside its width."""
 _PRODUCT = 1 << 27
 """Most comparisons of two characters."""
-_WIDE_FORMAT = {
-    "%": re.compile(r"%(\([^()]*\))?[^a-zA-Z%(]*(\*|\d{4,})|%\([^()]*\("),
-    "{": re.compile(r"\{[^{}]*:[^{}]*(\{|\d{4,})"),
-}
+_WIDE_PERCENT = re.compile(r"%(\([^()]*\))?[^a-zA-Z%(]*(\*|\d{4,})|%\([^()]*\(")
+_WIDE_FIELD = re.compile(r"\{|\d{4,}")
+_WRITING = frozenset(
+    {
+        *("capitalize", "center", "e", "escape", "format", "indent", "lower", "replace", "safe", "string", "title"),
+        *("trim", "truncate", "upper", "wordcount"),
+    }
+)
+"""Filters that make text of any value."""
 _QUADRATIC = frozenset({"rfind", "rindex", "rsplit", "rpartition", "strip", "lstrip", "rstrip"})
 """Methods that may compare each character of a text with each of an argument."""
 FILTERS = frozenset(
@@ -51,12 +58,28 @@ def small_power(base: Any, exponent: Any) -> bool:
     return abs(exponent) * max(1, base.bit_length()) <= BITS
 
 
-def check_format(budget: Budget, text: str, values: Any, sign: str) -> None:
-    """Check a text whose formats begin with a sign before they are replaced by values."""
-    if _WIDE_FORMAT[sign].search(text):
+def check_percent_format(budget: Budget, text: str, values: Any) -> None:
+    """Check a text before its formats, such as `%5d`, are replaced by values."""
+    if _WIDE_PERCENT.search(text):
         raise TemplateLimitError(f"a format is wider than {_WIDTH}")
+    _check_fields(budget, text, text.count("%"), values)
+
+
+def _check_brace_format(budget: Budget, text: str, values: Any) -> None:
+    """Check a text before its formats, such as `{:5d}`, are replaced by values."""
+    fields = 0
+    for _, name, width, _ in Formatter().parse(text):
+        fields += 1
+        if name and any(each in name for each in ".["):
+            raise TemplateLimitError("a format reads what is inside of a value")
+        if width and _WIDE_FIELD.search(width):
+            raise TemplateLimitError(f"a format is wider than {_WIDTH}")
+    _check_fields(budget, text, fields, values)
+
+
+def _check_fields(budget: Budget, text: str, fields: int, values: Any) -> None:
     widest = max(map(int, re.findall(r"(?<!\d)\d{1,3}(?!\d)", text)), default=0)
-    budget.check(len(text) + text.count(sign) * (budget.measure(values) + widest + _NUMBER))
+    budget.check(len(text) + fields * (budget.measure(values, written=True) + widest + _NUMBER))
 
 
 def _check_number(value: Any, most: int = _WIDTH) -> None:
@@ -71,12 +94,12 @@ def check_string_call(
     if name not in _STRING_METHODS:
         raise TemplateLimitError(f"it calls {name} of a text")
     if name == "format":
-        check_format(budget, text, [*args, *kwargs.values()], "{")
+        _check_brace_format(budget, text, [*args, *kwargs.values()])
     elif name == "replace" and len(args) >= 2:
         _check_replace(budget, text, args[0], args[1])
     elif name == "join" and args:
         args = (_listed(budget, args[0]),)
-        budget.check(budget.measure(args[0]) + len(text) * len(args[0]))
+        budget.check(budget.measure(args[0], written=True) + len(text) * len(args[0]))
     elif name in _QUADRATIC:
         _check_product(text, [*args, *kwargs.values()])
     elif name in ("center", "ljust", "rjust", "zfill"):
@@ -95,8 +118,16 @@ def _check_replace(budget: Budget, s: Any, old: Any, new: Any) -> None:
     budget.check(len(text) + (text.count(old) if old else len(text) + 1) * len(new))
 
 
-def _check_join(budget: Budget, value: Any, d: Any = "") -> None:
-    budget.check(budget.measure(value) + len(value) * budget.measure(d))
+@jinja2.pass_eval_context
+def join(context: Any, value: Any, d: Any = "", attribute: Any = None) -> Any:
+    """Jinja's filter, with the texts measured as they are joined: they may stand in attributes."""
+    budget = BUDGET.get()
+    if attribute is not None:
+        get = make_attrgetter(context.environment, attribute)
+        value = (get(each) for each in value)
+    value = value if isinstance(value, str) else _listed(budget, value)
+    budget.check(budget.measure(value, written=True) + len(value) * budget.measure(d, written=True))
+    return do_join(context, value, d)
 
 
 def _without(options: dict[str, Any], name: str) -> dict[str, Any]:
@@ -119,6 +150,8 @@ def counted_filter(name: str, implementation: Callable[..., Any]) -> Callable[..
     def counted(*args: Any, **kwargs: Any) -> Any:
         budget, value, options = BUDGET.get(), args[leading], [*args[leading + 1 :], *kwargs.values()]
         budget.tick()
+        if name in _WRITING:
+            budget.measure([value, *options], written=True)
         if name in ("center", "indent", "batch", "slice", "round"):
             for each in options:
                 _check_number(each, 100 if name in ("round", "indent") else _WIDTH)
@@ -128,15 +161,11 @@ def counted_filter(name: str, implementation: Callable[..., Any]) -> Callable[..
             text = str(value)
             budget.check(len(text) + 100 * (text.count("\n") + 1))
         elif name == "format":
-            check_format(budget, str(value), options, "%")
+            check_percent_format(budget, str(value), options)
         elif name == "replace":
             _check_replace(budget, *args[leading : leading + 3], **_without(kwargs, "count"))
-        elif name == "join":
-            value = value if isinstance(value, str) else _listed(budget, value)
-            _check_join(budget, value, *args[leading + 1 : leading + 2], **_without(kwargs, "attribute"))
-        elif name in ("string", "e", "escape", "lower", "upper", "title", "capitalize", "trim", "center"):
+        elif name == "trim":
             _check_product(value, options)
-            budget.check(budget.measure(value))
         elif name == "sum" and not all(isinstance(each, int | float | str) for each in options):
             raise TemplateLimitError("it adds up lists")
         return budget.made(implementation(*args[:leading], value, *args[leading + 1 :], **kwargs))
@@ -192,8 +221,9 @@ def to_json(
     return str(budget.made("".join(parts)))
 
 
-def refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def refuse(message: Any) -> None:
+    BUDGET.get().measure(message, written=True)
+    raise jinja2.TemplateError(str(message))
 
 
 def strftime_now(text: str) -> str:

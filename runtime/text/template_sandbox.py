@@ -1,8 +1,9 @@
 """A Jinja environment for templates that anybody may have written: bounded in time, in memory and in output.
 
-Jinja's sandbox keeps a template from Python's objects, and not from work without end. Here, every value that a template
-makes is measured before it is made or right after, where its size is known to be near that of its parts; loops, macros
-and calls look at the clock. What no operation can make larger than `Budget` allows, no later operation needs long for.
+Jinja's sandbox keeps a template from Python's objects, and not from work without end. Here, every value that a
+template makes is measured before it is made or right after, where its size is known to be near that of its parts; so is
+every value that it reaches inside of another one or passes on, and only plain values become text. Loops, macros and
+calls look at the clock. What no operation can make larger than `Budget` allows, no later operation needs long for.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from jinja2.visitor import NodeTransformer
 
 from edgemix.runtime.text import template_operations as operations
 from edgemix.runtime.text.template_budget import BITS, BUDGET, Budget, TemplateLimitError
-from edgemix.runtime.text.template_comparisons import replace_in_comparisons
+from edgemix.runtime.text.template_comparisons import compared_texts
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 MAX_NODES = 1 << 14
 """Most parts of a template, as Jinja counts them: what is compiled takes time and memory, too."""
@@ -38,16 +39,23 @@ class _Counted(Extension):
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    def tick(self, size: int) -> str:
-        BUDGET.get().tick(size)
+    def tick(self) -> str:
+        BUDGET.get().tick()
         return ""
 
     def made(self, value: Any) -> Any:
         return BUDGET.get().made(value)
 
+    def take(self, size: int) -> str:
+        BUDGET.get().take(size)
+        return ""
+
+    def compared(self, text: str) -> str:
+        return text.translate(BUDGET.get().compared)
+
     def concatenate(self, *parts: Any) -> str:
         budget = BUDGET.get()
-        budget.check(sum(budget.measure(part) for part in parts))
+        budget.measure(parts, written=True)
         return str(budget.made("".join(map(str, parts))))
 
     def cut(self, value: Any, start: Any, stop: Any, step: Any) -> Any:
@@ -57,18 +65,28 @@ class _Counted(Extension):
 class _Counting(NodeTransformer):
     """Adds the calls of `_Counted` to a parsed template."""
 
-    def __init__(self, environment: jinja2.Environment) -> None:
+    def __init__(self, environment: jinja2.Environment, compared: Iterable[nodes.Const]) -> None:
         self._counted = environment.extensions[_Counted.identifier]
+        self._compared = {id(each) for each in compared}
 
     def _call(self, name: str, *arguments: nodes.Expr) -> nodes.Call:
         return self._counted.call_method(name, [*arguments])
 
     def _count_body(self, node: Any) -> Any:
-        written = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
-        self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(self._call("tick", nodes.Const(written))))
+        self._count_literals(node)
+        node.body.insert(0, nodes.ExprStmt(self._call("tick")))
         return node
 
+    def _count_literals(self, node: Any) -> Any:
+        """Count the template's own text where it is written: at the beginning of each branch, loop or macro."""
+        branches = [branch for branch in (node.body, getattr(node, "else_", [])) if _written_length(branch)]
+        lengths = [_written_length(branch) for branch in branches]
+        self.generic_visit(node)
+        for branch, length in zip(branches, lengths, strict=True):
+            branch.insert(0, nodes.ExprStmt(self._call("take", nodes.Const(length))))
+        return node
+
+    visit_If = _count_literals  # noqa: N815 - names of Jinja's visitor
     visit_For = visit_Macro = visit_CallBlock = _count_body  # noqa: N815 - names of Jinja's visitor
     visit_Block = visit_AssignBlock = visit_FilterBlock = _count_body  # noqa: N815
 
@@ -77,6 +95,9 @@ class _Counting(NodeTransformer):
         return node if getattr(node, "ctx", "load") != "load" else self._call("made", node)
 
     visit_List = visit_Dict = visit_Tuple = visit_Compare = _count_value  # noqa: N815
+
+    def visit_Const(self, node: Any) -> Any:  # noqa: N802
+        return self._call("compared", node) if id(node) in self._compared else node
 
     def visit_Concat(self, node: Any) -> Any:  # noqa: N802
         self.generic_visit(node)
@@ -90,13 +111,30 @@ class _Counting(NodeTransformer):
         return self._call("cut", node.node, *(nodes.Const(None) if part is None else part for part in parts))
 
 
+_BRANCHES = (nodes.If, nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block, nodes.AssignBlock, nodes.FilterBlock)
+
+
+def _written_length(body: list[nodes.Node]) -> int:
+    """Return the number of characters of the template's own text that a body writes outside of its branches."""
+    length, pending = 0, [*body]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, nodes.TemplateData):
+            length += len(node.data)
+        elif not isinstance(node, _BRANCHES):
+            pending += node.iter_child_nodes()
+    return length
+
+
 def _parts(node: nodes.Node) -> int:
     """Return the parts that a node counts as: those that become functions cost more."""
-    return 16 if isinstance(node, nodes.Macro | nodes.CallBlock | nodes.Block | nodes.FilterBlock) else 1
+    if isinstance(node, nodes.Macro | nodes.CallBlock | nodes.Block | nodes.FilterBlock):
+        return 16
+    return 8 if isinstance(node, nodes.For) else 1
 
 
 class _Namespace(Namespace):
-    """A namespace, which is not written with all that it holds: one may hold others many times."""
+    """A namespace that debuggers and logs do not write with all that it holds: one may hold others many times."""
 
     def __repr__(self) -> str:
         return "<Namespace>"
@@ -116,24 +154,25 @@ class Sandbox(ImmutableSandboxedEnvironment):
             optimized=False,  # constants are not computed before they are counted
             finalize=_written,
         )
-        self.filters = {name: operations.counted_filter(name, self.filters[name]) for name in operations.FILTERS}
+        filters = {**self.filters, "join": operations.join}
+        self.filters = {name: operations.counted_filter(name, filters[name]) for name in operations.FILTERS}
         self.filters["tojson"] = operations.to_json
         self.tests = {name: operations.counted_test(test) for name, test in self.tests.items()}
-        self.globals.pop("lipsum")
+        for name in ("lipsum", "cycler"):
+            self.globals.pop(name)
         self.globals |= {
             "namespace": _Namespace,
             "raise_exception": operations.refuse,
             "strftime_now": operations.strftime_now,
         }
 
-    def template(self, source: str, compared: Mapping[int, str] | None = None) -> jinja2.Template:
-        """Compile a template; `compared` replaces characters of the constants with which it compares texts."""
+    def template(self, source: str) -> jinja2.Template:
+        """Compile a template."""
         parsed = self.parse(source)
         parts = (each for node in parsed.find_all(nodes.Node) for each in repeat(node, _parts(node)))
         if next(islice(parts, MAX_NODES, None), None) is not None:
             raise TemplateLimitError(f"it has more than {MAX_NODES:,} parts")
-        replace_in_comparisons(parsed, compared or {})
-        tree = _Counting(self).visit(parsed)
+        tree = _Counting(self, compared_texts(parsed)).visit(parsed)
         return jinja2.Template.from_code(self, self.compile(tree), self.make_globals(None))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -151,14 +190,23 @@ class Sandbox(ImmutableSandboxedEnvironment):
         elif operator == "+" and isinstance(left, str | list | tuple):
             budget.check(budget.measure(left) + budget.measure(right))
         elif operator == "%" and isinstance(left, str):
-            operations.check_format(budget, left, right, "%")
+            operations.check_percent_format(budget, left, right)
         return budget.made(super().call_binop(context, operator, left, right))
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        return BUDGET.get().reached(super().getattr(obj, attribute))
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        return BUDGET.get().reached(super().getitem(obj, argument))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - as Jinja has it
         budget = BUDGET.get()
-        budget.tick()
         method = getattr(__obj, "__wrapped__", __obj)
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+        if isinstance(owner, _Counted):
+            return method(*args)
+        budget.tick()
+        budget.measure([args, kwargs])
         if isinstance(owner, str):
             args = operations.check_string_call(budget, owner, name, args, kwargs)
         elif isinstance(owner, int | float | complex | bytes | type):
@@ -166,20 +214,20 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return budget.made(super().call(__context, __obj, *args, **kwargs))
 
 
-def render(template: jinja2.Template, variables: dict[str, Any], longest: int) -> str:
+def render(template: jinja2.Template, variables: dict[str, Any], longest: int, compared: Mapping[int, str]) -> str:
     """Render a template of a `Sandbox`.
 
     Args:
         template: From `Sandbox.template`.
         variables: Of plain types: texts, numbers, lists and mappings.
         longest: Most characters of the text.
+        compared: Replacements of characters in the constants with which the template compares texts.
 
     Raises:
         TemplateLimitError: It takes too long, or needs too much memory.
         Exception: Whatever the template raises.
     """
-    given = _given(variables)
-    token, parts, length = BUDGET.set(Budget(given)), [], 0
+    token, parts, length = BUDGET.set(Budget(variables, compared)), [], 0
     try:
         for part in template.generate(**variables):
             parts.append(part)
@@ -191,17 +239,8 @@ def render(template: jinja2.Template, variables: dict[str, Any], longest: int) -
     return "".join(parts)
 
 
-def _given(value: Any) -> int:
-    """Return the size of what a program gives, which it holds anyway."""
-    if isinstance(value, str):
-        return len(value) + 1
-    if isinstance(value, dict):
-        return 1 + sum(_given(key) + _given(item) for key, item in value.items())
-    return 1 + sum(map(_given, value)) if isinstance(value, list | tuple) else 1
-
-
 def _written(value: Any) -> Any:
     """Count what is written to the output, or to a variable."""
     budget = BUDGET.get()
-    budget.take(budget.measure(value))
+    budget.take(budget.measure(value, written=True))
     return value

@@ -2,15 +2,18 @@
 
 import re
 import time
+from enum import Enum, IntEnum
 from pathlib import Path
 
 import pytest
 import tokenizers
 from helpers.onnx_members import BOS, EOS, VOCABULARY, byte_tokenizer
+from jinja2 import Environment
 
 from edgemix.bundle.manifest import TokenizerEntry
 from edgemix.errors import InputError
 from edgemix.runtime.text.chat_template import render_template
+from edgemix.runtime.text.said_tokens import SaidTokens
 from edgemix.runtime.text.tokenizer import Tokenizer
 
 USER = [{"role": "user", "content": "x"}]
@@ -81,6 +84,16 @@ BOMBS = {
     "nesting": "{{" + "(" * 5000 + "1" + ")" * 5000 + "}}",
     "deep blocks": "{% if a %}" * 3000 + "{% endif %}" * 3000,
     "size": "x" * (1 << 19),
+    "fields": "{% set f = '{' ~ ':' * 200000 %}{{ f.format() }}",
+    "attributes of a format": "{% set ns = namespace(x='a' * 500000) %}{{ ('{0.x}' * 2000).format(ns) }}",
+    "attributes that are joined": "{% set ns = namespace(x='a' * 1000000) %}{{ ([ns] * 1000)|join(attribute='x') }}",
+    "methods": "{% set m = ('a' * 500000)|escape %}{{ [m.join] * 1000 }}",
+    "error": "{% set s = 'a' * 500000 %}{{ raise_exception([namespace(x=s).x] * 2000) }}",
+    "namespace": "{{ namespace(a=1) }}",
+    "arguments": "{% macro m(n) %}{% if n %}{{ m(n - 1, varargs, varargs) }}{% else %}"
+    "{{ varargs == varargs[:1] + varargs[1:] }}{% endif %}{% endmacro %}{{ m(60) }}",
+    "cycle": "{% set a = cycler(1, 1) %}{{ cycler(a.items, a.items).items }}",
+    "attributes of a loop": DOUBLING % ("(1,)", "namespace(a=ns.s, b=ns.s)") + "{{ ns.s.a == ns.s.b }}",
 }
 
 
@@ -107,10 +120,33 @@ def test_a_hostile_template_is_refused_soon(bomb):
         assert resident("VmHWM") - before < 200 << 20
 
 
-def test_namespaces_are_not_written_with_all_that_they_hold():
-    """One that holds others twice, and so on, was never written to its end."""
-    template = DOUBLING % ("'ab'", "namespace(a=ns.s, b=ns.s)")
-    assert render_template(template, USER, longest=100_000).text == "<Namespace>"
+def test_a_template_is_compiled_once(monkeypatch):
+    """Private-use characters in messages, and a failure, had it compiled anew for each conversation."""
+    calls = []
+    parse = Environment.parse
+    monkeypatch.setattr(Environment, "parse", lambda *args: calls.append(1) or parse(*args))
+    found = subject("{# once #}" + TURNS)
+    for content in ("a</s>", "\ue000</s>", "b"):
+        found.render([{"role": "user", "content": content}])
+    for _ in range(3):
+        with pytest.raises(InputError, match="chat template refuses"):
+            subject("{% if %}").render(USER)
+    assert len(calls) == 2
+
+
+def test_text_of_branches_is_counted_where_it_is_written():
+    """Seven hundred short messages were refused for the text of a branch that none of them took."""
+    template = "{% for m in messages %}{% if m.role == 'tool' %}" + "x" * 8000 + "{% else %}a{% endif %}{% endfor %}"
+    assert render_template(template, USER * 3000, longest=100_000).text == "a" * 3000
+
+
+def test_values_of_enumerations_are_what_they_stand_for():
+    """A role of `enum.Enum` was written as Role.USER."""
+    role = Enum("Role", {"USER": "user"}, type=str).USER
+    number = IntEnum("Number", {"TWO": 2}).TWO
+    template = "{{ messages[0].role }}{{ messages[0].number }}{{ messages[0] | tojson }}"
+    text = render_template(template, [{"role": role, "content": "", "number": number}], longest=1000).text
+    assert text == 'user2{"role": "user", "content": "", "number": 2}'
 
 
 def test_a_templates_error_is_short():
@@ -211,6 +247,45 @@ def test_special_tokens_that_cannot_be_told_from_the_templates_are_refused():
     assert found.render([{"role": "user", "content": "1 < 2"}]).count(EOS) == 1
     with pytest.raises(InputError, match="parse_special"):
         found.render([{"role": "user", "content": "a</s>"}])
+
+
+@pytest.mark.parametrize(
+    ("template", "content"),
+    [
+        ("{% if not eos_token in messages[0].content %}</s>{% endif %}{{ messages[0].content }}", "a</s>"),
+        ("{% set mark = '</s>' %}{% if mark in messages[0].content %}</s>{% endif %}{{ messages[0].content }}", "</s>"),
+    ],
+)
+def test_messages_that_a_template_compares_with_variables_are_refused(template, content):
+    """A token of a message passed as the template's, which wrote one more or one less the second time."""
+    found = subject(template, special={"eos_token": "</s>"})
+    with pytest.raises(InputError, match="parse_special"):
+        found.render([{"role": "user", "content": content}])
+    assert found.render([{"role": "user", "content": "1 < 2"}])
+
+
+def test_messages_without_special_tokens_are_never_refused():
+    """A template that compares its own values changed in the second rendering, and "a < b" was refused."""
+    found = subject("{% set a = '<' %}{{ 'x' if a ~ 's>' == '<s>' }}<s>{{ messages[0].content }}</s>")
+    assert found.render([{"role": "user", "content": "a < b"}]).count(EOS) == 1
+
+
+def test_keys_that_become_special_tokens_within_the_template_are_text():
+    found = subject("{% for key in tools[0] %}{{ key }}s>{% endfor %}<s></s>")
+    ids = found.render(USER, tools=[{"</": 1}])
+    assert (ids.count(BOS), ids.count(EOS)) == (1, 1)
+
+
+def test_ids_of_other_added_tokens_stay_as_they_are():
+    """In a conversation with a special token that somebody says, other added tokens had other ids."""
+    model = tokenizers.models.BPE({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "<": 4}, [], unk_token="<unk>")
+    core = tokenizers.Tokenizer(model)
+    core.add_special_tokens(["<unk>", "<s>", "</s>"])
+    core.add_tokens([tokenizers.AddedToken(each, normalized=False) for each in ("foo", "bar")])
+    said = SaidTokens(core, ("<unk>", "<s>", "</s>"))
+    ids = said.encode("<s>foobar</s>a</s>", ((9, 13),))
+    foo, bar = map(core.token_to_id, ("foo", "bar"))
+    assert ids == [1, foo, bar, 4, 0, 0, 0, 3, 2]
 
 
 THOUGHTS = (

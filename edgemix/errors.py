@@ -63,10 +63,15 @@ def library_errors(doing: str, remedy: str = "", kind: type[EdgemixError] = Edge
     """
     try:
         yield
-    except (EdgemixError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
     except BaseException as error:
+        if isinstance(error, EdgemixError) or not (isinstance(error, Exception) or _is_panic(error)):
+            raise
         raise kind(f"{doing}: {type(error).__name__} {error}".rstrip(), remedy) from error
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust panicked; other exceptions beside `Exception` end or cancel the work around it."""
+    return type(error).__name__ == "PanicException"
 
 
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})

@@ -325,8 +325,6 @@ class Mixture(LoadedBundle):
         """
         ensemble = self.full_ensemble(weights, combine)
         window = self.context if window is None else window
-        if not min(2, self.context) <= window <= self.context:
-            raise InputError(f"window must be between 2 and the context, {self.context} tokens, not {window}")
         encoded = [
             self.tokenizer.encode_for_scoring(text) for text in ([texts] if isinstance(texts, str) else list(texts))
         ]

@@ -4,13 +4,13 @@ by the checks of recipes and by the command line.
 
 from __future__ import annotations
 
-import math
 from functools import cache
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 import msgspec
 
+from edgemix.numbers import is_finite, shown
 from edgemix.recipe.problems import Problem
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def bound_problems(value: Any, where: Where = ()) -> Iterator[Problem]:
             if bounds is None:
                 yield from bound_problems(found, place)
             elif isinstance(found, int | float) and not _allows(bounds, found):
-                yield Problem(place, f"is {found}; it may be {_range(bounds)}")
+                yield Problem(place, f"is {shown(found)}; it may be {_range(bounds)}")
     elif isinstance(value, tuple):
         for index, item in enumerate(value):
             yield from bound_problems(item, (*where, index))
@@ -60,7 +60,7 @@ def bound_problems(value: Any, where: Where = ()) -> Iterator[Problem]:
 
 def _allows(bounds: Meta, number: float) -> bool:
     return (
-        math.isfinite(number)
+        is_finite(number)
         and (bounds.ge is None or number >= bounds.ge)
         and (bounds.gt is None or number > bounds.gt)
         and (bounds.le is None or number <= bounds.le)

@@ -32,20 +32,23 @@ MAX_BYTES = 1 << 30
 _LINES, _LIST = (".jsonl", ".ndjson"), ".json"
 """Suffixes of files of JSON objects, in any case: one a line, or all in a list."""
 _NO_TEXT = {
-    b"\x1f\x8b": "compressed with gzip",
-    b"BZh": "compressed with bzip2",
-    b"\xfd7zXZ": "compressed with xz",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd",
-    b"PK\x03\x04": "a zip archive",
-    b"PAR1": "a Parquet file",
-    b"ARROW1": "an Arrow file",
-    b"\xff\xfe": "UTF-16, not UTF-8",
-    b"\xfe\xff": "UTF-16, not UTF-8",
+    re.compile(rb"\x1f\x8b"): "compressed with gzip",
+    re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"): "compressed with bzip2",
+    re.compile(rb"\xfd7zXZ"): "compressed with xz",
+    re.compile(rb"\x28\xb5\x2f\xfd"): "compressed with zstd",
+    re.compile(rb"PK\x03\x04"): "a zip archive",
+    re.compile(rb"PAR1(?s:.*)PAR1\Z"): "a Parquet file",
+    re.compile(rb"ARROW1\x00\x00"): "an Arrow file",
+    re.compile(rb"\xff\xfe|\xfe\xff"): "UTF-16, not UTF-8",
 }
 """What files begin with that are no UTF-8 text, though some of them would decode."""
 _HEAD, _HEAD_LINES = 1 << 16, 5
 """Characters and lines by which JSON objects are known in a file of another name."""
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+_SURROGATE = re.compile(
+    r"\\u[dD][89aAbB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89aAbB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
+)
+"""Half of a surrogate pair, in JSON."""
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _NOT_A_NUMBER = re.compile(r"[:\[,]\s*(-?Infinity|NaN)\b")
 
 
@@ -150,7 +153,7 @@ def read_plain(path: Path) -> str:
                 f"{path}: has {status.st_size:,} bytes; at most {MAX_BYTES:,} are read", "Split it, or cut it."
             )
         data = path.read_bytes()
-    if what := next((what for start, what in _NO_TEXT.items() if data.startswith(start)), None):
+    if what := next((what for begins, what in _NO_TEXT.items() if begins.match(data)), None):
         raise InputError(f"{path}: is {what}", "Give plain UTF-8 text.")
     if (place := data.find(0)) >= 0:
         raise InputError(f"{path}: is no text: it has a NUL byte at offset {place}", "Give plain UTF-8 text.")
@@ -162,6 +165,9 @@ def _objects(path: Path, text: str) -> Iterator[tuple[str, dict[str, object]]]:
     if path.name.lower().endswith(_LIST) and text.lstrip().startswith("["):
         found = _decoded(text, list[dict[str, object]], f"{path}", "a list of JSON objects")
         yield from ((f"{path}: object {number}", fields) for number, fields in enumerate(found, start=1))
+        return
+    if text.split("\n", 1)[0].strip() == "{":  # an object over several lines
+        yield f"{path}", _decoded(text, dict[str, object], f"{path}", "one JSON object, nor one in each line")
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if line and not line.isspace():
@@ -176,7 +182,7 @@ def _decoded(text: str, kind: type[T], where: str, what: str) -> T:
         reason = str(error)
         if _SURROGATE.search(text) and "truncated" in reason:
             reason = "it has half of a surrogate pair, like \\ud800, which is no character"
-        elif found := _NOT_A_NUMBER.search(text):
+        elif found := _NOT_A_NUMBER.search(_STRING.sub('""', text)):
             reason = f"{found[1]} is no JSON"
         raise InputError(f"{where}: is not {what}: {reason}") from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 from edgemix.bundle.manifest import MEMBER_NAME, RESERVED_NAMES
 from edgemix.errors import InputError
 from edgemix.formats import FORMAT_SPECS
+from edgemix.numbers import is_finite, shown
 from edgemix.recipe.bounds import bound_problems
 from edgemix.recipe.compression import pruning_problems, quantization_problems, student_problems
 from edgemix.recipe.problems import Problem, did_you_mean
@@ -130,8 +130,8 @@ def _weight_problems(recipe: Recipe) -> Iterator[Problem]:
         if missing := [name for name in names if name not in weights]:
             yield Problem(("weights",), f"has no weight for {', '.join(missing)}; 0 leaves a member out")
     for name, weight in weights.items():
-        if not (math.isfinite(weight) and weight >= 0):
-            yield Problem(("weights", name), f"is {weight}; it must be a number of 0 or more")
+        if not (is_finite(weight) and weight >= 0):
+            yield Problem(("weights", name), f"is {shown(weight)}; it must be a number of 0 or more")
     if weights and not any(weights.values()):
         yield Problem(("weights",), "are all zero; give one member a weight above 0")
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from edgemix.errors import InputError
+from edgemix.numbers import is_finite
 from edgemix.tokenizer_files.parts import check_parts
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _check_pieces(pieces: Any, unknown: Any) -> None:
     if not isinstance(pieces, list) or not all(isinstance(piece, list) and len(piece) == 2 for piece in pieces):
         raise ValueError("its vocabulary is no list of pairs of a piece and a score")
     _check_tokens((piece[0], place) for place, piece in enumerate(pieces))
-    if not all(isinstance(piece[1], float | int) and math.isfinite(piece[1]) for piece in pieces):
+    if not all(isinstance(piece[1], float | int) and is_finite(piece[1]) for piece in pieces):
         raise ValueError("a piece's score is no finite number")
     if not all(len(piece[0]) <= MAX_PIECE for piece in pieces):
         raise ValueError(f"a piece has more than {MAX_PIECE} characters")

@@ -261,13 +261,14 @@ class ContinuousBatch:
             for cache in self._caches:
                 if cache.batch > len(self._rows):
                     cache.drop(cache.batch - 1)
+            failed = failure(error)
             self._drop_reading()
-            return [(row.request, failure(error))]
+            return [(row.request, failed)]
         self._reading = None
-        for state in row.states:
-            self._prefixes.keep(state, row.request.prompt, row.log_probabilities[list(state.members)])
-        row.states = []
         self._rows.append(row)
+        states, row.states = row.states, []
+        for state in states:
+            self._prefixes.keep(state, row.request.prompt, row.log_probabilities[list(state.members)])
         return [(row.request, token)]
 
     def _decode(self) -> list[tuple[GenerationRequest, Token | EdgemixError]]:

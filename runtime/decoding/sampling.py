@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemix.errors import InputError
+from edgemix.numbers import is_finite, shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,14 +50,16 @@ class Sampling:
 
     def __post_init__(self) -> None:
         checks = {
-            "temperature": (self.temperature >= 0 and math.isfinite(self.temperature), "0 or more"),
+            "temperature": (self.temperature >= 0 and is_finite(self.temperature), "0 or more"),
             "top_k": (self.top_k >= 0, "0 or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
             "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "between 0.01 and 100 (1 is none)"),
         }
         if wrong := [
-            f"{name} must be {range_}, not {getattr(self, name)}" for name, (ok, range_) in checks.items() if not ok
+            f"{name} must be {range_}, not {shown(getattr(self, name))}"
+            for name, (ok, range_) in checks.items()
+            if not ok
         ]:
             raise InputError("; ".join(wrong))
 

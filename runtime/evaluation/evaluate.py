@@ -69,7 +69,7 @@ def evaluate(
             ensemble,
             mixture,
             documents,
-            window=min(window or WINDOW, context),
+            window=min(WINDOW if window is None else window, context),
             progress=PrefixedProgress(progress, name),
         )
         for name, documents in taken.items()

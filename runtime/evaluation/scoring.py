@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from edgemix.errors import InputError
 from edgemix.runtime.mixing.adaptive import adaptive_targets
 from edgemix.runtime.mixing.arithmetic import (
     check_numbers,
@@ -61,8 +62,12 @@ def read(
         bos: The beginning-of-text token with which the text begins, if the model family has one.
 
     Raises:
+        InputError: The window is out of its bounds.
         EdgemixError: A graph fails.
     """
+    context = min(model.context for model in models)
+    if not (min(2, context) if bos is None else 2) <= window <= context:
+        raise InputError(f"window must be between 2 and the context, {context:,} tokens, not {window:,}")
     caches = [model.new_cache() for model in models]
     chunk = min(model.chunk for model in models)
     try:

@@ -56,7 +56,9 @@ def trace_weights(
     if len(sequences) > 1:
         sequences.insert(0, _alternate(mixture, sequences, -(-tokens // TURNS)))
     with progress.stage("weight traces", sum(len(each.ids) for each in sequences)) as task:
-        return tuple(_trace(mixture, each, window or mixture.context, task.advance) for each in sequences)
+        return tuple(
+            _trace(mixture, each, mixture.context if window is None else window, task.advance) for each in sequences
+        )
 
 
 class _TokenSequence(NamedTuple):
@@ -105,7 +107,7 @@ def _trace(mixture: Mixture, sequence: _TokenSequence, window: int, advance: Cal
         np.array(ids, np.int64),
         combine=ensemble.combine,
         vocabulary=ensemble.vocabulary,
-        window=min(window, mixture.context),
+        window=window,
         bos=bos,
         advance=advance,
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgemix.runtime.cancellation import failure
 from edgemix.runtime.sequences.state import SequenceState
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class PrefixCache:
             return SequenceState(active_graph, vocabulary, found.cache.copy(read)), known
 
     def keep(self, sequence: SequenceState, text: NDArray[np.int64], log_probabilities: NDArray[np.float64]) -> None:
-        """Keep what a sequence's state has read; the state loses its cache.
+        """Keep what a sequence's state has read; the state loses its cache. Where there is no memory, nothing is kept.
 
         Args:
             sequence: The state of one graph.
@@ -107,10 +108,14 @@ class PrefixCache:
         if read < LEAST:
             cache.free()
             return
-        full = np.full((sequence.active_graph.graph.member_count, read), np.nan)
-        full[list(sequence.active_graph.local_indices)] = log_probabilities[:, :read]
-        cache.calls = {}
-        self.add(PrefixEntry(id(sequence.active_graph.graph), text[:read].copy(), cache, full))
+        try:
+            full = np.full((sequence.active_graph.graph.member_count, read), np.nan)
+            full[list(sequence.active_graph.local_indices)] = log_probabilities[:, :read]
+            cache.calls = {}
+            self.add(PrefixEntry(id(sequence.active_graph.graph), text[:read].copy(), cache, full))
+        except BaseException as error:  # noqa: BLE001 - `failure` passes on what is not this text's alone
+            cache.free()
+            failure(error)
 
     def add(self, entry: PrefixEntry) -> None:
         """Add an entry, unless it is larger than all the room; others are dropped if there is no more room."""

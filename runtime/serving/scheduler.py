@@ -6,7 +6,7 @@ import asyncio
 import queue
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import aclosing, closing, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Self, Unpack
 
@@ -21,7 +21,7 @@ from edgemix.runtime.text.completion import CompletionBuilder
 from edgemix.runtime.text.grammar import Grammar
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+    from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -48,7 +48,7 @@ class RequestHandle:
         self._chunks.put(chunk)
         self._notify()
 
-    def __iter__(self) -> Iterator[Chunk]:
+    def __iter__(self) -> Generator[Chunk]:
         """Yield new text and tokens as they are generated; the last chunk carries the completion. Ends early when
         cancelled.
 
@@ -64,7 +64,7 @@ class RequestHandle:
                 if self._ended:
                     return
 
-    async def __aiter__(self) -> AsyncIterator[Chunk]:
+    async def __aiter__(self) -> AsyncGenerator[Chunk]:
         """Yield the same for asyncio. Cancelling the task that waits, or leaving the loop, cancels the request.
 
         Raises:
@@ -100,9 +100,12 @@ class RequestHandle:
 
     async def aresult(self) -> Completion:
         """Wait for the whole completion with asyncio; raises as `result`."""
-        async for chunk in self:
-            if chunk.completion is not None:
-                return chunk.completion
+        async with aclosing(
+            self.__aiter__()
+        ) as chunks:  # a generator that is left open would be its reader for a while
+            async for chunk in chunks:
+                if chunk.completion is not None:
+                    return chunk.completion
         raise EdgemixError("the text was cancelled")
 
     @contextmanager
@@ -130,9 +133,10 @@ class RequestHandle:
         Raises:
             EdgemixError: A graph fails, the scheduler was closed, or the text was cancelled.
         """
-        for chunk in self:
-            if chunk.completion is not None:
-                return chunk.completion
+        with closing(self.__iter__()) as chunks:
+            for chunk in chunks:
+                if chunk.completion is not None:
+                    return chunk.completion
         raise EdgemixError("the text was cancelled")
 
     def cancel(self) -> None:

@@ -12,15 +12,10 @@ from edgemix.runtime.text.grammar_engine import llguidance_module
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_SCHEMAS = frozenset(
-    {
-        *("additionalItems", "additionalProperties", "contains", "contentSchema", "else", "if", "items", "not"),
-        *("propertyNames", "then", "unevaluatedItems", "unevaluatedProperties"),
-    }
-)
-_LISTS = frozenset({"allOf", "anyOf", "items", "oneOf", "prefixItems"})
+_VALUES = frozenset({"const", "default", "enum", "example", "examples"})
+"""Keywords whose value is data. Schemas may stand anywhere else: a `$ref` can point there."""
 _MAPPINGS = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"})
-"""Keywords whose value is a schema, a list of schemas, or a mapping to schemas."""
+"""Keywords whose value maps names to schemas."""
 
 
 def schema_text(given: Mapping[str, Any] | str) -> str:
@@ -41,18 +36,18 @@ def schema_text(given: Mapping[str, Any] | str) -> str:
 
 
 def _without_annotations(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_without_annotations(each) for each in schema]
     if not isinstance(schema, dict):
         return schema
     kept: dict[str, Any] = {}
     for key, value in schema.items():
         if key == "format" and isinstance(value, str) and not _is_known(value):
             continue
-        if key in _LISTS and isinstance(value, list):
-            kept[key] = [_without_annotations(each) for each in value]
-        elif key in _MAPPINGS and isinstance(value, dict):
+        if key in _MAPPINGS and isinstance(value, dict):
             kept[key] = {name: _without_annotations(each) for name, each in value.items()}
         else:
-            kept[key] = _without_annotations(value) if key in _SCHEMAS else value
+            kept[key] = value if key in _VALUES else _without_annotations(value)
     return kept
 
 

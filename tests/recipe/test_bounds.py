@@ -7,10 +7,12 @@ import pytest
 from click.testing import CliRunner
 
 from edgemix.cli import edgemix
+from edgemix.errors import InputError
 from edgemix.recipe.bounds import bound_problems, bounds_of
 from edgemix.recipe.compression import Pruning, Quantization, Student
 from edgemix.recipe.load import check
 from edgemix.recipe.schema import Data, MemberRecipe, Recipe
+from edgemix.runtime.options import Settings
 
 
 def test_every_number_out_of_bounds_is_found_at_once():
@@ -58,3 +60,15 @@ def test_an_option_out_of_bounds_is_a_usage_error():
     result = CliRunner().invoke(edgemix, ["prune", "model", "-o", "x", "--text", "t", "--ffn", "2"])
     assert result.exit_code == 2
     assert "0<=x<=0.95" in result.stderr
+
+
+def test_numbers_without_end_are_refused_in_few_words():
+    """Whole numbers beyond floats raised an OverflowError, and beyond 4,300 digits a ValueError."""
+    for number, text in ((10**400, "about 10^400"), (-(10**5000), "about -10^5000"), (2**32, "4294967296")):
+        (problem,) = bound_problems(Recipe((), seed=number))
+        assert str(problem) == f"seed: is {text}; it may be 0 to 4294967295"
+    member = MemberRecipe("a", "m")
+    assert check(Recipe((member,), {"a": 10**400})) == ["Number out of range - at `$.weights[...]`"]
+    for name in ("temperature", "top_p", "repetition_penalty"):
+        with pytest.raises(InputError, match=rf"{name} must be .*about 10\^5000"):
+            Settings.of(**{name: 10**5000})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,11 @@ def test_text_that_begins_like_json_is_text(tmp_path: Path) -> None:
         ("t.json", "prose", None, "t.json:1: is not a JSON object"),
         ("t.txt", '{"text": "a"}\n\n{"text": "b"}\n', None, "its lines are JSON objects\nName it .jsonl"),
         ("t.txt.gz", b"\x1f\x8b\x08\x00text", None, "is compressed with gzip"),
-        ("t.parquet", b"PAR1text", None, "is a Parquet file"),
+        ("t.parquet", b"PAR1\x15\x04textPAR1", None, "is a Parquet file"),
+        ("t.bz2", bz2.compress(b"text"), None, "is compressed with bzip2"),
+        ("t.json", '{\n"text": "a"\n}\n{\n"text": "b"\n}', None, "is not one JSON object, nor one in each line"),
+        ("t.jsonl", '{"text": "a: NaN"', None, "Input data was truncated"),
+        ("t.jsonl", '{"text": "\\ud83d\\ude00"', None, "Input data was truncated"),
         ("t.txt", "text".encode("utf-16"), None, "is UTF-16"),
         ("t.txt", b"ELF\x00\x01", None, "a NUL byte at offset 3"),
     ],
@@ -122,3 +127,13 @@ def test_files_that_are_too_large_are_not_read(tmp_path: Path, monkeypatch: pyte
     assert read(tmp_path, "1234") == ["1234"]
     with pytest.raises(InputError, match="has 5 bytes; at most 4"):
         read(tmp_path, "12345")
+
+
+@pytest.mark.parametrize("text", ["BZhang says hello", "PAR1 is a word", "BZh9 is not a stream", "ARROW1 points"])
+def test_text_that_begins_like_a_known_file_is_text(tmp_path: Path, text: str) -> None:
+    """Files were refused for their first letters."""
+    assert read(tmp_path, text) == [text]
+
+
+def test_an_object_over_several_lines_is_a_document(tmp_path: Path) -> None:
+    assert read(tmp_path, '{\n  "text": "a"\n}\n', "t.json") == ["a"]

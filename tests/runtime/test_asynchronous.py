@@ -190,6 +190,18 @@ def test_a_ticket_has_one_reader(pair):
     assert isinstance(other, InputError)
 
 
+def test_a_result_can_be_awaited_again(pair):
+    """The generator of the first time was still open, and its request busy."""
+
+    async def ask():
+        with pair.serve() as server:
+            ticket = server.submit(PROMPT, max_new_tokens=3)
+            return await ticket.aresult(), await ticket.aresult(), ticket.result()
+
+    one, second, third = asyncio.run(ask())
+    assert one == second == third
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_after_a_fork_the_mixture_says_so_and_does_not_hang(tmp_path, pair_forms):
     """ONNX Runtime's threads stay in the parent: a call, or the end of a session, would wait for them for ever."""

@@ -9,6 +9,8 @@ import pytest
 from helpers.onnx_members import BOS, VOCABULARY, mixed, random_member
 
 from edgemix.errors import InputError
+from edgemix.runtime.evaluation.evaluate import evaluate
+from edgemix.runtime.evaluation.weight_traces import trace_weights
 
 
 def test_scores_are_exact(pair, pair_forms):
@@ -143,3 +145,17 @@ def test_padding_never_takes_probability(pair, pair_forms):
 def test_a_distribution_after_too_long_a_text_is_refused(mixture_of):
     with pytest.raises(InputError, match="context"):
         mixture_of({"a": random_member(0, tokens=VOCABULARY, context=8)}).next_token_distribution("x" * 9)
+
+
+@pytest.mark.parametrize("window", [0, 1, 1 << 30])
+def test_a_window_out_of_its_bounds_is_refused_everywhere(mixture_of, window):
+    """With a beginning-of-text token, a window of one token never ended."""
+    mixture = mixture_of({name: random_member(seed, tokens=VOCABULARY) for seed, name in enumerate("ab")}, bos=BOS)
+    calls = [
+        lambda: mixture.score("abc", window=window),
+        lambda: trace_weights(mixture, {"x": ["abc"]}, window=window),
+        *([lambda: evaluate(mixture, {"x": ["abc"]}, window=window, speed=False)] if window < 2 else []),
+    ]
+    for call in calls:
+        with pytest.raises(InputError, match="window must be between 2 and the context"):
+            call()

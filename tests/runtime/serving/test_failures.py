@@ -11,6 +11,7 @@ import pytest
 from edgemix.errors import EdgemixError
 from edgemix.runtime import Mixture
 from edgemix.runtime.graphs.providers import PROVIDERS
+from edgemix.runtime.sequences.prefix_cache import PrefixCache
 
 PROMPTS = ["a fox", "hen hen", "The owl sat on the mat.", "x", "9" * 150]
 OPTIONS = [{}, {"temperature": 0.9, "seed": 3}, {"weights": "first"}, {"weights": "adaptive"}]
@@ -135,3 +136,21 @@ def test_random_failures_end_single_texts_only(pair):
     assert len(reasons) > 5
     assert len(right) + len(reasons) == 3 * 64
     assert all(any(reason in said for reason in ("step", "memory", "panic")) for said in reasons)
+
+
+class FullPrefixes(PrefixCache):
+    """A prefix cache that finds no memory for what it should keep."""
+
+    def add(self, entry):
+        raise MemoryError("full")
+
+
+def test_a_prompt_that_cannot_be_kept_is_answered(pair):
+    """Its caches were in the batch and its request in no list: it waited for ever."""
+    mixture, _ = failing(pair, lambda *_: None)
+    mixture.prefixes = FullPrefixes(1 << 30)
+    with mixture.serve(most=4) as server:
+        handles = [server.submit(prompt, max_new_tokens=4) for prompt in (PROMPTS[2], PROMPTS[4])]
+        for handle in handles:
+            assert len(asyncio.run(asyncio.wait_for(handle.aresult(), 30)).token_ids) == 4
+    assert len(mixture.generate(PROMPTS[4], max_new_tokens=4).token_ids) == 4

@@ -241,7 +241,9 @@ def test_a_format_is_left_out_where_it_is_a_keyword_only():
         "examples": [{"format": "zip"}],
     }
     given = {**kept, "items": [{"format": "zip"}], "not": {"format": "zip"}, "$defs": {"format": {"format": "zip"}}}
-    assert json.loads(schema_text(given)) == {**kept, "items": [{}], "not": {}, "$defs": {"format": {}}}
+    given |= {"components": {"schemas": {"X": {"format": "zip"}}}}  # where a $ref of OpenAPI points
+    expected = {**kept, "items": [{}], "not": {}, "$defs": {"format": {}}, "components": {"schemas": {"X": {}}}}
+    assert json.loads(schema_text(given)) == expected
 
 
 @pytest.mark.parametrize(

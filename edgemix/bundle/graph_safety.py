@@ -175,27 +175,31 @@ class _Checker:
 
     def _node(self, node: Field) -> _Node:
         texts: dict[int, str] = {}
-        inputs, outputs, tensors = [], [], []
+        inputs, outputs, tensors, largest = [], [], [], 0
         for found in self._fields("NodeProto", *self._inside(node), once=(3, 4, 7, 8)):
             if found.number == 1:
                 inputs.append(self._text(found))
             elif found.number == 2:
                 outputs.append(self._text(found))
             elif found.number == 5:
-                tensors += self._attribute(found)
+                made, numbers = self._attribute(found)
+                tensors += made
+                largest = max(largest, *map(abs, numbers), 0)
             elif found.number in (3, 4, 7, 8):
                 texts[found.number] = self._text(found)
         operator, domain = texts.get(4, ""), texts.get(7, "")
         if operator not in OPERATORS.get(domain, ()) or texts.get(8):
             name = f"{domain}.{operator}" if domain else operator
             raise MalformedError(f"it has the operator {name[:80]!r}, which no graph of edgemix has")
+        if largest > MAX_INTEGER and operator != "Constant":  # kernels take 32 bits of it
+            raise MalformedError(f"a {operator} has the integer {largest:,} in an attribute; at most {MAX_INTEGER:,}")
         if operator in _BINARY and (len(inputs) != 2 or "" in inputs):
             raise MalformedError(f"it has a {operator} of the inputs {inputs!r:.80}; it takes two")
         constant = tensors[0] if operator == "Constant" and tensors else None
         return _Node(operator, tuple(inputs), tuple(outputs), constant)
 
-    def _attribute(self, attribute: Field) -> list[_Tensor]:
-        """Check an attribute, and return the tensor that it is, or the integers as one."""
+    def _attribute(self, attribute: Field) -> tuple[list[_Tensor], list[int]]:
+        """Check an attribute, and return the tensor that it is, or the integers as one, and the integers."""
         tensors, numbers, name = [], [], ""
         for found in self._fields("AttributeProto", *self._inside(attribute), once=(1, 2, 3, 4, 5, 20)):
             if found.number == 1:
@@ -207,7 +211,7 @@ class _Checker:
         _check_integers(numbers)
         if name in _NATURAL and any(number < 0 for number in numbers):
             raise MalformedError(f"its attribute {name} is negative")
-        return tensors or ([_Tensor("", tuple(numbers), None)] if numbers else [])
+        return tensors or ([_Tensor("", tuple(numbers), None)] if numbers else []), numbers
 
     def _integers(self, found: Field) -> list[int]:
         """Return the numbers of a field of int64 values, packed or not."""

@@ -75,7 +75,7 @@ TEXTS = (
 )
 
 
-_LARGEST = 1 << 27
+_LARGEST = 24 << 20
 
 
 def integer(rng: Random) -> int:

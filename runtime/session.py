@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 from edgemix.errors import InputError
 from edgemix.runtime.cancellation import in_thread, iterate
 from edgemix.runtime.decoding.generate import chunks, completed, decode
-from edgemix.runtime.options import GenerateOptions, Settings
+from edgemix.runtime.options import ChatOptions, GenerateOptions, Settings
 from edgemix.runtime.sequences import prefix_file
 from edgemix.runtime.sequences.prefix_cache import PrefixCache
 
@@ -47,18 +47,26 @@ class Session:
         """Bytes of key-value state that are kept."""
         return self._prefixes.bytes
 
-    def stream(self, content: str, **options: Unpack[GenerateOptions]) -> Generator[Chunk]:
-        """Send a message, and stream the assistant's answer; see `Mixture.stream`.
+    def stream(
+        self,
+        content: str,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        parse_special: bool = False,
+        **options: Unpack[GenerateOptions],
+    ) -> Generator[Chunk]:
+        """Send a message, and stream the assistant's answer; see `Mixture.stream_chat`. Tools are those of this turn.
 
         Raises:
             InputError: As `Mixture.chat`.
         """
         messages = [*self.messages, {"role": "user", "content": content}]
-        ids, settings = self._mixture.render_chat(messages), Settings.of(**options)
+        ids = self._mixture.render_chat(messages, tools=tools, parse_special=parse_special)
+        settings = Settings.of(**options)
         decoded = decode(self._mixture, [ids], settings, started=time.perf_counter(), kept=self._prefixes)
         return self._answer(messages, chunks(decoded))
 
-    def send(self, content: str, **options: Unpack[GenerateOptions]) -> Completion:
+    def send(self, content: str, **options: Unpack[ChatOptions]) -> Completion:
         """Send a message, and return the assistant's whole answer.
 
         Raises:
@@ -66,11 +74,11 @@ class Session:
         """
         return completed(self.stream(content, **options))
 
-    def astream(self, content: str, **options: Unpack[GenerateOptions]) -> AsyncGenerator[Chunk]:
+    def astream(self, content: str, **options: Unpack[ChatOptions]) -> AsyncGenerator[Chunk]:
         """As `stream`, for asyncio: see `Mixture.astream`."""
         return iterate(self.stream(content, **options))
 
-    async def asend(self, content: str, **options: Unpack[GenerateOptions]) -> Completion:
+    async def asend(self, content: str, **options: Unpack[ChatOptions]) -> Completion:
         """As `send`, for asyncio: see `Mixture.agenerate`."""
         return await in_thread(lambda: self.send(content, **options))
 

@@ -10,7 +10,11 @@ from helpers.onnx_members import random_member, write_bundle
 from edgemix.errors import EdgemixError, InputError
 from edgemix.runtime import Mixture
 
-TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "Add.", "parameters": {}}}]
+TEMPLATE = (
+    "{% for t in tools or [] %}[tool] {{ t.function.name }}\n{% endfor %}"
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+)
 LONG = "Here is a long story about a fox and an owl who lived in a forest, told in every detail. " * 3
 TURNS = [LONG, "And then?", "Why?"]
 
@@ -45,7 +49,13 @@ def by_chat(mixture, turns, **options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"weights": "adaptive"}, {"temperature": 0.8, "seed": 3, "top_k": 50}, {"speculation": "off"}],
+    [
+        {},
+        {"weights": "adaptive"},
+        {"temperature": 0.8, "seed": 3, "top_k": 50},
+        {"speculation": "off"},
+        {"tools": TOOLS},
+    ],
 )
 def test_turns_are_what_chat_says_and_read_only_what_is_new(talking, read, options):
     options = {"max_new_tokens": 12, **options}

@@ -83,6 +83,27 @@ def calibration_windows(
     return [window for window in found if len(window) == longest]
 
 
+def check_tokens(texts: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -> None:
+    """Check that a model has a row for every token of its texts: added tokens may lie beyond them.
+
+    Args:
+        texts: Token ids.
+        tokenizer: The model's tokenizer.
+        rows: Number of the model's logits.
+        name: The member, for the message.
+
+    Raises:
+        InputError: It lacks one.
+    """
+    highest = max((max(text) for text in texts if text), default=-1)
+    if highest >= rows:
+        raise InputError(
+            f"member {name}: the calibration text holds token {highest} "
+            f"({tokenizer.convert_ids_to_tokens(highest)!r}), and the model has {rows} rows: 0 to {rows - 1}",
+            "Take the token out of the text, or resize the model's embeddings.",
+        )
+
+
 def split(documents: Sequence[str], share: float, *, seed: int = 0) -> tuple[list[str], list[str]]:
     """Hold out a share of the text, piece by piece; equal pieces are never in both parts.
 

@@ -12,6 +12,7 @@ from edgemix.bundle.graph_io import GraphConfig
 from edgemix.bundle.manifest import GraphParity, ModelSource, PruningFigures
 from edgemix.bundle.stages import stage_key
 from edgemix.errors import storage_errors
+from edgemix.export.data.text import check_tokens
 from edgemix.export.graphs.decoder import MODEL_FILE, export_graph
 from edgemix.export.models.loading import end_ids, member_tokenizer, versions
 from edgemix.export.models.tokenizers import check_rows
@@ -107,7 +108,9 @@ class MemberGraphs:
         if spec.name not in self._windows:  # a budget asks for each candidate
             tokenizer = member_tokenizer(spec, self._recipe.folder)
             length = min(CALIBRATION_LENGTH, config.context)
-            self._windows[spec.name] = self._models.calibration(tokenizer, spec.name, length, CALIBRATION_WINDOWS)
+            found = self._models.calibration(tokenizer, spec.name, length, CALIBRATION_WINDOWS)
+            check_tokens(found, tokenizer, config.vocabulary, spec.name)
+            self._windows[spec.name] = found
         if (found := self._windows[spec.name]) or not needed:
             return found
         return sample_texts(self.path(spec), config, GATE_TOKENS, seed=self._recipe.seed)

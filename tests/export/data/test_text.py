@@ -3,7 +3,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from edgemix.errors import InputError
-from edgemix.export.data.text import PIECE, calibration_windows, split, windows
+from edgemix.export.data.text import PIECE, calibration_windows, check_tokens, split, windows
 
 EOS, BOS = 1, 2
 
@@ -89,3 +89,12 @@ def test_calibration_takes_half_from_the_domain_of_the_members_name(tokenizer):
 
 def test_calibration_makes_do_with_little_text(tokenizer):
     assert calibration_windows({"a": ["abc"], "b": ["d"]}, tokenizer, 64, 10) == [[3, 4, 5, EOS]]
+
+
+def test_calibration_text_beyond_a_models_rows_is_refused_by_name(tokenizer):
+    """An added token without a row failed within torch or ONNX Runtime, which name neither token nor member."""
+    tokenizer.add_tokens(["<tool>"])
+    found = calibration_windows({"a": ["abc<tool>d"]}, tokenizer, 8, 1)
+    check_tokens(found, tokenizer, 30, "m")
+    with pytest.raises(InputError, match=r"member m: .* token 29 \('<tool>'\), and the model has 29 rows"):
+        check_tokens(found, tokenizer, 29, "m")

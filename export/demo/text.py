@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import sysconfig
+from collections import deque
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,8 +97,18 @@ def _docstrings(source: str) -> str:
     except (SyntaxError, ValueError):
         return ""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented))
+    found = (ast.get_docstring(node) for node in _statements(tree) if isinstance(node, documented))
     return "\n\n".join(text for text in found if text and _is_prose(text))
+
+
+def _statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yield what `ast.walk` yields, in its order, but for expressions: most nodes, none of which has a docstring."""
+    nodes = deque([tree])
+    while nodes:
+        node = nodes.popleft()
+        yield node
+        for block in ("body", "handlers", "orelse", "finalbody", "cases"):
+            nodes.extend(getattr(node, block, ()))
 
 
 def _is_prose(text: str) -> bool:

@@ -13,7 +13,6 @@ import torch
 from torch.export import Dim
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 from edgemix.bundle import graph_io
 from edgemix.errors import EdgemixError
@@ -36,6 +35,9 @@ def build(model: PreTrainedModel) -> ir.Model:
     Raises:
         EdgemixError: The model's state is not a plain key-value cache. The tracer raises other errors.
     """
+    # Takes a second to import, and few models need it.
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
     with _quiet():
         sample = _sample(model)
         axes = _dynamic_axes(len(sample["past_key_values"].layers))

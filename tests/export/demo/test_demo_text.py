@@ -41,6 +41,37 @@ def test_modules_and_their_docstrings_fall_on_the_same_side(library, tmp_path):
     assert all(text.startswith("Module") and "value_" not in text for text in texts["prose"].train)
 
 
+BLOCKS = """
+class One:
+    try:
+        def two(): {0}
+    except OSError:
+        def three(): {1}
+    else:
+        def four(): {2}
+    finally:
+        async def five(): {3}
+if one:
+    with two:
+        for three in four:
+            def six(): {4}
+else:
+    while five:
+        class Seven: {5}
+match six:
+    case 1:
+        def eight(): {6}
+nine = [lambda ten: ten, {7}]
+"""
+
+
+def test_docstrings_are_read_from_every_kind_of_block(library, tmp_path):
+    (library / "blocks.py").write_text(BLOCKS.format(*(f'"Block {i}. {prose(i)}"' for i in range(8))))
+    texts = make_texts(tmp_path)["prose"]
+    [found] = [text for text in texts.train + texts.validation + texts.test if "Block" in text]
+    assert [text[len("Block ")] for text in found.split("\n\n")] == list("0235614")  # level by level
+
+
 def test_held_out_excerpts_are_whole_lines_of_bounded_size(library, tmp_path):
     texts = make_texts(tmp_path)
     for text in texts["code"].validation + texts["code"].test:

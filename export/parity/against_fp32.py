@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from edgemix.bundle.graph_io import GraphConfig
     from edgemix.formats import Format
+    from edgemix.runtime.graphs.kv_cache import KVCache
 
     Tokens = NDArray[np.int64]
 
@@ -51,7 +52,7 @@ def check_quantized(
 ) -> QuantizationParity:
     """Compare a stored graph with its fp32 graph, on whole texts and on single tokens after a past.
 
-    Both are measured because quantized products of one row have other kernels.
+    Both are measured because quantized products of one row have other kernels. The fp32 graph reads each text once.
 
     Args:
         fp32_path: The fp32 graph.
@@ -70,15 +71,19 @@ def check_quantized(
     stored = DecoderGraph.load(path, config)
     texts = _texts(source, windows or (), seed)
     prefill, decode = Distance(), Distance()
+    stride = -(-len(texts) // _DECODED_TEXTS)
+    steps = _DECODED // len(texts[::stride])
     with progress.stage("parity", total=sum(len(text) - 1 for text in texts)) as task:
-        for text in texts:
-            for p, q, targets in _log_probability_pairs(source, stored, member, text):
+        for number, text in enumerate(texts):
+            span = _decoded_positions(text, 0 if number % stride else steps, source.chunk)
+            cache, exact = stored.new_cache(), []
+            for start, p, q, targets in _log_probability_pairs(source, stored, member, text, cache):
                 prefill.add(p, q, targets)
+                exact.append(p[max(span.start - start, 0) : max(span.stop - start, 0)].copy())
                 task.advance(len(p))
-        some = texts[:: -(-len(texts) // _DECODED_TEXTS)]
-        for text in some:
-            for p, q, targets in _decoded_pairs(source, stored, member, text, _DECODED // len(some)):
-                decode.add(p, q, targets)
+            if span.start < span.stop:
+                q = _decoded(stored, member, cache, text, span)
+                decode.add(np.concatenate(exact), q, text[span.start + 1 : span.stop + 1])
     limits = FORMAT_SPECS[format].limits
     return QuantizationParity(
         tokens=prefill.tokens,
@@ -160,32 +165,34 @@ def _sample(source: DecoderGraph, tokens: int, seed: int, vocabulary: int | None
 
 
 def _log_probability_pairs(
-    source: DecoderGraph, stored: DecoderGraph, member: int, text: Tokens
-) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], Tokens]]:
-    """Yield both graphs' log-probabilities float32 [tokens, vocabulary] and the next tokens, chunk by chunk."""
-    caches = source.new_cache(), stored.new_cache()
+    source: DecoderGraph, stored: DecoderGraph, member: int, text: Tokens, cache: KVCache
+) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32], Tokens]]:
+    """Yield the start of each chunk, both graphs' log-probabilities float32 [tokens, vocabulary] and the next tokens.
+
+    The stored graph reads the text into `cache`.
+    """
+    source_cache = source.new_cache()
     for start in range(0, len(text) - 1, source.chunk):
         piece = text[start : start + source.chunk][: len(text) - 1 - start]
-        p = log_softmax(source.extend_all(caches[0], piece[None])[0])
-        q = log_softmax(stored.parts(stored.extend_all(caches[1], piece[None])[0])[member])
-        yield p, q, text[start + 1 : start + 1 + len(piece)]
+        p = log_softmax(source.extend_all(source_cache, piece[None])[0])
+        q = log_softmax(stored.parts(stored.extend_all(cache, piece[None])[0])[member])
+        yield start, p, q, text[start + 1 : start + 1 + len(piece)]
 
 
-def _decoded_pairs(
-    source: DecoderGraph, stored: DecoderGraph, member: int, text: Tokens, steps: int
-) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32], Tokens]]:
-    """Yield the same for up to `steps` tokens that the stored graph reads one a call, after a past."""
-    steps = min(steps, len(text) - 2, source.chunk)
-    if steps < 1:
-        return
-    text = text[: _LENGTH + steps + 1]
-    past = len(text) - 1 - steps
-    caches = source.new_cache(), stored.new_cache()
-    for graph, cache in zip((source, stored), caches, strict=True):
-        graph.extend(cache, text[None, :past])
-    p = log_softmax(source.extend_all(caches[0], text[None, past:-1])[0])
-    q = [
-        log_softmax(stored.parts(stored.extend(caches[1], text[None, at : at + 1]))[member])
-        for at in range(past, len(text) - 1)
-    ]
-    yield p, np.concatenate(q), text[past + 1 :]
+def _decoded_positions(text: Tokens, steps: int, chunk: int) -> slice:
+    """Return up to `steps` positions that are decoded: the last ones, with a successor, of a text's first tokens."""
+    steps = max(0, min(steps, len(text) - 2, chunk))
+    end = min(len(text), _LENGTH + steps + 1) - 1
+    return slice(end - steps, end)
+
+
+def _decoded(stored: DecoderGraph, member: int, cache: KVCache, text: Tokens, span: slice) -> NDArray[np.float32]:
+    """Return log-probabilities float32 [tokens, vocabulary] of a span that the stored graph reads one token a call.
+
+    What `cache` holds of the text before the span is the past.
+    """
+    cache.rollback([span.start])
+    return np.concatenate([
+        log_softmax(stored.parts(stored.extend(cache, text[None, at : at + 1]))[member])
+        for at in range(span.start, span.stop)
+    ])  # fmt: skip

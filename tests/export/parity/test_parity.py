@@ -21,6 +21,7 @@ from edgemix.export.parity.against_torch import check_graph
 from edgemix.export.parity.limits import TOP1_MARGIN, enforce
 from edgemix.formats import FORMAT_SPECS, FORMATS
 from edgemix.runtime.graphs.decoder import DecoderGraph
+from edgemix.runtime.token_progress import token_callback
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -144,6 +145,14 @@ def test_decoding_is_measured(exact: Exported, rough: Exported, windows: list[li
     assert figures.decode_kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
     same = check_quantized(exact.path, exact.path, exact.config, windows, format="fp32")
     assert same.decode_kl == pytest.approx(0, abs=1e-6)
+
+
+def test_each_graph_reads_a_text_once(exact: Exported, windows: list[list[int]]) -> None:
+    """And the stored one again the positions at which it decodes, with the text before them kept."""
+    read: list[float] = []
+    with token_callback(read.append):
+        check_quantized(exact.path, exact.path, exact.config, windows, format="fp32")
+    assert sum(read) == 2 * 6 * 99 + 6 * 21
 
 
 def test_a_graph_that_is_wrong_only_when_it_decodes_is_refused(tmp_path: Path) -> None:

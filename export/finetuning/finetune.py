@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
@@ -18,7 +19,7 @@ from edgemix.export.models.loading import load_tokenizer
 from edgemix.export.models.location import locate
 from edgemix.export.training.checkpoints import Checkpoint
 from edgemix.export.training.loop import fingerprint, train
-from edgemix.export.training.lora import FreshAdapter, attach_adapters, eager_attention
+from edgemix.export.training.lora import FreshAdapter, attach_adapters, eager_attention, frozen_in_bfloat16
 from edgemix.export.training.output_folder import atomic_folder, check_output, exclusive
 from edgemix.export.training.qlora import is_in_four_bits, load_base
 from edgemix.export.training.token_loss import has_fast_bfloat16, token_loss
@@ -143,9 +144,12 @@ def finetune_model(
         exclusive(output),
         attach_adapters(model, [fresh], recompute=is_in_four_bits(model)) as adapters,
         eager_attention(model, length),
+        ExitStack() as stack,
     ):
         device = adapters.device
-        loss = token_loss(model, bfloat16=has_fast_bfloat16(device))
+        bfloat16 = has_fast_bfloat16(device)
+        loss = token_loss(model, bfloat16=bfloat16)
+        stack.enter_context(frozen_in_bfloat16(model, enabled=bfloat16))
         before = _mean_loss(loss, held_out, training.batch, device)
         model.train()
         state = train(

@@ -11,7 +11,7 @@ from edgemix.export.models.loading import load_tokenizer, member_tokenizer
 from edgemix.export.models.location import Location, locate
 from edgemix.export.models.tokenizers import check_shared
 from edgemix.export.training.loop import fingerprint
-from edgemix.export.training.lora import FreshAdapter, attach_adapters, eager_attention
+from edgemix.export.training.lora import FreshAdapter, attach_adapters, eager_attention, frozen_in_bfloat16
 from edgemix.export.training.qlora import load_base
 from edgemix.export.training.token_loss import has_fast_bfloat16, token_losses
 from edgemix.progress import NO_PROGRESS, Progress
@@ -119,7 +119,9 @@ def load_trainable_members(
             base = [location.name, fingerprint(model)]
             adapters = stack.enter_context(attach_adapters(model, initial, recompute=four_bit))
             stack.enter_context(eager_attention(model, training.length))
-            losses = token_losses(model, bfloat16=has_fast_bfloat16(adapters.device), vocabulary=vocabulary)
+            bfloat16 = has_fast_bfloat16(adapters.device)
+            losses = token_losses(model, bfloat16=bfloat16, vocabulary=vocabulary)
+            stack.enter_context(frozen_in_bfloat16(model, enabled=bfloat16))
             for position, (index, adapter) in enumerate(zip(indices, initial, strict=True)):
                 key = [*base, adapter.sha256() if isinstance(adapter, Location) else adapter]
                 members[index] = TrainableMember(

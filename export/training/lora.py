@@ -205,3 +205,29 @@ def eager_attention(model: PreTrainedModel, length: int) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+@contextmanager
+def frozen_in_bfloat16(model: PreTrainedModel, *, enabled: bool) -> Iterator[None]:
+    """Keep the frozen fp32 weights of linear layers in bfloat16, but for embeddings and the head, and restore them.
+
+    For losses that run in bfloat16: torch.autocast converts frozen weights anew, to the same numbers, in every forward
+    pass, which takes a tenth of a training step's time on a CPU.
+    """
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    weights = [
+        module.weight
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        and module.weight.dtype == torch.float32
+        and not module.weight.requires_grad
+        and not any(module.weight is end.weight for end in ends if end is not None)
+    ]
+    originals = [weight.data for weight in weights] if enabled else []
+    try:
+        for weight, original in zip(weights, originals, strict=False):
+            weight.data = original.to(torch.bfloat16)
+        yield
+    finally:
+        for weight, original in zip(weights, originals, strict=False):
+            weight.data = original

@@ -1,8 +1,11 @@
+from contextlib import suppress
+
 import pytest
 import torch
 from helpers.tiny_models import tiny_model
 from torch.nn import functional
 
+from edgemix.export.training.lora import FreshAdapter, attach_adapters, frozen_in_bfloat16
 from edgemix.export.training.token_loss import token_loss, token_losses
 
 
@@ -30,6 +33,22 @@ def test_bfloat16_is_close():
     ids = torch.randint(0, 160, (2, 50), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert token_loss(model, bfloat16=True)(ids).item() == pytest.approx(expected_loss(model, ids).item(), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "gemma2", "opt"])
+def test_frozen_weights_in_bfloat16_change_no_number(name):
+    model = tiny_model(name).requires_grad_(requires_grad=False)
+    before = {key: each.clone() for key, each in model.state_dict().items()}
+    ids = torch.randint(0, 160, (2, 50), generator=torch.Generator().manual_seed(0))
+    with attach_adapters(model, [FreshAdapter(rank=2, alpha=4, seed=0)]) as adapters:
+        loss, trained = token_loss(model, bfloat16=True), list(adapters.parameters(0).values())
+        wanted = loss(ids), *torch.autograd.grad(loss(ids), trained)
+        with suppress(KeyboardInterrupt), frozen_in_bfloat16(model, enabled=True):
+            found = loss(ids), *torch.autograd.grad(loss(ids), trained)
+            assert torch.bfloat16 in {each.dtype for each in model.parameters()}
+            raise KeyboardInterrupt
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])

@@ -16,7 +16,7 @@ from edgemix.runtime.graphs.decoder import DecoderGraph
 from edgemix.runtime.mixing.arithmetic import log_softmax
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -48,6 +48,7 @@ def check_quantized(
     format: Format,  # noqa: A002 - the recipe's word
     member: int = 0,
     seed: int = 0,
+    observe: Callable[[Tokens, int, NDArray[np.float32]], None] | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> QuantizationParity:
     """Compare a stored graph with its fp32 graph, on whole texts and on single tokens after a past.
@@ -63,6 +64,7 @@ def check_quantized(
         format: The format, whose limits apply.
         member: Index of the member within the stored graph.
         seed: Seed of the sampled texts.
+        observe: Called with a text, a position, and the fp32 graph's log-probabilities from there [tokens, vocabulary].
         progress: Progress callback.
     """
     source = DecoderGraph.load(
@@ -79,6 +81,8 @@ def check_quantized(
             cache, exact = stored.new_cache(), []
             for start, p, q, targets in _log_probability_pairs(source, stored, member, text, cache):
                 prefill.add(p, q, targets)
+                if observe is not None:
+                    observe(text, start, p)
                 exact.append(p[max(span.start - start, 0) : max(span.stop - start, 0)].copy())
                 task.advance(len(p))
             if span.start < span.stop:

@@ -40,8 +40,36 @@ MIXED_ROWS = 32
 """Tokens that are mixed at once."""
 
 
+class ObservedTexts:
+    """Distributions that an fp32 graph has computed for longer texts, of which `texts` are the beginnings.
+
+    Attributes:
+        rows: A text's index -> its log-probabilities, fp16 [tokens - 1, vocabulary].
+    """
+
+    def __init__(self, texts: Sequence[Sequence[int]]) -> None:
+        self._numbers = {np.asarray(text, np.int64).tobytes(): number for number, text in enumerate(texts)}
+        self._longest = max(map(len, texts), default=0)
+        self.rows: dict[int, NDArray[np.float16]] = {}
+
+    def add(self, text: NDArray[np.int64], start: int, log_probabilities: NDArray[np.float32]) -> None:
+        """Add what follows the tokens of a text from `start` on; all its tokens must be added in order."""
+        beginning = text[: self._longest]
+        number, end = self._numbers.get(beginning.tobytes()), min(start + len(log_probabilities), len(beginning) - 1)
+        if number is not None and start < end:
+            shape = len(beginning) - 1, log_probabilities.shape[1]
+            rows = self.rows.setdefault(number, np.empty(shape, np.float16))
+            rows[start:end] = log_probabilities[: end - start]
+
+
 def keep_distributions(
-    path: Path, config: GraphConfig, texts: Sequence[Sequence[int]], output: Path, *, progress: Progress = NO_PROGRESS
+    path: Path,
+    config: GraphConfig,
+    texts: Sequence[Sequence[int]],
+    output: Path,
+    *,
+    observed: Mapping[int, NDArray[np.float16]] | None = None,
+    progress: Progress = NO_PROGRESS,
 ) -> None:
     """Write an fp32 graph's log-probabilities for texts: fp16 [tokens - 1, vocabulary] each, in nats.
 
@@ -50,19 +78,22 @@ def keep_distributions(
         config: The graph's config.
         texts: Token ids, at least two each; tokens beyond the graph's context are left out.
         output: A safetensors file, tensors "0", "1" and so on.
+        observed: Those of some texts, by index, from `ObservedTexts`.
         progress: Progress callback.
     """
-    graph = DecoderGraph.load(path, msgspec.structs.replace(config, dtype="float32"))
-    kept = {}
-    with progress.stage("fp32 distributions", sum(len(text) - 1 for text in texts)) as task:
-        for number, text in enumerate(texts):
-            ids = np.asarray(text[: graph.context], np.int64)
-            rows = np.empty((len(ids) - 1, graph.vocabulary), np.float16)
-            with closing(read([graph], ids, vocabulary=graph.vocabulary, window=len(ids))) as pieces:
-                for place, (logits,), targets in pieces:
-                    rows[place] = log_softmax(logits)
-                    task.advance(len(targets))
-            kept[str(number)] = rows
+    kept = {str(number): rows for number, rows in (observed or {}).items()}
+    missing = [(number, text) for number, text in enumerate(texts) if str(number) not in kept]
+    if missing:
+        graph = DecoderGraph.load(path, msgspec.structs.replace(config, dtype="float32"))
+        with progress.stage("fp32 distributions", sum(len(text) - 1 for _, text in missing)) as task:
+            for number, text in missing:
+                ids = np.asarray(text[: graph.context], np.int64)
+                rows = np.empty((len(ids) - 1, graph.vocabulary), np.float16)
+                with closing(read([graph], ids, vocabulary=graph.vocabulary, window=len(ids))) as pieces:
+                    for place, (logits,), targets in pieces:
+                        rows[place] = log_softmax(logits)
+                        task.advance(len(targets))
+                kept[str(number)] = rows
     with storage_errors(f"writing {output}"):
         save_file(kept, output)
 

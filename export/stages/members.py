@@ -14,7 +14,7 @@ from edgemix.errors import storage_errors
 from edgemix.export.graphs.decoder import MODEL_FILE
 from edgemix.export.parity.against_fp32 import check_quantized
 from edgemix.export.parity.limits import enforce, within
-from edgemix.export.parity.mixture import keep_distributions
+from edgemix.export.parity.mixture import ObservedTexts, keep_distributions
 from edgemix.export.pruning.packing import pack_weights
 from edgemix.export.quantization import quantize
 from edgemix.export.quantization.graph.key_value import cache_scales
@@ -119,9 +119,10 @@ class MemberExporter:
         )
 
         def make() -> StoredMember:
-            record = self._quantize(spec, folder)
+            observed = ObservedTexts(texts)
+            record = self._quantize(spec, folder, observed)
             if record.parity is not None:
-                self._keep_distributions(spec, record.graph, texts)
+                self._keep_distributions(spec, record.graph, texts, observed)
             if record.graph.sparse:
                 sparse = pack_weights(folder / MODEL_FILE, self._context.member_progress(spec))
                 record = msgspec.structs.replace(record, sparse=sparse)
@@ -190,12 +191,15 @@ class MemberExporter:
         name = f"stack/{'+'.join(spec.name for spec in group)}"
         return context.stage(name, key, make, dict[str, StoredMember], files=files, cleanup=cleanup)
 
-    def _keep_distributions(self, spec: MemberRecipe, graph: GraphRecord, texts: list[list[int]]) -> None:
+    def _keep_distributions(
+        self, spec: MemberRecipe, graph: GraphRecord, texts: list[list[int]], observed: ObservedTexts | None = None
+    ) -> None:
         if texts:
-            path, progress = self._graphs.path(spec), self._context.member_progress(spec)
-            keep_distributions(path, graph.config, texts, self.distributions(spec), progress=progress)
+            path, output = self._graphs.path(spec), self.distributions(spec)
+            rows, progress = observed.rows if observed else None, self._context.member_progress(spec)
+            keep_distributions(path, graph.config, texts, output, observed=rows, progress=progress)
 
-    def _quantize(self, spec: MemberRecipe, folder: Path) -> StoredMember:
+    def _quantize(self, spec: MemberRecipe, folder: Path, observed: ObservedTexts) -> StoredMember:
         """Write a member's graph in its format, and measure how far it is from the fp32 graph."""
         context, graph, quantization = self._context, self._graphs.make(spec), self._models.quantization(spec)
         weight_format, target, seed = self._models.format(spec), context.recipe.target, context.recipe.seed
@@ -230,7 +234,14 @@ class MemberExporter:
             return StoredMember(graph, config, None)
         share = table.share(8) if table is not None and (eight_bits or quantization.eight_bits) else 0.0
         figures = check_quantized(
-            source, output, config, self._texts, format=weight_format, seed=seed, progress=progress
+            source,
+            output,
+            config,
+            self._texts,
+            format=weight_format,
+            seed=seed,
+            observe=observed.add,
+            progress=progress,
         )
         return StoredMember(graph, config, figures, eight_bits=share)
 

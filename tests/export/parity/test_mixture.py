@@ -10,9 +10,11 @@ from helpers.onnx_members import VOCABULARY, ClosedForm, random_member, write_bu
 from safetensors.numpy import load_file
 
 from edgemix.export.parity import mixture
+from edgemix.export.parity.against_fp32 import check_quantized
 from edgemix.export.parity.limits import TOP1_MARGIN
-from edgemix.export.parity.mixture import compare_mixtures, keep_distributions
+from edgemix.export.parity.mixture import ObservedTexts, compare_mixtures, keep_distributions
 from edgemix.runtime import Mixture
+from edgemix.runtime.token_progress import token_callback
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -128,3 +130,22 @@ def test_kept_distributions_are_those_of_the_graph(tmp_path: Path) -> None:
     own = kept["1"][:, :VOCABULARY].astype(np.float64)
     own -= np.log(np.exp(own).sum(-1, keepdims=True))
     np.testing.assert_allclose(own, form.log_probabilities(TEXTS[1][:30])[:-1], atol=0.01)
+
+
+def test_distributions_that_the_gate_has_computed_are_kept(tmp_path: Path) -> None:
+    """Of the beginnings of its texts; another text is read for itself."""
+    form = random_member(3, tokens=VOCABULARY, context=200)
+    path = tmp_path / "model.onnx"
+    config = write_graph(path, form)
+    windows = np.random.default_rng(0).integers(0, VOCABULARY, (12, 60)).tolist()
+    texts, read = [windows[0][:50], windows[1][:50], windows[2][1:30]], list[float]()
+    observed = ObservedTexts(texts)
+    check_quantized(path, path, config, windows, format="fp32", observe=observed.add)
+    with token_callback(read.append):
+        keep_distributions(path, config, texts, tmp_path / "some.safetensors", observed=observed.rows)
+    keep_distributions(path, config, texts, tmp_path / "all.safetensors")
+    some, every = load_file(tmp_path / "some.safetensors"), load_file(tmp_path / "all.safetensors")
+    assert sum(read) == len(texts[2]) - 1
+    assert some.keys() == every.keys()
+    for name, rows in every.items():
+        np.testing.assert_allclose(some[name].astype(np.float32), rows.astype(np.float32), atol=2e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -203,3 +204,14 @@ def test_folders_and_modules_stay_small() -> None:
         assert len(path.read_text("utf-8").splitlines()) <= 400, path
         counts[path.parent] = counts.get(path.parent, 0) + (path.name != "__init__.py")
     assert max(counts.values()) <= 15, counts
+
+
+def test_tests_replace_no_private_names() -> None:
+    """A test that patches a private name tests how something is done, and not what it does."""
+    pattern = re.compile(r"""monkeypatch\.setattr\([^)]*?["'](?:[\w.]*\.)?_[a-z]\w*["']""")
+    found = [
+        f"{path.name}: {match[0]}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for match in pattern.finditer(path.read_text("utf-8"))
+    ]
+    assert not found

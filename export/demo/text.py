@@ -76,7 +76,7 @@ def _collect() -> dict[str, DomainTexts]:
     if not code:
         raise InputError("the sources of Python's standard library are not on this machine", "Use a full Python.")
     prose = {f"{name} docstrings": text for name, source in code.items() if (text := _docstrings(source))}
-    return {"code": _split_documents(code), "prose": _split_documents(prose | _help_topics())}
+    return {"code": _split_documents(code), "prose": _split_documents(prose | help_topics())}
 
 
 def _sources() -> Iterator[tuple[str, str]]:
@@ -116,7 +116,7 @@ def _is_prose(text: str) -> bool:
     return len(text) >= 200 and ">>>" not in text and letters > 0.9 * len(text)
 
 
-def _help_topics() -> dict[str, str]:
+def help_topics() -> dict[str, str]:
     """Return the language reference as `help()` shows it, by topic; some distributions leave it out."""
     try:
         from pydoc_data.topics import topics

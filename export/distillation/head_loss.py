@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
     from edgemix.export.training.losses import Objective
 
-_ROWS = 1024
+ROWS = 1024
 """Rows whose logits are in memory at once: 100 MB in bfloat16 for a vocabulary of 49,152."""
-_CACHED_ROWS = 64
+CACHED_ROWS = 64
 """Rows per softmax on a CPU, which stay in its cache."""
-_COLUMNS = 4096
+COLUMNS = 4096
 """Rows of the head's weight whose gradient is computed at once."""
 _TINY = 1e-30
 """Floor of probabilities before taking the logarithm."""
@@ -48,7 +48,7 @@ def objective_loss(
     last, rows [batch * (length - 1)] at the objective's temperature, to the mean loss, a scalar.
 
     All trainable parameters get gradients. Where the head is a linear layer (checked on the model itself), logits of at
-    most `_ROWS` tokens are in memory.
+    most `ROWS` tokens are in memory.
 
     Args:
         model: The student.
@@ -122,7 +122,7 @@ class _Targets:
         rows, and return the objective's sum over these rows.
         """
         total = torch.zeros((), device=logits.device)
-        step = _CACHED_ROWS if logits.device.type == "cpu" else len(logits)
+        step = CACHED_ROWS if logits.device.type == "cpu" else len(logits)
         for at in range(0, len(logits), step):
             chunk = logits[at : at + step]
             rows = slice(start + at, start + at + len(chunk))
@@ -188,18 +188,18 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
         weight_gradient = torch.zeros_like(weight) if needed[1] else None
         bias_gradient = torch.zeros_like(bias) if bias is not None and needed[2] else None
         total = torch.zeros((), device=hidden.device)
-        for start in range(0, len(hidden), _ROWS):
-            chunk = hidden[start : start + _ROWS]
+        for start in range(0, len(hidden), ROWS):
+            chunk = hidden[start : start + ROWS]
             logits = targets.workspace.get("logits", (len(chunk), len(matrix)), chunk)
             torch.mm(chunk, matrix.t(), out=logits)
             if bias is not None:
                 logits += bias.to(logits.dtype)
             total += targets.gradients(logits, start)
             if hidden_gradient is not None:
-                torch.mm(logits, matrix, out=hidden_gradient[start : start + _ROWS])
+                torch.mm(logits, matrix, out=hidden_gradient[start : start + ROWS])
             if weight_gradient is not None:
-                for column in range(0, len(matrix), _COLUMNS):
-                    columns = slice(column, column + _COLUMNS)
+                for column in range(0, len(matrix), COLUMNS):
+                    columns = slice(column, column + COLUMNS)
                     weight_gradient[columns] += logits[:, columns].t() @ chunk
             if bias_gradient is not None:
                 bias_gradient += logits.sum(0, dtype=bias_gradient.dtype)

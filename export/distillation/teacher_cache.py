@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from edgemix.export.distillation.teacher import Teacher
 
-_SHARD = 16
+SHARD = 16
 """Windows per shard: an interruption loses less than one shard."""
 
 
@@ -81,7 +81,7 @@ class TeacherCache:
             EdgemixError: A shard cannot be written, or the teacher fails.
         """
         rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-        shards = -(-len(self.windows) // _SHARD)
+        shards = -(-len(self.windows) // SHARD)
         with storage_errors(f"writing {self._folder}"):
             self._folder.mkdir(parents=True, exist_ok=True)
         seconds_spent = 0.0
@@ -89,15 +89,15 @@ class TeacherCache:
             for shard in range(rank, shards, world_size):
                 if seconds is not None and seconds_spent >= seconds and shard > rank:
                     break
-                found = self._seconds(shard)
-                seconds_spent += self._write_shard(shard) if found is None else found
+                found = self.shard_seconds(shard)
+                seconds_spent += self.write_shard(shard) if found is None else found
                 task.advance(world_size * len(self._indices(shard)))
         if accelerator:
             accelerator.wait_for_everyone()
-        available = next((shard for shard in range(shards) if self._seconds(shard) is None), shards)
+        available = next((shard for shard in range(shards) if self.shard_seconds(shard) is None), shards)
         filled = copy.copy(self)
-        filled.windows = self.windows[: available * _SHARD]
-        filled.seconds_spent = sum(self._seconds(shard) or 0.0 for shard in range(available)) / world_size
+        filled.windows = self.windows[: available * SHARD]
+        filled.seconds_spent = sum(self.shard_seconds(shard) or 0.0 for shard in range(available)) / world_size
         return filled
 
     def read(self, indices: NDArray[np.int64]) -> TopK:
@@ -106,7 +106,7 @@ class TeacherCache:
         Raises:
             EdgemixError: A shard is missing or damaged.
         """
-        parts = [self._window(*divmod(int(index), _SHARD)) for index in indices]
+        parts = [self._window(*divmod(int(index), SHARD)) for index in indices]
         ids, logs, tail = (np.concatenate(each) for each in zip(*parts, strict=True))
         events = torch.from_numpy(np.concatenate([logs, tail[:, None]], 1)).float()
         events = events - events.logsumexp(-1, keepdim=True)
@@ -117,7 +117,7 @@ class TeacherCache:
         return torch.from_numpy(self.windows[indices])
 
     def _indices(self, shard: int) -> range:
-        return range(shard * _SHARD, min((shard + 1) * _SHARD, len(self.windows)))
+        return range(shard * SHARD, min((shard + 1) * SHARD, len(self.windows)))
 
     def _path(self, shard: int) -> Path:
         return self._folder / f"{shard:06}.safetensors"
@@ -126,7 +126,7 @@ class TeacherCache:
         indices = self._indices(shard)
         return stage_key(windows=self.windows[indices.start : indices.stop].tolist(), **self._settings)
 
-    def _write_shard(self, shard: int) -> float:
+    def write_shard(self, shard: int) -> float:
         """Compute and write a shard, and return the seconds that it took."""
         started = time.monotonic()
         indices = self._indices(shard)
@@ -145,7 +145,7 @@ class TeacherCache:
             write_atomically(self._path(shard), safetensors.numpy.save(tensors, metadata))
         return seconds
 
-    def _seconds(self, shard: int) -> float | None:
+    def shard_seconds(self, shard: int) -> float | None:
         """Return the seconds that a shard took; None if it is missing, damaged, or of other settings."""
         try:
             with safetensors.safe_open(self._path(shard), "numpy") as file:

@@ -45,7 +45,7 @@ def decoding_rates(
     with progress.stage("speed", (ROUNDS + 1) * len(ensembles)) as task:
         for turn in range(ROUNDS + 1):
             for ensemble, found in zip(ensembles, seconds, strict=True):
-                timed = _decode(ensemble, start, context)
+                timed = decode_times(ensemble, start, context)
                 found.extend(timed if turn > 0 else [])
                 task.advance()
     return [1 / statistics.median(found) if found else math.nan for found in seconds]
@@ -81,7 +81,7 @@ def _generate(mixture: Mixture, prompt: Sequence[int]) -> tuple[int, float]:
     """Return the number of tokens generated after the first step, and their seconds."""
     speculation = "auto" if mixture.plan is None else mixture.plan.speculation
     if speculation == "off":
-        seconds = _decode(mixture.ensemble(), prompt, mixture.context)
+        seconds = decode_times(mixture.ensemble(), prompt, mixture.context)
         return len(seconds), sum(seconds)
     lookup, drafts = speculation in ("auto", "lookup"), speculation in ("auto", "student")
     decoding = SpeculativeDecoding(
@@ -104,7 +104,7 @@ def _generate(mixture: Mixture, prompt: Sequence[int]) -> tuple[int, float]:
         return tokens, time.perf_counter() - begun
 
 
-def _decode(ensemble: Ensemble, prompt: Sequence[int], context: int) -> list[float]:
+def decode_times(ensemble: Ensemble, prompt: Sequence[int], context: int) -> list[float]:
     """Return the seconds of each token after the first."""
     decoding = StaticBatch(
         ensemble, [prompt], Sampling(), seeds=[0], max_new_tokens=STEPS + 1, context=context, eos=()

@@ -270,7 +270,7 @@ class DecoderGraph:
         try:
             with exclusive(self.provider):
                 cache.reserve(new)
-                call = self._call(cache, batch, new, kept)
+                call = self.prepare_call(cache, batch, new, kept)
                 options = self._feed(cache, call, ids, mask)
                 with self._watch(self.name, ids.size):
                     self._session.run_with_iobinding(call.binding, options)
@@ -311,7 +311,7 @@ class DecoderGraph:
             shapes[graph_io.ATTENTION_MASK] = (cache.batch, cache.widest(call.new))
             call.captured = CudaGraph(call.binding, self.provider, shapes, call.logits, number)
 
-    def _call(self, cache: KVCache, batch: int, new: int, kept: int) -> _Call:
+    def prepare_call(self, cache: KVCache, batch: int, new: int, kept: int) -> _Call:
         """Return the binding for a call of this size. All bindings of small calls are kept, with one buffer; of large
         calls only the last one.
         """

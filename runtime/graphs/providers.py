@@ -112,7 +112,7 @@ def why_not(provider: Provider) -> str:
     if provider.execution_provider not in ort.get_available_providers():
         return f"this ONNX Runtime ({ort.__version__}) was built without {provider.execution_provider}"
     try:
-        session = _create(_PROBE, provider, session_options(1))
+        session = create_session(_PROBE, provider, session_options(1))
         answer = session.run(None, {"x": np.array([1.0, 2.0], np.float32)}, run_options(-1))[0]
     except onnxruntime_errors() as error:
         return plain(error)
@@ -171,7 +171,7 @@ def open_session(
             _give_files(options, weights)  # ONNX Runtime copies them: they need not outlive the session's creation
         path = instead or graph
         try:
-            return _create(str(path), provider, options)
+            return create_session(str(path), provider, options)
         except onnxruntime_errors() as error:
             raise BundleError(
                 f"ONNX Runtime cannot load {path} on {provider.name}: "
@@ -189,7 +189,7 @@ def open_session(
 
 def open_bytes(graph: bytes, provider: Provider, *, threads: int | None = None) -> Any:
     """Open an `onnxruntime.InferenceSession` of a graph in memory; exceptions of ONNX Runtime pass through."""
-    return _create(graph, provider, session_options(threads))
+    return create_session(graph, provider, session_options(threads))
 
 
 def _give_files(options: Any, files: Mapping[str, NDArray[np.uint8]]) -> None:
@@ -260,7 +260,7 @@ def plain(error: Exception) -> str:
     return message or type(error).__name__
 
 
-def _create(graph: str | bytes, provider: Provider, options: Any) -> Any:
+def create_session(graph: str | bytes, provider: Provider, options: Any) -> Any:
     fallback = PROVIDERS["cpu"]
     rows = [provider] if provider.execution_provider == fallback.execution_provider else [provider, fallback]
     with exclusive(provider):

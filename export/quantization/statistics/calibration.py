@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 WINDOWS, LENGTH = 32, 512
 """Default calibration text: 16,384 tokens, ten for each input of a matrix with 1,536."""
 
-_TOKENS = 2048
+BATCH_TOKENS = 2048
 """Tokens that a layer reads at once."""
 
 
@@ -288,6 +288,6 @@ def _batches(windows: Sequence[Sequence[int]], device: torch.device) -> Iterator
     waiting = sorted(windows, key=len, reverse=True)
     while waiting:
         length = len(waiting[0])
-        count = min(max(1, _TOKENS // length), sum(len(window) == length for window in waiting))
+        count = min(max(1, BATCH_TOKENS // length), sum(len(window) == length for window in waiting))
         yield torch.tensor([list(window) for window in waiting[:count]], device=device)
         waiting = waiting[count:]

@@ -25,7 +25,7 @@ def library(tmp_path, monkeypatch):
     (root / "test" / "test_module.py").write_text("never = 'read'\n")
     (root / "latin.py").write_bytes(b"# \xe9\n")
     monkeypatch.setattr(demo_text.sysconfig, "get_path", lambda name: str(root))
-    monkeypatch.setattr(demo_text, "_help_topics", dict)
+    monkeypatch.setattr(demo_text, "help_topics", dict)
     return root
 
 

@@ -155,10 +155,10 @@ def test_minutes_are_shared_between_teacher_and_student(setting, tmp_path, monke
     reads all of it twice when the teacher has two thirds of the time, and the student what is left.
     """
 
-    def seconds(cache, shard, real=TeacherCache._seconds):
+    def seconds(cache, shard, real=TeacherCache.shard_seconds):
         return None if real(cache, shard) is None else 4.0
 
-    def ask(cache, shard, real=TeacherCache._write_shard):
+    def ask(cache, shard, real=TeacherCache.write_shard):
         real(cache, shard)
         return 4.0
 
@@ -169,9 +169,9 @@ def test_minutes_are_shared_between_teacher_and_student(setting, tmp_path, monke
     budgets, module_train = [], module.train
     length = recipe_in(setting).student.length
     monkeypatch.setattr(module, "training_speed", lambda *_: 4 * 2 * length / 4.0)
-    monkeypatch.setattr("edgemix.export.distillation.teacher_cache._SHARD", 2)
-    monkeypatch.setattr(TeacherCache, "_seconds", seconds)
-    monkeypatch.setattr(TeacherCache, "_write_shard", ask)
+    monkeypatch.setattr("edgemix.export.distillation.teacher_cache.SHARD", 2)
+    monkeypatch.setattr(TeacherCache, "shard_seconds", seconds)
+    monkeypatch.setattr(TeacherCache, "write_shard", ask)
     monkeypatch.setattr(module, "train", train)
     report = distill(recipe_in(setting, steps=None, minutes=1.0), tmp_path / "student")
     assert 40 <= report.teacher_seconds <= 48

@@ -19,9 +19,9 @@ BATCH, LENGTH, VOCABULARY = 3, 9, 150
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Rows and columns that do not divide what there is."""
-    monkeypatch.setattr(head_loss, "_ROWS", 7)
-    monkeypatch.setattr(head_loss, "_CACHED_ROWS", 3)
-    monkeypatch.setattr(head_loss, "_COLUMNS", 64)
+    monkeypatch.setattr(head_loss, "ROWS", 7)
+    monkeypatch.setattr(head_loss, "CACHED_ROWS", 3)
+    monkeypatch.setattr(head_loss, "COLUMNS", 64)
 
 
 def batch(k, temperature):

@@ -20,7 +20,7 @@ WINDOWS = np.random.default_rng(0).integers(3, 160, (6, 24)).tolist()
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp32, and several batches."""
     monkeypatch.setattr(calibration, "has_fast_bfloat16", lambda _: False)
-    monkeypatch.setattr(calibration, "_TOKENS", 48)
+    monkeypatch.setattr(calibration, "BATCH_TOKENS", 48)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral-window", "gemma2", "phi3", "gpt2", "gpt_neox", "opt"])

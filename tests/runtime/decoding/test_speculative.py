@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from contextlib import contextmanager
 
 import msgspec
 import numpy as np
@@ -79,6 +80,22 @@ def ensemble(members, weights, combine="linear", *, adaptive=False):
     return Ensemble.of(members, np.array(weights), combine, TOKENS, experts)
 
 
+def watched(graph, reads):
+    """The graph, which adds the number of tokens of each of its calls to `reads`."""
+
+    @contextmanager
+    def watch(_, tokens):
+        reads.append(tokens)
+        yield
+
+    return graph.watched(watch)
+
+
+def counted(mixture, reads):
+    """An ensemble whose graphs are `watched`."""
+    return dataclasses.replace(mixture, graphs=tuple(watched(graph, reads) for graph in mixture.graphs))
+
+
 def plain(mixture, sampling=Sampling(), *, most=60, context=100, eos=()):  # noqa: B008
     decoding = StaticBatch(mixture, [PROMPT], sampling, seeds=[0], max_new_tokens=most, context=context, eos=eos)
     tokens = [token for _ in range(most) for token in decoding.step()]
@@ -147,11 +164,9 @@ def test_what_a_student_of_some_tokens_drafts(cut, sampling):
 @pytest.mark.usefixtures("eager")
 def test_nothing_is_drafted_where_none_of_the_students_tokens_may_come(cut):
     """It is not even asked."""
-    (drafter,), allowed = cut.graphs, np.zeros((2, TOKENS), bool)
+    calls, allowed = [], np.zeros((2, TOKENS), bool)
     allowed[0, [1, 7, 11]] = allowed[1, [1, 11]] = True
-    calls, real = [], type(drafter)._run
-    drafter._run = lambda *a, **o: calls.append(1) or real(drafter, *a, **o)
-    sequence = SequenceState(cut.active_graphs()[0], TOKENS)
+    sequence = SequenceState(counted(cut, calls).active_graphs()[0], TOKENS)
     for temperature in (0.0, 1.0):
         sampling, generator = Sampling(temperature=temperature), np.random.default_rng(0)
         drafts = StudentDrafter(
@@ -268,11 +283,8 @@ def test_the_student_drafts_where_it_is_likely_to_save_more(members, student, mo
 
 @pytest.mark.usefixtures("eager")
 def test_the_student_reads_the_end_of_a_long_prompt(members, student, monkeypatch):
-    mixture, reads, (drafter,) = ensemble(members, WEIGHTS["uneven"]), [], student.graphs
-    real = type(drafter)._run
-    monkeypatch.setattr(
-        drafter, "_run", lambda cache, ids, *a, **o: reads.append(ids.size) or real(drafter, cache, ids, *a, **o)
-    )
+    mixture, reads = ensemble(members, WEIGHTS["uneven"]), []
+    student = counted(student, reads)
     prompt = np.random.default_rng(0).integers(0, TOKENS, 60).tolist()
     monkeypatch.setattr("edgemix.runtime.decoding.drafters.STUDENT_PROMPT_TOKENS", 20)
     options = {"prompt": prompt, "lookup": False, "context": 200}
@@ -284,19 +296,11 @@ def test_the_student_reads_the_end_of_a_long_prompt(members, student, monkeypatc
 
 def test_a_member_that_writes_on_alone_saves_the_others_calls(members, monkeypatch):
     """It is asked for a token at a time; the others for several."""
-    mixture, counts = ensemble(members, [0.5, 0.3, 0.2]), []
+    counts = []
     for waits in (True, False):
         monkeypatch.setattr(SpeculationCostModel, "defer_verification", lambda *_, waits=waits: waits)
         reads = []
-        for member in members[1:]:
-            real = type(member)._run
-            monkeypatch.setattr(
-                member,
-                "_run",
-                lambda cache, ids, *a, m=member, real=real, reads=reads, **o: (
-                    reads.append(1) or real(m, cache, ids, *a, **o)
-                ),
-            )
+        mixture = ensemble([members[0], *(watched(member, reads) for member in members[1:])], [0.5, 0.3, 0.2])
         tokens, *_ = fast(mixture, lookup=False)
         counts.append((len(reads), tokens))
     (alone, text), (together, other) = counts
@@ -308,9 +312,8 @@ def test_a_member_that_writes_on_alone_saves_the_others_calls(members, monkeypat
 def test_a_member_that_writes_on_alone_is_drafted_for(members, load, monkeypatch):
     """By a student that knows most of what it will say."""
     monkeypatch.setattr(SpeculationCostModel, "expected_saving", lambda *_: 1.0)
-    mixture, reads, (lead, *_) = ensemble(members, [0.5, 0.3, 0.2]), [], members
-    real = type(lead)._run
-    monkeypatch.setattr(lead, "_run", lambda *a, **o: reads.append(1) or real(lead, *a, **o))
+    reads = []
+    mixture = ensemble([watched(members[0], reads), *members[1:]], [0.5, 0.3, 0.2])
     table = FORMS[0].table.copy()
     table[::3, 0] += 20
     nearly = Ensemble((load(dataclasses.replace(FORMS[0], table=table)),), np.ones(1), "linear", TOKENS)

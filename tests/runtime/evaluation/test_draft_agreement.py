@@ -78,7 +78,7 @@ def test_nan_is_an_error(load):
 
 def test_the_first_turn_is_a_warm_up_and_the_median_token_counts(ensemble, monkeypatch):
     seconds = iter([[9.0], [9.0], [0.5, 7.0], [0.25], [0.5], [0.25, 0.2], [0.4, 0.5], [0.125, 0.25]])
-    monkeypatch.setattr(decode_rate, "_decode", lambda *_: next(seconds))
+    monkeypatch.setattr(decode_rate, "decode_times", lambda *_: next(seconds))
     assert decoding_rates([ensemble, ensemble], [1], context=100) == [2.0, 4.0]
 
 

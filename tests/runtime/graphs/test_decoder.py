@@ -39,9 +39,9 @@ def test_prefill_gives_the_last_logits(form, member):
 
 
 def test_prefill_makes_no_other_logits(form, member, monkeypatch):
-    cache, sizes, real = member.new_cache(), [], DecoderGraph._call
+    cache, sizes, real = member.new_cache(), [], DecoderGraph.prepare_call
     monkeypatch.setattr(
-        DecoderGraph, "_call", lambda self, cache, *size: sizes.append(size) or real(self, cache, *size)
+        DecoderGraph, "prepare_call", lambda self, cache, *size: sizes.append(size) or real(self, cache, *size)
     )
     member.extend(cache, [tokens(9)])
     assert sizes == [(1, 9, 1 if form.keeps else 9)]

@@ -124,9 +124,9 @@ def test_to_open_the_student_the_members_are_not_read(folder):
 @pytest.fixture
 def opened(monkeypatch):
     """The graphs that sessions are opened from, within the bundle."""
-    graphs, real = [], providers._create
+    graphs, real = [], providers.create_session
     monkeypatch.setattr(
-        providers, "_create", lambda graph, *rest: graphs.append(graph.partition("/b/")[2]) or real(graph, *rest)
+        providers, "create_session", lambda graph, *rest: graphs.append(graph.partition("/b/")[2]) or real(graph, *rest)
     )
     return graphs
 

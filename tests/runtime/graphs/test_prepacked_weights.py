@@ -23,8 +23,8 @@ def bundle(tmp_path):
 @pytest.fixture
 def opened(monkeypatch):
     """The graphs that sessions are opened from."""
-    graphs, real = [], providers._create
-    monkeypatch.setattr(providers, "_create", lambda graph, *rest: graphs.append(graph) or real(graph, *rest))
+    graphs, real = [], providers.create_session
+    monkeypatch.setattr(providers, "create_session", lambda graph, *rest: graphs.append(graph) or real(graph, *rest))
     return graphs
 
 
@@ -78,7 +78,7 @@ def test_an_interruption_leaves_nothing(bundle, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(providers, "_create", interrupt)
+    monkeypatch.setattr(providers, "create_session", interrupt)
     with pytest.raises(KeyboardInterrupt):
         text_of(bundle, packed=folder)
     assert not list(folder.iterdir())

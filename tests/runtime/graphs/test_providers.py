@@ -56,7 +56,7 @@ def test_a_provider_that_is_listed_and_does_not_start_is_found_out(monkeypatch):
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["LazyExecutionProvider", "CPUExecutionProvider"])
     monkeypatch.setattr(
         providers,
-        "_create",
+        "create_session",
         lambda graph, _, options: ort.InferenceSession(graph, options),  # what falling back is
     )
     assert "does not start" in why_not(replace(ABSENT, execution_provider="LazyExecutionProvider"))

@@ -30,7 +30,7 @@ _LIBRARIES = (
     "torch",
     "transformers",
 )
-"""The loggers that are heard."""
+"""The loggers whose warnings are recorded."""
 
 _FOR_DEVELOPERS = (DeprecationWarning, FutureWarning, ImportWarning, PendingDeprecationWarning, ResourceWarning)
 """Kinds of warnings that are about a library's interface, not about the files."""

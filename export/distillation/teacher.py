@@ -92,7 +92,7 @@ class RuntimeTeacher:
         return _top_of_mixture(self._logits(ids), self._ensemble.weights.tolist(), self.vocabulary, k, temperature)
 
     def _logits(self, ids: NDArray[np.int64]) -> Iterator[tuple[Tensor, ...]]:
-        """Every voice's logits [some rows, width] after each token but the last of windows, row after row."""
+        """Yield every member's logits [some rows, width] after each token but the last of windows, row after row."""
         members = self._ensemble.graphs
         chunk = min(member.chunk for member in members)
         caches = [member.new_cache() for member in members]
@@ -103,9 +103,9 @@ class RuntimeTeacher:
                 for at in range(0, len(window), chunk):
                     new = [window[at : at + chunk]]
                     logits = [
-                        torch.from_numpy(voice).split(_ROWS)
+                        torch.from_numpy(part).split(_ROWS)
                         for member, cache in zip(members, caches, strict=True)
-                        for voice in member.parts(member.extend_all(cache, new)[0])
+                        for part in member.parts(member.extend_all(cache, new)[0])
                     ]
                     yield from zip(*logits, strict=True)
         finally:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def full_disk(most: int) -> Iterator[None]:
-    """Let no file of this process become larger than so many bytes; writing more fails as on a full disk."""
+    """Let no file of this process become larger than a number of bytes; writing more fails as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
     try:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from edgemix.runtime import Mixture
 
-    Way = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+    Variant = Callable[[NDArray[np.float64]], NDArray[np.float64]]
     """Members' log-probabilities of a document's tokens -> the mixture's."""
 
 STREAM = "stream"
@@ -38,14 +38,14 @@ WINDOW = 512
 
 
 def alternate(mixture: Mixture, texts: Mapping[str, Sequence[str]], passage: int, most: int) -> str:
-    """Passages of the texts in turn: up to `most` tokens of each, and equally many."""
+    """Return passages of the texts in turn: up to `most` tokens of each, and equally many."""
     tokens = [mixture.tokenizer.encode("\n\n".join(documents))[:most] for documents in texts.values()]
     starts = range(0, min(map(len, tokens)), passage)
     return "\n\n".join(mixture.tokenizer.decode(ids[at : at + passage]) for at in starts for ids in tokens)
 
 
-def ways(mixture: Mixture) -> dict[str, Way]:
-    """What is compared, by name."""
+def variants(mixture: Mixture) -> dict[str, Variant]:
+    """Return the compared mixtures, by name."""
     from edgemix.runtime.mixing.adaptive import AdaptivePrior, adaptive_targets
     from edgemix.runtime.mixing.arithmetic import linear_targets
 
@@ -53,10 +53,10 @@ def ways(mixture: Mixture) -> dict[str, Way]:
     members = mixture.members
     experts = AdaptivePrior.of(members, fitted.default, fitted.domains)
 
-    def fixed(shares: Mapping[str, float]) -> Way:
+    def fixed(shares: Mapping[str, float]) -> Variant:
         return lambda own: linear_targets(own, np.array([shares.get(member, 0.0) for member in members]))
 
-    found: dict[str, Way] = {name: fixed({name: 1.0}) for name in members}
+    found: dict[str, Variant] = {name: fixed({name: 1.0}) for name in members}
     found["uniform"] = fixed(dict.fromkeys(members, 1 / len(members)))
     found["fixed"] = fixed(fitted.default)
     for period in PERIODS:
@@ -67,8 +67,8 @@ def ways(mixture: Mixture) -> dict[str, Way]:
 def measure(
     mixture: Mixture, texts: Mapping[str, Sequence[str]], window: int, console: Console
 ) -> dict[str, dict[str, float]]:
-    """Bits per byte by way, then by text."""
-    compared = ways(mixture)
+    """Return bits per byte by mixture, then by text."""
+    compared = variants(mixture)
     rows: dict[str, dict[str, float]] = {name: {} for name in compared}
     for text, documents in texts.items():
         scores = mixture.score(documents, window=window, progress=console.progress)

@@ -74,18 +74,18 @@ class Measured:
         return sum(entry.size for name, entry in self.manifest.files.items() if name.startswith(folder))
 
 
-def member(form: str, model: str, adapter: str | None) -> MemberRecipe:
+def member(variant: str, model: str, adapter: str | None) -> MemberRecipe:
     """The recipe's member for a format as the command line names it.
 
     Raises:
         ValueError: It names none.
     """
-    name = max((each for each in FORMATS if f"{form}-".startswith(f"{each}-")), key=len, default=None)
+    name = max((each for each in FORMATS if f"{variant}-".startswith(f"{each}-")), key=len, default=None)
     if name is None:
-        raise ValueError(f"{form}: no such format; there are {', '.join(FORMATS)}")
-    settings = dict(_setting(part, form) for part in filter(None, _parts(form.removeprefix(name))))
+        raise ValueError(f"{variant}: no such format; there are {', '.join(FORMATS)}")
+    settings = dict(_setting(part, variant) for part in filter(None, _parts(variant.removeprefix(name))))
     if settings and not FORMAT_SPECS[name].rotatable:
-        raise ValueError(f"{form}: {name} is made in one way only")
+        raise ValueError(f"{variant}: {name} is made in one way only")
     return MemberRecipe(NAME, model, adapter, format=name, quantization=Quantization(**settings) if settings else None)
 
 
@@ -94,7 +94,7 @@ def _parts(settings: str) -> list[str]:
     return re.split(r"-(?!rounding)", settings)
 
 
-def _setting(part: str, form: str) -> tuple[str, Any]:
+def _setting(part: str, variant: str) -> tuple[str, Any]:
     """A field of `Quantization`, and its value."""
     types = {each.name: each.type for each in msgspec.structs.fields(Quantization)}
     if part in get_args(Algorithm):
@@ -104,8 +104,8 @@ def _setting(part: str, form: str) -> tuple[str, Any]:
         try:
             return name, msgspec.convert(value if equals else True, types[name], strict=False)
         except msgspec.ValidationError as error:
-            raise ValueError(f"{form}: {name}: {error}") from None
-    raise ValueError(f"{form}: {part}: no such algorithm ({', '.join(get_args(Algorithm))}), nor a setting")
+            raise ValueError(f"{variant}: {name}: {error}") from None
+    raise ValueError(f"{variant}: {part}: no such algorithm ({', '.join(get_args(Algorithm))}), nor a setting")
 
 
 def build(recipe: Recipe, bundle: Path, console: Console) -> Manifest:
@@ -170,31 +170,31 @@ def measure(found: dict[str, Measured], texts: dict[str, str], arguments: argpar
 
     with ExitStack() as stack:
         models = {}
-        for form, figures in found.items():
-            bundle = arguments.output / form
+        for variant, figures in found.items():
+            bundle = arguments.output / variant
             mixture = stack.enter_context(Mixture.load(bundle, provider="cpu", threads=arguments.threads))
-            models[form] = mixture.ensemble().graphs[0]
-            progress = PrefixedProgress(console.progress, form)
+            models[variant] = mixture.ensemble().graphs[0]
+            progress = PrefixedProgress(console.progress, variant)
             for name, text in texts.items():
                 figures.perplexity[name] = perplexity(mixture, text, arguments.windows, progress)
         prompt = mixture.tokenizer.encode(next(iter(texts.values())))[:PROMPT]
         with console.progress.stage("speed", (arguments.rounds + 1) * len(models)) as task:
             for turn in range(arguments.rounds + 1):
-                for form, model in models.items():
+                for variant, model in models.items():
                     time.sleep(PAUSE)
                     prefill, decode = timed(model, prompt)
                     if turn > 0:
-                        found[form].prefill.append(prefill)
-                        found[form].decode.append(decode)
+                        found[variant].prefill.append(prefill)
+                        found[variant].decode.append(decode)
                     task.advance()
 
 
 def summary(found: dict[str, Measured], arguments: argparse.Namespace) -> dict[str, Any]:
     """What the JSON line holds: medians over the turns, and of each turn's ratio to int4."""
     source = next(iter(found.values())).manifest.members[0].source
-    base = next((form for form in found if form.split("-")[0] == MIXED_BITS), None)
+    base = next((variant for variant in found if variant.split("-")[0] == MIXED_BITS), None)
     formats = {}
-    for form, figures in found.items():
+    for variant, figures in found.items():
         row: dict[str, Any] = {
             "perplexity": {name: round(value, 3) for name, value in figures.perplexity.items()},
             "megabytes": round(figures.size / 1e6, 1),
@@ -204,7 +204,7 @@ def summary(found: dict[str, Measured], arguments: argparse.Namespace) -> dict[s
         for rate in ("decode", "prefill") if base else ():
             pairs = zip(getattr(figures, rate), getattr(found[base], rate), strict=True)
             row[f"{rate}_ratio"] = round(statistics.median(ours / theirs for ours, theirs in pairs), 3)
-        formats[form] = {**row, "forced": figures.manifest.members[0].forced}
+        formats[variant] = {**row, "forced": figures.manifest.members[0].forced}
     return {
         "model": source.model,
         "adapter": source.adapter,
@@ -225,16 +225,16 @@ def show(figures: dict[str, Any], sizes: dict[str, int], console: Console) -> No
     console.table(
         f"{title}: perplexity; size; tokens/s",
         ("Format", *texts, "MB", "Decode", "Prefill", *ratios),
-        [_cells(form, row, sizes[form]) for form, row in figures["formats"].items()],
+        [_cells(variant, row, sizes[variant]) for variant, row in figures["formats"].items()],
     )
-    if over := [form for form, row in figures["formats"].items() if row["forced"]]:
+    if over := [variant for variant, row in figures["formats"].items() if row["forced"]]:
         console.note(f"Over the parity gate's limits: {', '.join(over)}")
 
 
-def _cells(form: str, row: dict[str, Any], size: int) -> list[str]:
+def _cells(variant: str, row: dict[str, Any], size: int) -> list[str]:
     rates = [f"{row[rate]:,.0f}" for rate in ("decode", "prefill")]
     ratios = [f"{row[ratio]:.2f}" for ratio in ("decode_ratio", "prefill_ratio") if ratio in row]
-    return [form, *(f"{value:,.2f}" for value in row["perplexity"].values()), megabytes(size), *rates, *ratios]
+    return [variant, *(f"{value:,.2f}" for value in row["perplexity"].values()), megabytes(size), *rates, *ratios]
 
 
 def _count(text: str) -> int:
@@ -259,7 +259,7 @@ def main() -> None:
     if both := {path.resolve() for path in arguments.texts} & {path.resolve() for path in arguments.calibration}:
         parser.error(f"{both.pop()} is to measure on: it must not be calibration text, too")
     try:
-        members = {form: member(form, arguments.model, arguments.adapter) for form in arguments.formats}
+        members = {variant: member(variant, arguments.model, arguments.adapter) for variant in arguments.formats}
     except ValueError as error:
         parser.error(str(error))
 
@@ -274,14 +274,14 @@ def main() -> None:
         }
         arguments.output.mkdir(parents=True, exist_ok=True)
         found = {}
-        for form, spec in members.items():
+        for variant, spec in members.items():
             recipe = Recipe(members=(spec,), data=Data(calibration=calibration))
-            found[form] = Measured(build(recipe, arguments.output / form, console))
+            found[variant] = Measured(build(recipe, arguments.output / variant, console))
         measure(found, texts, arguments, console)
     except EdgemixError as error:
         sys.exit(str(error))
     figures = summary(found, arguments)
-    show(figures, {form: each.size for form, each in found.items()}, console)
+    show(figures, {variant: each.size for variant, each in found.items()}, console)
     print(json.dumps(figures))
 
 

@@ -42,7 +42,7 @@ class Session:
 
 @pytest.fixture
 def shapes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, tuple[int, int]]]:
-    """Of the inputs of each call that can be recorded, as they come."""
+    """The shapes of the inputs of each call that can be recorded, in order."""
     found, real = [], decoder.CudaGraph
 
     def noted(binding, provider, shapes, *rest):

@@ -66,7 +66,7 @@ def render_template(
         raise InputError("the messages are nested too deeply") from error
     given = {"documents": None, **variables}
 
-    def rendered(values: Any, compared: Mapping[int, str]) -> str:
+    def rendered(values: Any, marks: Mapping[int, str]) -> str:
         import jinja2
 
         from edgemix.runtime.text import template_sandbox as sandbox
@@ -75,7 +75,7 @@ def render_template(
             compiled = _compiled(template)
             if isinstance(compiled, str):
                 raise jinja2.TemplateError(compiled)
-            return sandbox.render(compiled, {**values, **given}, longest, compared)
+            return sandbox.render(compiled, {**values, **given}, longest, marks)
         except BaseException as error:  # a template may raise anything
             raise InputError(f"the chat template refuses these messages: {_reason(error)}") from error
 

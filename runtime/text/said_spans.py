@@ -22,16 +22,16 @@ def said_spans(
 ) -> tuple[tuple[int, int], ...]:
     """Return the spans of characters of a text that look like tokens, and that begin in what messages say.
 
-    The messages are written a second time, with other characters for those that begin tokens; so are the texts that
-    the template compares them with. Every character keeps its place, whatever the template cuts, joins or tests. Where
-    that does not hold, as in a comparison with a variable, messages that hold tokens are refused.
+    The messages are written a second time, with marks for characters that begin tokens. What the template compares is
+    compared without the marks, so that every character keeps its place, whatever the template cuts, joins or tests.
+    Where that does not hold, as for texts that the template escapes, messages that hold tokens are refused.
 
     Args:
         text: The conversation as text.
         values: What the template was given: messages and tools.
         template: Jinja source.
         tokens: Tokens to look for.
-        render: Renders the template with other values, and with characters of the texts it compares replaced.
+        render: Renders the template with other values, and with what their characters stand for in comparisons.
 
     Raises:
         InputError: The template changes what messages say so that tokens of theirs cannot be told from its own.
@@ -46,11 +46,14 @@ def said_spans(
     if len(marks) < len(first):
         raise InputError("the messages hold too many private-use characters", _REMEDY)
     table = {ord(character): mark for character, mark in zip(first, marks, strict=True)}
+    originals = {ord(mark): character for character, mark in zip(first, marks, strict=True)}
     try:
-        marked = render(_translated(values, table, lambda key: pattern.search(key) or not _names(template, key)), table)
+        marked = render(
+            _translated(values, table, lambda key: pattern.search(key) or not _names(template, key)), originals
+        )
     except InputError:  # the template refuses other characters: nothing is known of it
         marked = ""
-    if marked.translate({ord(mark): character for character, mark in zip(first, marks, strict=True)}) == text:
+    if marked.translate(originals) == text:
         return tuple(match.span() for match in pattern.finditer(text) if marked[match.start()] in marks)
     if pattern.findall(marked) != pattern.findall(text) or any(map(pattern.search, _strings(values))):
         raise InputError(

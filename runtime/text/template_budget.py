@@ -35,14 +35,14 @@ class Budget:
 
     Args:
         variables: What the program gives, of plain types. It holds them anyway, and a template cannot change them.
-        compared: Replacements of characters in the constants with which the template compares texts.
+        marks: What characters of the variables stand for where the template asks what they hold.
     """
 
-    def __init__(self, variables: dict[str, Any], compared: Mapping[int, str]) -> None:
+    def __init__(self, variables: dict[str, Any], marks: Mapping[int, str]) -> None:
         self._deadline = time.monotonic() + SECONDS
         self._sizes: dict[int, int] = {}
         given = self._given(variables)
-        self.compared = compared
+        self.marks = marks
         self.value = VALUE + 4 * given
         self._left = TOTAL + _COPIES * given
 
@@ -61,9 +61,13 @@ class Budget:
 
     def tick(self, size: int = 0) -> None:
         """Count a step, and the characters that it writes."""
+        self.look()
+        self.take(size + _FIXED)
+
+    def look(self) -> None:
+        """Look at the clock."""
         if time.monotonic() > self._deadline:
             raise TemplateLimitError(f"it takes more than {SECONDS:g} seconds")
-        self.take(size + _FIXED)
 
     def take(self, size: int) -> None:
         """Count a value that is made."""
@@ -79,6 +83,7 @@ class Budget:
             value: The value.
             written: Whether it becomes text. Then it must be of plain types: what others would write is not known.
         """
+        self.look()
         total, pending = 0, [value]
         while pending:
             each = pending.pop()
@@ -108,6 +113,7 @@ class Budget:
 
     def reached(self, value: Any) -> Any:
         """Return a value that stands in another one, and that is not too large to be compared and passed on."""
+        self.look()
         if isinstance(value, str | Collection):
             self.measure(value)
         return value

@@ -12,6 +12,7 @@ import jinja2
 from jinja2.filters import do_join, make_attrgetter
 
 from edgemix.runtime.text.template_budget import BITS, BUDGET, Budget, TemplateLimitError
+from edgemix.runtime.text.template_marks import call_method, unmarked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,6 +34,10 @@ _WRITING = frozenset(
 """Filters that make text of any value."""
 _QUADRATIC = frozenset({"rfind", "rindex", "rsplit", "rpartition", "strip", "lstrip", "rstrip"})
 """Methods that may compare each character of a text with each of an argument."""
+_COMPARING = frozenset({"==", "!=", "eq", "equalto", "ne", "in", "<", "<=", ">", ">=", "lt", "le", "gt", "ge"}) | {
+    *("lessthan", "greaterthan")
+}
+"""Tests that compare values."""
 FILTERS = frozenset(
     {
         *("abs", "attr", "batch", "capitalize", "center", "count", "d", "default", "dictsort", "e", "escape", "first"),
@@ -168,6 +173,11 @@ def counted_filter(name: str, implementation: Callable[..., Any]) -> Callable[..
             _check_product(value, options)
         elif name == "sum" and not all(isinstance(each, int | float | str) for each in options):
             raise TemplateLimitError("it adds up lists")
+        if budget.marks and name in ("replace", "trim"):
+            method = "strip" if name == "trim" else name
+            named = (kwargs[each] for each in ("chars", "old", "new", "count") if each in kwargs)
+            given = tuple(each for each in (*args[leading + 1 :], *named) if each is not None)
+            return budget.made(call_method(str(value), method, given, {}, budget.marks))
         return budget.made(implementation(*args[:leading], value, *args[leading + 1 :], **kwargs))
 
     counted.__dict__.update(getattr(implementation, "__dict__", {}))
@@ -186,11 +196,14 @@ def _bounded(implementation: Callable[..., Any]) -> Callable[..., Any]:
     return counted
 
 
-def counted_test(implementation: Any) -> Callable[..., Any]:
+def counted_test(name: str, implementation: Any) -> Callable[..., Any]:
     """Return a test whose calls are counted: filters may make many."""
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        BUDGET.get().tick()
+        budget = BUDGET.get()
+        budget.tick()
+        if name in _COMPARING:
+            args = unmarked(args, budget.marks)
         return implementation(*args, **kwargs)
 
     counted.__dict__.update(getattr(implementation, "__dict__", {}))

@@ -20,10 +20,10 @@ from jinja2.visitor import NodeTransformer
 
 from edgemix.runtime.text import template_operations as operations
 from edgemix.runtime.text.template_budget import BITS, BUDGET, Budget, TemplateLimitError
-from edgemix.runtime.text.template_comparisons import compared_texts
+from edgemix.runtime.text.template_marks import call_method, unmarked
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
 MAX_NODES = 1 << 14
 """Most parts of a template, as Jinja counts them: what is compiled takes time and memory, too."""
@@ -50,8 +50,8 @@ class _Counted(Extension):
         BUDGET.get().take(size)
         return ""
 
-    def compared(self, text: str) -> str:
-        return text.translate(BUDGET.get().compared)
+    def compared(self, value: Any) -> Any:
+        return unmarked(value, BUDGET.get().marks)
 
     def concatenate(self, *parts: Any) -> str:
         budget = BUDGET.get()
@@ -65,9 +65,8 @@ class _Counted(Extension):
 class _Counting(NodeTransformer):
     """Adds the calls of `_Counted` to a parsed template."""
 
-    def __init__(self, environment: jinja2.Environment, compared: Iterable[nodes.Const]) -> None:
+    def __init__(self, environment: jinja2.Environment) -> None:
         self._counted = environment.extensions[_Counted.identifier]
-        self._compared = {id(each) for each in compared}
 
     def _call(self, name: str, *arguments: nodes.Expr) -> nodes.Call:
         return self._counted.call_method(name, [*arguments])
@@ -94,10 +93,17 @@ class _Counting(NodeTransformer):
         self.generic_visit(node)
         return node if getattr(node, "ctx", "load") != "load" else self._call("made", node)
 
-    visit_List = visit_Dict = visit_Tuple = visit_Compare = _count_value  # noqa: N815
+    visit_List = visit_Dict = visit_Tuple = _count_value  # noqa: N815
 
-    def visit_Const(self, node: Any) -> Any:  # noqa: N802
-        return self._call("compared", node) if id(node) in self._compared else node
+    def visit_Compare(self, node: Any) -> Any:  # noqa: N802
+        self.generic_visit(node)
+        if not all(isinstance(each.expr, nodes.Const) and not isinstance(each.expr.value, str) for each in node.ops):
+            for each in (node, *node.ops):
+                each.expr = self._compared(each.expr)
+        return self._call("made", node)
+
+    def _compared(self, node: nodes.Expr) -> nodes.Expr:
+        return node if isinstance(node, nodes.Const) else self._call("compared", node)
 
     def visit_Concat(self, node: Any) -> Any:  # noqa: N802
         self.generic_visit(node)
@@ -111,6 +117,8 @@ class _Counting(NodeTransformer):
         return self._call("cut", node.node, *(nodes.Const(None) if part is None else part for part in parts))
 
 
+_PASSED = frozenset({"_loop_vars", "_block_vars"})
+"""What Jinja passes with calls inside of loops and blocks: their variables, which no function gets."""
 _BRANCHES = (nodes.If, nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block, nodes.AssignBlock, nodes.FilterBlock)
 
 
@@ -157,7 +165,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         filters = {**self.filters, "join": operations.join}
         self.filters = {name: operations.counted_filter(name, filters[name]) for name in operations.FILTERS}
         self.filters["tojson"] = operations.to_json
-        self.tests = {name: operations.counted_test(test) for name, test in self.tests.items()}
+        self.tests = {name: operations.counted_test(name, test) for name, test in self.tests.items()}
         for name in ("lipsum", "cycler"):
             self.globals.pop(name)
         self.globals |= {
@@ -172,7 +180,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         parts = (each for node in parsed.find_all(nodes.Node) for each in repeat(node, _parts(node)))
         if next(islice(parts, MAX_NODES, None), None) is not None:
             raise TemplateLimitError(f"it has more than {MAX_NODES:,} parts")
-        tree = _Counting(self, compared_texts(parsed)).visit(parsed)
+        tree = _Counting(self).visit(parsed)
         return jinja2.Template.from_code(self, self.compile(tree), self.make_globals(None))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -206,28 +214,31 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(owner, _Counted):
             return method(*args)
         budget.tick()
-        budget.measure([args, kwargs])
+        given = {key: value for key, value in kwargs.items() if key not in _PASSED}
+        budget.measure([args, given])
         if isinstance(owner, str):
-            args = operations.check_string_call(budget, owner, name, args, kwargs)
+            args = operations.check_string_call(budget, owner, name, args, given)
+            if budget.marks:
+                return budget.made(call_method(owner, name, args, given, budget.marks))
         elif isinstance(owner, int | float | complex | bytes | type):
             raise TemplateLimitError(f"it calls {name} of a number or a type")
         return budget.made(super().call(__context, __obj, *args, **kwargs))
 
 
-def render(template: jinja2.Template, variables: dict[str, Any], longest: int, compared: Mapping[int, str]) -> str:
+def render(template: jinja2.Template, variables: dict[str, Any], longest: int, marks: Mapping[int, str]) -> str:
     """Render a template of a `Sandbox`.
 
     Args:
         template: From `Sandbox.template`.
         variables: Of plain types: texts, numbers, lists and mappings.
         longest: Most characters of the text.
-        compared: Replacements of characters in the constants with which the template compares texts.
+        marks: What characters of the variables stand for where the template asks what they hold.
 
     Raises:
         TemplateLimitError: It takes too long, or needs too much memory.
         Exception: Whatever the template raises.
     """
-    token, parts, length = BUDGET.set(Budget(variables, compared)), [], 0
+    token, parts, length = BUDGET.set(Budget(variables, marks)), [], 0
     try:
         for part in template.generate(**variables):
             parts.append(part)

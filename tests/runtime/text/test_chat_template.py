@@ -69,6 +69,8 @@ BOMBS = {
     "split by name": "{{ (('a' * 1000) * 1000).rsplit(sep='ab' ~ 'a' * 400000) }}",
     "strip": "{{ (('a' * 1000) * 1000)|trim(('b' * 1000) * 999 ~ 'a') }}",
     "test": "{% set s = ['a'] * 300000 %}{{ range(99999)|select('in', s)|list }}",
+    "attributes of attributes": "{{ range(9999)|groupby('a.' * 20000, default=1)|length }}",
+    "attributes that are added up": "{{ range(99999)|sum('real' ~ '.real' * 30) }}" * 20,
     "loop's test": "{% set s = ['a'] * 300000 %}{% for i in range(99999) if 'b' in s %}{% endfor %}",
     "views": "{{ ([{'a': 'b' * 1000}.items()] * 400000)|string }}",
     "nested views": DOUBLING % ("{}", "{'a': ns.s.items(), 'b': ns.s.items()}"),
@@ -138,6 +140,12 @@ def test_text_of_branches_is_counted_where_it_is_written():
     """Seven hundred short messages were refused for the text of a branch that none of them took."""
     template = "{% for m in messages %}{% if m.role == 'tool' %}" + "x" * 8000 + "{% else %}a{% endif %}{% endfor %}"
     assert render_template(template, USER * 3000, longest=100_000).text == "a" * 3000
+
+
+def test_variables_of_loops_are_no_arguments_of_calls():
+    """A text's format was refused in a loop that had a namespace."""
+    template = "{% for m in messages %}{% set ns = namespace(a=1) %}{{ '{}:'.format(m.role) }}{% endfor %}"
+    assert render_template(template, USER, longest=1000).text == "user:"
 
 
 def test_values_of_enumerations_are_what_they_stand_for():
@@ -250,18 +258,31 @@ def test_special_tokens_that_cannot_be_told_from_the_templates_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("template", "content"),
+    ("template", "content", "ends"),
     [
-        ("{% if not eos_token in messages[0].content %}</s>{% endif %}{{ messages[0].content }}", "a</s>"),
-        ("{% set mark = '</s>' %}{% if mark in messages[0].content %}</s>{% endif %}{{ messages[0].content }}", "</s>"),
+        ("{% if not eos_token in messages[0].content %}</s>{% endif %}{{ messages[0].content }}", "a</s>", 0),
+        (
+            "{% set mark = '</s>' %}{% if mark in messages[0].content %}</s>{% endif %}{{ messages[0].content }}",
+            "</s>",
+            1,
+        ),
+        ("{% if messages[0].content is in [eos_token] %}</s>{% endif %}{{ messages[0].content }}", "</s>", 1),
+        ("{{ messages[0].content | replace(eos_token, '<s>') }}</s>", "</s>", 1),
+        ("{{ (messages[0].content ~ '<t>').split('<t>') | join('-') }}</s>", "a</s><t>b", 1),
+        (
+            "{% set c = '<t></t>' ~ messages[0].content %}{{ c.split('</t>', 1)[-1].strip('\n') if '<t>' in c }}</s>",
+            "<a </s>\n",
+            1,
+        ),
     ],
 )
-def test_messages_that_a_template_compares_with_variables_are_refused(template, content):
+def test_templates_may_compare_messages_with_variables(template, content, ends):
     """A token of a message passed as the template's, which wrote one more or one less the second time."""
     found = subject(template, special={"eos_token": "</s>"})
-    with pytest.raises(InputError, match="parse_special"):
-        found.render([{"role": "user", "content": content}])
-    assert found.render([{"role": "user", "content": "1 < 2"}])
+    messages = [{"role": "user", "content": content}]
+    ids = found.render(messages)
+    assert ids.count(EOS) == ends
+    assert found._core.decode(ids, skip_special_tokens=False) == found.write_chat(messages)
 
 
 def test_messages_without_special_tokens_are_never_refused():

@@ -20,7 +20,10 @@ MATH, CODE = "1+2=3", "def x"
 """What the two members of `bundle` say after each character of it."""
 
 TIERS = {
-    "export": ("export", "cli/commands/test_prune.py", "test_end_to_end.py", "test_fuzz.py", "test_tools.py"),
+    "export": (
+        *("export", "cli/commands/test_prune.py", "runtime/classification/test_against_transformers.py"),
+        *("test_end_to_end.py", "test_fuzz.py", "test_tools.py"),
+    ),
     "browser": ("report/test_browser.py",),
     "gpu": ("test_gpu.py",),
 }

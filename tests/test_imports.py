@@ -151,6 +151,7 @@ ORDER = {
             "text",
             "graphs",
             "mixing",
+            "classification",
             "sequences",
             "decoding",
             "options",

@@ -27,15 +27,40 @@ LONGEST_CHAT = 1 << 24
 """Most characters of a conversation as text, where the context does not say less."""
 
 
-@contextmanager
-def _text_errors(text: str) -> Iterator[None]:
-    """Refuse a text that is no Unicode, and translate what the tokenizer raises of another."""
+def check_unicode(text: str) -> None:
+    """Raise InputError if a text holds what no Unicode text does."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"the text is not valid Unicode: {error}", "Remove lone surrogates.") from error
+
+
+@contextmanager
+def _text_errors(text: str) -> Iterator[None]:
+    """Refuse a text that is no Unicode, and translate what the tokenizer raises of another."""
+    check_unicode(text)
     with library_errors("the tokenizer fails on this text", "Change the text."):
         yield
+
+
+@contextmanager
+def _reading_errors(named: Path) -> Iterator[None]:
+    """Translate what reading a tokenizer's files raises."""
+    try:
+        yield
+    except (EdgemixError, OSError, ValueError) as error:
+        reason = error.message if isinstance(error, EdgemixError) else error
+        raise BundleError(f"{named}: the tokenizer cannot be read: {reason}", "Export the bundle again.") from error
+
+
+def load_core(path: Path) -> tokenizers.Tokenizer:
+    """Read a tokenizer.json, after all checks of it; without its truncation and padding.
+
+    Raises:
+        BundleError: It is missing, damaged, or beyond the bounds of `edgemix.tokenizer_files`.
+    """
+    with _reading_errors(path), library_errors("it cannot be built"):
+        return tokenizers.Tokenizer.from_str(checked_text(path))
 
 
 class Tokenizer:
@@ -69,15 +94,9 @@ class Tokenizer:
             BundleError: A file is missing, damaged, or not the manifest's tokenizer.
         """
         template = resolve(bundle, CHAT_TEMPLATE)
-        try:
-            with library_errors("it cannot be built"):
-                core = tokenizers.Tokenizer.from_str(checked_text(resolve(bundle, TOKENIZER)))
+        core = load_core(resolve(bundle, TOKENIZER))
+        with _reading_errors(bundle):
             chat_template = template.read_text("utf-8") if template.is_file() else None
-        except (EdgemixError, OSError, ValueError) as error:
-            reason = error.message if isinstance(error, EdgemixError) else error
-            raise BundleError(
-                f"{bundle}: the tokenizer cannot be read: {reason}", "Export the bundle again."
-            ) from error
         with library_errors(f"{bundle}: the tokenizer cannot be read", kind=BundleError):
             size = max(core.get_vocab().values(), default=-1) + 1
         if size > entry.vocabulary:

@@ -5,9 +5,13 @@ import itertools
 import numpy as np
 import pytest
 import tokenizers
+import torch
+import transformers as hf
 from helpers.label_tokenizers import HARD, hugging_face
 
+from edgemix.runtime.classification.bio import LabelScheme
 from edgemix.runtime.classification.encoding import TextEncoder
+from edgemix.runtime.classification.spans import aggregate, merge_windows, subwords
 
 KINDS = ["bert", "roberta", "roberta-untrimmed", "xlnet", "deberta-v2", "albert"]
 
@@ -109,3 +113,91 @@ def test_a_beginning_of_a_long_text_is_encoded_as_the_whole(kind, text):
         ours = encoder(kind, odd).encode(text, pair)
         theirs = expected(kind, [text], *([] if pair is None else [[pair]]), max_length=odd)
         assert_equal([ours], theirs)
+
+
+LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC", "MISC")
+
+
+@pytest.fixture(scope="module", params=["bert", "roberta", "albert"])
+def ner(request):
+    """A pipeline of a tiny random model, and its encoder."""
+    theirs = hugging_face(request.param)
+    options = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = hf.CONFIG_MAPPING[request.param](
+        vocab_size=len(theirs), id2label=dict(enumerate(LABELS)), pad_token_id=theirs.pad_token_id, **options
+    )
+    torch.manual_seed(1)
+    model = hf.AutoModelForTokenClassification.from_config(config).eval()
+    with torch.no_grad():
+        model.classifier.weight.mul_(20)
+    theirs.model_max_length = 60
+    return hf.TokenClassificationPipeline(model=model, tokenizer=theirs), encoder(request.param, 60)
+
+
+def labelled(pipeline, own, text, windows):
+    """The tokens of a text and their distributions, as the runtime has them."""
+    logits = []
+    for window in windows:
+        inputs = {"input_ids": window.ids[None], "attention_mask": np.ones_like(window.ids)[None]}
+        with torch.no_grad():
+            output = pipeline.model(**{name: torch.from_numpy(value) for name, value in inputs.items()})
+        logits.append(output.logits[0].log_softmax(-1).numpy())
+    tokens = merge_windows(windows, logits)
+    return tokens, subwords(text, tokens, marked=own.marks_subwords, unknown_id=own.special_id("unk_token"))
+
+
+@pytest.mark.filterwarnings("ignore:Tokenizer does not support real words")
+@pytest.mark.parametrize("aggregation", ["none", "simple", "first", "average", "max"])
+@pytest.mark.parametrize(
+    "text", ["Angela Merkel's met Babbage in New York, near", " Köln 東京 unbelievable\u200d U.N.", HARD[4]]
+)
+def test_entities_are_those_of_the_pipeline(ner, aggregation, text):
+    pipeline, own = ner
+    tokens, continues = labelled(pipeline, own, text, [own.encode(text)])
+    ours = aggregate(
+        text,
+        tokens.log_probabilities,
+        tokens.offsets,
+        LabelScheme(LABELS),
+        aggregation=aggregation,
+        continues=continues,
+    )
+    theirs = pipeline(text, aggregation_strategy=aggregation)
+    assert len(ours) == len(theirs) > 0
+    for entity, expected in zip(ours, theirs, strict=True):
+        assert entity.label == expected.get("entity_group", expected.get("entity"))
+        assert (entity.start, entity.end) == (expected["start"], expected["end"])
+        assert entity.text == text[expected["start"] : expected["end"]]
+        assert entity.score == pytest.approx(float(expected["score"]), abs=1e-5)
+
+
+@pytest.mark.parametrize("ner", ["bert"], indirect=True)
+@pytest.mark.parametrize("aggregation", ["simple", "first"])
+def test_the_text_of_an_entity_is_the_pipelines_word(ner, aggregation):
+    """Where its decoder writes no spaces and letter case that the text does not have."""
+    pipeline, own = ner
+    text = "Angela Merkel met Babbage in New York near Merkel"
+    tokens, continues = labelled(pipeline, own, text, [own.encode(text)])
+    ours = aggregate(
+        text,
+        tokens.log_probabilities,
+        tokens.offsets,
+        LabelScheme(LABELS),
+        aggregation=aggregation,
+        continues=continues,
+    )
+    words = [entity["word"].removeprefix("##") for entity in pipeline(text, aggregation_strategy=aggregation)]
+    assert [entity.text for entity in ours] == words
+
+
+def test_a_short_text_in_windows_is_the_single_window(ner):
+    pipeline, own = ner
+    text = "Angela Merkel met Babbage"
+    single, _ = labelled(pipeline, own, text, [own.encode(text)])
+    windowed, _ = labelled(pipeline, own, text, own.windows(text, 20))
+    assert np.array_equal(single.log_probabilities, windowed.log_probabilities)
+    long, _ = labelled(pipeline, own, text * 20, own.windows(text * 20, 20))
+    whole = TextEncoder(tokenizers.Tokenizer.from_str(pipeline.tokenizer.backend_tokenizer.to_str()), max_length=10_000)
+    whole = whole.encode(text * 20)
+    assert long.ids.tolist() == whole.ids[~whole.special].tolist()
+    assert np.array_equal(long.offsets, whole.offsets[~whole.special])

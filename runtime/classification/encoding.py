@@ -112,6 +112,7 @@ class TextEncoder:
         pad_id: Id of the padding; the attention mask hides it.
         padding_side: Where padding goes: `right`, but for members that read the last token of a batch's row (XLNet's
             head). Masks make both equal for all others.
+        vocabulary: Number of ids that the member has rows for; None for all of the tokenizer's.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class TextEncoder:
             special_tokens: As in the manifest.
             pad_type_id: Type id of padding.
             padding_side: See the attributes.
-            vocabulary: Number of ids that the member has rows for; by default all of the tokenizer's.
+            vocabulary: See the attributes.
 
         Raises:
             BundleError: `max_length` leaves no room for the text.
@@ -155,7 +156,7 @@ class TextEncoder:
         self.pad_id = self.special_id("pad_token") or 0
         self.padding_side = padding_side
         self._pad_type_id = pad_type_id
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
 
     @classmethod
     def load(
@@ -197,6 +198,18 @@ class TextEncoder:
         """Return the vocabulary, added tokens included: token -> id."""
         with library_errors("the tokenizer's vocabulary cannot be read"):
             return dict(self._core.get_vocab())
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the special tokens."""
+        with library_errors("the tokenizer's added tokens cannot be read"):
+            added = self._core.get_added_tokens_decoder()
+        return frozenset(id_ for id_, token in added.items() if token.special)
+
+    def decode_batch(self, ids: Sequence[list[int]]) -> list[str]:
+        """Return the texts of sequences of token ids, special tokens included."""
+        with library_errors("the tokenizer fails on these tokens"):
+            return list(self._core.decode_batch(ids, skip_special_tokens=False))
 
     def encode(self, text: Text, pair: Text | None = None) -> EncodedText:
         """Encode a text or a pair of texts; see `encode_batch`."""
@@ -289,10 +302,10 @@ class TextEncoder:
         """Return an encoding as a text, after a check that it has tokens, and the member all of them."""
         starts = [word_starts(text) for text in given] if words else None
         encoded = EncodedText(encoding if len(encoding) else self._nothing, first, starts)
-        if self._vocabulary is not None and (greatest := int(encoded.ids.max())) >= self._vocabulary:
+        if self.vocabulary is not None and (greatest := int(encoded.ids.max())) >= self.vocabulary:
             raise InputError(
                 f"the text holds the token {self._core.id_to_token(greatest)!r}, which the member has no row for: its "
-                f"id is {greatest}, and there are {self._vocabulary}",
+                f"id is {greatest}, and there are {self.vocabulary}",
                 "Leave it out of the text.",
             )
         return encoded

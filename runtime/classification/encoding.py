@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from types import MappingProxyType
@@ -289,9 +290,11 @@ class TextEncoder:
         """Encode a text without special tokens: whole, or as much that more than `tokens` tokens are certain."""
         size = tokens + 1 if words else _TYPICAL * tokens + 2 * _MARGIN
         while size < len(text):
-            end = size if isinstance(text, list | tuple) else _boundary(str(text), size)
-            raw = self._bare.encode(text[:end], is_pretokenized=words, add_special_tokens=False)
-            if len(raw) > tokens and (words or raw.offsets[tokens][1] <= end - _MARGIN):
+            part = text[: _boundary(text, size) if isinstance(text, str) else size]
+            raw = self._bare.encode(part, is_pretokenized=words, add_special_tokens=False)
+            # Words are encoded each for itself. White space at the end may belong to an added token after it.
+            sure = len(part.rstrip()) - _MARGIN if isinstance(part, str) else math.inf
+            if len(raw) > tokens and raw.offsets[tokens][1] <= sure:
                 return raw
             size *= 2
         return self._bare.encode(text, is_pretokenized=words, add_special_tokens=False)

@@ -201,3 +201,26 @@ def test_a_short_text_in_windows_is_the_single_window(ner):
     whole = whole.encode(text * 20)
     assert long.ids.tolist() == whole.ids[~whole.special].tolist()
     assert np.array_equal(long.offsets, whole.offsets[~whole.special])
+
+
+@pytest.mark.parametrize("kind", ["bert", "xlnet"])
+def test_a_padded_batch_is_read_as_each_text_alone(kind):
+    """XLNet's head reads the last token of a row: padded on the right, it would read padding."""
+    sizes = {"bert": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}}
+    sizes["xlnet"] = {"d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 32}
+    torch.manual_seed(0)
+    config = hf.CONFIG_MAPPING[kind](vocab_size=len(hugging_face(kind)), initializer_range=0.5, **sizes[kind])
+    model = hf.AutoModelForSequenceClassification.from_config(config).eval()
+    own = encoder(kind, 40)
+    texts = own.encode_batch(HARD)
+
+    def logits(texts):
+        batch = own.pad(texts)
+        with torch.no_grad():
+            return model(
+                input_ids=torch.from_numpy(batch.ids),
+                attention_mask=torch.from_numpy(batch.attention_mask),
+                token_type_ids=torch.from_numpy(batch.type_ids),
+            ).logits.numpy()
+
+    assert np.allclose(logits(texts), np.concatenate([logits([text]) for text in texts]), atol=1e-5)

@@ -171,6 +171,27 @@ def test_entities_are_those_of_the_pipeline(ner, aggregation, text):
         assert entity.score == pytest.approx(float(expected["score"]), abs=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Tokenizer does not support real words")
+@pytest.mark.parametrize("aggregation", ["simple", "average"])
+def test_entities_of_given_words_are_those_of_the_pipeline(ner, aggregation):
+    pipeline, own = ner
+    words = ["Angela", "Merkel's", "U.N.", "unbelievable", "in", "Köln"]
+    text = " ".join(words)
+    tokens, continues = labelled(pipeline, own, text, [own.encode(words)])
+    ours = aggregate(
+        text,
+        tokens.log_probabilities,
+        tokens.offsets,
+        LabelScheme(LABELS),
+        aggregation=aggregation,
+        continues=continues,
+    )
+    [theirs] = pipeline([words], aggregation_strategy=aggregation, is_split_into_words=True)
+    assert [(entity.label, entity.start, entity.end) for entity in ours] == [
+        (entity["entity_group"], entity["start"], entity["end"]) for entity in theirs
+    ]
+
+
 @pytest.mark.parametrize("ner", ["bert"], indirect=True)
 @pytest.mark.parametrize("aggregation", ["simple", "first"])
 def test_the_text_of_an_entity_is_the_pipelines_word(ner, aggregation):

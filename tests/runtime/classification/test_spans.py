@@ -115,3 +115,27 @@ def test_a_token_counts_in_the_window_where_it_is_farther_from_an_edge(windows, 
     assert merged.offsets[:, 0].tolist() == merged.ids.tolist()
     assert merged.tokens == tuple(map(str, merged.ids))
     assert "".join(str(int(value)) for value in merged.log_probabilities[:, 0]) == sources
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("pooling", ["first", "average", "max"])
+def test_words_have_what_a_loop_over_tokens_gives(seed, pooling):
+    random = np.random.default_rng(seed)
+    text = "".join(random.choice(list("ab .  "), 40))
+    cuts = np.sort(random.choice(np.arange(1, 40), 15, replace=False))
+    offsets = np.stack([np.concatenate([[0], cuts]), np.append(cuts, 40)], axis=1)[random.random(16) < 0.8]
+    tokens = np.log(random.dirichlet(np.ones(3), len(offsets)).astype(np.float32))
+    words = text_words(text)
+    rows, read = on_words(tokens, offsets, words, SCHEME, pooling)
+    for row, known, (start, end) in zip(np.exp(rows), read, words, strict=True):
+        before = max((e for s, e in words if e <= start), default=0)
+        own = [np.exp(t) for t, (s, e) in zip(tokens, offsets, strict=True) if before <= s < end and e > start]
+        over = [np.exp(t) for t, (s, e) in zip(tokens, offsets, strict=True) if s < start < e]
+        if own:
+            chosen = {"first": own[0], "average": np.mean(own, axis=0), "max": max(own, key=max)}[pooling]
+        elif over:
+            chosen = [over[0][0], 0.0, over[0][1] + over[0][2]]
+        else:
+            chosen = [1 / 3] * 3
+        assert known == bool(own or over)
+        assert np.allclose(row, chosen, atol=1e-6)

@@ -61,7 +61,7 @@ __all__ = [
 ]
 
 
-def load(path: str | Path, **options: Any) -> Mixture:
+def load(path: str | Path, **options: Any) -> Any:
     """Open a bundle of any task.
 
     Args:
@@ -69,19 +69,18 @@ def load(path: str | Path, **options: Any) -> Mixture:
         options: Those of the task's class; for text generation, of `Mixture.load`.
 
     Returns:
-        The object that runs the bundle's task: a `Mixture` for text generation.
+        The object that runs the bundle's task: a `Mixture` for text-generation, a `Classifier` for text-classification,
+        a `TokenClassifier` for token-classification, a `FillMask` for fill-mask.
 
     Raises:
         BundleError: There is no bundle, it is from a newer edgemix, or it is damaged.
     """
     from pathlib import Path
 
-    from edgemix.bundle.reader import read_manifest
+    from edgemix.bundle.reader import read_any_manifest
     from edgemix.tasks import TASKS
 
-    module, _, name = TASKS[read_manifest(Path(path)).task].runtime_class.rpartition(".")
-    loaded: Mixture = getattr(import_module(module), name).load(path, **options)
-    return loaded
+    return TASKS[read_any_manifest(Path(path)).task].load("runtime_class").load(path, **options)
 
 
 def __getattr__(name: str) -> Any:

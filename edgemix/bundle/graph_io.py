@@ -1,4 +1,6 @@
-"""The names, axes and dtypes of a decoder graph's tensors: what exporters write and the runtime binds.
+"""The names, axes and dtypes of graphs' tensors: what exporters write and the runtime binds.
+
+Of a decoder:
 
     input_ids                    int64 [batch, sequence]
     attention_mask               int64 [batch, past + sequence], 1 for a slot that holds a token, 0 for padding
@@ -9,6 +11,12 @@
     present.{i}.key              float or int8 [batch, kv_heads, past + sequence, head_size], and .value
 
 In a graph of several members, keys and values are [batch * members, ...]: a text's rows, one member after the other.
+Of an encoder with its head:
+
+    input_ids, attention_mask    int64 [batch, sequence], 1 for a token, 0 for padding on either side
+    token_type_ids               int64 [batch, sequence]; absent where the model has none
+    logits                       float [batch, labels], or [batch, sequence, labels] with a label for each token
+
 `past`, `sequence`, `kept` and `batch` are dynamic; kv_heads, head_size and vocabulary are fixed in the graph, and the
 runtime reads them there. How the cache moves from one call to the next is the graph's `CacheKind`.
 """
@@ -26,6 +34,7 @@ if TYPE_CHECKING:
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 POSITION_IDS = "position_ids"
+TOKEN_TYPE_IDS = "token_type_ids"  # noqa: S105 - a tensor
 LOGITS_TO_KEEP = "logits_to_keep"
 LOGITS = "logits"
 PAST_PREFIX = "past_key_values."
@@ -64,7 +73,13 @@ GRAPH_TENSORS: dict[GraphKind, GraphTensors] = {
         optional_inputs=frozenset({POSITION_IDS}),
         outputs=frozenset({LOGITS}),
         stateful=True,
-    )
+    ),
+    "encoder": GraphTensors(
+        inputs=frozenset({INPUT_IDS, ATTENTION_MASK}),
+        optional_inputs=frozenset({TOKEN_TYPE_IDS}),
+        outputs=frozenset({LOGITS}),
+        stateful=False,
+    ),
 }
 
 CacheKind = Literal["shared", "growing"]

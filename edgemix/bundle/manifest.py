@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import msgspec
 
@@ -25,9 +25,9 @@ from edgemix.tasks import DEFAULT_TASK, GraphKind, TaskName
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-SCHEMA = 4
+SCHEMA = 5
 """2 added students, pruned and sparse members, and the mixture's parity; 3 weights that are adaptive by default; 4 the
-texts of special tokens.
+texts of special tokens; 5 mixtures over labels.
 Bundles of older schemas are read as they are."""
 SpecialToken = Literal["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]
 MANIFEST = "edgemix.json"
@@ -267,35 +267,58 @@ class Weights(_Record, frozen=True):
     adaptive: bool = False
 
 
-class Manifest(_Record, frozen=True):
-    """All of `edgemix.json`.
+class BundleManifest(_Record, frozen=True, kw_only=True):
+    """What the manifests of all tasks have.
 
     Attributes:
-        members: What is mixed, in order.
         files: Every other file's path in the bundle -> its size and checksum.
         checksum: Sha256 of the manifest itself, see `checksum_of`.
-        student: The small model that was distilled from the mixture; it is no member, and has no weight.
-        quantization: What quantization costs the mixture; None where it has one member, or all are fp32.
-        budget: What decided on the members' formats; None where the recipe did.
         task: What the members predict; manifests without it are of the default task.
-        ngrams: How many n-grams of the training text it has to draft from; 0 where there is no such file.
     """
 
     schema: int
     edgemix: str
     target: Target
     seed: int
-    members: tuple[MemberEntry, ...]
-    weights: Weights
-    tokenizer: TokenizerEntry
     files: dict[str, FileEntry]
     versions: dict[str, str] = {}
     checksum: str = ""
+    task: TaskName = DEFAULT_TASK
+
+    @property
+    def stored_paths(self) -> tuple[str, ...]:
+        """Every file that the bundle must list, but for the graphs' external data and other files of a tokenizer."""
+        raise NotImplementedError
+
+    @property
+    def graph_paths(self) -> tuple[str, ...]:
+        """Paths of all graphs."""
+        raise NotImplementedError
+
+    def sealed(self) -> Self:
+        """The same manifest with its checksum."""
+        document = msgspec.json.decode(msgspec.json.encode(self))
+        return msgspec.structs.replace(self, checksum=checksum_of(document))
+
+
+class Manifest(BundleManifest, frozen=True, kw_only=True):
+    """All of `edgemix.json` of a mixture of language models.
+
+    Attributes:
+        members: What is mixed, in order.
+        student: The small model that was distilled from the mixture; it is no member, and has no weight.
+        quantization: What quantization costs the mixture; None where it has one member, or all are fp32.
+        budget: What decided on the members' formats; None where the recipe did.
+        ngrams: How many n-grams of the training text it has to draft from; 0 where there is no such file.
+    """
+
+    members: tuple[MemberEntry, ...]
+    weights: Weights
+    tokenizer: TokenizerEntry
     student: MemberEntry | None = None
     quantization: MixtureParity | None = None
     budget: BudgetFigures | None = None
     ngrams: int = 0
-    task: TaskName = DEFAULT_TASK
 
     @property
     def graphs(self) -> tuple[MemberEntry, ...]:
@@ -310,10 +333,14 @@ class Manifest(_Record, frozen=True):
         """
         return min(self.tokenizer.vocabulary, *(member.config.vocabulary for member in self.members))
 
-    def sealed(self) -> Manifest:
-        """The same manifest with its checksum."""
-        document = msgspec.json.decode(msgspec.json.encode(self))
-        return msgspec.structs.replace(self, checksum=checksum_of(document))
+    @property
+    def stored_paths(self) -> tuple[str, ...]:
+        drafts = (entry.draft.tokens for entry in self.graphs if entry.draft is not None)
+        return (TOKENIZER, *self.graph_paths, *drafts, *((NGRAMS,) if self.ngrams else ()))
+
+    @property
+    def graph_paths(self) -> tuple[str, ...]:
+        return tuple(path for entry in self.graphs for path in entry.paths)
 
     def alone(self, entry: MemberEntry) -> Manifest:
         """The bundle as if one of its graphs were all of it: a mixture of one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,13 @@ import msgspec
 
 from edgemix.bundle import paths
 from edgemix.bundle.graph_io import GRAPH_TENSORS
-from edgemix.bundle.manifest import MANIFEST, MEMBER_NAME, NGRAMS, SCHEMA, STUDENT, TOKENIZER
+from edgemix.bundle.manifest import MANIFEST, MEMBER_NAME, SCHEMA, STUDENT
 from edgemix.tasks import TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from edgemix.bundle.manifest import Manifest
+    from edgemix.bundle.manifest import BundleManifest, Manifest, Weights
 
 # Far beyond every model there is, and small enough that nothing sized by them exhausts memory.
 MAX_LAYERS = 1 << 12
@@ -40,29 +40,34 @@ def validation_errors(manifest: Manifest) -> list[str]:
         *_draft_errors(manifest),
         *([] if manifest.ngrams >= 0 else [f"ngrams: there are {manifest.ngrams}"]),
         *_shared_graph_errors(manifest),
-        *_weight_errors(manifest),
+        *weight_errors(manifest.weights, [member.name for member in manifest.members]),
+        *_parity_weight_errors(manifest),
         *_tokenizer_errors(manifest),
-        *_file_errors(manifest),
-        *(f"{where} is not a finite number" for where in _not_finite(msgspec.to_builtins(manifest), "")),
+        *file_errors(manifest),
     ]
 
 
+def name_errors(names: Sequence[str]) -> Iterator[str]:
+    """Yield what is wrong with the names of members."""
+    if not 1 <= len(names) <= MAX_MEMBERS:
+        yield f"members: there are {len(names):,}, and may be 1 to {MAX_MEMBERS:,}"
+    counts = Counter(name.casefold() for name in names)
+    for name in names:
+        if not MEMBER_NAME.fullmatch(name):
+            yield f"members: {name!r} is no name for a member"
+        if counts[name.casefold()] > 1:
+            yield f"members: {name!r} is there more than once"
+
+
 def _member_errors(manifest: Manifest) -> Iterator[str]:
-    if not 1 <= len(manifest.members) <= MAX_MEMBERS:
-        yield f"members: there are {len(manifest.members):,}, and may be 1 to {MAX_MEMBERS:,}"
-    counts = Counter(member.name.casefold() for member in manifest.members)
-    for member in manifest.members:
-        where = f"members: {member.name!r}"
-        if not MEMBER_NAME.fullmatch(member.name):
-            yield f"{where} is no name for a member"
-        if counts[member.name.casefold()] > 1:
-            yield f"{where} is there more than once"
+    names = [member.name for member in manifest.members]
+    yield from name_errors(names)
     if manifest.student is not None:
         if manifest.student.name != STUDENT:
             yield f"student: is called {manifest.student.name!r}"
         if not manifest.student.graph.startswith(f"{STUDENT}/"):
             yield f"student: its graph {manifest.student.graph!r} is not in the folder {STUDENT}"
-        if STUDENT in counts:
+        if STUDENT in map(str.casefold, names):
             yield f"members: {STUDENT!r} is the student's name"
 
 
@@ -113,19 +118,26 @@ def _shared_graph_errors(manifest: Manifest) -> Iterator[str]:
             yield f"members: the graph {graph!r} has {len(entries)} consecutive members, and should have {wanted}"
 
 
-def _weight_errors(manifest: Manifest) -> Iterator[str]:
-    names = {member.name for member in manifest.members}
-    vectors = {"weights.default": manifest.weights.default}
-    vectors |= {f"weights.domains[{name!r}]": weights for name, weights in manifest.weights.domains.items()}
+def weight_errors(weights: Weights, names: Sequence[str]) -> Iterator[str]:
+    """Yield what is wrong with a mixture's weights."""
+    yield from _share_errors("weights.default", weights.default, names)
+    for domain, shares in weights.domains.items():
+        yield from _share_errors(f"weights.domains[{domain!r}]", shares, names)
+
+
+def _parity_weight_errors(manifest: Manifest) -> Iterator[str]:
     if manifest.quantization is not None:
-        vectors["quantization.weights"] = manifest.quantization.weights
-    for where, weights in vectors.items():
-        if weights.keys() != names:
-            yield f"{where} is not over the members: {', '.join(map(repr, sorted(weights.keys() ^ names)))}"
-        elif not all(0 <= weight <= 1 + _SUM_TOLERANCE for weight in weights.values()):
-            yield f"{where} has a weight that is not between 0 and 1"
-        elif not abs(math.fsum(weights.values()) - 1) <= _SUM_TOLERANCE:
-            yield f"{where} does not sum to 1"
+        names = [member.name for member in manifest.members]
+        yield from _share_errors("quantization.weights", manifest.quantization.weights, names)
+
+
+def _share_errors(where: str, weights: Mapping[str, float], names: Sequence[str]) -> Iterator[str]:
+    if weights.keys() != set(names):
+        yield f"{where} is not over the members: {', '.join(map(repr, sorted(weights.keys() ^ set(names))))}"
+    elif not all(0 <= weight <= 1 + _SUM_TOLERANCE for weight in weights.values()):
+        yield f"{where} has a weight that is not between 0 and 1"
+    elif not abs(math.fsum(weights.values()) - 1) <= _SUM_TOLERANCE:
+        yield f"{where} does not sum to 1"
 
 
 def _tokenizer_errors(manifest: Manifest) -> Iterator[str]:
@@ -146,7 +158,8 @@ def _tokenizer_errors(manifest: Manifest) -> Iterator[str]:
         yield f"tokenizer: texts begin with token {tokenizer.bos}, which not every member has"
 
 
-def _file_errors(manifest: Manifest) -> Iterator[str]:
+def file_errors(manifest: BundleManifest) -> Iterator[str]:
+    """Yield what is wrong with the list of files, and numbers anywhere in the manifest that are not finite."""
     for name, entry in manifest.files.items():
         if reason := paths.path_error(name):
             yield f"files: the path {name[:200]!r} {reason}"
@@ -156,10 +169,8 @@ def _file_errors(manifest: Manifest) -> Iterator[str]:
             yield f"files: {name!r} has a sha256 that is none"
     if MANIFEST in manifest.files:
         yield f"files: {MANIFEST} cannot list itself"
-    needed = [TOKENIZER, *(path for entry in manifest.graphs for path in entry.paths)]
-    needed += [entry.draft.tokens for entry in manifest.graphs if entry.draft is not None]
-    needed += [NGRAMS] if manifest.ngrams else []
-    yield from (f"files: {name!r} is not listed" for name in needed if name not in manifest.files)
+    yield from (f"files: {name!r} is not listed" for name in manifest.stored_paths if name not in manifest.files)
+    yield from (f"{where} is not a finite number" for where in _not_finite(msgspec.to_builtins(manifest), ""))
 
 
 def _not_finite(value: Any, where: str) -> Iterator[str]:

@@ -18,6 +18,7 @@ from edgemix.bundle.manifest import (
     MANIFEST,
     NGRAMS,
     SCHEMA,
+    BundleManifest,
     DraftGraph,
     Manifest,
     checksum_of,
@@ -25,8 +26,10 @@ from edgemix.bundle.manifest import (
 from edgemix.bundle.manifest_validation import validation_errors
 from edgemix.bundle.paths import recover_replaced, resolve
 from edgemix.errors import EXPORT_AGAIN, BundleError, storage_errors
+from edgemix.tasks import DEFAULT_TASK, TASKS
 
 if TYPE_CHECKING:
+    from edgemix.bundle.label_bundle.manifest import LabelManifest
     from edgemix.bundle.ngram_table import NgramTable
 
 
@@ -40,9 +43,35 @@ class _Header(msgspec.Struct):
     """What every version of the manifest has."""
 
     schema: int
+    task: str = DEFAULT_TASK
+
+
+def errors_in(manifest: BundleManifest) -> list[str]:
+    """Return what is wrong with a decoded manifest of any task, one line each."""
+    if isinstance(manifest, Manifest):
+        return validation_errors(manifest)
+    from edgemix.bundle.label_bundle.manifest import LabelManifest
+    from edgemix.bundle.label_bundle.validation import label_validation_errors
+
+    return label_validation_errors(manifest) if isinstance(manifest, LabelManifest) else ["it is of no task"]
 
 
 def read_manifest(bundle: Path) -> Manifest:
+    """Read the manifest of a mixture of language models; see `read_any_manifest`.
+
+    Raises:
+        BundleError: As there, or the bundle is of another task.
+    """
+    manifest = read_any_manifest(bundle)
+    if not isinstance(manifest, Manifest):
+        raise BundleError(
+            f"{bundle}: is a bundle of {manifest.task}, and this needs one of {DEFAULT_TASK}",
+            "Use edgemix predict, or edgemix.load in Python.",
+        )
+    return manifest
+
+
+def read_any_manifest(bundle: Path) -> Manifest | LabelManifest:
     """Read `edgemix.json` and check that it is sound and that every file it lists is there in its full size.
 
     What it does not do is read those files: see `verify_bundle`.
@@ -53,17 +82,21 @@ def read_manifest(bundle: Path) -> Manifest:
     path = bundle / MANIFEST
     data = _read_manifest_bytes(bundle, path)
     try:
-        schema = msgspec.json.decode(data, type=_Header).schema
+        header = msgspec.json.decode(data, type=_Header)
+        schema = header.schema
         if schema > SCHEMA:
             raise BundleError(
                 f"{bundle} was made by a newer edgemix (schema {schema}; this one reads up to {SCHEMA})",
                 "Upgrade: pip install --upgrade edgemix",
             )
-        manifest = msgspec.json.decode(data, type=Manifest)
+        if header.task not in TASKS:
+            raise ValueError(f"it names the task {header.task[:80]!r}")
+        kind: type[Manifest | LabelManifest] = TASKS[header.task].load("manifest")
+        manifest = msgspec.json.decode(data, type=kind)
         document = msgspec.json.decode(data)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is damaged: {error}", EXPORT_AGAIN) from None
-    if problems := validation_errors(manifest):
+    if problems := errors_in(manifest):
         lines = [problem[:_LONGEST_LINE] for problem in problems[:_MOST_LINES]]
         raise BundleError("\n  ".join([f"{path} cannot be trusted:", *lines]), EXPORT_AGAIN)
     if manifest.checksum != checksum_of(document):
@@ -132,7 +165,7 @@ def _read_manifest_bytes(bundle: Path, path: Path) -> bytes:
     return data
 
 
-def check_sizes(bundle: Path, manifest: Manifest) -> None:
+def check_sizes(bundle: Path, manifest: BundleManifest) -> None:
     """Raise a BundleError unless every listed file is there in its full size."""
     for name, entry in manifest.files.items():
         path = resolve(bundle, name)

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import msgspec
 
 from edgemix.bundle.external_data import external_files
-from edgemix.bundle.manifest import MANIFEST, NGRAMS, SCHEMA, TOKENIZER
-from edgemix.bundle.manifest_validation import validation_errors
+from edgemix.bundle.manifest import MANIFEST, SCHEMA, TOKENIZER, BundleManifest
 from edgemix.bundle.paths import REPLACED, resolve, staging_folder
+from edgemix.bundle.reader import errors_in
 from edgemix.bundle.stages import Stages
-from edgemix.bundle.verify import verify_bundle
+from edgemix.bundle.verify import verify_any_bundle
 from edgemix.errors import EdgemixError, InputError, storage_errors
 from edgemix.files import (
     acquire_lock,
@@ -37,7 +37,7 @@ from edgemix.progress import NO_PROGRESS, Progress
 if TYPE_CHECKING:
     from filelock import FileLock
 
-    from edgemix.bundle.manifest import Manifest
+M = TypeVar("M", bound=BundleManifest)
 
 
 class BundleWriter:
@@ -94,7 +94,7 @@ class BundleWriter:
             self._lock.release()
             self._lock = None
 
-    def finish(self, manifest: Manifest, progress: Progress = NO_PROGRESS) -> Manifest:
+    def finish(self, manifest: M, progress: Progress = NO_PROGRESS) -> M:
         """Complete `manifest` with the files' checksums, check the bundle, and move it to its place in one step.
 
         The bundle gets every graph with its external data, and the tokenizer's folder; other files, left by
@@ -115,7 +115,7 @@ class BundleWriter:
                     files[path.relative_to(self.folder).as_posix()] = hash_file(path, task)
             manifest = msgspec.structs.replace(manifest, files=files)
             manifest = write_manifest(self.folder, manifest)
-            verify_bundle(self.folder, manifest, checksums=False)
+            verify_any_bundle(self.folder, manifest, checksums=False)
             for folder in (self.folder, *(path for path in self.folder.rglob("*") if path.is_dir())):
                 sync_folder(folder)
             self._check_output()
@@ -145,18 +145,12 @@ class BundleWriter:
             replaced.rename(self.output)
         shutil.rmtree(replaced, ignore_errors=True)
 
-    def _drop_leftovers(self, manifest: Manifest) -> None:
-        needed = set()
-        for entry in manifest.graphs:
-            for stored in entry.paths:
-                graph = resolve(self.folder, stored)
-                if not graph.is_file():
-                    raise EdgemixError(f"{self.output}: the graph of {entry.name!r} was never written")
-                needed |= {graph, *(graph.parent / location for location in external_files(graph))}
-            if entry.draft is not None:
-                needed.add(resolve(self.folder, entry.draft.tokens))
-        if manifest.ngrams:
-            needed.add(resolve(self.folder, NGRAMS))
+    def _drop_leftovers(self, manifest: BundleManifest) -> None:
+        needed = {resolve(self.folder, path) for path in manifest.stored_paths}
+        if missing := sorted(path for path in needed if not path.is_file()):
+            raise EdgemixError(f"{self.output}: {missing[0].relative_to(self.folder)} was never written")
+        for graph in (resolve(self.folder, path) for path in manifest.graph_paths):
+            needed |= {graph.parent / location for location in external_files(graph)}
         tokenizer = self.folder / PurePosixPath(TOKENIZER).parent
         for path in list(files_in(self.folder)):
             if path not in needed and not path.is_relative_to(tokenizer):
@@ -186,7 +180,7 @@ def _remove_empty_folders(folder: Path) -> None:
             path.rmdir()
 
 
-def write_manifest(bundle: Path, manifest: Manifest) -> Manifest:
+def write_manifest(bundle: Path, manifest: M) -> M:
     """Put `manifest` in the bundle, in one step: a reader sees the old one or the new one, whatever happens.
 
     Returns:
@@ -195,7 +189,7 @@ def write_manifest(bundle: Path, manifest: Manifest) -> Manifest:
     Raises:
         EdgemixError: The manifest is unsound, or cannot be written (full disk, read-only folder).
     """
-    if problems := validation_errors(manifest):
+    if problems := errors_in(manifest):
         raise EdgemixError("\n  ".join([f"{bundle / MANIFEST} would be unsound, and is not written:", *problems]))
     sealed = msgspec.structs.replace(manifest, schema=SCHEMA).sealed()
     data = msgspec.json.format(msgspec.json.encode(sealed, order="deterministic"), indent=2)

@@ -12,31 +12,55 @@ import yaml
 
 from edgemix.errors import RecipeError, storage_errors
 from edgemix.recipe.bounds import bound_problems
+from edgemix.recipe.label_validation import label_problems_of
+from edgemix.recipe.labelled import LabelledSource
+from edgemix.recipe.problems import did_you_mean
 from edgemix.recipe.schema import Recipe
 from edgemix.recipe.text_sources import TextSource
 from edgemix.recipe.validation import problems_of
-from edgemix.recipe.yaml_loader import read_yaml
+from edgemix.recipe.yaml_loader import read_yaml, top_level_value
+from edgemix.tasks import DEFAULT_TASK, TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from edgemix.recipe.labels import LabelRecipe
+    from edgemix.tasks import TaskName
 
 MAX_BYTES = 1 << 20
+_SOURCES = (TextSource, LabelledSource)
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a recipe from a YAML file.
+    """Read a recipe of text generation from a YAML file.
+
+    Raises:
+        RecipeError: With all mistakes of the file, each with its line and remedy; or it is of another task.
+    """
+    recipe = load_any_recipe(path)
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"{path}: is a recipe of {recipe.task}, and this needs one of {DEFAULT_TASK}")
+    return recipe
+
+
+def load_any_recipe(path: Path) -> Recipe | LabelRecipe:
+    """Read a recipe of any task from a YAML file.
 
     Raises:
         RecipeError: With all mistakes of the file, each with its line and remedy.
     """
-    document = read_yaml(_read_text(path), Recipe, _long_form)
+    text = _read_text(path)
+    task = _task_of(text, path)
+    # The record of another task than the default one has the key itself.
+    text_kind: type[Recipe | LabelRecipe] = TASKS[task].load("recipe")
+    document = read_yaml(text, text_kind, _long_form, ignored=() if task != DEFAULT_TASK else ("task",))
     problems = list(document.problems)
     recipe = document.value and msgspec.structs.replace(document.value, folder=path.parent)
     if recipe:
         # Consequences of a value that could not be read are not reported.
         broken = {problem.where for problem in problems}
-        problems += [found for found in problems_of(recipe) if not any(found.where[: len(at)] == at for at in broken)]
+        found_problems = problems_of(recipe) if isinstance(recipe, Recipe) else label_problems_of(recipe)
+        problems += [found for found in found_problems if not any(found.where[: len(at)] == at for at in broken)]
     if problems or recipe is None:
         located = sorted((document.line(problem.where), str(problem)) for problem in problems)
         count = "a mistake" if len(located) == 1 else f"{len(located)} mistakes"
@@ -45,16 +69,27 @@ def load_recipe(path: Path) -> Recipe:
     return recipe
 
 
-def check(recipe: Recipe) -> list[str]:
+def _task_of(text: str, path: Path) -> TaskName:
+    """Return the task that a recipe names, before it is read as a recipe of that task."""
+    task = top_level_value(text, "task")
+    if task is None:
+        return DEFAULT_TASK
+    if task not in TASKS:
+        raise RecipeError(f"{path} has a mistake:\n  {path.name}: task: is {task[:80]!r}; {did_you_mean(task, TASKS)}")
+    return TASKS[task].name
+
+
+def check(recipe: Recipe | LabelRecipe) -> list[str]:
     """Return all mistakes of a recipe that was made in Python, one per line; `load_recipe` checks its own."""
     plain = msgspec.to_builtins(recipe, enc_hook=str)
     for *part, field in (problem.where for problem in bound_problems(recipe)):
         reduce(getitem, part, plain).pop(field)  # msgspec would report the first of them only
     try:
-        msgspec.convert(plain, Recipe, dec_hook=lambda kind, value: kind(value))
+        msgspec.convert(plain, type(recipe), dec_hook=lambda kind, value: kind(value))
     except msgspec.ValidationError as error:
         return [str(error)]
-    return [str(problem) for problem in problems_of(recipe)]
+    found = problems_of(recipe) if isinstance(recipe, Recipe) else label_problems_of(recipe)
+    return [str(problem) for problem in found]
 
 
 def _read_text(path: Path) -> str:
@@ -74,12 +109,12 @@ def _read_text(path: Path) -> str:
 
 
 def _long_form(kind: Any, node: yaml.Node) -> yaml.Node:
-    """Return the full form of a text source given as a path, and of texts given as a list, whose domains are the files'
+    """Return the full form of a source given as a path, and of sources given as a list, whose domains are the files'
     names without suffix.
     """
-    if kind is TextSource and isinstance(node, yaml.ScalarNode) and node.value:
+    if kind in _SOURCES and isinstance(node, yaml.ScalarNode) and node.value:
         return _mapping(node, {"file": node})
-    if get_origin(kind) is dict and get_args(kind)[1] is TextSource and isinstance(node, yaml.SequenceNode):
+    if get_origin(kind) is dict and get_args(kind)[1] in _SOURCES and isinstance(node, yaml.SequenceNode):
         pairs = [(_scalar(child, _domain(child, index)), child) for index, child in enumerate(node.value)]
         return yaml.MappingNode("tag:yaml.org,2002:map", pairs, node.start_mark, node.end_mark)
     return node

@@ -68,10 +68,7 @@ def read_documents(source: TextSource, folder: Path) -> list[str]:
         InputError: The file is missing, too large, no UTF-8, empty, has an object that does not fit, or is JSON by its
             content and not by its name.
     """
-    try:
-        path = folder / Path(source.file).expanduser()
-    except RuntimeError:  # ~ of an unknown user
-        raise InputError(f"{source.file}: no such file") from None
+    path = _path(source.file, folder)
     text = read_plain(path)
     if holds_objects(path.name):
         template = parse_template(source.template or "{text}")
@@ -89,6 +86,25 @@ def read_documents(source: TextSource, folder: Path) -> list[str]:
     if not documents:
         raise InputError(f"{path}: has no text", "Name a file that holds some.")
     return documents
+
+
+def read_objects(file: str, folder: Path) -> Iterator[tuple[str, dict[str, object]]]:
+    """Yield the JSON objects of a .jsonl, .ndjson or .json file, each with its place for messages.
+
+    Raises:
+        InputError: As `read_documents`, or the file has another name.
+    """
+    path = _path(file, folder)
+    if not holds_objects(path.name):
+        raise InputError(f"{path}: is no .jsonl, .ndjson or .json file", "Write an example a line, as a JSON object.")
+    yield from _objects(path, read_plain(path))
+
+
+def _path(file: str, folder: Path) -> Path:
+    try:
+        return folder / Path(file).expanduser()
+    except RuntimeError:  # ~ of an unknown user
+        raise InputError(f"{file}: no such file") from None
 
 
 def decode(data: bytes, where: str) -> str:

@@ -16,7 +16,7 @@ from edgemix.recipe.problems import Problem, did_you_mean
 from edgemix.recipe.text_sources import read_documents
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from edgemix.formats import Format
     from edgemix.recipe.compression import Quantization
@@ -39,45 +39,62 @@ def problems_of(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _member_problems(recipe: Recipe) -> Iterator[Problem]:
-    if not recipe.members:
+    yield from name_problems([member.name for member in recipe.members])
+    for index, member in enumerate(recipe.members):
+        yield from model_problems(member.model, member.adapter, recipe.folder, ("members", index))
+
+
+def name_problems(names: Sequence[str]) -> Iterator[Problem]:
+    """Yield the mistakes in members' names."""
+    if not names:
         yield Problem(("members",), "there are none; give one at least")
     seen: dict[str, int] = {}
-    for index, member in enumerate(recipe.members):
-        where = ("members", index)
-        if not MEMBER_NAME.fullmatch(member.name):
+    for index, name in enumerate(names):
+        where = ("members", index, "name")
+        if not MEMBER_NAME.fullmatch(name):
             yield Problem(
-                (*where, "name"),
-                f"{member.name[:80]!r} cannot name a folder; use up to 64 letters, digits, - _ . with no . or - first "
+                where,
+                f"{name[:80]!r} cannot name a folder; use up to 64 letters, digits, - _ . with no . or - first "
                 "and no . last",
             )
-        elif member.name.casefold() in RESERVED_NAMES:
-            yield Problem((*where, "name"), f"{member.name!r} is the name of a mixture or the student; choose another")
-        elif (first := seen.setdefault(member.name.casefold(), index)) != index:
-            yield Problem((*where, "name"), f"{member.name!r} is also the name of members[{first}]; choose another")
-        yield from _source_problems(recipe, index)
+        elif name.casefold() in RESERVED_NAMES:
+            yield Problem(where, f"{name!r} is the name of a mixture or the student; choose another")
+        elif (first := seen.setdefault(name.casefold(), index)) != index:
+            yield Problem(where, f"{name!r} is also the name of members[{first}]; choose another")
 
 
-def _source_problems(recipe: Recipe, index: int) -> Iterator[Problem]:
-    member = recipe.members[index]
+def model_problems(
+    model: str, adapter: str | None, folder: Path, where: Where, *, gguf: bool = True
+) -> Iterator[Problem]:
+    """Yield what is wrong with the paths of a model and its adapter.
+
+    Args:
+        model: The model, as a recipe names it.
+        adapter: Its adapter.
+        folder: The recipe's folder.
+        where: The member's place in the recipe.
+        gguf: Whether a model may be a GGUF file.
+    """
     try:
-        path = local_path(member.model, recipe.folder)
+        path = local_path(model, folder)
     except InputError as error:
-        yield Problem(("members", index, "model"), error.message)
+        yield Problem((*where, "model"), error.message)
     else:
-        gguf = path is not None and path.is_file() and path.suffix.lower() == ".gguf"
-        if path is not None and not gguf and not _has_config(path):
+        is_gguf = gguf and path is not None and path.is_file() and path.suffix.lower() == ".gguf"
+        if path is not None and not is_gguf and not _has_config(path):
+            file = " nor a .gguf file" if gguf else ""
             yield Problem(
-                ("members", index, "model"),
-                f"{member.model!r} is neither a folder with a config.json nor a .gguf file; save a model with "
+                (*where, "model"),
+                f"{model!r} is {'neither' if gguf else 'not'} a folder with a config.json{file}; save a model with "
                 "save_pretrained()",
             )
-    if member.adapter is not None:
-        path = _existing(member.adapter, recipe.folder)
+    if adapter is not None:
+        path = existing_path(adapter, folder)
         if path is None or not (path / "adapter_config.json").is_file():
             yield Problem(
-                ("members", index, "adapter"),
-                f"there is no folder {member.adapter!r} with an adapter_config.json, seen from "
-                f"{recipe.folder.resolve()}; edgemix finetune makes one",
+                (*where, "adapter"),
+                f"there is no folder {adapter!r} with an adapter_config.json, seen from "
+                f"{folder.resolve()}; edgemix finetune makes one",
             )
 
 
@@ -85,7 +102,8 @@ def _has_config(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def _existing(path: str, folder: Path) -> Path | None:
+def existing_path(path: str, folder: Path) -> Path | None:
+    """Return a recipe's path seen from its folder; None where there is nothing."""
     try:
         found = folder / Path(path).expanduser()
         return found if found.exists() else None
@@ -117,13 +135,15 @@ def _cache_problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _weight_problems(recipe: Recipe) -> Iterator[Problem]:
-    weights = recipe.weights
     if recipe.fits_weights and not recipe.data.validation:
         needed = "needs text that no member was trained on; name it under data: validation:"
-        yield Problem(("weights",), f"{weights} {needed}")
-    if not isinstance(weights, dict):
-        return
-    names = [member.name for member in recipe.members]
+        yield Problem(("weights",), f"{recipe.weights} {needed}")
+    if isinstance(recipe.weights, dict):
+        yield from given_weight_problems(recipe.weights, [member.name for member in recipe.members])
+
+
+def given_weight_problems(weights: dict[str, float], names: Sequence[str]) -> Iterator[Problem]:
+    """Yield the mistakes in weights that are given by number."""
     if all(names):  # an unreadable name may be one of those that seem unknown
         for name in weights.keys() - set(names):
             yield Problem(("weights", name), f"no member has this name; {did_you_mean(name, names)}")
@@ -173,7 +193,7 @@ def _compression_problems(recipe: Recipe) -> Iterator[Problem]:
         if not recipe.data.training:
             yield Problem(("student",), "needs text; name some under data: training:")
         config = recipe.student.config
-        if config is not None and ((path := _existing(config, recipe.folder)) is None or not _has_config(path)):
+        if config is not None and ((path := existing_path(config, recipe.folder)) is None or not _has_config(path)):
             yield Problem(
                 ("student", "config"),
                 f"there is no folder {config!r} with a config.json, seen from {recipe.folder.resolve()}",
@@ -188,7 +208,7 @@ def local_path(model: str, folder: Path) -> Path | None:
     Raises:
         InputError: It is neither.
     """
-    if path := _existing(model, folder):
+    if path := existing_path(model, folder):
         return path
     if model.lower().endswith(".gguf") or len(model) > _LONGEST_HUB_ID or not _HUB_ID.fullmatch(model):
         raise InputError(f"there is no file or folder {model!r}, seen from {folder.resolve()}")

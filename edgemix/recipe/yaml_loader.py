@@ -50,8 +50,29 @@ class Document(NamedTuple, Generic[T]):
         return next((self.lines[where[:end]] for end in range(len(where), -1, -1) if where[:end] in self.lines), 1)
 
 
-def read_yaml(text: str, kind: type[T], rewrite: Rewrite = lambda _, node: node) -> Document[T]:
-    """Read `text` as a `kind`. Fields whose type is a Path are not the text's to set."""
+def top_level_value(text: str, key: str) -> str | None:
+    """Return the text of a scalar under a key of the outermost mapping; None where there is none, or no YAML."""
+    try:
+        node = _Composer(text).get_single_node()
+    except yaml.YAMLError:
+        return None
+    for name, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if isinstance(name, yaml.ScalarNode) and name.value == key and isinstance(value, yaml.ScalarNode):
+            return str(value.value)
+    return None
+
+
+def read_yaml(
+    text: str, kind: type[T], rewrite: Rewrite = lambda _, node: node, *, ignored: tuple[str, ...] = ()
+) -> Document[T]:
+    """Read `text` as a `kind`. Fields whose type is a Path are not the text's to set.
+
+    Args:
+        text: The YAML text.
+        kind: The struct to read.
+        rewrite: See `Rewrite`.
+        ignored: Keys of the outermost mapping that are no fields.
+    """
     try:
         node = _Composer(text).get_single_node()
     except yaml.MarkedYAMLError as error:
@@ -63,6 +84,8 @@ def read_yaml(text: str, kind: type[T], rewrite: Rewrite = lambda _, node: node)
         return Document(None, [Problem((), f"is no YAML: {error.reason}: {error.character!r}")], {(): line})
     if node is None:
         return Document(None, [Problem((), "is empty")], {})
+    if isinstance(node, yaml.MappingNode):
+        node.value = [(name, value) for name, value in node.value if name.value not in ignored]
     reader = _Reader(rewrite)
     value = reader.read(node, kind, ())
     return Document(None if value is _BROKEN else value, reader.problems, reader.lines)

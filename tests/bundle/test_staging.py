@@ -92,7 +92,7 @@ def test_a_student_is_part_of_the_bundle_only_where_the_manifest_has_one(tmp_pat
     export(output, source, msgspec.structs.replace(manifest, student=None))
     assert not (output / "student").exists()
     (source / "student/model.onnx").unlink()
-    with pytest.raises(EdgemixError, match="'student' was never written"):
+    with pytest.raises(EdgemixError, match=r"student/model\.onnx was never written"):
         export(output, source, manifest)
 
 
@@ -252,7 +252,7 @@ def test_a_graph_that_is_missing_stops_the_end(bundle: Path, output: Path, manif
     with BundleWriter(output) as writer:
         fill(writer, bundle)
         (writer.folder / "members/code/model.onnx").unlink()
-        with pytest.raises(EdgemixError, match="'code' was never written"):
+        with pytest.raises(EdgemixError, match=r"members/code/model\.onnx was never written"):
             writer.finish(manifest)
     assert around(output) == set()
 

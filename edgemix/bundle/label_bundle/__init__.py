@@ -1,0 +1,1 @@
+"""The manifest of a bundle over labels, and its checks."""

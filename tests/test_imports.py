@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = {"edgemix": ROOT / "edgemix", "edgemix.export": ROOT / "export", "edgemix.runtime": ROOT / "runtime"}
 HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "mobius", "peft", "bitsandbytes"}
 RUNTIME = {"numpy", "onnxruntime", "tokenizers", "msgspec", "jinja2", "psutil", "safetensors", "platformdirs"}
-RUNTIME |= {"llguidance", "edgemix"}
+RUNTIME |= {"llguidance", "re2", "edgemix"}
 """All that the runtime may import beside the standard library; llguidance only where a text must have a form."""
 MAY_USE_RUNTIME = {
     "budget.planner",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgemix.progress import NO_PROGRESS, PrefixedProgress, Progress
 
@@ -60,12 +60,25 @@ class ExportContext:
             files: The files and folders under the writer's `folder` or `scratch` that the stage may write.
             cleanup: Called after a stage that had to run is stored.
         """
-        stages = self.writer.stages
         key += "-strict" if self.strict else ""
-        result = stages.done(name, key, kind)
-        if result is None:
-            result = make()
-            stages.mark_done(name, key, result, files=[path for path in files if path.exists()])
-            if cleanup is not None:
-                cleanup()
-        return result
+        return run_stage(self.writer, name, key, make, kind, files=files, cleanup=cleanup)
+
+
+def run_stage(
+    writer: BundleWriter,
+    name: str,
+    key: str,
+    make: Callable[[], T],
+    kind: Any,
+    *,
+    files: Iterable[Path] = (),
+    cleanup: Callable[[], None] | None = None,
+) -> T:
+    """Return a stage's result: the stored one if its inputs are the same, else that of `make`; see `ExportContext`."""
+    result: T | None = writer.stages.done(name, key, kind)
+    if result is None:
+        result = make()
+        writer.stages.mark_done(name, key, result, files=[path for path in files if path.exists()])
+        if cleanup is not None:
+            cleanup()
+    return result

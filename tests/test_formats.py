@@ -13,6 +13,7 @@ MAY_NAME_FORMATS = {
     "export/quantization/formats.py": "what writes each format",
     "edgemix/recipe/schema.py": "the default of a recipe",
     "edgemix/recipe/compression.py": "the default of a student",
+    "edgemix/recipe/labels.py": "the default of a recipe over labels",
 }
 OTHER_MEANINGS = {
     "edgemix/bundle/graph_io.py": "int8: a key-value cache",

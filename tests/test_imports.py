@@ -28,6 +28,11 @@ MAY_USE_RUNTIME = {
     "distillation.distill",
     "distillation.teacher",
     "drafting.draft_head",
+    "labels.examples",
+    "labels.fitting",
+    "labels.members",
+    "labels.parity",
+    "labels.pipeline",
     "parity.against_fp32",
     "parity.against_torch",
     "parity.mixture",
@@ -140,7 +145,7 @@ ORDER = {
     "edgemix": ("errors", "progress", "files", "formats", "tasks", "bundle", "recipe", "results", "report", "cli"),
     "edgemix.export": (
         *("models", "data", "training", "parity", "graphs", "quantization", "pruning", "distillation", "drafting"),
-        *("finetuning", "stages", "budget", "context", "pipeline", "demo"),
+        *("finetuning", "stages", "budget", "context", "labels", "pipeline", "demo"),
     ),
     "edgemix.runtime": (
         *(

@@ -9,6 +9,7 @@ it runs cannot be bounded so: operators may compute the shapes of others.
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from edgemix.bundle.external_data import MAX_FIELDS, location_as_stored, opened_graph, place_of, read_entry
@@ -29,7 +30,7 @@ def _names(text: str) -> frozenset[str]:
 OPERATORS = {
     "": _names("""
         Abs Add And ArgMax ArgMin Attention Cast Ceil Clip Concat Constant ConstantOfShape Cos CumSum
-        DequantizeLinear Div DynamicQuantizeLinear Equal Erf Exp Expand Floor Gather GatherElements GatherND Gelu
+        DequantizeLinear Div DynamicQuantizeLinear Einsum Equal Erf Exp Expand Floor Gather GatherElements GatherND Gelu
         Gemm Greater GreaterOrEqual Identity IsInf IsNaN LayerNormalization LeakyRelu Less LessOrEqual Log
         LogSoftmax MatMul MatMulInteger Max Min Mod Mul Neg NonZero Not OneHot Or Pad Pow QuantizeLinear
         RMSNormalization Range Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceSum ReduceSumSquare Relu
@@ -42,7 +43,7 @@ OPERATORS = {
         SimplifiedLayerNormalization SkipLayerNormalization SkipSimplifiedLayerNormalization
     """),
 }
-"""Domain -> operators that a graph may have, which exporters make decoders of: none loops, has a subgraph, draws random
+"""Domain -> operators that a graph may have, which exporters make models of: none loops, has a subgraph, draws random
 numbers, or reads strings. A kind of model that needs another adds it here."""
 OPERATORS["ai.onnx"] = OPERATORS[""]
 
@@ -66,6 +67,8 @@ _SHAPES = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1}
 """Operator -> which of its inputs is the shape of a tensor that it makes."""
 _BINARY = frozenset({"Max", "Min"})
 """Operators of any number of inputs: with one left out, or three that do not fit, they crash ONNX Runtime 1.32."""
+_EQUATION = re.compile(r"[a-z]{1,8}(,[a-z]{1,8})?->[a-z]{1,8}")
+"""Equations of Einsum."""
 _NATURAL = frozenset({"batch_dims"})
 """Attributes whose negative numbers abort ONNX Runtime 1.32 (GatherND)."""
 _REFUSED = {
@@ -200,10 +203,12 @@ class _Checker:
 
     def _attribute(self, attribute: Field) -> tuple[list[_Tensor], list[int]]:
         """Check an attribute, and return the tensor that it is, or the integers as one, and the integers."""
-        tensors, numbers, name = [], [], ""
+        tensors, numbers, name, text = [], [], "", ""
         for found in self._fields("AttributeProto", *self._inside(attribute), once=(1, 2, 3, 4, 5, 20)):
             if found.number == 1:
                 name = self._text(found)
+            elif found.number == 4:
+                text = self._text(found)
             elif found.number == 5:
                 tensors.append(self._tensor(found))
             elif found.number in (3, 8):
@@ -211,6 +216,8 @@ class _Checker:
         _check_integers(numbers)
         if name in _NATURAL and any(number < 0 for number in numbers):
             raise MalformedError(f"its attribute {name} is negative")
+        if name == "equation" and not _EQUATION.fullmatch(text):
+            raise MalformedError(f"its equation is {text!r:.80}, and not of one or two factors, an axis a letter")
         return tensors or ([_Tensor("", tuple(numbers), None)] if numbers else []), numbers
 
     def _integers(self, found: Field) -> list[int]:

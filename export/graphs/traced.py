@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # The tracer takes equal sizes for the same axis, and ones for constants.
 _BATCH, _PAST, _SEQUENCE = 2, 5, 3
-_OPSET = 21
+OPSET = 21
 """The first opset whose QuantizeLinear takes blocks, which int8-dynamic rounds activations with."""
 
 
@@ -38,10 +38,10 @@ def build(model: PreTrainedModel) -> ir.Model:
     # Takes a second to import, and few models need it.
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    with _quiet():
+    with quiet_tracer():
         sample = _sample(model)
         axes = _dynamic_axes(len(sample["past_key_values"].layers))
-        exported = OnnxExporter().export(model, sample, OnnxConfig(dynamic_shapes=axes, opset_version=_OPSET))
+        exported = OnnxExporter().export(model, sample, OnnxConfig(dynamic_shapes=axes, opset_version=OPSET))
     graph: ir.Model = exported.program
     _rename(graph.graph)
     return graph
@@ -88,7 +88,7 @@ def _rename(graph: ir.Graph) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_tracer() -> Iterator[None]:
     """Silence the tracer's output; the parity gate checks the graph."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -98,7 +98,7 @@ class MemberLoader:
         if self._base is None or self._base.location != location:
             self._base = None  # free the last one before the next is read
             with gguf_parsed_once() if location.gguf else nullcontext():
-                self._base = _Base(location, load_model(location), load_tokenizer(location), _license(location))
+                self._base = _Base(location, load_model(location), load_tokenizer(location), stated_license(location))
         return self._base
 
 
@@ -241,7 +241,7 @@ def end_ids(member: LoadedMember) -> set[int]:
     return {i for i in [*ids, member.tokenizer.eos_token_id] if i is not None}
 
 
-def _license(location: Location) -> str | None:
+def stated_license(location: Location) -> str | None:
     """Return the license that the model's card or its GGUF metadata states."""
     if location.gguf:
         stated = gguf_header(location).metadata.get("general.license")

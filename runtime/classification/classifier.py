@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from edgemix.runtime.classification.encoding import Text
     from edgemix.runtime.classification.loaded import LabelWeights
+    from edgemix.runtime.classification.members import Scores
     from edgemix.tasks import LabelCombine, LabelTaskName
 
 CHUNK = 1024
@@ -171,6 +172,13 @@ class Classifier(LabelMixture):
             self._ask(found, int(member), texts, pairs, np.arange(len(texts)))
         return found
 
+    def opinions_of(self, scores: Sequence[Scores]) -> Opinions:
+        """Return the opinions that members' scores of texts are, those of all members in order."""
+        found = self._nothing(len(scores[0].present))
+        for member, (logits, present) in enumerate(scores):
+            found.log_probabilities[member], found.present[member] = self.spread(member, logits), present
+        return found
+
     def _nothing(self, texts: int) -> Opinions:
         shape = (texts, len(self.labels), 2) if self.manifest.multi_label else (texts, len(self.labels))
         return Opinions(shape, len(self.members))
@@ -236,7 +244,7 @@ class Classifier(LabelMixture):
             if mixed is not None and not self.manifest.multi_label:
                 best = int(mixed.argmax())
                 share = weight * float(np.exp(own[best] - mixed[best]))
-            columns = np.flatnonzero(self._known[member]).tolist()
+            columns = np.flatnonzero(self.known[member]).tolist()
             found[name] = MemberOpinion(self._named(own, columns), weight, share)
         return found
 
@@ -267,9 +275,9 @@ class Classifier(LabelMixture):
         present = opinions.present[:, texts] * shares[:, None]
         probabilities = np.exp(opinions.log_probabilities[:, texts])
         if self.manifest.multi_label:
-            asked = present[:, :, None, None] * self._known[:, None, :, None]
+            asked = present[:, :, None, None] * self.known[:, None, :, None]
             no, yes = np.moveaxis((asked * probabilities).sum(axis=0), -1, 0)
             return np.asarray((np.abs(yes - no) <= left + _MARGIN).any(axis=-1))
-        sums = (present[..., None] * np.where(self._known[:, None], probabilities, 0.0)).sum(axis=0)
+        sums = (present[..., None] * np.where(self.known[:, None], probabilities, 0.0)).sum(axis=0)
         second, first = np.moveaxis(np.sort(sums, axis=-1)[:, -2:], -1, 0)
         return np.asarray(first - second <= left + _MARGIN)

@@ -40,6 +40,7 @@ class LabelMixture:
         labels: The mixture's labels, in order.
         weights: Member name -> share: the bundle's own weights.
         provider: Where the graphs run, by its name in `PROVIDERS`.
+        known: bool [members, labels], which labels each member knows.
     """
 
     task: ClassVar[LabelTaskName]
@@ -53,8 +54,8 @@ class LabelMixture:
         self._models = tuple(models)
         places = {label: place for place, label in enumerate(manifest.labels)}
         self._columns = [np.array([places[label] for label in model.labels], np.int64) for model in models]
-        self._known = np.zeros((len(self._models), len(self.labels)), np.bool_)
-        for known, columns in zip(self._known, self._columns, strict=True):
+        self.known = np.zeros((len(self._models), len(self.labels)), np.bool_)
+        for known, columns in zip(self.known, self._columns, strict=True):
             known[columns] = True
         self._log_prior = np.log(np.array(manifest.prior)) if manifest.prior else None
 
@@ -182,10 +183,10 @@ class LabelMixture:
         """
         if not self.manifest.multi_label:
             return combine(
-                log_probabilities, weights, how, known=self._known, present=present, log_prior=self._log_prior
+                log_probabilities, weights, how, known=self.known, present=present, log_prior=self._log_prior
             )
         # Each label is a question of its own, on which a member that does not know it abstains.
-        asked = present[..., None] & self._known[:, None, :]
+        asked = present[..., None] & self.known[:, None, :]
         both = None if self._log_prior is None else np.exp(self._log_prior)
         if both is None:
             return combine(log_probabilities, weights, how, present=asked)

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from edgemix.bundle.label_bundle.manifest import EncoderMember
+from edgemix.bundle.label_bundle.manifest import EncoderMember, RulesMember
 from edgemix.bundle.paths import resolve
-from edgemix.errors import BundleError
-from edgemix.runtime.classification.encoding import TextEncoder
+from edgemix.errors import BundleError, InputError
+from edgemix.recipe.rules_file import RuleSet
+from edgemix.runtime.classification.encoding import TextEncoder, joined
 from edgemix.runtime.graphs.encoder import EncoderGraph
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from edgemix.bundle.label_bundle.manifest import LabelMember
     from edgemix.runtime.classification.encoding import EncodedText, Text
+    from edgemix.runtime.classification.rules import RuleMatcher
     from edgemix.runtime.graphs.providers import Provider
 
 BATCH_TOKENS = 2048
@@ -119,6 +121,47 @@ class EncoderModel:
         del self.graph
 
 
+class RulesModel:
+    """A member that is the written rules of a human expert; it abstains where none of them fires."""
+
+    def __init__(self, entry: RulesMember, matcher: RuleMatcher) -> None:
+        self.name, self.labels, self.temperature, self.cost = entry.name, entry.labels, entry.temperature, entry.cost
+        self.matcher = matcher
+
+    @classmethod
+    def load(cls, bundle: Path, entry: RulesMember) -> RulesModel:
+        """Read a member's rules.
+
+        Raises:
+            BundleError: They are damaged, or not of its labels.
+        """
+        from edgemix.runtime.classification.rules import RuleMatcher
+
+        path = resolve(bundle, entry.rules)
+        try:
+            matcher = RuleMatcher(RuleSet.load(path))
+        except InputError as error:
+            raise BundleError(f"{bundle}: the rules of {entry.name}: {error.message}", error.remedy) from None
+        if len(entry.labels) not in (len(matcher.labels), len(matcher.word_labels)):
+            raise BundleError(
+                f"{bundle}: the rules of {entry.name} have {len(matcher.labels)} labels, and not {len(entry.labels)}",
+                "Export the bundle again.",
+            )
+        return cls(entry, matcher)
+
+    def score(self, texts: Sequence[Text], pairs: Sequence[Text] | None = None) -> Scores:
+        """Score texts; of a pair both, one after the other."""
+        both = (
+            texts if pairs is None else [f"{joined(one)}\n{joined(two)}" for one, two in zip(texts, pairs, strict=True)]
+        )
+        found = [self.matcher.score(joined(text)) for text in both]
+        logits = np.array([each.logits for each in found], np.float32).reshape(len(found), len(self.labels))
+        return Scores(logits, np.array([not each.abstains for each in found], np.bool_))
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
 def open_member(bundle: Path, entry: LabelMember, provider: Provider, threads: int | None = None) -> LabelModel:
     """Open a member of any kind.
 
@@ -127,4 +170,4 @@ def open_member(bundle: Path, entry: LabelMember, provider: Provider, threads: i
     """
     if isinstance(entry, EncoderMember):
         return EncoderModel.load(bundle, entry, provider, threads)
-    raise BundleError(f"{entry.name}: rules cannot be read yet")
+    return RulesModel.load(bundle, entry)

@@ -109,6 +109,7 @@ def test_what_could_loop_or_call_is_refused(
         (node(operator="Constant", value_ints=[-(1 << 31)]), "integer -2,147,483,648"),
         (node("logits", operator="EyeLike", k=1 << 30), "integer 1,073,741,824"),
         # Kernels take the lower 32 bits: heads were 0, and the process ended with a division by zero.
+        (node("logits", "logits", operator="Einsum", equation="abc,...->" + "a" * 40), "its equation is"),
         (node("logits", operator="Transpose", perm=[1 << 62]), "integer 4,611,686,018,427,387,904 in an attr"),
     ],
 )

@@ -69,6 +69,8 @@ def _feed(session: ort.InferenceSession, ids: np.ndarray) -> dict[str, np.ndarra
             feed[tensor.name] = ids
         elif tensor.name == graph_io.ATTENTION_MASK:
             feed[tensor.name] = np.ones_like(ids)
+        elif tensor.name == graph_io.TOKEN_TYPE_IDS:
+            feed[tensor.name] = np.zeros_like(ids)
         elif tensor.name == graph_io.POSITION_IDS:
             feed[tensor.name] = np.arange(ids.shape[1])[None]
         else:  # an empty cache

@@ -1,0 +1,1 @@
+"""From a recipe over labels to its bundle."""

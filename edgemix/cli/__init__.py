@@ -18,6 +18,7 @@ COMMANDS = {
     "export": "commands.export:export",
     "generate": "commands.generate:generate",
     "chat": "commands.chat:chat",
+    "predict": "labels.predict:predict",
     "evaluate": "commands.evaluate:evaluate",
     "lm-eval": "lm_eval.command:lm_eval",
     "fit-weights": "commands.evaluate:fit_weights",

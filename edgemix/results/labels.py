@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+RowKind = Literal["member", "mixture", "student"]
+
 
 @dataclass(frozen=True, slots=True)
 class LabelScore:
@@ -70,7 +72,7 @@ class LabelRow:
     """The figures of one member or mixture, by domain and over all examples."""
 
     name: str
-    kind: Literal["member", "mixture", "student"]
+    kind: RowKind
     weights: dict[str, float]
     domains: dict[str, LabelFigures]
     overall: LabelFigures

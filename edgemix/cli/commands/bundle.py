@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from edgemix.bundle.label_bundle.manifest import LabelManifest
     from edgemix.bundle.manifest import (
         BudgetFigures,
         Manifest,
@@ -33,16 +34,16 @@ def inspect(console: Console, bundle: Path) -> None:
     Lists members, formats, sizes, sources, parity and weights. Reads only the manifest; `edgemix verify` checks every
     file.
     """
-    from edgemix.bundle.reader import read_manifest
+    from edgemix.bundle.reader import read_any_manifest
 
-    manifest = read_manifest(bundle)
+    manifest = read_any_manifest(bundle)
     if console.as_json:
         import msgspec
 
         size = sum(entry.size for entry in manifest.files.values())
         console.document({"bundle": bundle, "bytes": size, **msgspec.to_builtins(manifest)})
         return
-    show_manifest(console, bundle, manifest)
+    show_any_manifest(console, bundle, manifest)
 
 
 @command("verify", example="edgemix verify mixture && echo intact")
@@ -52,18 +53,33 @@ def verify(console: Console, bundle: Path) -> None:
 
     Checks structure, schema, paths, the SHA-256 of every file, and the tokenizer.
     """
-    from edgemix.bundle.reader import read_manifest
-    from edgemix.bundle.verify import verify_bundle
-    from edgemix.runtime.text.tokenizer import Tokenizer
+    from edgemix.bundle.manifest import Manifest
+    from edgemix.bundle.reader import read_any_manifest
+    from edgemix.bundle.verify import verify_any_bundle
 
-    manifest = read_manifest(bundle)
-    verify_bundle(bundle, manifest, progress=console.progress)
-    Tokenizer.load(bundle, manifest.tokenizer)
+    manifest = read_any_manifest(bundle)
+    verify_any_bundle(bundle, manifest, progress=console.progress)
+    if isinstance(manifest, Manifest):
+        from edgemix.runtime.text.tokenizer import Tokenizer
+
+        Tokenizer.load(bundle, manifest.tokenizer)
     size = sum(entry.size for entry in manifest.files.values())
     if console.as_json:
         console.document({"bundle": bundle, "whole": True, "files": len(manifest.files), "bytes": size})
         return
     console.line(f"{bundle} is intact: {len(manifest.files)} files, {megabytes(size)} MB")
+
+
+def show_any_manifest(console: Console, bundle: Path, manifest: Manifest | LabelManifest) -> None:
+    """Print the manifest of a bundle of any task."""
+    from edgemix.bundle.manifest import Manifest
+
+    if isinstance(manifest, Manifest):
+        show_manifest(console, bundle, manifest)
+        return
+    from edgemix.cli.labels.manifest import show_label_manifest
+
+    show_label_manifest(console, bundle, manifest)
 
 
 def show_manifest(console: Console, bundle: Path, manifest: Manifest) -> None:

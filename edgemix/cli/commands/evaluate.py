@@ -54,9 +54,20 @@ def evaluate(
     Shows bits per byte and perplexity (lower is better), with a row for each member, the uniform mixture, the mixture
     with the bundle's own weights, and the student, and a column for each file.
 
+    Of a mixture over labels, FILES are .jsonl files of labelled examples; then it shows accuracy, F1, likelihood and
+    calibration.
+
     Also shows how well each member and the student agree with the mixture: how often their most probable token is the
     same, and the share of their draft tokens that it would accept. Finally, the decoding speed on this machine.
     """
+    from edgemix.bundle.manifest import Manifest
+    from edgemix.bundle.reader import read_any_manifest
+
+    if not isinstance(read_any_manifest(bundle), Manifest):
+        from edgemix.cli.labels.evaluate import evaluate_labels
+
+        evaluate_labels(console, bundle, files, speed=speed, **loading)
+        return
     documents = read_files(files, template)
 
     from edgemix.runtime.evaluation.evaluate import evaluate as measure

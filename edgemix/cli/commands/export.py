@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgemix.cli.command import command
-from edgemix.cli.commands.bundle import show_manifest
+from edgemix.cli.commands.bundle import show_any_manifest
 from edgemix.cli.options import DURATION, SIZE
 from edgemix.cli.outputs import has_work
+from edgemix.tasks import DEFAULT_TASK
 
 if TYPE_CHECKING:
     from edgemix.cli.console import Console
@@ -61,20 +62,29 @@ def export(
     With --budget or --max-tpot, each member without a format in RECIPE gets fp16, int8, or int4 with its sensitive
     layers at 8 bits, whichever loses least in the mixture. SIZE is that of the whole bundle.
     """
-    from edgemix.recipe.load import load_recipe
+    from edgemix.recipe.load import load_any_recipe
+    from edgemix.recipe.schema import Recipe
+    from edgemix.tasks import TASKS
 
-    loaded = load_recipe(recipe)  # report mistakes before the slow import of torch
-    with console.progress.stage("import torch"):
-        from edgemix.export.budget.plan import ResourceBudget
-        from edgemix.export.pipeline import export_bundle
-
+    loaded = load_any_recipe(recipe)  # report mistakes before the slow import of torch
     limited = size is not None or seconds is not None
-    budget = ResourceBudget(None if size is None else int(size), seconds) if limited else None
-    manifest = export_bundle(loaded, bundle, force=force, strict=strict, budget=budget, progress=console.progress)
+    options: dict[str, Any] = {}
+    task = TASKS[DEFAULT_TASK if isinstance(loaded, Recipe) else loaded.task]
+    if limited and not isinstance(loaded, Recipe):
+        raise click.UsageError(f"--budget and --max-tpot choose formats of {DEFAULT_TASK}, not of {task.name}.")
+    with console.progress.stage("import torch"):
+        build = task.load("export")
+        if limited:
+            from edgemix.export.budget.plan import ResourceBudget
+
+            options["budget"] = ResourceBudget(None if size is None else int(size), seconds)
+    manifest = build(loaded, bundle, force=force, strict=strict, progress=console.progress, **options)
     if console.as_json:
         import msgspec
 
         console.document({"bundle": bundle, **msgspec.to_builtins(manifest)})
         return
-    show_manifest(console, bundle, manifest)
-    console.line(f'Next: edgemix generate {shlex.quote(str(bundle))} "Once upon a time"')
+    show_any_manifest(console, bundle, manifest)
+    text = '"Once upon a time"' if isinstance(loaded, Recipe) else '"A text"'
+    command_name = "generate" if isinstance(loaded, Recipe) else "predict"
+    console.line(f"Next: edgemix {command_name} {shlex.quote(str(bundle))} {text}")

@@ -1,0 +1,180 @@
+"""`edgemix predict`: the labels of texts."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+
+from edgemix.cli.command import command
+from edgemix.cli.options import bundle_argument, runtime_options
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edgemix.cli.console import Console
+    from edgemix.runtime.classification.classifier import Classifier, Prediction
+
+_LONGEST_CELL = 60
+
+
+class _Input(NamedTuple):
+    text: str | list[str]
+    pair: str | None = None
+
+
+@command(
+    "predict",
+    example='edgemix predict mixture "What a film!" "A mess."\n'
+    "edgemix predict mixture --file reviews.jsonl --json\n"
+    'echo "What a film!" | edgemix predict mixture',
+    extra="cpu",
+    on_interrupt="No answers were written.",
+)
+@bundle_argument
+@click.argument("texts", metavar="[TEXT]...", nargs=-1)
+@click.option(
+    "--file",
+    "files",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Read texts from a file: of .jsonl the text fields, of others the lines. May be repeated.",
+)
+@click.option("--pair", metavar="TEXT", help="The second text of a pair, for one TEXT.")
+@click.option("--weights", metavar="NAME", help="The bundle's weights for a domain, or MEMBER=SHARE,... of your own.")
+@click.option(
+    "--combine",
+    type=click.Choice(["linear", "log-linear", "bayes"]),
+    show_default="as the bundle says",
+    help="How the members' distributions are mixed.",
+)
+@click.option("--decision", is_flag=True, help="Labels only: ask members only as far as they can change them.")
+@click.option("--members", is_flag=True, help="Show what each member says.")
+@runtime_options
+def predict(
+    console: Console,
+    *,
+    bundle: Path,
+    texts: tuple[str, ...],
+    files: tuple[Path, ...],
+    pair: str | None,
+    weights: str | None,
+    combine: Any,
+    decision: bool,
+    members: bool,
+    **loading: Any,
+) -> None:
+    """Predict the labels of texts with BUNDLE.
+
+    Texts come from the command line, from files, or from stdin, a text a line.
+    """
+    inputs = _inputs(texts, files, pair)
+
+    from edgemix.runtime.classification.classifier import Classifier
+
+    with Classifier.load(bundle, **loading) as classifier:
+        pairs = [each.pair or "" for each in inputs] if any(each.pair is not None for each in inputs) else None
+        found = classifier.predict_batch(
+            [each.text for each in inputs],
+            pairs,
+            weights=_weights(weights),
+            combine=combine,
+            decision=decision,
+            progress=console.progress,
+        )
+        if console.as_json:
+            console.document(
+                {"bundle": bundle, "predictions": [_document(*each) for each in zip(inputs, found, strict=True)]}
+            )
+            return
+        _show(console, classifier, inputs, found, members=members)
+
+
+def _document(given: _Input, found: Prediction) -> dict[str, Any]:
+    document = {"text": given.text, **asdict(found)}
+    return document if given.pair is None else {"text": given.text, "pair": given.pair, **asdict(found)}
+
+
+def _inputs(texts: Sequence[str], files: Sequence[Path], pair: str | None) -> list[_Input]:
+    if pair is not None and (len(texts) != 1 or files):
+        raise click.UsageError("--pair goes with one TEXT.")
+    found = [_Input(_checked(text), pair and _checked(pair)) for text in texts]
+    for file in files:
+        found += _lines(file)
+    if not found and not files:
+        if sys.stdin.isatty():
+            raise click.UsageError("No text: give one as an argument, with --file, or on stdin.")
+        from edgemix.recipe.text_sources import decode
+
+        found = [_Input(line) for line in decode(sys.stdin.buffer.read(), "stdin").splitlines() if line.strip()]
+    if not found:
+        from edgemix.errors import InputError
+
+        raise InputError("there is no text to label", "Give one as an argument, with --file, or on stdin.")
+    return found
+
+
+def _lines(file: Path) -> list[_Input]:
+    from edgemix.recipe.labelled import LabelledSource, read_examples
+    from edgemix.recipe.text_sources import holds_objects, read_plain
+
+    if not holds_objects(file.name):
+        return [_Input(line) for line in read_plain(file).splitlines() if line.strip()]
+    examples = read_examples(LabelledSource(str(file)), Path(), "text-classification", labelled=False)
+    return [_Input(each.text if isinstance(each.text, str) else list(each.text), each.pair) for each in examples]
+
+
+def _checked(text: str) -> str:
+    from edgemix.errors import InputError
+
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError("a text is not UTF-8", "Check the terminal's encoding, or give texts in a file.") from None
+    return text
+
+
+def _weights(given: str | None) -> dict[str, float] | str | None:
+    """Return weights of a command line: a domain's name, or MEMBER=SHARE,..."""
+    if given is None or "=" not in given:
+        return given
+    from edgemix.errors import InputError
+
+    found = {}
+    for part in given.split(","):
+        name, _, share = part.partition("=")
+        try:
+            found[name.strip()] = float(share)
+        except ValueError:
+            raise InputError(f"--weights: {part.strip()!r} is no MEMBER=SHARE", "For example: a=0.7,b=0.3") from None
+    return found
+
+
+def _show(
+    console: Console, classifier: Classifier, inputs: Sequence[_Input], found: Sequence[Prediction], *, members: bool
+) -> None:
+    rows = []
+    for given, each in zip(inputs, found, strict=True):
+        text = given.text if isinstance(given.text, str) else " ".join(given.text)
+        names = ", ".join(each.labels) or "(none)"
+        probability = f"{each.probabilities[each.labels[0]]:.3f}" if each.labels and each.probabilities else ""
+        own = [_opinion(each, name) for name in classifier.members] if members else []
+        rows.append((_shortened(text), names, probability, *own))
+    header = ("Text", "Labels", "Probability", *(classifier.members if members else ()))
+    console.table("Predictions", header, rows, left=2)
+
+
+def _opinion(found: Prediction, name: str) -> str:
+    opinion = found.members.get(name)
+    if opinion is None:
+        return "abstains" if name in found.members else ""
+    label = max(opinion.probabilities, key=opinion.probabilities.__getitem__)
+    return f"{label} {opinion.probabilities[label]:.2f}"
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST_CELL else f"{line[: _LONGEST_CELL - 3]}..."

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from edgemix.runtime.classification.encoding import Text
     from edgemix.runtime.classification.loaded import LabelWeights
-    from edgemix.runtime.classification.members import Scores
     from edgemix.tasks import LabelCombine, LabelTaskName
 
 CHUNK = 1024
@@ -170,13 +169,6 @@ class Classifier(LabelMixture):
         found = self._nothing(len(texts))
         for member in range(len(self.members)) if members is None else members:
             self._ask(found, int(member), texts, pairs, np.arange(len(texts)))
-        return found
-
-    def opinions_of(self, scores: Sequence[Scores]) -> Opinions:
-        """Return the opinions that members' scores of texts are, those of all members in order."""
-        found = self._nothing(len(scores[0].present))
-        for member, (logits, present) in enumerate(scores):
-            found.log_probabilities[member], found.present[member] = self.spread(member, logits), present
         return found
 
     def _nothing(self, texts: int) -> Opinions:

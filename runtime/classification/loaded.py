@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemix.runtime.classification.members import LabelModel
+    from edgemix.runtime.classification.encoding import Text
+    from edgemix.runtime.classification.members import LabelModel, Scores
     from edgemix.runtime.graphs.providers import Provider
     from edgemix.tasks import LabelCombine, LabelTaskName
 
@@ -165,6 +166,27 @@ class LabelMixture:
         found = np.full(shape, -np.inf)
         found[..., columns] = log_softmax(scaled)
         return found
+
+    def score_texts(self, texts: Sequence[Text], pairs: Sequence[Text] | None = None) -> tuple[list[Scores], list[int]]:
+        """Return all members' scores of texts, and how many predictions each text has: one, or one a word or mask.
+
+        Args:
+            texts: The texts.
+            pairs: The second text of each pair.
+        """
+        return [model.score(texts, pairs) for model in self.models], [1] * len(texts)
+
+    def spread_all(self, scores: Sequence[Scores]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Return all members' log-probabilities [members, predictions, labels (, 2)], and where they have an opinion
+        [members, predictions]; see `spread`.
+        """
+        logs = np.stack([self.spread(member, logits) for member, (logits, _) in enumerate(scores)])
+        return logs, np.stack([present for _, present in scores])
+
+    def mixed(self, scores: Sequence[Scores], weights: NDArray[np.float64], how: LabelCombine) -> NDArray[np.float64]:
+        """Return the mixture's log-probabilities of all members' scores; see `mix`."""
+        logs, present = self.spread_all(scores)
+        return self.mix(logs, weights, how, present)
 
     def mix(
         self,

@@ -41,13 +41,15 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-def tiny_encoder(kind: str, head: str = "SequenceClassification", labels: int = 3, **settings: Any) -> Any:
+def tiny_encoder(
+    kind: str, head: str = "SequenceClassification", labels: int = 3, seed: int = 0, **settings: Any
+) -> Any:
     """A random model of transformers with a head: SequenceClassification, TokenClassification or MaskedLM."""
     config = CONFIGS[kind]()
     config.num_labels = labels
     for name, value in settings.items():
         setattr(config, name, value)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = getattr(hf, f"AutoModelFor{head}").from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -141,3 +141,46 @@ def test_a_recipe_with_mistakes_is_refused(setting: Path, tmp_path: Path) -> Non
         export_label_bundle(recipe(setting, members=members), tmp_path / "bundle")
     assert "there is no file or folder './none'" in str(error.value)
     assert "needs either a model or rules" in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def tagged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Taggers and masked language models of two tokenizers, with examples."""
+    folder = tmp_path_factory.mktemp("tagged")
+    for kind, seed in (("bert", 1), ("roberta", 2)):
+        tokenizer = hugging_face(kind)
+        tags = {0: "O", 1: "B-PER", 2: "I-PER"}
+        for head in ("TokenClassification", "MaskedLM"):
+            settings = {"id2label": tags} if head == "TokenClassification" else {}
+            model = tiny_encoder(kind, head, labels=3, seed=seed, vocab_size=len(tokenizer), **settings)
+            model.save_pretrained(folder / f"{kind}-{head}")
+            tokenizer.save_pretrained(folder / f"{kind}-{head}")
+    rows = [{"tokens": ["Ada", "Lovelace", "lived"], "labels": ["B-PER", "I-PER", "O"]}] * 10
+    (folder / "tags.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    masks = [{"text": "The film was [MASK] good", "label": "the"}, {"text": "<mask> film", "label": "the"}] * 5
+    (folder / "masks.jsonl").write_text("\n".join(map(json.dumps, masks)))
+    return folder
+
+
+@pytest.mark.parametrize("task", ["token-classification", "fill-mask"])
+def test_taggers_and_masked_models_of_two_tokenizers_mix(tagged: Path, tmp_path: Path, task: str) -> None:
+    head, file = {
+        "token-classification": ("TokenClassification", "tags.jsonl"),
+        "fill-mask": ("MaskedLM", "masks.jsonl"),
+    }[task]
+    members = tuple(LabelMemberRecipe(kind, model=f"{kind}-{head}") for kind in ("bert", "roberta"))
+    data = LabelData(validation={"all": LabelledSource(file)})
+    made = LabelRecipe(task, members, weights="fit", format="int8", data=data, folder=tagged)  # type: ignore[arg-type]
+    manifest = export_label_bundle(made, tmp_path / "bundle", force=True)
+    assert sum(manifest.weights.default.values()) == pytest.approx(1)
+    with edgemix.load(tmp_path / "bundle", provider="cpu") as mixture:
+        if task == "fill-mask":
+            (place,) = mixture.predict("The film was [MASK] good", top=3)
+            assert len(place.words) == 3
+            assert mixture.predict("The film was <mask> good", top=3) == [place]
+            with pytest.raises(InputError, match="no masked word"):
+                mixture.predict("no mask")
+        else:
+            found = mixture.predict("Ada Lovelace lived in London")
+            assert len(found.labels) == 5
+            assert all(label in ("O", "B-PER", "I-PER") for label in found.labels)

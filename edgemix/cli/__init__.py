@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "commands.generate:generate",
     "chat": "commands.chat:chat",
     "predict": "labels.predict:predict",
+    "feedback": "labels.feedback:feedback",
     "evaluate": "commands.evaluate:evaluate",
     "lm-eval": "lm_eval.command:lm_eval",
     "fit-weights": "commands.evaluate:fit_weights",

@@ -10,7 +10,11 @@ import numpy as np
 from edgemix.errors import InputError
 from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.runtime.cancellation import in_thread
+from edgemix.runtime.classification.explaining import Explanation, effects, occluded, parts_of
+from edgemix.runtime.classification.feedback import Feedback, feedback_of, refit
 from edgemix.runtime.classification.loaded import LabelMixture
+from edgemix.runtime.classification.members import RulesModel
+from edgemix.runtime.mixing.arithmetic import normalize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -152,6 +156,64 @@ class Classifier(LabelMixture):
     ) -> list[Prediction]:
         """As `predict_batch`, for asyncio."""
         return await in_thread(lambda: self.predict_batch(texts, pairs, **options))  # type: ignore[arg-type]
+
+    def explain(self, text: str, *, weights: LabelWeights = None, combine: LabelCombine | None = None) -> Explanation:
+        """Tell why a text has its label: each member's share, the rules that fired, and which words mattered.
+
+        A word matters as much as the label's probability falls when it is left out; all texts without a word are read
+        as a batch. Of texts of more than `explaining.MOST_PARTS` words, several are left out at once.
+
+        Args:
+            text: The text.
+            weights: See `LabelWeights`.
+            combine: How the members' distributions are mixed; as the bundle says by default.
+
+        Raises:
+            InputError: As `predict_batch`.
+        """
+        parts = parts_of(text)
+        whole, *without = self.predict_batch([text, *occluded(text, parts)], weights=weights, combine=combine)
+        rules = {model.name: model.matcher.score(text).fired for model in self.models if isinstance(model, RulesModel)}
+        return Explanation(whole, effects(text, parts, whole, without), rules)
+
+    def feedback(
+        self,
+        texts: Sequence[Text],
+        labels: Sequence[str],
+        pairs: Sequence[Text] | None = None,
+        *,
+        dry_run: bool = False,
+    ) -> Feedback:
+        """Refit the weights to corrected answers, without the examples that they were fitted to before.
+
+        Args:
+            texts: The texts.
+            labels: The right label of each.
+            pairs: The second text of each pair.
+            dry_run: Tell what would change, and change nothing. Otherwise this object has the new weights; `save`
+                writes them to the bundle.
+
+        Raises:
+            InputError: A label is none of the bundle's, examples may have several labels, or the mixture is not linear.
+        """
+        if self.manifest.multi_label:
+            raise InputError("feedback is for examples of one label each")
+        if not len(texts) or len(texts) != len(labels):
+            raise InputError(f"{len(labels)} labels for {len(texts)} texts", "Give one for each text.")
+        if unknown := sorted(set(labels) - set(self.labels)):
+            raise InputError(
+                f"the labels {', '.join(map(repr, unknown[:10]))} are none of the bundle's",
+                f"Its labels: {', '.join(self.labels[:20])}.",
+            )
+        logs, present = self.spread_all(self.score_texts(texts, pairs)[0])
+        targets = np.array([self.labels.index(label) for label in labels], np.int64)
+        manifest = refit(self.manifest, logs[:, np.arange(len(targets)), targets], present)
+        old, new = self.shares(), normalize(manifest.weights.default, self.members)
+        right, after = (self.mix(logs, each, "linear", present).argmax(axis=-1) == targets for each in (old, new))
+        found = feedback_of(self.weights, manifest.weights.default, right=right, right_after=after)
+        if not dry_run:
+            self.manifest, self.weights = manifest, dict(manifest.weights.default)
+        return found
 
     def opinions(
         self,

@@ -11,6 +11,7 @@ import numpy as np
 from edgemix.bundle.label_bundle.manifest import LabelManifest
 from edgemix.bundle.label_bundle.verify import verify_label_bundle
 from edgemix.bundle.reader import read_any_manifest
+from edgemix.bundle.writer import write_manifest
 from edgemix.errors import BundleError, EdgemixError, InputError
 from edgemix.runtime.classification.combining import check_combine, combine, yes_and_no
 from edgemix.runtime.classification.members import open_member
@@ -98,6 +99,18 @@ class LabelMixture:
             raise InputError(f"threads must be at least 1, not {threads}")
         chosen = choose(provider)
         return cls(manifest, [open_member(bundle, entry, chosen, threads) for entry in manifest.members], chosen)
+
+    def save(self, bundle: str | Path) -> None:
+        """Write the weights to the bundle that this was loaded from, in one step: a reader sees the old or the new.
+
+        Raises:
+            EdgemixError: It cannot be written, or has changed since.
+        """
+        folder = Path(bundle)
+        found = read_any_manifest(folder)
+        if found.files != self.manifest.files:
+            raise EdgemixError(f"{folder} is not the bundle that this mixture was loaded from", "Load it again.")
+        self.manifest = write_manifest(folder, self.manifest)
 
     def close(self) -> None:
         """Free the graphs; the mixture cannot be used afterwards."""

@@ -11,12 +11,12 @@ import numpy as np
 from edgemix.errors import InputError
 from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.runtime.cancellation import in_thread
-from edgemix.runtime.classification.bio import LabelScheme, viterbi
 from edgemix.runtime.classification.encoding import joined
 from edgemix.runtime.classification.loaded import LabelMixture
 from edgemix.runtime.classification.members import EncoderModel, RulesModel, Scores
-from edgemix.runtime.classification.spans import Aggregation, Entity, aggregate, entities, merge_windows
-from edgemix.runtime.classification.words import Pooling, given_words, on_words, text_words
+from edgemix.runtime.classification.tokens.bio import LabelScheme, viterbi
+from edgemix.runtime.classification.tokens.spans import Aggregation, Entity, aggregate, entities, merge_windows
+from edgemix.runtime.classification.tokens.words import Pooling, given_words, on_words, text_words
 from edgemix.runtime.mixing.arithmetic import log_softmax
 
 if TYPE_CHECKING:

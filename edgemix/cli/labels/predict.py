@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edgemix.runtime.classification.classifier import Classifier, Prediction
 
 _LONGEST_CELL = 60
+_MOST_WORDS = 10
 
 
 class _Input(NamedTuple):
@@ -53,6 +54,7 @@ class _Input(NamedTuple):
 )
 @click.option("--decision", is_flag=True, help="Labels only: ask members only as far as they can change them.")
 @click.option("--members", is_flag=True, help="Show what each member says.")
+@click.option("--explain", is_flag=True, help="Show which words mattered, and which rules fired.")
 @runtime_options
 def predict(
     console: Console,
@@ -65,6 +67,7 @@ def predict(
     combine: Any,
     decision: bool,
     members: bool,
+    explain: bool,
     **loading: Any,
 ) -> None:
     """Predict the labels of texts with BUNDLE.
@@ -76,6 +79,9 @@ def predict(
     from edgemix.runtime.classification.classifier import Classifier
 
     with Classifier.load(bundle, **loading) as classifier:
+        if explain:
+            _explain(console, classifier, inputs, weights=_weights(weights), combine=combine)
+            return
         pairs = [each.pair or "" for each in inputs] if any(each.pair is not None for each in inputs) else None
         found = classifier.predict_batch(
             [each.text for each in inputs],
@@ -165,6 +171,30 @@ def _show(
         rows.append((_shortened(text), names, probability, *own))
     header = ("Text", "Labels", "Probability", *(classifier.members if members else ()))
     console.table("Predictions", header, rows, left=2)
+
+
+def _explain(console: Console, classifier: Classifier, inputs: Sequence[_Input], **options: Any) -> None:
+    """Print why each text has its label."""
+    documents = []
+    for given in inputs:
+        text = given.text if isinstance(given.text, str) else " ".join(given.text)
+        found = classifier.explain(text, **options)
+        documents.append({"text": text, **asdict(found)})
+        if console.as_json:
+            continue
+        label = found.prediction.label or "(none)"
+        strongest = sorted(found.words, key=lambda word: -abs(word.effect))[:_MOST_WORDS]
+        rows = [(_shortened(each.text), f"{each.effect:+.3f}") for each in strongest]
+        console.table(f"{_shortened(text)}: {label}", ("Without it", "Probability lost"), rows)
+        fired = [
+            (name, rule.rule, rule.label, f"{rule.strength:+.2f}", f"{rule.start}-{rule.end}")
+            for name, rules in found.rules.items()
+            for rule in rules
+        ]
+        if fired:
+            console.table("Rules that fired", ("Member", "Rule", "Label", "Strength", "Characters"), fired, left=3)
+    if console.as_json:
+        console.document({"explanations": documents})
 
 
 def _opinion(found: Prediction, name: str) -> str:

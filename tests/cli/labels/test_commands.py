@@ -92,3 +92,27 @@ def test_mistakes_of_the_user(bundle: Path, tmp_path: Path, arguments: list[str]
     (tmp_path / "recipe.yaml").write_text("task: text-classification\nmembers: [{name: a, rules: rules.yaml}]\n")
     given = [each.format(bundle=bundle, folder=tmp_path) for each in arguments]
     assert message in run(*given, code=2, stdin="")
+
+
+def test_feedback_and_explanations(tmp_path: Path) -> None:
+    members = {"one": random_classifier(1, ("neg", "pos")), "two": random_classifier(2, ("pos", "neg"))}
+    bundle = LabelBundle(members).write(tmp_path / "bundle")
+    lines = [{"text": f"text {i}", "label": "pos"} for i in range(30)]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    before = run("inspect", bundle)
+    assert "Nothing was changed." in run("feedback", bundle, tmp_path / "c.jsonl", "--dry-run")
+    assert run("inspect", bundle) == before
+    found = json.loads(run("feedback", bundle, tmp_path / "c.jsonl", "--training", tmp_path / "t.jsonl", "--json"))
+    assert found["after"] != found["before"]
+    assert "is intact" in run("verify", bundle)
+    wrong = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    assert all(each["label"] == "pos" for each in wrong)
+    explained = json.loads(run("predict", bundle, "one two three", "--explain", "--json"))["explanations"][0]
+    assert [word["text"] for word in explained["words"]] == ["one", "two", "three"]
+    assert "Without it" in run("predict", bundle, "one two", "--explain")
+    assert "no examples" in run("feedback", bundle, empty(tmp_path), code=2)
+
+
+def empty(folder: Path) -> Path:
+    (folder / "empty.jsonl").write_text("\n")
+    return folder / "empty.jsonl"

@@ -9,9 +9,9 @@ import torch
 import transformers as hf
 from helpers.label_tokenizers import HARD, hugging_face
 
-from edgemix.runtime.classification.bio import LabelScheme
 from edgemix.runtime.classification.encoding import TextEncoder
-from edgemix.runtime.classification.spans import aggregate, merge_windows, subwords
+from edgemix.runtime.classification.tokens.bio import LabelScheme
+from edgemix.runtime.classification.tokens.spans import aggregate, merge_windows, subwords
 
 KINDS = ["bert", "roberta", "roberta-untrimmed", "xlnet", "deberta-v2", "albert"]
 

@@ -4,7 +4,7 @@ import time
 import numpy as np
 import pytest
 
-from edgemix.runtime.classification.bio import LabelScheme, viterbi
+from edgemix.runtime.classification.tokens.bio import LabelScheme, viterbi
 
 PER = LabelScheme(("O", "B-PER", "I-PER"))
 TWO = LabelScheme(("I-LOC", "O", "B-PER", "I-PER", "B-LOC", "MISC"))

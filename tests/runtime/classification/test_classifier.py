@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -177,3 +178,41 @@ def test_a_hostile_manifest_is_refused(tmp_path, change, message):
     (folder / MANIFEST).write_bytes(msgspec.json.encode(document))
     with pytest.raises(BundleError, match=message):
         edgemix.load(folder, provider="cpu")
+
+
+def test_feedback_moves_weights_to_the_member_that_is_right(tmp_path):
+    members = {"one": random_classifier(1, "ab"), "two": random_classifier(2, "ab")}
+    settings = {"counts": {"one": 5.0, "two": 5.0}}
+    folder = LabelBundle(members, settings=settings).write(tmp_path / "bundle")
+    with Classifier.load(folder, "cpu") as classifier:
+        right = [max(own := members["two"].probabilities(text), key=own.__getitem__) for text in MANY]
+        before = (folder / MANIFEST).read_bytes()
+        dry = classifier.feedback(MANY, right, dry_run=True)
+        assert dict(classifier.weights) == {"one": 0.5, "two": 0.5}
+        found = classifier.feedback(MANY, right)
+        assert found == dry
+        assert found.after["two"] > 0.9
+        assert found.right_after > found.right
+        assert (folder / MANIFEST).read_bytes() == before
+        classifier.save(folder)
+        assert dict(classifier.weights) == found.after
+    with Classifier.load(folder, "cpu") as again:
+        assert again.weights == found.after
+        assert sum(again.manifest.counts.values()) == pytest.approx(10 + len(MANY))
+        for texts, labels in ((["a"], ["z"]), (["a"], []), ([], [])):
+            with pytest.raises(InputError):
+                again.feedback(texts, labels)
+
+
+def test_an_explanation_names_the_words_that_decide(tmp_path):
+    table = np.zeros((258, 2), np.float32)
+    table[ord("!"), 1] = 40.0
+    with Classifier.load(
+        LabelBundle({"one": dataclasses.replace(random_classifier(1, "ab"), table=table)}).write(tmp_path / "b"), "cpu"
+    ) as classifier:
+        found = classifier.explain("well ! done")
+        assert found.prediction.label == "b"
+        assert max(found.words, key=lambda word: word.effect).text == "!"
+        assert [found.prediction.label] * 3 == ["b"] * len(found.words)
+        assert classifier.explain("").words == ()
+        assert len(classifier.explain("word " * 5000).words) == 128

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from edgemix.errors import InputError
-from edgemix.runtime.classification.bio import LabelScheme
-from edgemix.runtime.classification.spans import Entity, aggregate, consistent_entities, merge_windows
-from edgemix.runtime.classification.words import given_words, on_words, text_words
+from edgemix.runtime.classification.tokens.bio import LabelScheme
+from edgemix.runtime.classification.tokens.spans import Entity, aggregate, consistent_entities, merge_windows
+from edgemix.runtime.classification.tokens.words import given_words, on_words, text_words
 
 SCHEME = LabelScheme(("O", "B-PER", "I-PER"))
 

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 import numpy as np
 
 from edgemix.errors import InputError
-from edgemix.runtime.classification.bio import viterbi
-from edgemix.runtime.classification.words import Pooling, pool
+from edgemix.runtime.classification.tokens.bio import viterbi
+from edgemix.runtime.classification.tokens.words import Pooling, pool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from edgemix.runtime.classification.bio import LabelScheme
     from edgemix.runtime.classification.encoding import EncodedText
+    from edgemix.runtime.classification.tokens.bio import LabelScheme
 
 Aggregation = Literal["none", "simple", "first", "average", "max"]
 """As transformers' TokenClassificationPipeline: each unit for itself; adjacent units of one type together; the same

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemix.runtime.classification.bio import LabelScheme
+    from edgemix.runtime.classification.tokens.bio import LabelScheme
 
 Pooling = Literal["first", "average", "max"]
 """How the distribution of a word is made of those of its tokens: that of the first, the mean of the probabilities, or

@@ -1,0 +1,1 @@
+"""Labels of words: their places, consistent sequences of labels, entities."""

@@ -15,10 +15,12 @@ import msgspec
 import pytest
 import yaml
 from click.testing import CliRunner
+from helpers.label_members import LabelBundle, random_classifier
 from helpers.onnx_members import random_member, write_bundle
 
 from edgemix.cli import edgemix as group
 from edgemix.cli.console import Console
+from edgemix.recipe.labels import LabelRecipe
 from edgemix.recipe.schema import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +58,11 @@ def experts(tmp_path_factory):
     write_bundle(
         folder / "experts", members, domains=one_hot, chat_template=TEMPLATE, student=random_member(7, tokens=258)
     )
+    reviews = {
+        "minilm": random_classifier(1, ("negative", "positive")),
+        "bert": random_classifier(2, ("positive", "negative")),
+    }
+    LabelBundle(reviews).write(folder / "reviews")
     return folder
 
 
@@ -94,17 +101,18 @@ def test_there_is_one_for_each_use():
 @pytest.mark.parametrize("line", command_lines())
 def test_commands_parse(line, experts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "experts").symlink_to(experts / "experts")
+    for name in ("experts", "reviews"):
+        (tmp_path / name).symlink_to(experts / name)
     (tmp_path / "SmolLM2-135M").mkdir()
-    program, name, *arguments = shlex.split(line, comments=True)
+    program, command_name, *arguments = shlex.split(line, comments=True)
     for argument in arguments:
         if INPUT_FILES.fullmatch(argument):
             (tmp_path / argument).touch()
     assert program == "edgemix"
-    command = group.get_command(click.Context(group), name)
+    command = group.get_command(click.Context(group), command_name)
     assert command is not None
-    if name != "lm-eval":  # whose own command line is the harness's
-        command.make_context(name, arguments)
+    if command_name != "lm-eval":  # whose own command line is the harness's
+        command.make_context(command_name, arguments)
 
 
 @pytest.mark.parametrize("source", blocks("yaml"))
@@ -112,7 +120,8 @@ def test_recipes_have_known_keys(source):
     parts = yaml.safe_load(source)
     for texts in parts.get("data", {}).values():
         texts.update({name: {"file": text} for name, text in texts.items() if isinstance(text, str)})
-    msgspec.convert({"members": [{"name": "a", "model": "b"}], **parts}, Recipe)
+    kind = Recipe if "task" not in parts else LabelRecipe
+    msgspec.convert({"members": [{"name": "a", "model": "b"}], **parts}, kind)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import msgspec
@@ -101,6 +102,18 @@ class RuleSet(_Part, frozen=True):
         return _with_names(cls.parse(_read(path), str(path)), path)
 
     @classmethod
+    def load_stored(cls, path: Path) -> RuleSet:
+        """Read the rules of a bundle, which name no other files.
+
+        Raises:
+            InputError: As `load`; or they do.
+        """
+        rules = cls.parse(_read(path), path.name)
+        if any(gazetteer.file is not None for gazetteer in rules.gazetteers):
+            raise InputError(f"{path.name}: names another file, as the rules of a bundle must not")
+        return rules
+
+    @classmethod
     def parse(cls, data: bytes, name: str = "rules") -> RuleSet:
         """Read rules from JSON or YAML.
 
@@ -114,8 +127,11 @@ class RuleSet(_Part, frozen=True):
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             pass
         else:
-            if next(rule_problems(rules), None) is None:
+            problem = next(rule_problems(rules), None)
+            if problem is None:
                 return rules
+            if len(data) > MAX_YAML_BYTES:
+                raise InputError(f"{name}: {problem}")
         if len(data) > MAX_YAML_BYTES:
             raise InputError(f"{name}: is no valid JSON of rules, and YAML may have {MAX_YAML_BYTES:,} bytes at most")
         return _parse_yaml(data, name)
@@ -195,7 +211,7 @@ def _parse_yaml(data: bytes, name: str) -> RuleSet:
     problems = list(document.problems)
     if document.value is not None:
         broken = {problem.where for problem in problems}
-        found = rule_problems(document.value)
+        found = islice(rule_problems(document.value), _MAX_PROBLEMS)  # each of them looks for a word that is near
         problems += [problem for problem in found if not any(problem.where[: len(at)] == at for at in broken)]
     if not problems and document.value is not None:
         return document.value
@@ -217,12 +233,15 @@ def _read(path: Path) -> bytes:
 
 def _with_names(rules: RuleSet, path: Path) -> RuleSet:
     """Return the rules with the names of the gazetteers' files in them."""
-    gazetteers = []
+    gazetteers, total = [], 0
     for gazetteer in rules.gazetteers:
         if gazetteer.file is None:
             gazetteers.append(gazetteer)
             continue
-        folder, file = path.parent.resolve(), (path.parent / gazetteer.file).resolve()
+        try:
+            folder, file = path.parent.resolve(), (path.parent / gazetteer.file).resolve()
+        except (OSError, ValueError, RuntimeError) as error:  # a NUL byte, a circle of links
+            raise InputError(f"{path}: the file {gazetteer.file[:80]!r} cannot be read: {error}") from None
         if not file.is_relative_to(folder):
             raise InputError(f"{path}: the file {gazetteer.file!r} is outside the folder of the rules")
         try:
@@ -230,6 +249,9 @@ def _with_names(rules: RuleSet, path: Path) -> RuleSet:
         except UnicodeDecodeError as error:
             raise InputError(f"{file}: is not UTF-8 at byte {error.start}") from None
         names = tuple(name for line in lines if (name := line.strip()))
+        total += len(names)
+        if total > MAX_ENTRIES:
+            raise InputError(f"{path}: the files of its gazetteers have more than {MAX_ENTRIES:,} names")
         gazetteers.append(msgspec.structs.replace(gazetteer, names=gazetteer.names + names, file=None))
     full = msgspec.structs.replace(rules, gazetteers=tuple(gazetteers))
     for problem in rule_problems(full):

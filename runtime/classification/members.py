@@ -139,7 +139,7 @@ class RulesModel:
 
         path = resolve(bundle, entry.rules)
         try:
-            matcher = RuleMatcher(RuleSet.load(path))
+            matcher = RuleMatcher(RuleSet.load_stored(path))
         except InputError as error:
             raise BundleError(f"{bundle}: the rules of {entry.name}: {error.message}", error.remedy) from None
         if len(entry.labels) not in (len(matcher.labels), len(matcher.word_labels)):

@@ -93,7 +93,7 @@ class RuleMatcher:
             totals[self._index[rule.label]] += rule.strength
         if fired and self._rules.exclamation:
             totals[totals.argmax()] += self._rules.exclamation * min(text.count("!"), 4)
-        return RuleScore(_normalized(totals), fired, not fired)
+        return RuleScore(_normalized(totals), fired, not totals.any())
 
     def score_batch(self, texts: Sequence[str]) -> list[RuleScore]:
         """Return each text's score."""

@@ -1,5 +1,6 @@
 """Rules as members: reading their files, and what fires where."""
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -137,3 +138,18 @@ def test_the_lexicon_of_vader_becomes_rules():
         ("negative", 1.9 * 0.74),
         ("negative", 2.1 * 0.74),
     ]
+
+
+def test_rules_that_cancel_have_no_opinion() -> None:
+    rules = RuleSet.parse(b"labels: [neg, pos]\naxis: [neg, pos]\nscores: {good: 2.0, bad: -2.0, bus: 0.0}")
+    matcher = RuleMatcher(rules)
+    assert [each.abstains for each in matcher.score_batch(["good", "bus stop", "x"])] == [False, True, True]
+
+
+@pytest.mark.parametrize("file", ["../names.txt", "a\u0000b", "/etc/passwd", "missing.txt"])
+def test_names_come_from_files_beside_the_rules_only(tmp_path: Path, file: str) -> None:
+    path = tmp_path / "rules.json"
+    path.write_text(json.dumps({"labels": ["A"], "gazetteers": [{"label": "A", "file": file}]}))
+    for load in (RuleSet.load, RuleSet.load_stored):
+        with pytest.raises(InputError):
+            load(path)

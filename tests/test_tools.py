@@ -158,3 +158,17 @@ def test_adaptive_weights_against_fixed_ones(tool, monkeypatch, tmp_path, capsys
     monkeypatch.setattr(sys, "argv", ["adaptive.py", str(bundle), files[0]])
     with pytest.raises(SystemExit, match="two texts or more"):
         tool("measure/adaptive").main()
+
+
+def test_speed_of_labels(tool, tmp_path, monkeypatch, capsys):
+    from helpers.label_members import LabelBundle, random_classifier
+
+    bundle = LabelBundle({name: random_classifier(seed, "ab") for seed, name in enumerate(("x", "y"))})
+    bundle.write(tmp_path / "b")
+    (tmp_path / "t.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    arguments = ["labels.py", str(tmp_path / "b"), "--texts", str(tmp_path / "t.jsonl"), "--rounds", "2"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    tool("measure/labels").main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(found["rates"]) == ["b: mixture", "b: decision", "b: x", "b: y"]
+    assert found["ratios"]["b: mixture"] == 1

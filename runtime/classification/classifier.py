@@ -10,7 +10,7 @@ import numpy as np
 from edgemix.errors import InputError
 from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.runtime.cancellation import in_thread
-from edgemix.runtime.classification.explaining import Explanation, effects, occluded, parts_of
+from edgemix.runtime.classification.explaining import LONGEST_TEXT, Explanation, effects, occluded, parts_of
 from edgemix.runtime.classification.feedback import Feedback, feedback_of, refit
 from edgemix.runtime.classification.loaded import LabelMixture
 from edgemix.runtime.classification.members import RulesModel
@@ -161,7 +161,8 @@ class Classifier(LabelMixture):
         """Tell why a text has its label: each member's share, the rules that fired, and which words mattered.
 
         A word matters as much as the label's probability falls when it is left out; all texts without a word are read
-        as a batch. Of texts of more than `explaining.MOST_PARTS` words, several are left out at once.
+        as a batch. Of texts of more than `explaining.MOST_PARTS` words, several are left out at once; of texts of more
+        than `explaining.LONGEST_TEXT` characters, the beginning is explained.
 
         Args:
             text: The text.
@@ -171,6 +172,7 @@ class Classifier(LabelMixture):
         Raises:
             InputError: As `predict_batch`.
         """
+        text = text[:LONGEST_TEXT]
         parts = parts_of(text)
         whole, *without = self.predict_batch([text, *occluded(text, parts)], weights=weights, combine=combine)
         rules = {model.name: model.matcher.score(text).fired for model in self.models if isinstance(model, RulesModel)}

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from edgemix.runtime.classification.classifier import Prediction
     from edgemix.runtime.classification.rules import FiredRule
 
+LONGEST_TEXT = 1 << 16
+"""Most characters of a text that are explained: each part left out makes another text."""
 MOST_PARTS = 128
 """Most parts of a text that are left out in turn; of longer texts a part is several words."""
 

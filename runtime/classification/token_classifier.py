@@ -33,6 +33,8 @@ Decoding = Literal["consistent"] | Aggregation
 transformers' pipeline aggregates them, with words as units."""
 CHUNK = 256
 """Texts that are read at once."""
+LONGEST_TEXT = 1 << 20
+"""Most characters of a text, or words: every one of them is read."""
 _SHARED = 8
 """A window of a long text shares one of so many tokens with each neighbor."""
 
@@ -176,6 +178,10 @@ class TokenClassifier(LabelMixture):
 
 
 def _words(text: Text) -> NDArray[np.int64]:
+    if isinstance(text, str | list | tuple) and len(text) > LONGEST_TEXT:
+        raise InputError(
+            f"a text has {len(text):,} characters or words; at most {LONGEST_TEXT:,} are labeled at once", "Cut it."
+        )
     return text_words(text) if isinstance(text, str) else given_words(text).reshape(-1, 2)
 
 

@@ -77,6 +77,8 @@ def test_options_out_of_bounds_are_refused(pair, options):
         pair.predict("a", **options)
     with pytest.raises(InputError):
         pair.predict_batch("a")
+    with pytest.raises(InputError, match="at most 1,048,576"):
+        pair.predict("word " * 1_000_000)
 
 
 def test_rules_abstain_on_words_without_a_name(tmp_path):

@@ -112,19 +112,18 @@ def _label_scores(
     predicted: NDArray[np.int64], targets: NDArray[np.int64], labels: Sequence[str]
 ) -> tuple[dict[str, LabelScore], dict[str, dict[str, int]]]:
     """Return the scores of the labels that occur, and the confusion counts."""
-    names = [*labels, "(unknown)"]
     truth = np.where(targets >= 0, targets, len(labels))
-    counts = np.bincount(truth * len(names) + predicted, minlength=len(names) ** 2).reshape(len(names), -1)
+    occurring, places = np.unique(np.concatenate([truth, predicted]), return_inverse=True)
+    truth, predicted = np.split(places, 2)
+    names = [labels[label] if label < len(labels) else "(unknown)" for label in occurring]
+    right = np.bincount(truth[truth == predicted], minlength=len(names))
     scores = {
-        name: score(int(counts[i, i]), int(counts[:, i].sum()), int(counts[i].sum()))
-        for i, name in enumerate(names)
-        if counts[i].any() or counts[:, i].any()
+        name: score(int(right[i]), int((predicted == i).sum()), int((truth == i).sum())) for i, name in enumerate(names)
     }
-    confusion = {
-        name: {names[j]: int(counts[i, j]) for j in np.flatnonzero(counts[i])}
-        for i, name in enumerate(names)
-        if counts[i].any()
-    }
+    pairs, counts = np.unique(np.stack([truth, predicted]), axis=1, return_counts=True)
+    confusion: dict[str, dict[str, int]] = {}
+    for (one, other), count in zip(pairs.T, counts, strict=True):
+        confusion.setdefault(names[one], {})[names[other]] = int(count)
     return scores, confusion
 
 

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from edgemix.results.labels import LabelEvaluation, LabelFigures
 
 
+_MOST_COLUMNS, _MOST_ROWS = 12, 40
+"""A terminal's width and a reader's patience; --json has all."""
+
+
 def evaluate_labels(console: Console, bundle: Path, files: Sequence[Path], *, speed: bool, **loading: Any) -> None:
     """Measure how well a bundle predicts the labels of files' examples, and print it.
 
@@ -63,10 +67,11 @@ def show_label_evaluation(console: Console, found: LabelEvaluation) -> None:
         ("Label", "Precision (%)", "Recall (%)", "F1 (%)", "Examples"),
         [
             (label, *(f"{100 * value:.2f}" for value in (each.precision, each.recall, each.f1)), f"{each.support:,}")
-            for label, each in labels.items()
+            for label, each in list(labels.items())[:_MOST_ROWS]
         ],
     )
-    if confusion := default.overall.confusion:
+    confusion = default.overall.confusion
+    if 0 < len(confusion) <= _MOST_COLUMNS:
         columns = list(dict.fromkeys(name for row in confusion.values() for name in row))
         rows = [(label, *(f"{row.get(name, 0):,}" for name in columns)) for label, row in confusion.items()]
         console.table("Confusion (rows: the right label; columns: the prediction)", ("", *columns), rows)

@@ -11,12 +11,15 @@ import click
 
 from edgemix.cli.command import command
 from edgemix.cli.options import bundle_argument, runtime_options
+from edgemix.tasks import TASKS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgemix.cli.console import Console
     from edgemix.runtime.classification.classifier import Classifier, Prediction
+    from edgemix.runtime.classification.fill_mask_mixture import MaskPrediction
+    from edgemix.runtime.classification.token_classifier import TokenPrediction
 
 _LONGEST_CELL = 60
 _MOST_WORDS = 10
@@ -70,38 +73,57 @@ def predict(
     explain: bool,
     **loading: Any,
 ) -> None:
-    """Predict the labels of texts with BUNDLE.
+    """Predict the labels of texts with BUNDLE, the entities in them, or the words in the places of masks.
 
     Texts come from the command line, from files, or from stdin, a text a line.
     """
     inputs = _inputs(texts, files, pair)
 
+    import edgemix
+    from edgemix.bundle.reader import read_any_manifest
+    from edgemix.errors import BundleError
     from edgemix.runtime.classification.classifier import Classifier
 
-    with Classifier.load(bundle, **loading) as classifier:
+    task = read_any_manifest(bundle).task
+    if TASKS[task].shared != "labels":
+        raise BundleError(f"{bundle}: is a bundle of {task}, and has no labels", "Use edgemix generate.")
+    only = {"--pair": pair is not None, "--decision": decision, "--members": members, "--explain": explain}
+    if task != Classifier.task and (given := [option for option, used in only.items() if used]):
+        raise click.UsageError(f"{', '.join(given)}: only for {Classifier.task}; this is a bundle of {task}.")
+    options: dict[str, Any] = {"weights": _weights(weights), "combine": combine}
+    with edgemix.load(bundle, **loading) as mixture:
         if explain:
-            _explain(console, classifier, inputs, weights=_weights(weights), combine=combine)
+            _explain(console, mixture, inputs, **options)
             return
-        pairs = [each.pair or "" for each in inputs] if any(each.pair is not None for each in inputs) else None
-        found = classifier.predict_batch(
-            [each.text for each in inputs],
-            pairs,
-            weights=_weights(weights),
-            combine=combine,
-            decision=decision,
-            progress=console.progress,
-        )
-        if console.as_json:
-            console.document(
-                {"bundle": bundle, "predictions": [_document(*each) for each in zip(inputs, found, strict=True)]}
-            )
-            return
-        _show(console, classifier, inputs, found, members=members)
+        if isinstance(mixture, Classifier):
+            options["decision"] = decision
+            if any(each.pair is not None for each in inputs):
+                options["pairs"] = [each.pair or "" for each in inputs]
+        found = mixture.predict_batch([each.text for each in inputs], progress=console.progress, **options)
+    if console.as_json:
+        answers = [_document(*each) for each in zip(inputs, found, strict=True)]
+        console.document({"bundle": bundle, "predictions": answers})
+    elif isinstance(mixture, Classifier):
+        _show(console, mixture, inputs, found, members=members)
+    else:
+        rows = [(_shortened(_text(given)), _summary(each)) for given, each in zip(inputs, found, strict=True)]
+        console.table("Predictions", ("Text", "Answer"), rows, left=2)
 
 
-def _document(given: _Input, found: Prediction) -> dict[str, Any]:
-    document = {"text": given.text, **asdict(found)}
-    return document if given.pair is None else {"text": given.text, "pair": given.pair, **asdict(found)}
+def _summary(found: TokenPrediction | list[MaskPrediction]) -> str:
+    """Return the entities of a text, or the words in its masks' places."""
+    if isinstance(found, list):
+        return " | ".join(", ".join(f"{word} {share:.2f}" for word, share in place.words) for place in found)
+    return ", ".join(f"{each.text} [{each.label} {each.score:.2f}]" for each in found.entities) or "(none)"
+
+
+def _text(given: _Input) -> str:
+    return given.text if isinstance(given.text, str) else " ".join(given.text)
+
+
+def _document(given: _Input, found: Any) -> dict[str, Any]:
+    answer = {"masks": [asdict(place) for place in found]} if isinstance(found, list) else asdict(found)
+    return {"text": given.text, **({} if given.pair is None else {"pair": given.pair}), **answer}
 
 
 def _inputs(texts: Sequence[str], files: Sequence[Path], pair: str | None) -> list[_Input]:
@@ -164,11 +186,10 @@ def _show(
 ) -> None:
     rows = []
     for given, each in zip(inputs, found, strict=True):
-        text = given.text if isinstance(given.text, str) else " ".join(given.text)
         names = ", ".join(each.labels) or "(none)"
         probability = f"{each.probabilities[each.labels[0]]:.3f}" if each.labels and each.probabilities else ""
         own = [_opinion(each, name) for name in classifier.members] if members else []
-        rows.append((_shortened(text), names, probability, *own))
+        rows.append((_shortened(_text(given)), names, probability, *own))
     header = ("Text", "Labels", "Probability", *(classifier.members if members else ()))
     console.table("Predictions", header, rows, left=2)
 
@@ -177,7 +198,7 @@ def _explain(console: Console, classifier: Classifier, inputs: Sequence[_Input],
     """Print why each text has its label."""
     documents = []
     for given in inputs:
-        text = given.text if isinstance(given.text, str) else " ".join(given.text)
+        text = _text(given)
         found = classifier.explain(text, **options)
         documents.append({"text": text, **asdict(found)})
         if console.as_json:

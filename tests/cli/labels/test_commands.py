@@ -116,3 +116,16 @@ def test_feedback_and_explanations(tmp_path: Path) -> None:
 def empty(folder: Path) -> Path:
     (folder / "empty.jsonl").write_text("\n")
     return folder / "empty.jsonl"
+
+
+def test_predict_knows_every_task_over_labels(bundle: Path, tmp_path: Path) -> None:
+    tags = {"one": random_classifier(1, ("O", "B-PER", "I-PER"), by_token=True)}
+    tagger = LabelBundle(tags, task="token-classification").write(tmp_path / "tagger")
+    found = json.loads(run("predict", tagger, "Ada met Bo", "--json"))["predictions"][0]
+    assert len(found["labels"]) == len(found["words"]) == 3
+    assert "Ada met Bo" in run("predict", tagger, "Ada met Bo")
+    assert "only for text-classification" in run("predict", tagger, "x", "--explain", code=2)
+    rows = [{"tokens": ["Ada", "met"], "labels": ["B-PER", "O"]}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shown = run("evaluate", tagger, tmp_path / "t.jsonl", "--no-speed")
+    assert "Entity F1" in shown

@@ -8,7 +8,7 @@ from edgemix.errors import InputError
 from edgemix.formats import FORMAT_SPECS
 from edgemix.recipe.bounds import bound_problems
 from edgemix.recipe.compression import quantization_problems
-from edgemix.recipe.labelled import read_examples
+from edgemix.recipe.labeled import read_examples
 from edgemix.recipe.problems import Problem
 from edgemix.recipe.validation import existing_path, given_weight_problems, model_problems, name_problems
 
@@ -84,7 +84,7 @@ def _example_problems(recipe: LabelRecipe) -> Iterator[Problem]:
             if not source.file:
                 continue
             try:
-                read_examples(source, recipe.folder, recipe.task, labelled=part == "validation")
+                read_examples(source, recipe.folder, recipe.task, labeled=part == "validation")
             except InputError as error:
                 yield Problem(where, "; ".join(filter(None, (error.message, error.remedy))))
                 continue

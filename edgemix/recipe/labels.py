@@ -11,7 +11,7 @@ from msgspec import Meta
 from edgemix.formats import Format, Target
 from edgemix.recipe.bounds import Seed
 from edgemix.recipe.compression import Quantization
-from edgemix.recipe.labelled import LabelledSource
+from edgemix.recipe.labeled import LabeledSource
 from edgemix.tasks import LabelCombine, LabelTaskName
 
 
@@ -44,9 +44,9 @@ class LabelData(_Part, frozen=True):
         max_examples: Most examples of each file that are read, from its beginning.
     """
 
-    validation: dict[str, LabelledSource] = {}
-    calibration: dict[str, LabelledSource] = {}
-    training: dict[str, LabelledSource] = {}
+    validation: dict[str, LabeledSource] = {}
+    calibration: dict[str, LabeledSource] = {}
+    training: dict[str, LabeledSource] = {}
     max_examples: Annotated[int, Meta(ge=1, le=1 << 40)] = 10_000
 
 

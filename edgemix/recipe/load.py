@@ -13,7 +13,7 @@ import yaml
 from edgemix.errors import RecipeError, storage_errors
 from edgemix.recipe.bounds import bound_problems
 from edgemix.recipe.label_validation import label_problems_of
-from edgemix.recipe.labelled import LabelledSource
+from edgemix.recipe.labeled import LabeledSource
 from edgemix.recipe.problems import did_you_mean
 from edgemix.recipe.schema import Recipe
 from edgemix.recipe.text_sources import TextSource
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from edgemix.tasks import TaskName
 
 MAX_BYTES = 1 << 20
-_SOURCES = (TextSource, LabelledSource)
+_SOURCES = (TextSource, LabeledSource)
 
 
 def load_recipe(path: Path) -> Recipe:

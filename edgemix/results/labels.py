@@ -36,7 +36,7 @@ class CalibrationBin:
 
 @dataclass(frozen=True, slots=True)
 class LabelFigures:
-    """The quality of predictions on labelled examples.
+    """The quality of predictions on labeled examples.
 
     Attributes:
         examples: Number of predictions: of texts, of words, or, where several labels are allowed, of texts.

@@ -1,4 +1,4 @@
-"""The labelled examples of a recipe, as far as it reads them."""
+"""The labeled examples of a recipe, as far as it reads them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemix.errors import InputError
-from edgemix.recipe.labelled import Example, read_examples
+from edgemix.recipe.labeled import Example, read_examples
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +47,7 @@ class RecipeExamples:
             for domain, source in data.validation.items()
         }
         others = [
-            read_examples(source, recipe.folder, recipe.task, labelled=False)[: data.max_examples]
+            read_examples(source, recipe.folder, recipe.task, labeled=False)[: data.max_examples]
             for source in (data.calibration or data.training).values()
         ]
         return cls(validation, _evenly(others or list(validation.values()), _EXAMPLES))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from edgemix.bundle.label_bundle.manifest import LabelManifest
     from edgemix.export.labels.examples import RecipeExamples
     from edgemix.progress import Progress
-    from edgemix.recipe.labelled import Example
+    from edgemix.recipe.labeled import Example
     from edgemix.recipe.labels import LabelRecipe
     from edgemix.runtime.classification.loaded import LabelMixture
     from edgemix.runtime.classification.members import Scores

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from edgemix.export.labels.examples import RecipeExamples
     from edgemix.export.labels.loading import LoadedClassifier
     from edgemix.export.labels.parity import Logits
-    from edgemix.recipe.labelled import Example
+    from edgemix.recipe.labeled import Example
     from edgemix.recipe.labels import LabelMemberRecipe, LabelRecipe
     from edgemix.runtime.classification.encoding import EncodedText
 

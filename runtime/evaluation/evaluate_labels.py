@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemix.recipe.labelled import Example
+    from edgemix.recipe.labeled import Example
     from edgemix.results.labels import LabelFigures, RowKind
     from edgemix.runtime.classification.encoding import Text
     from edgemix.runtime.classification.loaded import LabelMixture

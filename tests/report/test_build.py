@@ -34,7 +34,7 @@ def test_every_figure_has_two_widths_and_a_title(parsed):
     for width in ("wide", "narrow"):
         assert sum(drawing.attributes["class"] == width for drawing in drawings) == len(FIGURES)
     titles = {title.attributes.get("id"): title.text for title in parsed.all("title")}
-    assert all(titles[drawing.attributes["aria-labelledby"]] for drawing in drawings)
+    assert all(titles[drawing.attributes["aria-labeledby"]] for drawing in drawings)
     assert all(drawing.attributes["role"] == "img" for drawing in drawings)
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from edgemix.cli.command import quiet_libraries
 from edgemix.cli.console import Console
 from edgemix.errors import EdgemixError
-from edgemix.recipe.labelled import LabelledSource, read_examples
+from edgemix.recipe.labeled import LabeledSource, read_examples
 from edgemix.runtime.classification.classifier import Classifier
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console(as_json=False)
     try:
-        examples = read_examples(LabelledSource(str(arguments.texts)), Path(), "text-classification", labelled=False)
+        examples = read_examples(LabeledSource(str(arguments.texts)), Path(), "text-classification", labeled=False)
         texts = [each.text for each in examples if isinstance(each.text, str)][: arguments.most]
         runs: dict[str, Side] = {}
         if arguments.torch is not None:

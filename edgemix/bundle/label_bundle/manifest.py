@@ -40,8 +40,8 @@ class LabelQuantizationParity(_Record, frozen=True):
     Attributes:
         kl: Mean KL divergence from the fp32 distribution, in nats a prediction; `kl_limit` its limit.
         disagreement: Share of predictions whose most probable label differs; with its limit.
-        metric: Name of the task's first metric; `metric_fp32` and `metric_stored` its values on labelled examples, and
-            `metric_drop_limit` how much may be lost. None where there are no labelled examples.
+        metric: Name of the task's first metric; `metric_fp32` and `metric_stored` its values on labeled examples, and
+            `metric_drop_limit` how much may be lost. None where there are no labeled examples.
     """
 
     examples: int

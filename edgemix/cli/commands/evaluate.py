@@ -54,7 +54,7 @@ def evaluate(
     Shows bits per byte and perplexity (lower is better), with a row for each member, the uniform mixture, the mixture
     with the bundle's own weights, and the student, and a column for each file.
 
-    Of a mixture over labels, FILES are .jsonl files of labelled examples; then it shows accuracy, F1, likelihood and
+    Of a mixture over labels, FILES are .jsonl files of labeled examples; then it shows accuracy, F1, likelihood and
     calibration.
 
     Also shows how well each member and the student agree with the mixture: how often their most probable token is the

@@ -22,17 +22,17 @@ def evaluate_labels(console: Console, bundle: Path, files: Sequence[Path], *, sp
     """Measure how well a bundle predicts the labels of files' examples, and print it.
 
     Raises:
-        InputError: A file has no labelled examples, or their labels are none of the bundle's.
+        InputError: A file has no labeled examples, or their labels are none of the bundle's.
     """
     import edgemix
-    from edgemix.recipe.labelled import LabelledSource, read_examples
+    from edgemix.recipe.labeled import LabeledSource, read_examples
     from edgemix.runtime.evaluation.evaluate_labels import evaluate
 
     stems = Counter(file.stem for file in files)
     with edgemix.load(bundle, **loading) as mixture:
         examples = {
             file.stem if stems[file.stem] == 1 else str(file): read_examples(
-                LabelledSource(str(file)), Path(), mixture.task
+                LabeledSource(str(file)), Path(), mixture.task
             )
             for file in files
         }

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgemix.cli.console import Console
-    from edgemix.recipe.labelled import Example
+    from edgemix.recipe.labeled import Example
 
 
 @command(
@@ -37,17 +37,17 @@ if TYPE_CHECKING:
 def feedback(
     console: Console, *, bundle: Path, files: tuple[Path, ...], dry_run: bool, training: Path | None, **loading: Any
 ) -> None:
-    """Refit the weights of BUNDLE to the labelled examples in FILES.
+    """Refit BUNDLE's weights to corrected answers.
 
     FILES are .jsonl files with the right label of each text. They add to what the weights were fitted to, without the
     old examples; the bundle is changed in one step.
     """
     from edgemix.bundle.writer import check_writable
-    from edgemix.recipe.labelled import LabelledSource, read_examples
+    from edgemix.recipe.labeled import LabeledSource, read_examples
     from edgemix.runtime.classification.classifier import Classifier
 
     examples = [
-        example for file in files for example in read_examples(LabelledSource(str(file)), Path(), "text-classification")
+        example for file in files for example in read_examples(LabeledSource(str(file)), Path(), "text-classification")
     ]
     with Classifier.load(bundle, **loading) as classifier:
         if not dry_run:

@@ -73,7 +73,7 @@ def predict(
     explain: bool,
     **loading: Any,
 ) -> None:
-    """Predict the labels of texts with BUNDLE, the entities in them, or the words in the places of masks.
+    """Predict labels, entities or masked words with BUNDLE.
 
     Texts come from the command line, from files, or from stdin, a text a line.
     """
@@ -146,12 +146,12 @@ def _inputs(texts: Sequence[str], files: Sequence[Path], pair: str | None) -> li
 
 
 def _lines(file: Path) -> list[_Input]:
-    from edgemix.recipe.labelled import LabelledSource, read_examples
+    from edgemix.recipe.labeled import LabeledSource, read_examples
     from edgemix.recipe.text_sources import holds_objects, read_plain
 
     if not holds_objects(file.name):
         return [_Input(line) for line in read_plain(file).splitlines() if line.strip()]
-    examples = read_examples(LabelledSource(str(file)), Path(), "text-classification", labelled=False)
+    examples = read_examples(LabeledSource(str(file)), Path(), "text-classification", labeled=False)
     return [_Input(each.text if isinstance(each.text, str) else list(each.text), each.pair) for each in examples]
 
 

@@ -86,7 +86,7 @@ def _svg(id_: str, title: str, canvas: Canvas, chart: alt.TopLevelMixin) -> Mark
             if name not in _DROPPED
         }
     del root.attrib["width"], root.attrib["height"]  # the viewBox keeps the proportions
-    root.attrib |= {"class": canvas.name, "role": "img", "aria-labelledby": f"{prefix}title"}
+    root.attrib |= {"class": canvas.name, "role": "img", "aria-labeledby": f"{prefix}title"}
     heading = ET.Element("title", id=f"{prefix}title")
     heading.text = clean(title)
     root.insert(0, heading)

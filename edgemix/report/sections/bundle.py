@@ -126,10 +126,10 @@ def _quantization(data: ReportData, quantized: list[MemberEntry]) -> Figure:
 
 
 def _divergences(canvas: Canvas, rows: list[dict[str, Any]], colors: dict[str, str]) -> alt.TopLevelMixin:
-    labelled = [{**each, "label": f"{each['kl']:.4f}"} for each in rows]
+    labeled = [{**each, "label": f"{each['kl']:.4f}"} for each in rows]
     highest = max(max(each["kl"], each["limit"] or 0.0) for each in rows)
     scale = alt.Scale(domain=[0, highest * 1.1 or 1.0], nice=False)
-    base = alt.Chart(inline_data(labelled), width=canvas.width, height=basic.ROW_HEIGHT * len(rows)).encode(
+    base = alt.Chart(inline_data(labeled), width=canvas.width, height=basic.ROW_HEIGHT * len(rows)).encode(
         y=basic.category_axis(canvas, "name", [each["name"] for each in rows])
     )
     bars = base.mark_bar(size=8).encode(

@@ -45,7 +45,7 @@ class Entity:
 
 
 @dataclass(frozen=True)
-class LabelledTokens:
+class LabeledTokens:
     """The tokens of a text, without special tokens, and the distributions of their labels.
 
     Attributes:
@@ -61,7 +61,7 @@ class LabelledTokens:
     log_probabilities: NDArray[np.float32]
 
 
-def merge_windows(windows: Sequence[EncodedText], log_probabilities: Sequence[NDArray[np.float32]]) -> LabelledTokens:
+def merge_windows(windows: Sequence[EncodedText], log_probabilities: Sequence[NDArray[np.float32]]) -> LabeledTokens:
     """Return the tokens of a text that was read in windows, or in one.
 
     Of windows that share a token, the one counts in which it is farther from the shared edge.
@@ -84,7 +84,7 @@ def merge_windows(windows: Sequence[EncodedText], log_probabilities: Sequence[ND
     for window, own in zip(windows, kept, strict=True):
         written = window.tokens
         tokens += [written[place] for place in own]
-    return LabelledTokens(
+    return LabeledTokens(
         tuple(tokens),
         np.concatenate([window.ids[own] for window, own in zip(windows, kept, strict=True)]),
         np.concatenate([window.offsets[own] for window, own in zip(windows, kept, strict=True)]),
@@ -92,7 +92,7 @@ def merge_windows(windows: Sequence[EncodedText], log_probabilities: Sequence[ND
     )
 
 
-def subwords(text: str, tokens: LabelledTokens, *, marked: bool, unknown_id: int | None = None) -> NDArray[np.bool_]:
+def subwords(text: str, tokens: LabeledTokens, *, marked: bool, unknown_id: int | None = None) -> NDArray[np.bool_]:
     """Return which tokens continue a word [tokens], as transformers' pipeline decides it.
 
     Args:

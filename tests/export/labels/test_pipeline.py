@@ -15,7 +15,7 @@ import edgemix
 from edgemix.bundle.reader import read_any_manifest
 from edgemix.errors import InputError, RecipeError
 from edgemix.export.labels.pipeline import export_label_bundle
-from edgemix.recipe.labelled import LabelledSource
+from edgemix.recipe.labeled import LabeledSource
 from edgemix.recipe.labels import LabelData, LabelMemberRecipe, LabelRecipe
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def recipe(folder: Path, **settings: object) -> LabelRecipe:
         LabelMemberRecipe("two", model="two", labels={"POSITIVE": "pos", "NEGATIVE": "neg"}),
         LabelMemberRecipe("rules", rules="rules.yaml"),
     )
-    data = LabelData(validation={name: LabelledSource(f"{name}.jsonl") for name in ("films", "people")})
+    data = LabelData(validation={name: LabeledSource(f"{name}.jsonl") for name in ("films", "people")})
     given = {"members": members, "data": data, "format": "fp32", "weights": "fit", **settings}
     return LabelRecipe("text-classification", folder=folder, **given)  # type: ignore[arg-type]
 
@@ -169,7 +169,7 @@ def test_taggers_and_masked_models_of_two_tokenizers_mix(tagged: Path, tmp_path:
         "fill-mask": ("MaskedLM", "masks.jsonl"),
     }[task]
     members = tuple(LabelMemberRecipe(kind, model=f"{kind}-{head}") for kind in ("bert", "roberta"))
-    data = LabelData(validation={"all": LabelledSource(file)})
+    data = LabelData(validation={"all": LabeledSource(file)})
     made = LabelRecipe(task, members, weights="fit", format="int8", data=data, folder=tagged)  # type: ignore[arg-type]
     manifest = export_label_bundle(made, tmp_path / "bundle", force=True)
     assert sum(manifest.weights.default.values()) == pytest.approx(1)

@@ -134,7 +134,7 @@ def ner(request):
     return hf.TokenClassificationPipeline(model=model, tokenizer=theirs), encoder(request.param, 60)
 
 
-def labelled(pipeline, own, text, windows):
+def labeled(pipeline, own, text, windows):
     """The tokens of a text and their distributions, as the runtime has them."""
     logits = []
     for window in windows:
@@ -153,7 +153,7 @@ def labelled(pipeline, own, text, windows):
 )
 def test_entities_are_those_of_the_pipeline(ner, aggregation, text):
     pipeline, own = ner
-    tokens, continues = labelled(pipeline, own, text, [own.encode(text)])
+    tokens, continues = labeled(pipeline, own, text, [own.encode(text)])
     ours = aggregate(
         text,
         tokens.log_probabilities,
@@ -177,7 +177,7 @@ def test_entities_of_given_words_are_those_of_the_pipeline(ner, aggregation):
     pipeline, own = ner
     words = ["Angela", "Merkel's", "U.N.", "unbelievable", "in", "Köln"]
     text = " ".join(words)
-    tokens, continues = labelled(pipeline, own, text, [own.encode(words)])
+    tokens, continues = labeled(pipeline, own, text, [own.encode(words)])
     ours = aggregate(
         text,
         tokens.log_probabilities,
@@ -198,7 +198,7 @@ def test_the_text_of_an_entity_is_the_pipelines_word(ner, aggregation):
     """Where its decoder writes no spaces and letter case that the text does not have."""
     pipeline, own = ner
     text = "Angela Merkel met Babbage in New York near Merkel"
-    tokens, continues = labelled(pipeline, own, text, [own.encode(text)])
+    tokens, continues = labeled(pipeline, own, text, [own.encode(text)])
     ours = aggregate(
         text,
         tokens.log_probabilities,
@@ -214,10 +214,10 @@ def test_the_text_of_an_entity_is_the_pipelines_word(ner, aggregation):
 def test_a_short_text_in_windows_is_the_single_window(ner):
     pipeline, own = ner
     text = "Angela Merkel met Babbage"
-    single, _ = labelled(pipeline, own, text, [own.encode(text)])
-    windowed, _ = labelled(pipeline, own, text, own.windows(text, 20))
+    single, _ = labeled(pipeline, own, text, [own.encode(text)])
+    windowed, _ = labeled(pipeline, own, text, own.windows(text, 20))
     assert np.array_equal(single.log_probabilities, windowed.log_probabilities)
-    long, _ = labelled(pipeline, own, text * 20, own.windows(text * 20, 20))
+    long, _ = labeled(pipeline, own, text * 20, own.windows(text * 20, 20))
     whole = TextEncoder(tokenizers.Tokenizer.from_str(pipeline.tokenizer.backend_tokenizer.to_str()), max_length=10_000)
     whole = whole.encode(text * 20)
     assert long.ids.tolist() == whole.ids[~whole.special].tolist()

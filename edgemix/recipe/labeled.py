@@ -1,4 +1,4 @@
-"""Labelled examples: texts with the labels that a mixture over labels should give them."""
+"""Labeled examples: texts with the labels that a mixture over labels should give them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from edgemix.tasks import LabelTaskName
 
 
-class LabelledSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class LabeledSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A .jsonl, .ndjson or .json file of objects, each an example; the names of the fields that are read.
 
     Attributes:
@@ -52,7 +52,7 @@ _LABEL = {"token-classification": ("labels", "ner_tags", "tags")}
 """Names of fields, in the order in which they are looked for where a source names none."""
 
 
-def read_examples(source: LabelledSource, folder: Path, task: LabelTaskName, *, labelled: bool = True) -> list[Example]:
+def read_examples(source: LabeledSource, folder: Path, task: LabelTaskName, *, labeled: bool = True) -> list[Example]:
     """Read a file of examples.
 
     Args:
@@ -60,7 +60,7 @@ def read_examples(source: LabelledSource, folder: Path, task: LabelTaskName, *, 
         folder: What a relative path is relative to.
         task: What is predicted, which decides the fields' default names: `text` and `label`; `tokens` and `labels` for
             token-classification; `text` alone, with a mask token, and `label` for fill-mask.
-        labelled: Whether every example needs a label.
+        labeled: Whether every example needs a label.
 
     Raises:
         InputError: The file is missing, no JSON objects, empty, or an object lacks a field or has another type in it.
@@ -74,7 +74,7 @@ def read_examples(source: LabelledSource, folder: Path, task: LabelTaskName, *, 
         if not isinstance(pair, str | None):
             raise InputError(f"{where}: the field {source.pair!r} is a list of words; a pair is of two texts")
         found = _labels(where, next((fields[name] for name in labels if name in fields), None))
-        if found is None and labelled:
+        if found is None and labeled:
             _field(where, fields, labels)
         if found is not None and task == "token-classification":
             _check_words(where, text, found)

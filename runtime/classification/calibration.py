@@ -64,7 +64,9 @@ def fit_label_temperature(logits: NDArray[np.floating], targets: NDArray[np.bool
 
 
 def _temperature(slope: Callable[[float], float]) -> float:
-    """Return 1 / b at the root of an increasing function of b, by bisection of its logarithm."""
+    """Return 1 / b at the root of an increasing function of b, by bisection of its logarithm; 1 where it is flat."""
+    if slope(1 / HOTTEST) == slope(1 / COLDEST) == 0:
+        return 1.0
     low, high = -np.log(HOTTEST), -np.log(COLDEST)
     for _ in range(_STEPS):
         middle = (low + high) / 2

@@ -6,10 +6,10 @@ where all abstain, the mixture is the prior. Labels that a member does not know:
 - `linear`, P(y) = sum_i w_i P_i(y): it puts no mass on them.
 - `log-linear`, P(y) ~ prod_i P_i(y)^w_i: who never heard of a label cannot veto it. The mean of a label is over the
   members that know it, so that a label is judged by those that can.
-- `bayes`, P(y) ~ P(y) prod_i (P_i(y) / P(y))^(n w_i): the product of posteriors over the prior, for n members whose
-  inputs are independent given y; equal weights are the exponent 1. Who does not know a label has no evidence about it,
-  and the prior of those who do is the prior of the labels that they know. Who abstains is no evidence either: nothing
-  goes to the others.
+- `bayes`, P(y) ~ P(y) prod_i (P_i(y) / P(y))^(n w_i): the product of posteriors over the prior, for n members (those of
+  weight above zero) whose inputs are independent given y; equal weights are the exponent 1. Who does not know a label
+  has no evidence about it, and the prior of those who do is the prior of the labels that they know. Who abstains is no
+  evidence either: nothing goes to the others.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def combine(
         log_prior: Of the labels, float64 [labels]; uniform by default.
     """
     members, labels = len(log_probabilities), log_probabilities.shape[-1]
+    active = np.count_nonzero(weights)
     known = np.ones((members, labels), np.bool_) if known is None else known
     present = np.ones(log_probabilities.shape[:-1], np.bool_) if present is None else present
     prior = np.full(labels, -np.log(labels)) if log_prior is None else log_prior
@@ -66,7 +67,7 @@ def combine(
     elif how == "log-linear":
         mixed = _normalized(_geometric(logs, shares, knows))
     else:
-        mixed = _normalized(prior + (members * shares * np.where(knows, logs - _priors(prior, knows), 0.0)).sum(axis=0))
+        mixed = _normalized(prior + (active * shares * np.where(knows, logs - _priors(prior, knows), 0.0)).sum(axis=0))
     return np.where(shares.sum(axis=0) > 0, mixed, prior)
 
 
@@ -92,7 +93,7 @@ def _priors(prior: NDArray[np.float64], knows: NDArray[np.bool_]) -> NDArray[np.
 
 def _normalized(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     top = np.maximum(scores.max(axis=-1, keepdims=True), np.finfo(np.float64).min)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):  # all -inf where all abstain: the prior replaces it
         shifted = scores - top
         return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 

@@ -158,15 +158,16 @@ def entity_scores(
 
 
 def entity_spans(labels: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Return entities as their type, first word and last word, from labels B-X, I-X and O."""
+    """Return entities as their type, first word and last word, from labels B-X, I-X and O; E-X and S-X end one."""
     spans: list[tuple[str, int, int]] = []
-    kind, start = "", 0
+    kind, start, before = "", 0, "O"
     for place, label in enumerate([*labels, "O"]):
         prefix, _, name = label.partition("-") if label != "O" else ("O", "", "")
         name = name or ("" if prefix == "O" else "_")
-        begins = prefix == "B" or name != kind
+        begins = prefix in ("B", "S") or name != kind or before in ("E", "S")
         if kind and begins:
             spans.append((kind, start, place - 1))
         if begins:
             kind, start = name, place
+        before = prefix
     return spans

@@ -7,6 +7,7 @@ from edgemix.runtime.evaluation.label_metrics import (
     calibration_curve,
     calibration_error,
     entity_scores,
+    entity_spans,
     label_figures,
     multi_label_figures,
 )
@@ -55,3 +56,20 @@ def test_entities_are_counted_as_conlleval_counts_them(predicted, truth, expecte
     overall, types = entity_scores([predicted.split()], [truth.split()])
     assert (overall.precision, overall.recall) == expected[:2]
     assert {name: each.f1 for name, each in types.items()} == expected[2]
+
+
+@pytest.mark.parametrize(
+    ("labels", "spans"),
+    [
+        ("B-PER I-LOC", [("PER", 0, 0), ("LOC", 1, 1)]),
+        ("B-X-Y I-X-Y O", [("X-Y", 0, 1)]),
+        (
+            "B-PER I-PER S-LOC I-PER E-PER I-PER B-PER I-PER",
+            [("PER", 0, 1), ("LOC", 2, 2), ("PER", 3, 4), ("PER", 5, 5), ("PER", 6, 7)],
+        ),
+        ("S-PER S-PER I-PER", [("PER", 0, 0), ("PER", 1, 1), ("PER", 2, 2)]),
+    ],
+)
+def test_entities_end_where_seqeval_ends_them(labels, spans):
+    """Spans from seqeval 1.2.2; guards: E-X and S-X did not end an entity."""
+    assert entity_spans(labels.split()) == spans

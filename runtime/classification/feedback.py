@@ -1,7 +1,8 @@
 """Corrections: weights that follow what users say, from a Dirichlet prior that the bundle keeps.
 
 The bundle holds how often each member was drawn for the examples that its weights were fitted to (`fitting`). New
-examples add their draws to these counts, without the old examples.
+examples add their draws to these counts, without the old examples. Where the new ones are like the old, that is near a
+fit to all of them; where they are not, the old draws hold the weights back.
 """
 
 from __future__ import annotations

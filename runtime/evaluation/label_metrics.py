@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgemix.errors import InputError
 from edgemix.results.labels import CalibrationBin, LabelFigures, LabelScore
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ def label_figures(
         answered: See `LabelFigures`.
     """
     count = len(targets)
+    if not count:
+        raise InputError("there is nothing to evaluate on: the examples have no words")
     probabilities, predicted = np.exp(log_probabilities), log_probabilities.argmax(axis=-1)
     known = np.maximum(targets, 0)
     own = np.where(targets >= 0, log_probabilities[np.arange(count), known], -np.inf)

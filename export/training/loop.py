@@ -12,9 +12,9 @@ import signal
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Required, TypedDict, Unpack
 
 import accelerate
 import numpy as np
@@ -87,26 +87,73 @@ class Validation:
     patience: int = 5
 
 
+class StepOptions(TypedDict, total=False):
+    """The fields of `StepSettings`, as keyword arguments."""
+
+    batch: Required[int]
+    learning_rate: Required[float]
+    betas: tuple[float, float]
+    epsilon: float
+    accumulate: int
+    eight_bit: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How an optimizer step is taken, with AdamW.
+
+    Attributes:
+        batch: Windows per forward pass.
+        learning_rate: Peak learning rate.
+        betas: AdamW's coefficients of the running averages.
+        epsilon: AdamW's term added to the denominator.
+        accumulate: Batches whose gradients are accumulated for one step.
+        eight_bit: Keep the moments in 8 bits (bitsandbytes).
+        seed: Seed of the windows' order and of dropout.
+    """
+
+    batch: int
+    learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    accumulate: int = 1
+    eight_bit: bool = False
+    seed: int = 0
+
+    def optimizer(self, parameters: Mapping[str, Tensor], device: torch.device) -> torch.optim.Optimizer:
+        """Return AdamW over parameters that are all on one device."""
+        if self.eight_bit:
+            from bitsandbytes.optim import AdamW8bit
+
+            quantized: torch.optim.Optimizer = AdamW8bit(
+                list(parameters.values()), lr=self.learning_rate, betas=self.betas, eps=self.epsilon, weight_decay=0.0
+            )
+            return quantized
+        return torch.optim.AdamW(
+            parameters.values(),
+            lr=self.learning_rate,
+            betas=self.betas,
+            eps=self.epsilon,
+            weight_decay=0.0,
+            fused=device.type == "cpu",  # one pass over memory: a fifth of the time
+        )
+
+
 def train(
     loss: Loss,
     parameters: Mapping[str, Tensor],
     windows: NDArray[np.int64],
     *,
     budget: TrainingBudget,
-    batch: int,
-    learning_rate: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    epsilon: float = 1e-8,
-    accumulate: int = 1,
-    eight_bit: bool = False,
     validation: Validation | None = None,
     before_step: Callable[[float], None] | None = None,
     after_step: Callable[[int], None] | None = None,
     accelerator: Accelerator | None = None,
-    seed: int = 0,
     checkpoint: Checkpoint | None = None,
     title: str = "train",
     progress: Progress = NO_PROGRESS,
+    **options: Unpack[StepOptions],
 ) -> TrainingState:
     """Minimize `loss` over `parameters` with AdamW. The learning rate rises linearly, then falls as a half cosine to 0.
 
@@ -115,57 +162,32 @@ def train(
         parameters: Trained tensors by name, all on one device.
         windows: int64 [windows, length], shuffled anew each epoch.
         budget: When to stop. Time includes runs before an interruption.
-        batch: Windows per forward pass.
-        learning_rate: Peak learning rate.
-        betas: AdamW's coefficients of the running averages.
-        epsilon: AdamW's term added to the denominator.
-        accumulate: Batches whose gradients are accumulated for one step.
-        eight_bit: Keep the moments in 8 bits (bitsandbytes).
         validation: Selects the best parameters and stops training early.
         before_step: Called before each step with the fraction of the budget that is used.
         after_step: Called with the number of steps taken, while Ctrl-C is deferred. It may change `parameters` that
             have no gradient; they are checkpointed with the others.
         accelerator: Processes that take a batch each and average their gradients. All must call this function with
             equal parameters and see the checkpoint at the same path; the main process writes it.
-        seed: Seed of the windows' order and of dropout.
         checkpoint: Resumed from if it exists; written about every minute, when interrupted, and at the end.
         title: Title of the progress stage.
         progress: Progress callback.
+        options: See `StepSettings`.
 
     Raises:
         EdgemixError: The loss is not finite, or a checkpoint cannot be written.
         KeyboardInterrupt: Ctrl-C was pressed; the checkpoint has been written.
     """
-    device = next(iter(parameters.values())).device
-    optimizer = _optimizer(parameters, device, learning_rate, betas, epsilon, eight_bit=eight_bit)
-    best: dict[str, Tensor] = {}
-    state = (checkpoint.restore(parameters, optimizer, best) if checkpoint else None) or TrainingState()
-    run = _TrainingLoop(
-        loss=loss,
-        parameters=parameters,
-        windows=windows,
-        budget=budget,
-        batch=batch,
-        learning_rate=learning_rate,
-        accumulate=accumulate,
-        validation=validation,
-        before_step=before_step,
-        after_step=after_step,
-        accelerator=accelerator if accelerator and accelerator.num_processes > 1 else None,
-        seed=seed,
-        optimizer=optimizer,
-        device=device,
-        state=state,
-        best=best,
-    )
+    several = accelerator if accelerator and accelerator.num_processes > 1 else None
+    settings = StepSettings(**options)
+    run = _TrainingLoop(loss, parameters, windows, budget, settings, validation, before_step, after_step, several)
+    if checkpoint:
+        run.resume(checkpoint)
     if accelerator and not accelerator.is_main_process:
         checkpoint = None
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
         run.run(checkpoint, title, progress)
-    with torch.no_grad():
-        for name, parameter in best.items():
-            parameters[name].copy_(parameter)
-    return state
+    run.restore_best()
+    return run.state
 
 
 @dataclass
@@ -181,18 +203,29 @@ class _TrainingLoop:
     parameters: Mapping[str, Tensor]
     windows: NDArray[np.int64]
     budget: TrainingBudget
-    batch: int
-    learning_rate: float
-    accumulate: int
+    settings: StepSettings
     validation: Validation | None
     before_step: Callable[[float], None] | None
     after_step: Callable[[int], None] | None
     accelerator: Accelerator | None
-    seed: int
-    optimizer: torch.optim.Optimizer
-    device: torch.device
-    state: TrainingState
-    best: dict[str, Tensor]
+    device: torch.device = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
+    state: TrainingState = field(default_factory=TrainingState, init=False)
+    best: dict[str, Tensor] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self.device = next(iter(self.parameters.values())).device
+        self.optimizer = self.settings.optimizer(self.parameters, self.device)
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint, if there is one of this run."""
+        self.state = checkpoint.restore(self.parameters, self.optimizer, self.best) or self.state
+
+    def restore_best(self) -> None:
+        """Give the parameters their values at the lowest validation loss, if it was measured."""
+        with torch.no_grad():
+            for name, parameter in self.best.items():
+                self.parameters[name].copy_(parameter)
 
     def run(self, checkpoint: Checkpoint | None, title: str, progress: Progress) -> None:
         """Train until the budget is used or validation stops improving, and write checkpoints.
@@ -235,18 +268,20 @@ class _TrainingLoop:
 
     def step(self, used: float) -> None:
         """Take one optimizer step. Parameters, moments and state change together or not at all."""
-        state, started = self.state, time.monotonic()
+        state, settings, started = self.state, self.settings, time.monotonic()
         if self.before_step:
             self.before_step(used)
         rank, world_size = (
             (self.accelerator.process_index, self.accelerator.num_processes) if self.accelerator else (0, 1)
         )
-        indices = _batch_indices(len(self.windows), state.steps, self.batch * self.accumulate * world_size, self.seed)
+        indices = _batch_indices(
+            len(self.windows), state.steps, settings.batch * settings.accumulate * world_size, settings.seed
+        )
         ids = torch.from_numpy(self.windows[indices[rank::world_size]]).to(self.device)
-        torch.manual_seed(self.seed + state.steps * world_size + rank)
-        value = self._gradients(ids.split(self.batch))
+        torch.manual_seed(settings.seed + state.steps * world_size + rank)
+        value = self._gradients(ids.split(settings.batch))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * learning_rate_factor(used, state.steps)
+            group["lr"] = settings.learning_rate * learning_rate_factor(used, state.steps)
         with _defer_interrupts():
             self.optimizer.step()
             if self.after_step:
@@ -307,32 +342,6 @@ def fingerprint(model: torch.nn.Module) -> str:
         some = parameter.detach().flatten()[:64].float().cpu().numpy().tobytes()
         digest.update(f"{name} {tuple(parameter.shape)}".encode() + some)
     return digest.hexdigest()
-
-
-def _optimizer(
-    parameters: Mapping[str, Tensor],
-    device: torch.device,
-    learning_rate: float,
-    betas: tuple[float, float],
-    epsilon: float,
-    *,
-    eight_bit: bool,
-) -> torch.optim.Optimizer:
-    if eight_bit:
-        from bitsandbytes.optim import AdamW8bit
-
-        quantized: torch.optim.Optimizer = AdamW8bit(
-            list(parameters.values()), lr=learning_rate, betas=betas, eps=epsilon, weight_decay=0.0
-        )
-        return quantized
-    return torch.optim.AdamW(
-        parameters.values(),
-        lr=learning_rate,
-        betas=betas,
-        eps=epsilon,
-        weight_decay=0.0,
-        fused=device.type == "cpu",  # one pass over memory: a fifth of the time
-    )
 
 
 def _batch_indices(windows: int, step: int, batch: int, seed: int) -> NDArray[np.int64]:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemix.bundle.manifest import Manifest
+    from edgemix.bundle.manifest import Manifest, MemberEntry
     from edgemix.progress import Progress
     from edgemix.runtime.machine.plan import RuntimePlan
     from edgemix.runtime.mixing.arithmetic import Combine
@@ -105,12 +105,7 @@ class Mixture(LoadedBundle):
         """
         bundle = Path(path)
         manifest = read_manifest(bundle)
-        alone = manifest.student if student else None
-        if student and alone is None:
-            raise InputError(
-                f"{bundle} has no student",
-                "Add student: to its recipe and export it again, or use the mixture itself.",
-            )
+        alone = _required_student(bundle, manifest) if student else None
         verify_bundle(bundle, manifest, checksums=verify, only=alone)
         if prefix_bytes < 0:
             raise InputError(f"prefix_bytes must be 0 or more, not {prefix_bytes}")
@@ -391,3 +386,12 @@ class Mixture(LoadedBundle):
 
     def _stream(self, prompt: list[int], settings: Settings) -> Generator[Chunk]:
         return chunks(decode(self, [prompt], settings, started=time.perf_counter()))
+
+
+def _required_student(bundle: Path, manifest: Manifest) -> MemberEntry:
+    if manifest.student is None:
+        raise InputError(
+            f"{bundle} has no student",
+            "Add student: to its recipe and export it again, or use the mixture itself.",
+        )
+    return manifest.student

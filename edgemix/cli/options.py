@@ -190,6 +190,51 @@ def check_student(student: bool, weights: object) -> None:
         raise click.UsageError("--weights mixes the members, and --student leaves them out: give only one.")
 
 
+_SAMPLER_OPTIONS = (
+    click.option(
+        "--temperature",
+        metavar="X",
+        type=Number(min=0),
+        default=0.0,
+        show_default=True,
+        help="0 is greedy; 1 samples from the mixture's distribution.",
+    ),
+    click.option(
+        "--top-k",
+        metavar="N",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default="all",
+        help="Sample from the N most probable tokens.",
+    ),
+    click.option(
+        "--top-p",
+        metavar="X",
+        type=Number(min=0, max=1, min_open=True),
+        default=1.0,
+        show_default=True,
+        help="Sample from the most probable tokens whose probabilities sum to X.",
+    ),
+    click.option(
+        "--min-p",
+        metavar="X",
+        type=Number(min=0, max=1),
+        default=0.0,
+        show_default=True,
+        help="Drop tokens with less than X times the highest probability.",
+    ),
+    click.option(
+        "--repetition-penalty",
+        metavar="X",
+        type=Number(min=0, min_open=True),
+        default=1.0,
+        show_default=True,
+        help="Above 1, tokens that occurred before become less probable.",
+    ),
+)
+"""The options that shape the distribution that a token is sampled from."""
+
+
 def sampling_options(max_new_tokens: int) -> Callable[[F], F]:
     """Add the options for sampling and stopping; `max_new_tokens` is the default length."""
     return partial(
@@ -204,46 +249,7 @@ def sampling_options(max_new_tokens: int) -> Callable[[F], F]:
                 show_default=True,
                 help="Stop after N tokens.",
             ),
-            click.option(
-                "--temperature",
-                metavar="X",
-                type=Number(min=0),
-                default=0.0,
-                show_default=True,
-                help="0 is greedy; 1 samples from the mixture's distribution.",
-            ),
-            click.option(
-                "--top-k",
-                metavar="N",
-                type=click.IntRange(min=0),
-                default=0,
-                show_default="all",
-                help="Sample from the N most probable tokens.",
-            ),
-            click.option(
-                "--top-p",
-                metavar="X",
-                type=Number(min=0, max=1, min_open=True),
-                default=1.0,
-                show_default=True,
-                help="Sample from the most probable tokens whose probabilities sum to X.",
-            ),
-            click.option(
-                "--min-p",
-                metavar="X",
-                type=Number(min=0, max=1),
-                default=0.0,
-                show_default=True,
-                help="Drop tokens with less than X times the highest probability.",
-            ),
-            click.option(
-                "--repetition-penalty",
-                metavar="X",
-                type=Number(min=0, min_open=True),
-                default=1.0,
-                show_default=True,
-                help="Above 1, tokens that occurred before become less probable.",
-            ),
+            *_SAMPLER_OPTIONS,
             click.option(
                 "--stop",
                 multiple=True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
@@ -17,16 +17,16 @@ from edgemix.export.library_warnings import library_warnings
 from edgemix.export.models.architecture import context_length
 from edgemix.export.models.loading import load_tokenizer
 from edgemix.export.models.location import locate
-from edgemix.export.training.checkpoints import Checkpoint
+from edgemix.export.training.checkpoints import Checkpoint, TrainingState
 from edgemix.export.training.loop import fingerprint, train
-from edgemix.export.training.lora import FreshAdapter, attach_adapters, eager_attention, frozen_in_bfloat16
+from edgemix.export.training.lora import Adapters, FreshAdapter, attach_adapters, eager_attention, frozen_in_bfloat16
 from edgemix.export.training.output_folder import atomic_folder, check_output, exclusive
 from edgemix.export.training.qlora import is_in_four_bits, load_base
 from edgemix.export.training.token_loss import has_fast_bfloat16, token_loss
 from edgemix.progress import NO_PROGRESS, Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -135,37 +135,13 @@ def finetune_model(
     with progress.stage("tokenize"):
         text = training.windows(documents, tokenizer, length)
         held_out = held_out_windows({base_name: validation}, tokenizer, length)
-    key = stage_key(
-        base=[base_name, fingerprint(model)], text=hashlib.sha256(text.tobytes()).hexdigest(), training=training
-    )
-    checkpoint = Checkpoint(output.with_name(f".{output.name}.training"), key)
-    fresh = FreshAdapter(training.rank, training.alpha or 2 * training.rank, training.seed)
-    with (
-        exclusive(output),
-        attach_adapters(model, [fresh], recompute=is_in_four_bits(model)) as adapters,
-        eager_attention(model, length),
-        ExitStack() as stack,
-    ):
-        device = adapters.device
-        bfloat16 = has_fast_bfloat16(device)
-        loss = token_loss(model, bfloat16=bfloat16)
-        stack.enter_context(frozen_in_bfloat16(model, enabled=bfloat16))
-        before = _mean_loss(loss, held_out, training.batch, device)
-        model.train()
-        state = train(
-            loss,
-            adapters.parameters(0),
-            text,
-            budget=training.budget,
-            batch=training.batch,
-            learning_rate=training.learning_rate,
-            seed=training.seed,
-            checkpoint=checkpoint,
-            title=f"{output.name}: fine-tune",
-            progress=progress,
+    checkpoint, title = _checkpoint(output, base_name, model, text, training), f"{output.name}: fine-tune"
+    with exclusive(output), _trainable(model, training, length) as (adapters, loss):
+        before = _mean_loss(loss, held_out, training.batch, adapters.device)
+        state = _fit(
+            model, loss, adapters.parameters(0), text, training, checkpoint=checkpoint, title=title, progress=progress
         )
-        model.eval()
-        after = _mean_loss(loss, held_out, training.batch, device)
+        after = _mean_loss(loss, held_out, training.batch, adapters.device)
         with atomic_folder(output) as folder:
             adapters.write(0, base_name, folder)
         checkpoint.remove()
@@ -179,6 +155,60 @@ def finetune_model(
         validation_before=before,
         validation_after=after,
     )
+
+
+def _checkpoint(
+    output: Path, base_name: str, model: PreTrainedModel, text: NDArray[np.int64], training: TrainingSettings
+) -> Checkpoint:
+    """Return the checkpoint beside `output`, which is of the same base, text and settings or ignored."""
+    digest = hashlib.sha256(text.tobytes()).hexdigest()
+    key = stage_key(base=[base_name, fingerprint(model)], text=digest, training=training)
+    return Checkpoint(output.with_name(f".{output.name}.training"), key)
+
+
+def _fit(
+    model: PreTrainedModel,
+    loss: Callable[[Tensor], Tensor],
+    parameters: Mapping[str, Tensor],
+    text: NDArray[np.int64],
+    training: TrainingSettings,
+    *,
+    checkpoint: Checkpoint,
+    title: str,
+    progress: Progress,
+) -> TrainingState:
+    """Train an adapter's parameters with the model in training mode, in which dropout is active."""
+    model.train()
+    state = train(
+        loss,
+        parameters,
+        text,
+        budget=training.budget,
+        batch=training.batch,
+        learning_rate=training.learning_rate,
+        seed=training.seed,
+        checkpoint=checkpoint,
+        title=title,
+        progress=progress,
+    )
+    model.eval()
+    return state
+
+
+@contextmanager
+def _trainable(
+    model: PreTrainedModel, training: TrainingSettings, length: int
+) -> Iterator[tuple[Adapters, Callable[[Tensor], Tensor]]]:
+    """Attach a fresh adapter to a model, and give it with the loss of windows of at most `length` tokens."""
+    fresh = FreshAdapter(training.rank, training.alpha or 2 * training.rank, training.seed)
+    with (
+        attach_adapters(model, [fresh], recompute=is_in_four_bits(model)) as adapters,
+        eager_attention(model, length),
+    ):
+        bfloat16 = has_fast_bfloat16(adapters.device)
+        loss = token_loss(model, bfloat16=bfloat16)  # first: it reads the head while the model is in fp32
+        with frozen_in_bfloat16(model, enabled=bfloat16):
+            yield adapters, loss
 
 
 def _mean_loss(

@@ -125,12 +125,8 @@ def finetune_mixture(
     training = TrainingSettings(**options)
     fit_weights = not separate and (recipe.fits_weights if fit_weights is None else fit_weights)
     weights = _initial_weights(recipe)
-    if not (separate or weights.all()):
-        zero = [spec.name for spec, weight in zip(recipe.members, weights.tolist(), strict=True) if not weight]
-        raise InputError(
-            f"the weight of {', '.join(zero)} is zero, so the mixture's likelihood teaches it nothing",
-            "Give it a weight, leave it out of the recipe, or tune each member alone (--separate).",
-        )
+    if not separate:
+        _refuse_zero_weights(recipe, weights)
     documents = _documents(recipe, texts, training.seed)
     with progress.stage("compare tokenizers"), library_warnings(progress):
         tokenizer = shared_tokenizer(recipe)
@@ -145,29 +141,46 @@ def finetune_mixture(
         length = min(training.length, *(context_length(member.model.config) for member in members))
         with progress.stage("tokenize"):
             held_out = held_out_windows(documents.held_out, tokenizer, length)
-            if separate:
-                own = [training.windows(documents.for_member(member.name), tokenizer, length) for member in members]
-            else:
-                own = [training.windows(documents.all, tokenizer, length)]
+            sources = [documents.for_member(member.name) for member in members] if separate else [documents.all]
+            own = [training.windows(source, tokenizer, length) for source in sources]
         run = _MixtureFinetuning(output, training, members, weights.to(members[0].device), progress)
-        before = run.measure(held_out)
-        states = run.train_separately(own) if separate else [run.train_jointly(own[0], fit_weights=fit_weights)]
-        after = run.measure(held_out)
-        shares = dict(zip((member.name for member in members), run.weights.tolist(), strict=True))
-        fitted = shares if fit_weights and not recipe.fits_weights else None
-        with atomic_folder(output) as folder:
-            for member in members:
-                (folder / member.name).mkdir()
-                member.write(folder / member.name)
-            (folder / RECIPE).write_text(recipe_text(finetuned_recipe(recipe, output, fitted)), "utf-8")
+        outcome = run.finetune(own, held_out, separate=separate, fit_weights=fit_weights)
+        fitted = outcome.weights if fit_weights and not recipe.fits_weights else None
+        _write(output, members, recipe_text(finetuned_recipe(recipe, output, fitted)))
         run.remove_checkpoints()
+    return _report(output, members, outcome, joint=not separate, step_tokens=training.batch * own[0].shape[1])
+
+
+def _refuse_zero_weights(recipe: Recipe, weights: Tensor) -> None:
+    """Raise InputError if a member has no weight: it would have no gradient."""
+    zero = [spec.name for spec, weight in zip(recipe.members, weights.tolist(), strict=True) if not weight]
+    if zero:
+        raise InputError(
+            f"the weight of {', '.join(zero)} is zero, so the mixture's likelihood teaches it nothing",
+            "Give it a weight, leave it out of the recipe, or tune each member alone (--separate).",
+        )
+
+
+def _write(output: Path, members: Sequence[TrainableMember], recipe: str) -> None:
+    """Write the adapters and the recipe's text, all or nothing."""
+    with atomic_folder(output) as folder:
+        for member in members:
+            (folder / member.name).mkdir()
+            member.write(folder / member.name)
+        (folder / RECIPE).write_text(recipe, "utf-8")
+
+
+def _report(
+    output: Path, members: Sequence[TrainableMember], outcome: _Outcome, *, joint: bool, step_tokens: int
+) -> MixtureReport:
+    states, before, after = outcome.states, outcome.before, outcome.after
     steps = sum(state.steps for state in states)
     return MixtureReport(
         recipe=output / RECIPE,
-        joint=not separate,
-        members=_member_reports(output, members, shares, before, after),
+        joint=joint,
+        members=_member_reports(output, members, outcome),
         steps=steps,
-        tokens=steps * training.batch * own[0].shape[1],
+        tokens=steps * step_tokens,
         seconds=sum(state.seconds for state in states),
         training_loss=math.fsum(state.loss for state in states) / len(states),
         validation_before=before.mixture if before else None,
@@ -175,13 +188,8 @@ def finetune_mixture(
     )
 
 
-def _member_reports(
-    output: Path,
-    members: Sequence[TrainableMember],
-    weights: Mapping[str, float],
-    before: _MeanLosses | None,
-    after: _MeanLosses | None,
-) -> tuple[MemberReport, ...]:
+def _member_reports(output: Path, members: Sequence[TrainableMember], outcome: _Outcome) -> tuple[MemberReport, ...]:
+    weights, before, after = outcome.weights, outcome.before, outcome.after
     return tuple(
         MemberReport(
             name=member.name,
@@ -244,6 +252,15 @@ class _MeanLosses(NamedTuple):
     members: list[float]
 
 
+class _Outcome(NamedTuple):
+    """The results of training: states of the runs, the members' weights, and losses before and after."""
+
+    states: Sequence[TrainingState]
+    weights: dict[str, float]
+    before: _MeanLosses | None
+    after: _MeanLosses | None
+
+
 class _MixtureFinetuning:
     """The training runs of a mixture's members, and their checkpoints."""
 
@@ -261,6 +278,21 @@ class _MixtureFinetuning:
         self._checkpoints = output.with_name(f".{output.name}.checkpoints")
         with storage_errors(f"writing beside {output}"):
             self._checkpoints.mkdir(exist_ok=True)
+
+    def finetune(
+        self,
+        texts: Sequence[NDArray[np.int64]],
+        held_out: Sequence[NDArray[np.int64]],
+        *,
+        separate: bool,
+        fit_weights: bool,
+    ) -> _Outcome:
+        """Train the members, each on its own text or all on the first one, and measure them on the held-out text."""
+        before = self.measure(held_out)
+        states = self.train_separately(texts) if separate else [self.train_jointly(texts[0], fit_weights=fit_weights)]
+        after = self.measure(held_out)
+        weights = dict(zip((member.name for member in self._members), self.weights.tolist(), strict=True))
+        return _Outcome(states, weights, before, after)
 
     def train_jointly(self, text: NDArray[np.int64], *, fit_weights: bool) -> TrainingState:
         """Train all members with the mixture's loss."""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from edgemix.export.quantization.algorithms.block_table import BlockTable
     from edgemix.export.quantization.algorithms.blocks import Blocks
     from edgemix.export.quantization.graph.key_value import Scales
-    from edgemix.formats import Format, Target
+    from edgemix.formats import Format, FormatSpec, Target
     from edgemix.progress import Progress
 
 Algorithm = Literal["rtn", "hqq"]
@@ -94,18 +94,9 @@ def quantize(
         InputError: `target` has no kernels for `format`, or it needs calibration text.
     """
     spec = FORMAT_SPECS[format]
-    if target not in spec.targets:
-        raise InputError(
-            f"format {format} does not run on {target}: ONNX Runtime quantizes activations on CPUs only",
-            remedy="Choose int8 (8-bit weights, float16 activations) for cuda, or the target cpu.",
-        )
-    if spec.calibration == "required" and not calibration:
-        raise InputError(f"format {format} observes activations and needs calibration text")
-    model = ir.load(source)
+    _check(spec, target, calibration)
+    model = _load(source)
     graph = model.graph
-    # Constants as initializers and no Identity: then a weight is found at its reader.
-    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    common.IdentityEliminationPass()(model)
     emit = block_emitter(partial(INT4_ALGORITHMS[algorithm], block=group)) if spec.mixed_bits else EMITTERS[format]
     if emit is not None:
         text = calibration if target == "cpu" else None
@@ -125,6 +116,25 @@ def quantize(
     elif target == "cpu":
         make_batch_invariant(graph)
     _save(model, output)
+
+
+def _check(spec: FormatSpec, target: Target, calibration: Sequence[Sequence[int]] | None) -> None:
+    """Raise InputError if a target has no kernels for the format, or its calibration text is missing."""
+    if target not in spec.targets:
+        raise InputError(
+            f"format {spec.name} does not run on {target}: ONNX Runtime quantizes activations on CPUs only",
+            remedy="Choose int8 (8-bit weights, float16 activations) for cuda, or the target cpu.",
+        )
+    if spec.calibration == "required" and not calibration:
+        raise InputError(f"format {spec.name} observes activations and needs calibration text")
+
+
+def _load(source: Path) -> ir.Model:
+    """Load a graph with constants as initializers and without Identity: then a weight is found at its reader."""
+    model = ir.load(source)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.IdentityEliminationPass()(model)
+    return model
 
 
 def _emit_blocks(

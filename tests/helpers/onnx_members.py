@@ -39,7 +39,7 @@ from edgemix.bundle.manifest import (
 )
 from edgemix.bundle.tokenizer_identity import TokenizerIdentity
 from edgemix.bundle.writer import write_manifest
-from edgemix.files import hash_file
+from edgemix.files import FileEntry, hash_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -154,11 +154,7 @@ def write_graph(path: Path, member: ClosedForm) -> GraphConfig:
             helper.make_node("Mul", ["position_column", "first"], ["tilt"]),
             helper.make_node("Add", ["untilted", "tilt"], ["all"]),
         ]
-    constants |= {"end": np.array([2**63 - 1]), "axis": np.array([1]), "logits_to_keep": np.array([2**62])}
-    nodes += [
-        helper.make_node("Neg", ["logits_to_keep"], ["start"]),
-        helper.make_node("Slice", ["all", "start", "end", "axis"], ["logits"]),
-    ]
+    nodes += _last_logits(constants)
     if member.keeps:
         extra_inputs.append(helper.make_tensor_value_info("logits_to_keep", TensorProto.INT64, [1]))
     graph = helper.make_graph(
@@ -180,6 +176,14 @@ def write_graph(path: Path, member: ClosedForm) -> GraphConfig:
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
     return member.config
+
+
+def _last_logits(constants: dict[str, np.ndarray]) -> list[onnx.NodeProto]:
+    constants |= {"end": np.array([2**63 - 1]), "axis": np.array([1]), "logits_to_keep": np.array([2**62])}
+    return [
+        helper.make_node("Neg", ["logits_to_keep"], ["start"]),
+        helper.make_node("Slice", ["all", "start", "end", "axis"], ["logits"]),
+    ]
 
 
 def write_stack(path: Path, members: Sequence[ClosedForm]) -> GraphConfig:
@@ -358,18 +362,9 @@ def write_bundle(
         for index, name in enumerate(members):
             shutil.rmtree(folder / "members" / name)
             entries[index] = msgspec.structs.replace(entries[index], graph=graph, config=config)
-    (folder / TOKENIZER).parent.mkdir(parents=True, exist_ok=True)
-    core = byte_tokenizer()
-    core.add_special_tokens([*added])
-    core.save(str(folder / TOKENIZER))
-    fingerprint = TokenizerIdentity.parse((folder / TOKENIZER).read_bytes()).sha256()
+    tokenizer = _write_tokenizer(folder, added, bos)
     if chat_template is not None:
         (folder / CHAT_TEMPLATE).write_text(chat_template, "utf-8")
-    files = {
-        path.relative_to(folder).as_posix(): hash_file(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
     manifest = Manifest(
         schema=SCHEMA,
         edgemix="0.1.0",
@@ -383,8 +378,25 @@ def write_bundle(
             domains=domains or {},
             adaptive=adaptive,
         ),
-        tokenizer=TokenizerEntry(sha256=fingerprint, vocabulary=core.get_vocab_size(), eos=(EOS,), bos=bos),
-        files=files,
+        tokenizer=tokenizer,
+        files=_checksums(folder),
     )
     write_manifest(folder, manifest)
     return folder
+
+
+def _checksums(folder: Path) -> dict[str, FileEntry]:
+    """The manifest's `files`."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in paths}
+
+
+def _write_tokenizer(folder: Path, added: Sequence[str], bos: int | None) -> TokenizerEntry:
+    """The byte tokenizer, with more special tokens, in a bundle."""
+    path = folder / TOKENIZER
+    path.parent.mkdir(parents=True, exist_ok=True)
+    core = byte_tokenizer()
+    core.add_special_tokens([*added])
+    core.save(str(path))
+    sha256 = TokenizerIdentity.parse(path.read_bytes()).sha256()
+    return TokenizerEntry(sha256=sha256, vocabulary=core.get_vocab_size(), eos=(EOS,), bos=bos)

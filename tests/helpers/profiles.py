@@ -23,6 +23,34 @@ from edgemix.results.profile import (
     Variant,
 )
 
+MACHINE = Machine(
+    processor="A processor",
+    cores=2,
+    instruction_sets=("avx2", "avx512_vnni"),
+    memory=24_000_000_000,
+    platform="Linux 6.1 x86_64",
+    provider="cpu",
+    threads=2,
+    onnxruntime="1.32.0",
+    edgemix="0.1.0",
+    bandwidth=20e9,
+    fp32_peak=100e9,
+    int8_peak=400e9,
+)
+
+BREAKDOWN = Breakdown(
+    "math",
+    64,
+    0.04,
+    0.009,
+    (Operator("MatMul", 150, 0.03, 0.007), Operator("Mul", 218, 0.008, 0.001)),
+    (
+        LayerTime("embedding", 0.001, 0.0001),
+        LayerTime("layer 0", 0.03, 0.006),
+        LayerTime("head", 0.007, 0.002),
+    ),
+)
+
 
 def quantiles(p50: float, spread: float = 0.02, *, stable: bool = True) -> Quantiles:
     return Quantiles(p50, p50 * 1.1, p50 * 1.3, spread, 30, stable)
@@ -49,20 +77,7 @@ def sample_profile(slower: float = 1.0, **changes: Any) -> Profile:
         created="2026-11-25T12:00:00Z",
         quick=False,
         seconds=120.0,
-        machine=Machine(
-            processor="A processor",
-            cores=2,
-            instruction_sets=("avx2", "avx512_vnni"),
-            memory=24_000_000_000,
-            platform="Linux 6.1 x86_64",
-            provider="cpu",
-            threads=2,
-            onnxruntime="1.32.0",
-            edgemix="0.1.0",
-            bandwidth=20e9,
-            fp32_peak=100e9,
-            int8_peak=400e9,
-        ),
+        machine=MACHINE,
         loading=Loading(quantiles(0.6 * slower), 400_000_000, 600_000_000, 420_000_000, quantiles(1.5 * slower)),
         results=(
             result("math", "member", 0.01, roofline=(roof,), loading=Loading(quantiles(0.3), 1, 2, 3)),
@@ -78,20 +93,7 @@ def sample_profile(slower: float = 1.0, **changes: Any) -> Profile:
             ),
             result("mixture", "mixture", 0.012, speculation=SpeculationResult(0.6, 1.2, 1.1, 1.75)),
         ),
-        breakdowns=(
-            Breakdown(
-                "math",
-                64,
-                0.04,
-                0.009,
-                (Operator("MatMul", 150, 0.03, 0.007), Operator("Mul", 218, 0.008, 0.001)),
-                (
-                    LayerTime("embedding", 0.001, 0.0001),
-                    LayerTime("layer 0", 0.03, 0.006),
-                    LayerTime("head", 0.007, 0.002),
-                ),
-            ),
-        ),
+        breakdowns=(BREAKDOWN,),
         variants=(
             Variant(1, "cpu", "off", quantiles(0.04)),
             Variant(2, "cpu", "auto", quantiles(0.012), quantiles(0.08), chosen=True),

@@ -36,7 +36,7 @@ class GenerateOptions(TypedDict, total=False):
         seed: None: from the system's entropy. An integer for all prompts, or one a prompt; what a prompt yields does
             not depend on the others in its batch, so equal prompts with equal seeds yield equal texts.
         weights: None: as the bundle says, adaptive or fixed. See `WeightChoice`.
-        combine: "linear" (weighted mean of probabilities) or "log-linear" (normalised weighted geometric mean).
+        combine: "linear" (weighted mean of probabilities) or "log-linear" (normalized weighted geometric mean).
         speculation: "auto": a text alone is generated in fewer calls, with drafts from the text itself and from
             the bundle's n-grams ("lookup") and from its student ("student"), as long as that is faster; members are
             evaluated only where the result depends on them. The result does not change; with a seed tokens are sampled

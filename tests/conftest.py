@@ -82,7 +82,7 @@ def _no_plans_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def pytest_configure() -> None:
-    """Of several test processes each has a core to itself: else the threads of all would wait for each other.
+    """Give each of several test processes a core to itself: else the threads of all would wait for each other.
 
     A background job of a shell starts with Ctrl-C ignored, and so would every test of it.
     """

@@ -46,7 +46,7 @@ def formats(tool):
 
 
 @pytest.mark.parametrize(
-    ("form", "name", "quantization"),
+    ("variant", "name", "quantization"),
     [
         ("int8-dynamic", "int8-dynamic", None),
         ("int8-dynamic-rotate", "int8-dynamic", Quantization(rotate=True)),
@@ -56,15 +56,15 @@ def formats(tool):
          Quantization(algorithm="gptq", group=128, scale=True, eight_bits=0.05)),
     ],
 )  # fmt: skip
-def test_formats_by_name(formats, form, name, quantization):
-    member = formats.member(form, "model", None)
+def test_formats_by_name(formats, variant, name, quantization):
+    member = formats.member(variant, "model", None)
     assert (member.format, member.quantization) == (name, quantization)
 
 
-@pytest.mark.parametrize("form", ["", "int5", "int8dynamic", "int8-rtn", "int4-best", "int4-group", "int4-group=x"])
-def test_formats_that_are_none(formats, form):
-    with pytest.raises(ValueError, match=f"{form}: "):
-        formats.member(form, "model", None)
+@pytest.mark.parametrize("variant", ["", "int5", "int8dynamic", "int8-rtn", "int4-best", "int4-group", "int4-group=x"])
+def test_formats_that_are_none(formats, variant):
+    with pytest.raises(ValueError, match=f"{variant}: "):
+        formats.member(variant, "model", None)
 
 
 def test_the_table_of_formats(formats, monkeypatch, tmp_path, capsys):
@@ -73,9 +73,9 @@ def test_the_table_of_formats(formats, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(formats, "STEPS", 2)
     monkeypatch.setattr(formats, "PAUSE", 0)
 
-    def run(*forms):
+    def run(*variants):
         arguments = [tmp_path / "model", tmp_path / "text.txt", "-o", tmp_path / "out", "--rounds", 2, "--windows", 3]
-        monkeypatch.setattr("sys.argv", ["formats.py", *map(str, arguments), "--formats", *forms])
+        monkeypatch.setattr("sys.argv", ["formats.py", *map(str, arguments), "--formats", *variants])
         formats.main()
         return capsys.readouterr().out
 

@@ -90,15 +90,15 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     text = make_members(folder)
     passed = True
-    for form in FORMATS:
+    for weight_format in FORMATS:
         recipe = Recipe(
             members=tuple(MemberRecipe(name, name) for name in MEMBERS),
-            format=form,
+            format=weight_format,
             target="cuda",
             data=Data(validation={"code": TextSource("validation.txt")}),
             folder=folder,
         )
-        bundle = folder / f"bundle-{form}"
+        bundle = folder / f"bundle-{weight_format}"
         providers = (arguments.provider, "cuda-graphs") if arguments.provider == "cuda" else (arguments.provider,)
         for number, provider in enumerate(providers):
             try:
@@ -108,7 +108,7 @@ def main() -> int:
             except EdgemixError as error:
                 figures = {"passed": False, "error": str(error)}
             passed &= bool(figures["passed"])
-            print(json.dumps({"format": form, "provider": provider, **figures}), flush=True)
+            print(json.dumps({"format": weight_format, "provider": provider, **figures}), flush=True)
     return 0 if passed else 1
 
 

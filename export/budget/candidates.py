@@ -36,11 +36,12 @@ class MeasuredMember(msgspec.Struct, frozen=True):
     """The measurements of a member before formats are chosen.
 
     Attributes:
-        config: Of its quantized graphs.
-        bytes: Of its graph on disk, by format.
+        config: Configuration of its quantized graphs.
+        bytes: Size of its graph on disk, by format.
         groups: Names of the linears that must have the same bits.
         shapes: [out, in] of each linear.
-        losses: Of each linear by bits; see `sensitivity.quantization_costs`. A GGUF file's own 4 bits lose nothing.
+        losses: Loss of each linear by bits; see `sensitivity.quantization_costs`. A GGUF file's own 4 bits lose
+            nothing.
         sparse: Whether graphs are stored without their zeros.
     """
 
@@ -53,7 +54,7 @@ class MeasuredMember(msgspec.Struct, frozen=True):
 
 
 class CandidateGraphs:
-    """Makes the graphs; they lie in the writer's scratch until `remove`.
+    """Candidate graphs, made on demand in the writer's scratch folder and kept until `remove`.
 
     Args:
         context: The export; the members to choose for have the format int4.
@@ -131,10 +132,10 @@ class CandidateGraphs:
         table: BlockTable | None = None,
         sparse: bool = False,
     ) -> int:
-        """Write a graph; its bytes on disk."""
+        """Write a graph, and return its size on disk in bytes."""
         output, progress = self.path(spec, name), self._context.member_progress(spec)
         source, group = self._graphs.path(spec), self._models.quantization(spec).group
-        with progress.stage(f"trial of {name}"), storage_errors(f"writing {output}"):
+        with progress.stage(f"candidate {name}"), storage_errors(f"writing {output}"):
             text = self._graphs.calibration(spec, weight_format)
             quantize(
                 source,

@@ -2,7 +2,6 @@
 
 KL divergence is jointly convex: the mixture's loss by quantization is at most the weighted mean of the members',
 
-
     KL(sum_i w_i p_i || sum_i w_i q_i) <= sum_i w_i KL(p_i || q_i),
 
 and to second order a member's KL is the sum over its linears. The right side is minimized, under limits on bytes and
@@ -156,7 +155,7 @@ def plan_formats(members: Sequence[MemberCosts], budget: ResourceBudget, *, shar
 
 
 class _State(msgspec.Struct, frozen=True):
-    """A way to store a member.
+    """How a member is stored.
 
     Attributes:
         weight_format: The format.
@@ -274,7 +273,9 @@ def _hull(member: MemberCosts, price: _Price) -> list[_State]:
 
 
 def _uniform_states(member: MemberCosts) -> list[_State]:
-    return [_State(form, frozenset(), _weighed(member, cost)) for form, cost in member.uniform.items()]
+    return [
+        _State(weight_format, frozenset(), _weighed(member, cost)) for weight_format, cost in member.uniform.items()
+    ]
 
 
 def _weighed(member: MemberCosts, cost: Cost) -> Cost:

@@ -1,6 +1,6 @@
 """From a recipe to a plan: graphs that are made and measured, losses that are estimated, and the choice.
 
-Where time is limited the choice is rehearsed: its graphs are made by rounding and run together, before anything takes
+Where time is limited the choice is checked: its graphs are made by rounding and run together, before anything takes
 long.
 """
 
@@ -47,11 +47,11 @@ _PROMPT = 64
 
 
 def with_initial_formats(recipe: Recipe) -> Recipe:
-    """The recipe with int4, as a beginning, for all members that have no format of their own.
+    """Return the recipe with int4, as a beginning, for all members that have no format of their own.
 
     Raises:
-        InputError: There is none, or one whose blocks cannot have bits of their own, or members share graphs, or keep
-            keys and values in 8 bits.
+        InputError: Every member has a format, a member's algorithm or settings leave no choice of bits, members share
+            graphs, or the cache is kept in 8 bits.
     """
     if recipe.stack:
         raise InputError(
@@ -73,14 +73,14 @@ def with_initial_formats(recipe: Recipe) -> Recipe:
         quantization, what = spec.quantization or recipe.quantization, f"member {spec.name}: a budget chooses bits"
         if quantization.algorithm in ("rtn", "hqq"):
             problem = f"{what} layer by layer, which algorithm {quantization.algorithm} cannot do"
-            raise InputError(problem, "Take auto, distil or gptq.")
+            raise InputError(problem, "Take auto, learned-rounding or gptq.")
         if quantization.eight_bits:
             raise InputError(f"{what}, and so does eight_bits", "Leave out one of the two.")
     return _with_formats(recipe, {spec.name: MIXED_BITS for spec in chosen})
 
 
 def with_planned_formats(recipe: Recipe, found: FormatPlan) -> Recipe:
-    """The recipe with the formats of a plan."""
+    """Return the recipe with the formats of a plan."""
     return _with_formats(recipe, {member.name: member.format for member in found.members})
 
 
@@ -160,7 +160,10 @@ class FormatPlanner:
             if taken <= (budget.seconds or 0):
                 break
             scale *= taken / found.cost.seconds
-            scaled = {name: {form: scale * time for form, time in each.items()} for name, each in times.items()}
+            scaled = {
+                name: {weight_format: scale * time for weight_format, time in each.items()}
+                for name, each in times.items()
+            }
             found = self._plan_formats(budget, measured, weights, scaled)
         return found
 
@@ -178,7 +181,10 @@ class FormatPlanner:
                 member_costs(
                     spec.name,
                     weights[spec.name],
-                    {form: Cost(size, time.get(form, 0.0)) for form, size in of.bytes.items()},
+                    {
+                        weight_format: Cost(size, time.get(weight_format, 0.0))
+                        for weight_format, size in of.bytes.items()
+                    },
                     groups=of.groups,
                     shapes=of.shapes,
                     losses=of.losses,
@@ -288,9 +294,8 @@ class FormatPlanner:
         in_turns = 1.0
         for weight_format in CANDIDATE_FORMATS:
             graphs = {name: graph for name, graph in self._graphs(measured, weight_format).items() if name in active}
-            if FORMAT_SPECS[
-                weight_format
-            ].floating_point:  # CPUs widen it: all members at once might not fit into memory
+            # CPUs widen floating-point weights: all members at once might not fit into memory.
+            if FORMAT_SPECS[weight_format].floating_point:
                 alone = {
                     name: self._time({name: graph}, weight_format).together
                     for name, graph in graphs.items()
@@ -308,7 +313,7 @@ class FormatPlanner:
     def _measure_choice(
         self, found: FormatPlan, measured: Mapping[str, MeasuredMember], weights: Mapping[str, float]
     ) -> float:
-        """Measure the seconds a token of the mixture in the chosen formats."""
+        """Return the measured seconds per token of the mixture in the chosen formats."""
         graphs = {name: self._as_kept(entry) for name, entry in self._kept.items()}
         for spec, chosen in zip(self._chosen, found.members, strict=True):
             path = self._candidates.path(spec, chosen.format)

@@ -280,8 +280,8 @@ class _Parser:
             raise self._damaged(f"{of}: {count} entries are stated, more than the file holds")
         return count
 
-    def _number(self, form: str, of: str) -> int:
-        value: int = struct.unpack(form, self._take(struct.calcsize(form), of))[0]
+    def _number(self, layout: str, of: str) -> int:
+        value: int = struct.unpack(layout, self._take(struct.calcsize(layout), of))[0]
         return value
 
     def _take(self, length: int, of: str) -> bytes:

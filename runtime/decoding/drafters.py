@@ -143,7 +143,7 @@ class GrammarDrafter:
 
     def draft(self, text: NDArray[np.int64], most: int, ahead: int = 0) -> Draft:
         """See `Drafter`; the tokens are not sampled."""
-        source: Source = ("form", 1)
+        source: Source = ("grammar", 1)
         expected = self._grammar_state.expected(text[len(text) - ahead :].tolist())
         count, _ = self._cost_model.plan_draft(
             self._cost_model.acceptance_probability(source), min(most, len(expected))

@@ -65,7 +65,7 @@ class PrepackedWeights:
         Args:
             digest: Of the graph's files.
             create: Opens a session: of a graph in the place of its own, with more entries of the session's
-                configuration, and writing the optimised graph to a path.
+                configuration, and writing the optimized graph to a path.
 
         Raises:
             BundleError: The graph itself cannot be opened.

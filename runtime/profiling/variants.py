@@ -76,8 +76,8 @@ class VariantBench:
         where = f"{provider}, {threads} thread{'s' if threads > 1 else ''}"
         with closing(Mixture.assemble(self.bundle, self.manifest, provider, threads, drafts=True)) as mixture:
             usual = ("off", "auto" if mixture.drafting else "lookup")
-            tried = [way for way in list_modes(mixture, self.weights) if self.all_modes or way.speculation in usual]
-            measured = [self._measurement(way, self.sizes.within(mixture.context)) for way in tried]
+            tried = [mode for mode in list_modes(mixture, self.weights) if self.all_modes or mode.speculation in usual]
+            measured = [self._measurement(mode, self.sizes.within(mixture.context)) for mode in tried]
             take_turns(measured, until=until, rounds=ROUNDS + 1, title=where, progress=progress)
         return [
             Variant(threads, provider, measurement.name, tpot, measurement.figure("ttft"))
@@ -85,20 +85,20 @@ class VariantBench:
             if (tpot := measurement.figure("tpot"))
         ]
 
-    def _measurement(self, way: Target, sizes: Sizes) -> Measurement:
+    def _measurement(self, mode: Target, sizes: Sizes) -> Measurement:
         """Measure one mode; samples are means over all texts, as some are easier to draft than others."""
 
         def take(_: int) -> Mapping[str, Sequence[float]]:
             prompts = (self.prompts.take(sizes.contexts[0], number) for number in range(sizes.texts))
             count = max(MIN_TOKENS, sizes.tokens)
-            runs = [way.run([ids], count, meter=self.meter, patience=4 * sizes.patience) for ids in prompts]
+            runs = [mode.run([ids], count, meter=self.meter, patience=4 * sizes.patience) for ids in prompts]
             tokens = sum(run.tokens for run in runs)
             return {
                 "tpot": [sum(run.seconds for run in runs) / tokens] if tokens else [],
                 "ttft": [run.ttft for run in runs],
             }
 
-        return Measurement(way.speculation, take)
+        return Measurement(mode.speculation, take)
 
 
 def measure_variants(

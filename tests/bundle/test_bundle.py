@@ -65,7 +65,7 @@ def verify(bundle: Path, *, checksums: bool = True) -> None:
 
 
 def expect_damage_is_found(bundle: Path, name: str) -> None:
-    """Of a file that changed, and of one that is missing; it is put back."""
+    """Check that a change of a file, and its loss, are found; put the file back."""
     content = (bundle / name).read_bytes()
     (bundle / name).write_bytes(content[:-1] + b" ")
     with pytest.raises(BundleError, match=f"{name} has changed"):

@@ -59,7 +59,7 @@ def sparse_graph() -> onnx.GraphProto:
 
 
 MODELS = {
-    "initialiser": lambda t: helper.make_model(graph_with(tensors=(t,))),
+    "initializer": lambda t: helper.make_model(graph_with(tensors=(t,))),
     "attribute": lambda t: helper.make_model(graph_with(holding(t))),
     "list of tensors": lambda t: helper.make_model(graph_with(helper.make_node("N", [], [], ts=[t]))),
     "sparse attribute": lambda t: helper.make_model(graph_with(helper.make_node("N", [], [], s=sparse(t, t)))),
@@ -88,7 +88,7 @@ def test_external_tensors_are_found_everywhere(tmp_path: Path, place: str) -> No
         external_files(save(tmp_path, MODELS[place](external("../../etc/passwd"))))
 
 
-def test_sparse_initialisers_are_found(tmp_path: Path) -> None:
+def test_sparse_initializers_are_found(tmp_path: Path) -> None:
     assert external_files(save(tmp_path, helper.make_model(sparse_graph()))) == {"w.data"}
 
 

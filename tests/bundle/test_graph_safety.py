@@ -165,7 +165,7 @@ def test_a_tensor_in_a_file_has_the_bytes_of_its_shape(graph: Path) -> None:
 
 @pytest.mark.parametrize("name", [b"present.0.key", b"logits", b"batch", b"table"])
 def test_names_that_are_no_text_are_refused(graph: Path, name: bytes) -> None:
-    """Of an input that is no UTF-8, ONNX Runtime's Python raised a UnicodeDecodeError when it was looked at."""
+    """ONNX Runtime's Python raised a UnicodeDecodeError when an input whose name is no UTF-8 was read."""
     graph.write_bytes(graph.read_bytes().replace(name, b"\xff" * len(name)))
     with pytest.raises(BundleError, match="no UTF-8"):
         verify_graph(graph)

@@ -187,7 +187,7 @@ def _last_logits(constants: dict[str, np.ndarray]) -> list[onnx.NodeProto]:
 
 
 def write_stack(path: Path, members: Sequence[ClosedForm]) -> GraphConfig:
-    """One graph that speaks for closed forms with shared caches and tables of one shape."""
+    """One graph of several closed forms with shared caches and tables of one shape."""
     config = write_graph(path, members[0])
     model = onnx.load(path)
     graph, width = model.graph, members[0].table.shape[1]
@@ -197,15 +197,15 @@ def write_stack(path: Path, members: Sequence[ClosedForm]) -> GraphConfig:
         graph.node.remove(node)
     pull = next(each for each in graph.initializer if each.name == "pull")
     size, count = pull.dims[0], len(members)
-    constants = {"nought": np.int64(0), "voices": np.int64(count), "voice_axis": np.array([2])}
+    constants = {"nought": np.int64(0), "member_count": np.int64(count), "member_axis": np.array([2])}
     constants |= {"text_axis": np.array([0]), "every": np.array([count]), "last_row": np.array([2**62])}
     constants["one_more"] = np.array([1], np.int32)
     rows = [  # to the attention, each text is as many as there are members
         helper.make_node("Shape", ["input_ids"], ["texts_shape"], end=1),
         helper.make_node("Squeeze", ["texts_shape"], ["texts"]),
-        helper.make_node("Mul", ["texts", "voices"], ["row_count"]),
+        helper.make_node("Mul", ["texts", "member_count"], ["row_count"]),
         helper.make_node("Range", ["nought", "row_count", "one"], ["rows"]),
-        helper.make_node("Div", ["rows", "voices"], ["text_of_row"]),
+        helper.make_node("Div", ["rows", "member_count"], ["text_of_row"]),
         helper.make_node("Gather", ["value_of_text", "text_of_row"], ["value"], axis=0),
         helper.make_node("Gather", ["length_of_text", "text_of_row"], ["seqlens_k"], axis=0),
         helper.make_node("Shape", ["input_ids"], ["new_tokens"], start=1, end=2),
@@ -222,22 +222,22 @@ def write_stack(path: Path, members: Sequence[ClosedForm]) -> GraphConfig:
     after = [node for node in graph.node if not any(node is each for each in before)]
     del graph.node[:]
     graph.node.extend([*before, *rows, *after])
-    for voice, member in enumerate(members):
+    for index, member in enumerate(members):
         arrays = {"table": member.table, "pull": np.eye(size, width, dtype=np.float32) * np.float32(member.pull)}
-        constants |= {f"{name}.{voice}": array for name, array in arrays.items()} | {f"row.{voice}": np.array([voice])}
+        constants |= {f"{name}.{index}": array for name, array in arrays.items()} | {f"row.{index}": np.array([index])}
         graph.node.extend(
             [
-                helper.make_node("Gather", [f"table.{voice}", "input_ids"], [f"bigram.{voice}"]),
+                helper.make_node("Gather", [f"table.{index}", "input_ids"], [f"bigram.{index}"]),
                 helper.make_node(
-                    "Slice", ["shares", f"row.{voice}", "last_row", "text_axis", "every"], [f"shares.{voice}"]
+                    "Slice", ["shares", f"row.{index}", "last_row", "text_axis", "every"], [f"shares.{index}"]
                 ),
-                helper.make_node("MatMul", [f"shares.{voice}", f"pull.{voice}"], [f"pulled.{voice}"]),
-                helper.make_node("Add", [f"bigram.{voice}", f"pulled.{voice}"], [f"all.{voice}"]),
-                helper.make_node("Unsqueeze", [f"all.{voice}", "voice_axis"], [f"voice.{voice}"]),
+                helper.make_node("MatMul", [f"shares.{index}", f"pull.{index}"], [f"pulled.{index}"]),
+                helper.make_node("Add", [f"bigram.{index}", f"pulled.{index}"], [f"all.{index}"]),
+                helper.make_node("Unsqueeze", [f"all.{index}", "member_axis"], [f"member.{index}"]),
             ]
         )
     graph.initializer.extend(_initializer(name, np.asarray(value), "float32") for name, value in constants.items())
-    graph.node.append(helper.make_node("Concat", [f"voice.{v}" for v in range(count)], ["all"], axis=2))
+    graph.node.append(helper.make_node("Concat", [f"member.{index}" for index in range(count)], ["all"], axis=2))
     graph.node.extend(last)
     logits = next(output for output in graph.output if output.name == "logits")
     logits.CopyFrom(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "kept", count, width]))

@@ -99,10 +99,12 @@ def run(path: Path, ids: np.ndarray = IDS, past: dict[str, np.ndarray] | None = 
     return dict(zip([output.name for output in session.get_outputs()], session.run(None, feed), strict=True))
 
 
-def shrink(source: Path, output: Path, form: Format, target: Target = "cpu") -> None:
+def shrink(source: Path, output: Path, weight_format: Format, target: Target = "cpu") -> None:
     """`quantize`, with text for the format that looks at activations."""
-    text = np.random.default_rng(2).integers(3, VOCABULARY, (4, 16)).tolist() if form == "int8-dynamic" else None
-    quantize(source, output, form, target=target, calibration=text)
+    text = (
+        np.random.default_rng(2).integers(3, VOCABULARY, (4, 16)).tolist() if weight_format == "int8-dynamic" else None
+    )
+    quantize(source, output, weight_format, target=target, calibration=text)
 
 
 def without_int8_products(path: Path) -> Path:

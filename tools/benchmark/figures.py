@@ -72,8 +72,8 @@ def show(figures: dict[str, Any], console: Console) -> None:
         ],
     )
     load = figures["loading"]
-    for way, name in (("", "all members, warm"), ("packed_", "the same from packed weights")):
-        seconds, resident = load[f"{way}seconds"], load[f"{way}resident"]
+    for prefix, name in (("", "all members, warm"), ("packed_", "the same from packed weights")):
+        seconds, resident = load[f"{prefix}seconds"], load[f"{prefix}resident"]
         size = f"{resident / 1e6:,.0f} MB resident, {resident / load['files']:.2f} times their files"
         console.note(f"{seconds:.2f} s to load {name}; {size}")
     if figures["throughput"]:

@@ -39,9 +39,9 @@ def loading(bundle: Path, threads: int, *, times: int = 3) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as packed:
         load(packed)  # packs them
-        runs = {way: [load(where) for _ in range(times)] for way, where in (("", ""), ("packed_", packed))}
+        runs = {prefix: [load(where) for _ in range(times)] for prefix, where in (("", ""), ("packed_", packed))}
     return {"files": files} | {
-        f"{way}{name}": statistics.median(each[name] for each in found)
-        for way, found in runs.items()
+        f"{prefix}{name}": statistics.median(each[name] for each in found)
+        for prefix, found in runs.items()
         for name in ("seconds", "resident")
     }

@@ -138,12 +138,12 @@ def _openvino(where: str, threads: int) -> Run:
         options = genai.GenerationConfig(max_new_tokens=count, do_sample=False, ignore_eos=True)
         array = np.array([ids], np.int64)
         inputs = genai.TokenizedInputs(openvino.Tensor(array), openvino.Tensor(np.ones_like(array)))
-        told: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        produced: queue.SimpleQueue[int | None] = queue.SimpleQueue()
 
         class Streamer(genai.StreamerBase):  # type: ignore[misc]
             def write(self, tokens: Any) -> Any:
                 for token in tokens if isinstance(tokens, list) else [tokens]:
-                    told.put(int(token))
+                    produced.put(int(token))
                 return genai.StreamingStatus.RUNNING
 
             def end(self) -> None:
@@ -153,11 +153,11 @@ def _openvino(where: str, threads: int) -> Run:
             try:
                 return pipeline.generate(inputs, options, Streamer())
             finally:
-                told.put(None)
+                produced.put(None)
 
         with ThreadPoolExecutor(1) as pool:
             generated = pool.submit(generate)
-            while (token := told.get()) is not None:
+            while (token := produced.get()) is not None:
                 yield [token]
             generated.result()
 

@@ -42,14 +42,14 @@ def take_turns(
                     begun = time.perf_counter()
                     steps = iter(side.run(prompt, new))
                     text = list(next(steps))
-                    first, told = time.perf_counter(), len(text)
+                    first, before = time.perf_counter(), len(text)
                     for step in steps:
                         text += step
                     seconds = time.perf_counter() - first
                     found[name].text[number] = text
                     if turn:
                         found[name].prefill[number].append(len(prompt) / (first - begun))
-                        found[name].decode[number].append((len(text) - told) / seconds)
+                        found[name].decode[number].append((len(text) - before) / seconds)
                     task.advance(note=name)
     return found
 
@@ -85,7 +85,7 @@ def throughput(
         everyone = Ensemble(
             ensemble.graphs, np.full(len(ensemble.weights), 1 / len(ensemble.weights)), "linear", ensemble.vocabulary
         )
-        begun, told = time.perf_counter(), 0
+        begun, tokens = time.perf_counter(), 0
         with closing(ContinuousBatch(everyone, size)) as served:
             for ids, length in zip(some, lengths, strict=True):
                 served.add(
@@ -101,8 +101,8 @@ def throughput(
                     )
                 )
             while len(served):
-                told += len(served.step())
-        return told / (time.perf_counter() - begun)
+                tokens += len(served.step())
+        return tokens / (time.perf_counter() - begun)
 
     batch(some[:1])
     turns = [(batch(some[:1]), batch(some[:size]), continuous()) for _ in range(3)]

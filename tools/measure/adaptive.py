@@ -73,8 +73,8 @@ def measure(
     for text, documents in texts.items():
         scores = mixture.score(documents, window=window, progress=console.progress)
         scored = sum(score.scored_bytes for score in scores)
-        for name, way in compared.items():
-            nats = -sum(float(way(score.member_log_probabilities).sum()) for score in scores)
+        for name, mix in compared.items():
+            nats = -sum(float(mix(score.member_log_probabilities).sum()) for score in scores)
             rows[name][text] = nats / math.log(2) / scored
     return rows
 

@@ -85,13 +85,13 @@ def learn_rounding(
     parameters = {f"{linear.name}.{kind}": tensor for linear in linears for kind, tensor in linear.trainable.items()}
     loss = self_divergence(model, student, bfloat16=has_fast_bfloat16(model.device))
 
-    def quantised_loss(ids: Tensor) -> Tensor:
+    def quantized_loss(ids: Tensor) -> Tensor:
         for linear in linears:
             linear.quantize()
         return loss(ids)
 
     train(
-        quantised_loss,
+        quantized_loss,
         parameters,
         windows,
         budget=TrainingBudget(steps),
@@ -101,7 +101,7 @@ def learn_rounding(
         epsilon=1e-12,  # gradients of single roundings are tiny
         seed=seed,
         checkpoint=checkpoint,
-        title="distil scales",
+        title="learn rounding",
         progress=progress,
     )
     table = BlockTable()

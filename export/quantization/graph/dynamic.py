@@ -233,7 +233,7 @@ def _signed(matrix: Matrix) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
     """A matrix [N, K] as codes int8 [K, N] and a step for each of its rows.
 
     Signed weights: uint8 activations times int8 weights is the fast product on ARM and on x86 with VNNI. On x86 without
-    VNNI it adds neighbours up in 16 bits and may saturate, which costs some precision there.
+    VNNI it adds pairs up in 16 bits and may saturate, which costs some precision there.
     """
     blocks = rtn(matrix, bits=8, block=matrix.shape[1], symmetric=True)
     return (blocks.codes[:, 0].T ^ np.uint8(128)).view(np.int8), blocks.scales[:, 0]

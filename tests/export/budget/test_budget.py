@@ -37,13 +37,13 @@ def weighed(member: MemberCosts, cost: Cost) -> Cost:
 
 
 def every_cost(mixture: list[MemberCosts], shared: Cost) -> list[Cost]:
-    """Of every way to store a mixture."""
-    ways = []
+    """The cost of each combination of the members' formats."""
+    options = []
     for member in mixture:
         choices = itertools.product(*((Cost(), group.eight_bits) for group in member.groups))
-        ways.append([weighed(member, sum(each, member.mixed)) for each in choices])
-        ways[-1] += [weighed(member, cost) for cost in member.uniform.values()]
-    return [sum(each, shared) for each in itertools.product(*ways)]
+        options.append([weighed(member, sum(each, member.mixed)) for each in choices])
+        options[-1] += [weighed(member, cost) for cost in member.uniform.values()]
+    return [sum(each, shared) for each in itertools.product(*options)]
 
 
 def largest_step(mixture: list[MemberCosts]) -> float:
@@ -54,7 +54,7 @@ def largest_step(mixture: list[MemberCosts]) -> float:
 
 
 def cost_of(found: FormatPlan, mixture: list[MemberCosts], shared: Cost) -> Cost:
-    """What a plan costs by what it says of each member."""
+    """The cost of a plan, computed from its members."""
     parts = []
     for chosen, member in zip(found.members, mixture, strict=True):
         assert chosen.name == member.name

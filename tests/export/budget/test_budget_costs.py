@@ -52,15 +52,15 @@ def test_sizes_between_int4_and_int8_are_those_of_written_graphs(family: str, bl
     model = tiny_model(family, vocab_size=300)
     parts = layout(model)
     source = export_graph(model, tmp_path / "fp32", target="cpu").path
-    outputs = {form: tmp_path / form / "model.onnx" for form in ("int4", "int8", "fp16")}
-    for form, output in outputs.items():
-        quantize(source, output, form, target="cpu", group=block)
+    outputs = {weight_format: tmp_path / weight_format / "model.onnx" for weight_format in ("int4", "int8", "fp16")}
+    for weight_format, output in outputs.items():
+        quantize(source, output, weight_format, target="cpu", group=block)
     groups = [group for layer in parts.layers for group in layer.groups()]
     shapes = {name: tuple(part.weight.shape) for name, part in parts.linears().items()}
     losses = {name: {4: 1.0 + index, 8: 0.01} for index, name in enumerate(shapes)}
     graphs = {
-        form: Cost(size(output), seconds)
-        for (form, output), seconds in zip(outputs.items(), (3.0, 5.0, 9.0), strict=True)
+        weight_format: Cost(size(output), seconds)
+        for (weight_format, output), seconds in zip(outputs.items(), (3.0, 5.0, 9.0), strict=True)
     }
     found = member_costs("m", 0.5, graphs, groups=groups, shapes=shapes, losses=losses, block=block)
     assert found.mixed == Cost(graphs["int4"].bytes, 3.0, sum(loss[4] for loss in losses.values()))

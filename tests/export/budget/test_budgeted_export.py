@@ -59,16 +59,19 @@ def ends(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tu
     """Bundles in one format: size, manifest and folder."""
     output = tmp_path_factory.mktemp("ends")
     return {
-        form: (size(output / form), manifest, output / form)
-        for form in ("int4", "int8")
-        if (manifest := export_bundle(recipe(folder, format=form), output / form, force=True))
+        weight_format: (size(output / weight_format), manifest, output / weight_format)
+        for weight_format in ("int4", "int8")
+        if (manifest := export_bundle(recipe(folder, format=weight_format), output / weight_format, force=True))
     }
 
 
 @pytest.fixture(scope="module")
 def between(folder: Path, ends: dict[str, tuple[int, Manifest]], tmp_path_factory: pytest.TempPathFactory):
     """Bundles with budgets between int4 and int8: budget, folder, manifest."""
-    output, (low, high) = tmp_path_factory.mktemp("between"), (ends[form][0] for form in ("int4", "int8"))
+    output, (low, high) = (
+        tmp_path_factory.mktemp("between"),
+        (ends[weight_format][0] for weight_format in ("int4", "int8")),
+    )
     found = []
     for share in (0.2, 0.7):
         limit, bundle = int(low + share * (high - low)), output / f"{share}"
@@ -237,7 +240,7 @@ def bundle_seconds(manifest: Manifest, bundle: Path) -> float:
 
 
 def test_a_limit_of_time_holds(folder: Path, ends, tmp_path: Path, monkeypatch) -> None:
-    low, high = (bundle_seconds(*ends[form][1:]) for form in ("int4", "int8"))
+    low, high = (bundle_seconds(*ends[weight_format][1:]) for weight_format in ("int4", "int8"))
     limit = low + 0.5 * (high - low)
     clock = Clock(monkeypatch)
     manifest = export_bundle(recipe(folder), tmp_path / "b", force=True, budget=ResourceBudget(seconds=limit))
@@ -249,7 +252,7 @@ def test_a_limit_of_time_holds(folder: Path, ends, tmp_path: Path, monkeypatch) 
 
 
 def test_a_choice_that_is_slower_than_estimated_is_made_again(folder: Path, ends, tmp_path: Path, monkeypatch) -> None:
-    low, high = (bundle_seconds(*ends[form][1:]) for form in ("int4", "int8"))
+    low, high = (bundle_seconds(*ends[weight_format][1:]) for weight_format in ("int4", "int8"))
     limit = low + 0.7 * (high - low)
     Clock(monkeypatch, lambda time: 1.08 * time)
     manifest = export_bundle(recipe(folder), tmp_path / "b", force=True, budget=ResourceBudget(seconds=limit))

@@ -83,7 +83,7 @@ def test_the_student_is_a_folder_that_comes_closer_to_the_mixture(setting, tmp_p
 
 
 class Stop:
-    """A listener that presses Ctrl-C when it hears of so much in a stage."""
+    """Progress that presses Ctrl-C when a stage has advanced so far."""
 
     def __init__(self, stage, after):
         self.title, self.left = stage, after
@@ -247,7 +247,7 @@ def test_texts_take_turns_and_what_is_held_out_is_not_learned(setting):
 
 
 def test_a_long_document_gives_windows_from_all_over_it(setting, tmp_path):
-    """A student of few minutes read three or four documents' beginnings, and was eval_cache on one."""
+    """A student of few minutes read three or four documents' beginnings, and was validated on one."""
     tokenizer = load_tokenizer(locate("animals", setting))
     lines = [f"{i} plus {i} is {2 * i}.\n" for i in range(4000)]
     for name in TEXTS:

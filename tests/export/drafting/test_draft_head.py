@@ -26,7 +26,12 @@ if TYPE_CHECKING:
     from edgemix.formats import Format, Target
 
 TOKENS = np.array([0, 1, 2, 7, 8, 30, 31, 40, 41, 42, 43, 44, 61, 62, 68, 69])
-PLACES = [(form, target) for form in EMITTERS for target in TARGETS if (form, target) != ("int8-dynamic", "cuda")]
+PLACES = [
+    (weight_format, target)
+    for weight_format in EMITTERS
+    for target in TARGETS
+    if (weight_format, target) != ("int8-dynamic", "cuda")
+]
 
 
 @pytest.mark.parametrize(
@@ -65,11 +70,11 @@ def check_cut(folder: Path, atol: float) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("form", "target"), PLACES)
-def test_logits_are_those_of_the_whole_graph(form: Format, target: Target, tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("weight_format", "target"), PLACES)
+def test_logits_are_those_of_the_whole_graph(weight_format: Format, target: Target, tied: bool, tmp_path: Path) -> None:
     (tmp_path / "stored").mkdir()
-    shrink(write_decoder(tmp_path, tied=tied), tmp_path / "stored/model.onnx", form, target)
-    check_cut(tmp_path / "stored", 1e-3 if target == "cuda" and form != "fp32" else 1e-5)
+    shrink(write_decoder(tmp_path, tied=tied), tmp_path / "stored/model.onnx", weight_format, target)
+    check_cut(tmp_path / "stored", 1e-3 if target == "cuda" and weight_format != "fp32" else 1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +100,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize("form", EMITTERS)
+@pytest.mark.parametrize("weight_format", EMITTERS)
 @pytest.mark.parametrize("model", ["llama-tied", "gemma2", "llama-head-20", "phi", "granite"])
-def test_heads_of_exported_models_are_cut(model: str, form: Format, exported: dict[str, Path], tmp_path: Path) -> None:
-    shrink(exported[model], tmp_path / "model.onnx", form)
+def test_heads_of_exported_models_are_cut(
+    model: str, weight_format: Format, exported: dict[str, Path], tmp_path: Path
+) -> None:
+    shrink(exported[model], tmp_path / "model.onnx", weight_format)
     check_cut(tmp_path, 1e-5)
 
 

@@ -41,7 +41,7 @@ def guess_slowly(known: dict[tuple[int, ...], tuple[int, float]], text: list[int
 
 @pytest.fixture
 def texts() -> list[list[int]]:
-    """Of a chain in which some tokens tell what comes next, and some do not."""
+    """Texts of a Markov chain in which some tokens determine the next one, and some do not."""
     generator = np.random.default_rng(0)
     rows = generator.dirichlet(np.full(12, 0.15), 12)
     texts = []

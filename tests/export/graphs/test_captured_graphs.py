@@ -33,13 +33,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[Target, ExportedG
     return {target: export_graph(model, folder / target, target=target) for target in TARGETS}
 
 
-@pytest.mark.parametrize(("target", "form"), [("cpu", "fp32"), ("cpu", "int8"), ("cuda", "fp32")])
+@pytest.mark.parametrize(("target", "weight_format"), [("cpu", "fp32"), ("cpu", "int8"), ("cuda", "fp32")])
 def test_recorded_calls_are_exact_to_the_end_of_the_context(
-    target: Target, form: Format, exported: dict[Target, ExportedGraph], tmp_path: Path
+    target: Target, weight_format: Format, exported: dict[Target, ExportedGraph], tmp_path: Path
 ) -> None:
     """Masks as wide as the cache were wider than the tables, and too wide for the token that is written twice."""
     graph = exported[target]
-    quantize(graph.path, tmp_path / "model.onnx", form, target=target)
+    quantize(graph.path, tmp_path / "model.onnx", weight_format, target=target)
     ids, found = np.random.default_rng(0).integers(3, 160, CONTEXT), []
     for provider in (PROVIDERS["cpu"], replace(PROVIDERS["cpu"], name="recording", captures=True)):
         member = DecoderGraph.load(tmp_path / "model.onnx", graph.config, provider, threads=1)

@@ -133,7 +133,7 @@ def test_kept_distributions_are_those_of_the_graph(tmp_path: Path) -> None:
 
 
 def test_distributions_that_the_gate_has_computed_are_kept(tmp_path: Path) -> None:
-    """Of the beginnings of its texts; another text is read for itself."""
+    """The gate's distributions of the beginnings of its texts are used again; another text is computed anew."""
     form = random_member(3, tokens=VOCABULARY, context=200)
     path = tmp_path / "model.onnx"
     config = write_graph(path, form)

@@ -198,17 +198,19 @@ def stored_linears(path):
             yield node.inputs[1].const_value.numpy()
 
 
-@pytest.mark.parametrize("form", ["fp16", "int8", "int4", "int8-dynamic"])
-def test_every_format_keeps_zeros_and_its_bundle_is_smaller(form, pruned, graph, tmp_path):
+@pytest.mark.parametrize("weight_format", ["fp16", "int8", "int4", "int8-dynamic"])
+def test_every_format_keeps_zeros_and_its_bundle_is_smaller(weight_format, pruned, graph, tmp_path):
     path = tmp_path / "model.onnx"
-    quantize(graph.path, path, form, target="cpu", calibration=WINDOWS)
+    quantize(graph.path, path, weight_format, target="cpu", calibration=WINDOWS)
     zeros = sum(int((part.weight == 0).sum()) for part in linears(pruned).values())
-    if form in ("int8", "int4"):
+    if weight_format in ("int8", "int4"):
         assert sum(int((codes == 0).sum()) for codes in stored_linears(path)) >= zeros
     before = DecoderGraph.load(path, graph.config).forward(IDS)
     plain = (tmp_path / "model.onnx.data").stat().st_size
     assert pack_weights(path) is not None
-    assert (tmp_path / "model.onnx.data.sparse").stat().st_size < {"fp16": 0.65, "int4": 0.92}.get(form, 0.75) * plain
+    assert (tmp_path / "model.onnx.data.sparse").stat().st_size < {"fp16": 0.65, "int4": 0.92}.get(
+        weight_format, 0.75
+    ) * plain
     after = DecoderGraph.load(path, graph.config).forward(IDS)
     for one, other in zip(before, after, strict=True):
         np.testing.assert_array_equal(one, other)

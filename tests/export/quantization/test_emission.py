@@ -74,7 +74,7 @@ def run(path: Path) -> np.ndarray:
 
 
 def widths(path: Path) -> list[int]:
-    """Of what each product of the quantized layers makes, in their order."""
+    """Output widths of the quantized layers' products, in their order."""
     return [
         node.attributes.get_int("N")
         for node in ir.load(path).graph
@@ -82,12 +82,12 @@ def widths(path: Path) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
-def test_gate_and_up_are_one_product(form: Format, source: Path, tmp_path: Path) -> None:
-    quantize(source, tmp_path / "out.onnx", form, target="cpu")
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+def test_gate_and_up_are_one_product(weight_format: Format, source: Path, tmp_path: Path) -> None:
+    quantize(source, tmp_path / "out.onnx", weight_format, target="cpu")
     assert widths(tmp_path / "out.onnx") == [2 * INNER, HIDDEN]
     eight = partial(rtn, bits=8, block=32, symmetric=True)
-    inner = eight if form == "int8" else partial(rtn, bits=4, block=32, symmetric=False)
+    inner = eight if weight_format == "int8" else partial(rtn, bits=4, block=32, symmetric=False)
     found = {
         name: (eight if name in ("embed", "head") else inner)(np.ascontiguousarray(turned)).dequantized()
         for name, turned in {

@@ -72,12 +72,12 @@ DEQUANTIZED = {
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("form", DEQUANTIZED)
-def test_logits_are_those_of_the_dequantized_weights(form: Format, tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weight_format", DEQUANTIZED)
+def test_logits_are_those_of_the_dequantized_weights(weight_format: Format, tied: bool, tmp_path: Path) -> None:
     source = write_decoder(tmp_path / "source", tied=tied)
-    shrink(source, tmp_path / "out" / "model.onnx", form, "cpu")
-    table = (lambda weight: weight) if form == "fp32" else int8
-    dequantize = DEQUANTIZED[form]
+    shrink(source, tmp_path / "out" / "model.onnx", weight_format, "cpu")
+    table = (lambda weight: weight) if weight_format == "fp32" else int8
+    dequantize = DEQUANTIZED[weight_format]
     expected = decode(
         weights()
         | {
@@ -92,18 +92,18 @@ def test_logits_are_those_of_the_dequantized_weights(form: Format, tied: bool, t
     np.testing.assert_allclose(logits, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize(("form", "atol"), [("fp16", 5e-3), ("int8", 0.05), ("int8-dynamic", 0.2)])
-def test_logits_stay_near_the_float_ones(form: Format, atol: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("weight_format", "atol"), [("fp16", 5e-3), ("int8", 0.05), ("int8-dynamic", 0.2)])
+def test_logits_stay_near_the_float_ones(weight_format: Format, atol: float, tmp_path: Path) -> None:
     source = write_decoder(tmp_path / "source", tied=True)
-    shrink(source, tmp_path / "out" / "model.onnx", form, "cpu")
+    shrink(source, tmp_path / "out" / "model.onnx", weight_format, "cpu")
     logits = run(tmp_path / "out" / "model.onnx")["logits"]
     np.testing.assert_allclose(logits, decode(weights(), tied=True), atol=atol)
 
 
-@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_with_text_the_head_reads_rounded_activations(
-    form: Format, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weight_format: Format, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         "edgemix.export.quantization.graph.dynamic.CHANNELS_PER_OUTLIER", 2
@@ -112,7 +112,7 @@ def test_with_text_the_head_reads_rounded_activations(
     logits = []
     for name, calibration in (("blocks", None), ("rows", text.tolist())):
         output = tmp_path / name / "model.onnx"
-        quantize(source, output, form, target="cpu", calibration=calibration)
+        quantize(source, output, weight_format, target="cpu", calibration=calibration)
         products = [node.op_type for node in ir.load(output).graph if node.op_type.startswith("MatMul")]
         assert products.count("MatMulIntegerToFloat") == products.count("MatMul") == (name == "rows")
         logits.append(run(output)["logits"])
@@ -124,13 +124,13 @@ def initializers(path: Path) -> dict[str, ir.Value]:
     return dict(ir.load(path).graph.initializers)
 
 
-@pytest.mark.parametrize("form", [form for form in EMITTERS if form != "fp32"])
-def test_tied_tables_are_stored_once_and_positions_stay_float(form: Format, tmp_path: Path) -> None:
-    shrink(write_decoder(tmp_path / "source", tied=True), tmp_path / "model.onnx", form, "cpu")
+@pytest.mark.parametrize("weight_format", [weight_format for weight_format in EMITTERS if weight_format != "fp32"])
+def test_tied_tables_are_stored_once_and_positions_stay_float(weight_format: Format, tmp_path: Path) -> None:
+    shrink(write_decoder(tmp_path / "source", tied=True), tmp_path / "model.onnx", weight_format, "cpu")
     stored = initializers(tmp_path / "model.onnx")
     tables = [value for value in stored.values() if value.const_value.size >= VOCABULARY * HIDDEN]
     kinds = {"fp16": ir.DataType.FLOAT16, "int8-dynamic": ir.DataType.INT8}
-    assert [value.dtype for value in tables] == [kinds.get(form, ir.DataType.UINT8)]
+    assert [value.dtype for value in tables] == [kinds.get(weight_format, ir.DataType.UINT8)]
     assert stored["positions"].dtype == ir.DataType.FLOAT
 
 
@@ -149,12 +149,12 @@ def test_int8_dynamic_without_text_is_refused(tmp_path: Path) -> None:
         quantize(tmp_path / "model.onnx", tmp_path / "out.onnx", "int8-dynamic", target="cpu")
 
 
-@pytest.mark.parametrize("form", EMITTERS)
-def test_equal_sources_give_equal_bytes_without_paths(form: Format, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weight_format", EMITTERS)
+def test_equal_sources_give_equal_bytes_without_paths(weight_format: Format, tmp_path: Path) -> None:
     files = []
     for name in ("one", "two"):
         source = write_decoder(tmp_path / f"source-{name}", tied=True)
-        shrink(source, tmp_path / name / "model.onnx", form, "cpu")
+        shrink(source, tmp_path / name / "model.onnx", weight_format, "cpu")
         files.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
     assert set(files[0]) == {"model.onnx", "model.onnx.data"}
     assert files[0] == files[1]
@@ -194,34 +194,39 @@ KL = {"fp32": 1e-9, "fp16": 1e-5, "int8": 3e-3, "int8-dynamic": 6e-3, "int4": 0.
 
 @pytest.mark.parametrize("cache", ["shared", "growing"])
 @pytest.mark.parametrize(
-    ("form", "target"),
-    [(form, target) for form in EMITTERS for target in TARGETS if (form, target) != ("int8-dynamic", "cuda")],
+    ("weight_format", "target"),
+    [
+        (weight_format, target)
+        for weight_format in EMITTERS
+        for target in TARGETS
+        if (weight_format, target) != ("int8-dynamic", "cuda")
+    ],
 )
 def test_exported_models_stay_close(
-    form: Format, target: Target, cache: str, exported: dict[str, Path], tmp_path: Path
+    weight_format: Format, target: Target, cache: str, exported: dict[str, Path], tmp_path: Path
 ) -> None:
     """CUDA's graphs are run on the CPU provider, which computes their float16 operators too."""
-    shrink(exported[cache], tmp_path / "model.onnx", form, target)
+    shrink(exported[cache], tmp_path / "model.onnx", weight_format, target)
     ids = np.random.default_rng(1).integers(3, 160, (2, 24))
     reference, outputs = run(exported[cache], ids), run(tmp_path / "model.onnx", ids)
     assert outputs.keys() == reference.keys()
-    half = target == "cuda" and form != "fp32"
+    half = target == "cuda" and weight_format != "fp32"
     assert {array.dtype for array in outputs.values()} == {np.dtype(np.float16 if half else np.float32)}
     exact = log_softmax(reference["logits"])
-    assert (np.exp(exact) * (exact - log_softmax(outputs["logits"]))).sum(-1).mean() < KL[form]
+    assert (np.exp(exact) * (exact - log_softmax(outputs["logits"]))).sum(-1).mean() < KL[weight_format]
     if cache == "growing":
         first = run(tmp_path / "model.onnx", ids[:, :20])
         rest = run(tmp_path / "model.onnx", ids[:, 20:], {k: v for k, v in first.items() if k != "logits"})
         # Rounding falls the other way where float activations differ in their last bits.
-        atol = 0.1 if form == "int8-dynamic" else 0.05 if half else 1e-4
+        atol = 0.1 if weight_format == "int8-dynamic" else 0.05 if half else 1e-4
         np.testing.assert_allclose(rest["logits"], outputs["logits"][:, 20:], atol=atol)
 
 
 def test_files_shrink(exported: dict[str, Path], tmp_path: Path) -> None:
     sizes = {}
-    for form in EMITTERS:
-        shrink(exported["shared"], tmp_path / form / "model.onnx", form, "cpu")
-        sizes[form] = (tmp_path / form / "model.onnx.data").stat().st_size
+    for weight_format in EMITTERS:
+        shrink(exported["shared"], tmp_path / weight_format / "model.onnx", weight_format, "cpu")
+        sizes[weight_format] = (tmp_path / weight_format / "model.onnx.data").stat().st_size
     assert sizes["fp32"] > 1.7 * sizes["fp16"]
     assert sizes["fp16"] > 1.4 * sizes["int8"] > 1.8 * sizes["int4"]
 

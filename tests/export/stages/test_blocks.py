@@ -12,25 +12,25 @@ from edgemix.recipe.schema import Data, Recipe
 
 
 @pytest.mark.parametrize(
-    ("kinds", "otherwise", "form"),
+    ("kinds", "otherwise", "weight_format"),
     [({"token_embd": "Q8_0"}, "Q4_1", "int4"), ({}, "Q4_0", "int4"), ({}, "Q8_0", "int8")],
 )
-def test_gguf_members_keep_the_blocks_of_their_file(kinds, otherwise, form, tmp_path, monkeypatch):
+def test_gguf_members_keep_the_blocks_of_their_file(kinds, otherwise, weight_format, tmp_path, monkeypatch):
     trained = Spy(monkeypatch, "learn_rounding", blocks)
-    built = gguf_recipe(tmp_path / "m", kinds, otherwise, format=form)
+    built = gguf_recipe(tmp_path / "m", kinds, otherwise, format=weight_format)
     member = export_bundle(built, tmp_path / "kept").members[0]
     assert not trained.calls
     assert member.eight_bits == 0
-    text = built.data if form == "int4" else Data()  # with text, rounding gives the head no blocks
+    text = built.data if weight_format == "int4" else Data()  # with text, rounding gives the head no blocks
     rounded = Recipe(
-        members=built.members, format=form, folder=built.folder, quantization=Quantization("rtn"), data=text
+        members=built.members, format=weight_format, folder=built.folder, quantization=Quantization("rtn"), data=text
     )
     again = export_bundle(rounded, tmp_path / "rounded", force=True).members[0]
     if otherwise == "Q4_1":
         assert member.quantization.kl < 0.1 * again.quantization.kl
     else:
         assert member.quantization.kl < 1e-3
-    assert (graphs(tmp_path / "kept") == graphs(tmp_path / "rounded")) is (form == "int8")
+    assert (graphs(tmp_path / "kept") == graphs(tmp_path / "rounded")) is (weight_format == "int8")
 
 
 @pytest.mark.parametrize(

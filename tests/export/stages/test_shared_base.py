@@ -87,10 +87,12 @@ def test_the_mixture_is_the_same(bundles: dict[bool, tuple[Path, Manifest]]) -> 
             assert ids[0] == ids[1] == ids[2]
 
 
-@pytest.mark.parametrize("form", ["int8", "int8-dynamic", "int4"])
-def test_formats_of_a_shared_graph_pass_the_gates_of_each_member(folder: Path, tmp_path: Path, form: Any) -> None:
-    apart = export_bundle(recipe(folder, format=form, stack=False), tmp_path / "apart", force=True)
-    found = export_bundle(recipe(folder, format=form), tmp_path / "bundle", force=True)
+@pytest.mark.parametrize("weight_format", ["int8", "int8-dynamic", "int4"])
+def test_formats_of_a_shared_graph_pass_the_gates_of_each_member(
+    folder: Path, tmp_path: Path, weight_format: Any
+) -> None:
+    apart = export_bundle(recipe(folder, format=weight_format, stack=False), tmp_path / "apart", force=True)
+    found = export_bundle(recipe(folder, format=weight_format), tmp_path / "bundle", force=True)
     lost = {entry.name: entry.quantization.kl for entry in found.members if entry.quantization}
     for entry in apart.members:
         assert entry.quantization is not None

@@ -1,4 +1,4 @@
-"""Texts of a given form: exactly the mixture's distribution over those texts, however they are generated."""
+"""Constrained texts: exactly the mixture's distribution over those texts, however they are generated."""
 
 import json
 import re
@@ -29,7 +29,7 @@ SCHEMA = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
-FORMS = [{"json_schema": SCHEMA}, {"json_schema": json.dumps(SCHEMA)}, {"regex": "(ab|[c-f]{2,5})+x"}]
+CONSTRAINTS = [{"json_schema": SCHEMA}, {"json_schema": json.dumps(SCHEMA)}, {"regex": "(ab|[c-f]{2,5})+x"}]
 PROMPT = "Who is it? "
 TEXTS = ["g", "ge", "eg", "ege", "j"]
 
@@ -54,22 +54,22 @@ def _bundle(tmp_path_factory, pair_forms):
     return write_bundle(tmp_path_factory.mktemp("drafted") / "bundle", pair_forms, weights=WEIGHTS, student=student)
 
 
-def following(forms, text, allowed):
+def following(members, text, allowed):
     """The constrained mixture's distribution [VOCABULARY] of the next token, from closed forms."""
     shares = sum(
-        weight * np.exp(form.log_probabilities(text)[-1])
-        for weight, form in zip(WEIGHTS.values(), forms.values(), strict=True)
+        weight * np.exp(member.log_probabilities(text)[-1])
+        for weight, member in zip(WEIGHTS.values(), members.values(), strict=True)
     )
     shares = np.where(np.isin(np.arange(VOCABULARY), allowed), shares, 0)
     return shares / shares.sum()
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_the_text_has_the_form_and_ends(drafted, form):
-    found = drafted.generate(PROMPT, max_new_tokens=200, **form)
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_the_text_satisfies_the_constraint_and_ends(drafted, constraint):
+    found = drafted.generate(PROMPT, max_new_tokens=200, **constraint)
     assert found.finish_reason == "stop"
     assert found.token_ids[-1] == EOS
-    if "regex" in form:
+    if "regex" in constraint:
         assert found.text.endswith("x")
     else:
         assert json.loads(found.text).keys() == {"name", "age"}
@@ -79,11 +79,11 @@ def test_the_text_has_the_form_and_ends(drafted, form):
 @pytest.mark.parametrize(
     "options", [{}, {"weights": "adaptive"}, {"combine": "log-linear"}, {"repetition_penalty": 1.4}]
 )
-@pytest.mark.parametrize("form", FORMS[::2])
-def test_the_fast_loop_says_what_the_plain_loop_says(drafting, form, options):
-    plain = drafting.generate(PROMPT, max_new_tokens=60, speculation="off", **form, **options)
+@pytest.mark.parametrize("constraint", CONSTRAINTS[::2])
+def test_speculative_decoding_gives_the_text_of_plain_decoding(drafting, constraint, options):
+    plain = drafting.generate(PROMPT, max_new_tokens=60, speculation="off", **constraint, **options)
     for speculation in ("auto", "lookup", "student"):
-        fast = drafting.generate(PROMPT, max_new_tokens=60, speculation=speculation, **form, **options)
+        fast = drafting.generate(PROMPT, max_new_tokens=60, speculation=speculation, **constraint, **options)
         assert fast.token_ids == plain.token_ids
         np.testing.assert_allclose(fast.log_probabilities, plain.log_probabilities, atol=1e-4)
 
@@ -93,7 +93,7 @@ def test_the_most_probable_token_is_taken_after_averaging(drafted, pair_forms):
     found = drafted.generate(PROMPT, choices=["ax", "bx"])
     text = [*PROMPT.encode()]
     assert found.token_ids[0] == following(pair_forms, text, [*b"ab"]).argmax()
-    expected = [form.log_probabilities(text)[-1][found.token_ids[0]] for form in pair_forms.values()]
+    expected = [member.log_probabilities(text)[-1][found.token_ids[0]] for member in pair_forms.values()]
     mixed = np.log(np.dot(list(WEIGHTS.values()), np.exp(expected)))
     np.testing.assert_allclose(found.log_probabilities[0], mixed, atol=1e-4)  # before the constraint
 
@@ -102,7 +102,7 @@ def test_the_most_probable_token_is_taken_after_averaging(drafted, pair_forms):
 @pytest.mark.parametrize("speculation", ["off", "auto", "student"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_drawn_texts_have_the_constrained_distribution(drafted, pair_forms, speculation, temperature):
-    """Chi-square over all texts of the form, the end of text included: "g" may end or go on to "ge"."""
+    """Chi-square over all texts that the constraint allows, the end of text included: "g" may end or go on to "ge"."""
     draws = 320
     options = {"choices": TEXTS, "temperature": temperature, "speculation": speculation}
     seen = Counter(drafted.generate(PROMPT, seed=seed, **options).text for seed in range(draws))
@@ -162,9 +162,9 @@ def test_batches_and_servers_hold_texts_to_their_form(drafted):
     alone = [drafted.generate(prompt, json_schema=SCHEMA, speculation="off").text for prompt in prompts]
     assert [each.text for each in drafted.generate(prompts, json_schema=SCHEMA)] == alone
     with drafted.serve(most=2) as server:
-        forms = [{"json_schema": SCHEMA}, {"choices": ["yes", "no"]}, {"json_schema": SCHEMA}]
-        tickets = [server.submit(prompt, **form) for prompt, form in zip(prompts, forms, strict=True)]
-        found = [ticket.result().text for ticket in tickets]
+        constraints = [{"json_schema": SCHEMA}, {"choices": ["yes", "no"]}, {"json_schema": SCHEMA}]
+        handles = [server.submit(prompt, **constraint) for prompt, constraint in zip(prompts, constraints, strict=True)]
+        found = [handle.result().text for handle in handles]
     assert [found[0], found[2]] == [alone[0], alone[2]]
     assert found[1] in ("yes", "no")
 
@@ -196,7 +196,7 @@ def test_characters_of_several_tokens(mixture_of):
 
 
 @pytest.mark.parametrize(
-    ("form", "message"),
+    ("constraint", "message"),
     [
         ({"regex": "a["}, "unclosed character class|invalid regex"),
         ({"json_schema": {"type": "bogus"}}, "bogus"),
@@ -215,12 +215,12 @@ def test_characters_of_several_tokens(mixture_of):
         ({"choices": ["yes"], "regex": "no"}, "regex and choices both"),
     ],
 )
-def test_a_form_that_makes_no_sense_is_refused_at_once(drafted, form, message):
+def test_an_invalid_constraint_is_refused_at_once(drafted, constraint, message):
     for call in (drafted.generate, drafted.stream):
         with pytest.raises(InputError, match=message):
-            call("a", **form)
+            call("a", **constraint)
     with drafted.serve() as server, pytest.raises(InputError, match=message):
-        server.submit("a", **form)
+        server.submit("a", **constraint)
 
 
 @pytest.mark.parametrize("name", ["password", "file-path", "base64url", "json-pointer", "regex", "no-such-format"])
@@ -247,7 +247,7 @@ def test_a_format_is_left_out_where_it_is_a_keyword_only():
 
 
 @pytest.mark.parametrize(
-    ("form", "message"),
+    ("constraint", "message"),
     [
         ({"regex": "(?=a)b"}, "look-around, including look-ahead and look-behind, is not supported"),
         ({"regex": r"(a)\1"}, "backreferences are not supported"),
@@ -256,10 +256,10 @@ def test_a_format_is_left_out_where_it_is_a_keyword_only():
         ({"json_schema": {"type": "string", "pattern": "(?=a)b"}}, "schema: look-around"),
     ],
 )
-def test_a_refusal_says_why(drafted, form, message):
+def test_a_refusal_says_why(drafted, constraint, message):
     """Not the first line of a parser's report."""
     with pytest.raises(InputError, match=re.escape(message)):
-        drafted.generate(PROMPT, **form)
+        drafted.generate(PROMPT, **constraint)
 
 
 def _nested(depth):
@@ -270,7 +270,7 @@ def _nested(depth):
 
 
 @pytest.mark.parametrize(
-    "form",
+    "constraint",
     [
         {"json_schema": _nested(400)},
         {"json_schema": {"properties": {f"p{index}": {"type": "string"} for index in range(20_000)}}},
@@ -284,13 +284,13 @@ def _nested(depth):
         {"regex": "(" * 2000 + "a" + ")" * 2000},
         {"choices": ["a" * 1_000_000]},
     ],
-    ids=lambda form: str(form)[:40],
+    ids=lambda constraint: str(constraint)[:40],
 )
-def test_a_hostile_form_ends_soon(drafted, form):
+def test_a_hostile_constraint_ends_soon(drafted, constraint):
     """With a text that follows it, or an error."""
     begun = time.monotonic()
     with suppress(EdgemixError):
-        drafted.generate(PROMPT, max_new_tokens=4, **form)
+        drafted.generate(PROMPT, max_new_tokens=4, **constraint)
     assert time.monotonic() - begun < 20  # well under 1 s each on a machine of its own
 
 

@@ -153,3 +153,9 @@ BLOCK_FORMATS: dict[int, Format] = {row.block_bits: row.name for row in _ROWS if
 MIXED_BITS: Format = next(row.name for row in _ROWS if row.mixed_bits)
 HEAD_FORMAT: Format = BLOCK_FORMATS[8]
 """The format of embedding and head in quantized graphs, or one as fast."""
+
+
+def candidate_formats(target: Target) -> tuple[Format, ...]:
+    """Return the formats that a budget may choose for a target, those of the fewest bits first."""
+    rows = sorted(FORMAT_SPECS.values(), key=lambda row: row.bits)
+    return tuple(row.name for row in rows if row.candidate and target in row.targets)

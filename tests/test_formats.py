@@ -1,11 +1,14 @@
 """The table of weight formats: the one place that names them, but for those that implement one."""
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from edgemix.formats import BLOCK_FORMATS, FORMAT_SPECS, FORMATS, HEAD_FORMAT, MIXED_BITS
+from edgemix.export.budget.costs import member_costs
+from edgemix.export.budget.plan import Cost, ResourceBudget, plan_formats
+from edgemix.formats import BLOCK_FORMATS, FORMAT_SPECS, FORMATS, HEAD_FORMAT, MIXED_BITS, candidate_formats
 
 ROOT = Path(__file__).parents[1]
 MAY_NAME_FORMATS = {
@@ -59,3 +62,24 @@ def test_rows_agree_with_themselves(name):
 def test_formats_are_found_by_what_they_are():
     assert BLOCK_FORMATS == {4: "int4", 8: "int8"}
     assert (MIXED_BITS, HEAD_FORMAT) == ("int4", "int8")
+
+
+@pytest.mark.parametrize(("limit", "chosen"), [(500, "int4"), (750, "packed"), (1000, "packed"), (1700, "fp16")])
+def test_a_budget_chooses_a_row_that_is_added(limit, chosen, monkeypatch):
+    """A quantized format that the planner did not know by name was planned as if it lost nothing."""
+    row = replace(FORMAT_SPECS["int8"], name="packed", block_bits=None, targets=("cpu",))
+    monkeypatch.setitem(FORMAT_SPECS, "packed", row)
+    assert "packed" in candidate_formats("cpu")
+    assert "packed" not in candidate_formats("cuda")
+    sizes = {"int4": 400, "int8": 900, "packed": 700, "fp16": 1600}
+    member = member_costs(
+        "m",
+        1.0,
+        {name: Cost(sizes[name]) for name in candidate_formats("cpu")},
+        groups=[],
+        shapes={"linear": (64, 64)},
+        losses={"linear": {4: 0.4, 8: 0.01}},
+        block=32,
+    )
+    plan = plan_formats([member], ResourceBudget(limit))
+    assert (plan.members[0].format, plan.cost.bytes) == (chosen, sizes[chosen])

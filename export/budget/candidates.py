@@ -17,7 +17,7 @@ from edgemix.export.pruning.packing import pack_weights
 from edgemix.export.quantization import quantize
 from edgemix.export.quantization.algorithms.block_table import BlockTable
 from edgemix.export.quantization.algorithms.rtn import rtn
-from edgemix.formats import FORMAT_SPECS, MIXED_BITS, Format
+from edgemix.formats import FORMAT_SPECS, MIXED_BITS, Format, candidate_formats
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from edgemix.export.stages.graphs import MemberGraphs
     from edgemix.export.stages.models import MemberModels
     from edgemix.recipe.schema import MemberRecipe
-
-CANDIDATE_FORMATS = tuple(row.name for row in sorted(FORMAT_SPECS.values(), key=lambda row: row.bits) if row.candidate)
 
 
 class MeasuredMember(msgspec.Struct, frozen=True):
@@ -94,7 +92,7 @@ class CandidateGraphs:
                 ),
                 bytes={
                     each: self._make(spec, each, each, table=kept if each == MIXED_BITS else None, sparse=record.sparse)
-                    for each in CANDIDATE_FORMATS
+                    for each in candidate_formats(self._recipe.target)
                 },
                 groups=tuple(group for layer in parts.layers for group in layer.groups()),
                 shapes={name: tuple(part.weight.shape) for name, part in linears.items()},

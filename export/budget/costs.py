@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from edgemix.export.budget.plan import Cost, Group, MemberCosts
 from edgemix.export.graphs.weights import SMALLEST
-from edgemix.formats import BLOCK_FORMATS
+from edgemix.formats import BLOCK_FORMATS, FORMAT_SPECS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -68,6 +68,11 @@ def member_costs(
         loss = sum(losses[each][8] - losses[each][4] for each in group)
         parts.append(Group(tuple(group), Cost(round(stored * larger), rate * larger, loss)))
     lost = {bits: sum(each[bits] for each in losses.values()) for bits in (4, 8)}
-    uniform = dict(graphs) | {BLOCK_FORMATS[8]: int8 + Cost(loss=lost[8])}
-    del uniform[BLOCK_FORMATS[4]]
+    uniform = {each: cost + Cost(loss=_loss(each, lost)) for each, cost in graphs.items() if each != BLOCK_FORMATS[4]}
     return MemberCosts(name, weight, int4 + Cost(loss=lost[4]), tuple(parts), uniform)
+
+
+def _loss(weight_format: Format, lost: Mapping[int, float]) -> float:
+    """Estimate the loss of a whole member in a format from that of blocks, by bits."""
+    row = FORMAT_SPECS[weight_format]
+    return 0.0 if row.floating_point else lost[max(bits for bits in lost if bits <= row.bits)]

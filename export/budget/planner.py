@@ -13,7 +13,6 @@ import msgspec
 from edgemix.bundle.manifest import NGRAMS, SCHEMA, TOKENIZER, GraphParity, Manifest, MemberEntry, ModelSource
 from edgemix.bundle.stages import stage_key
 from edgemix.errors import InputError
-from edgemix.export.budget.candidates import CANDIDATE_FORMATS, CandidateGraphs, MeasuredMember
 from edgemix.export.budget.costs import member_costs
 from edgemix.export.budget.plan import Cost, FormatPlan, ResourceBudget, plan_formats
 from edgemix.export.budget.speed import DecodingTimes, StoredGraph, decoding_times
@@ -22,7 +21,7 @@ from edgemix.export.distillation.student import Shape, expected_shape, start_mem
 from edgemix.export.models import tokenizers
 from edgemix.export.models.loading import versions
 from edgemix.export.stages.weights import fit_weights, given_weights
-from edgemix.formats import BLOCK_FORMATS, FORMAT_SPECS, MIXED_BITS, Format
+from edgemix.formats import BLOCK_FORMATS, FORMAT_SPECS, MIXED_BITS, Format, candidate_formats
 from edgemix.progress import PrefixedProgress
 from edgemix.recipe.text_sources import read_documents
 from edgemix.runtime import Mixture
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+    from edgemix.export.budget.candidates import CandidateGraphs, MeasuredMember
     from edgemix.export.context import ExportContext
     from edgemix.export.stages.models import MemberModels
     from edgemix.recipe.schema import MemberRecipe, Recipe
@@ -292,7 +292,7 @@ class FormatPlanner:
     ) -> dict[str, dict[Format, float]]:
         found: dict[str, dict[Format, float]] = {name: {} for name in active}
         in_turns = 1.0
-        for weight_format in CANDIDATE_FORMATS:
+        for weight_format in candidate_formats(self._recipe.target):
             graphs = {name: graph for name, graph in self._graphs(measured, weight_format).items() if name in active}
             # CPUs widen floating-point weights: all members at once might not fit into memory.
             if FORMAT_SPECS[weight_format].floating_point:

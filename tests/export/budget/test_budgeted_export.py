@@ -13,7 +13,7 @@ from helpers.exports import gguf_recipe
 from edgemix.bundle.reader import read_manifest
 from edgemix.bundle.verify import verify_bundle
 from edgemix.errors import EdgemixError, InputError
-from edgemix.export.budget import candidates, check, planner
+from edgemix.export.budget import check, planner
 from edgemix.export.budget.plan import ResourceBudget
 from edgemix.export.budget.student_size import draft_bytes, student_bytes
 from edgemix.export.distillation.student import Shape
@@ -22,6 +22,7 @@ from edgemix.export.pipeline import export_bundle
 from edgemix.export.stages import blocks
 from edgemix.export.stages import inputs as inputs_stage
 from edgemix.export.stages import members as members_stage
+from edgemix.formats import candidate_formats
 from edgemix.recipe.compression import Pruning, Quantization, Student
 from edgemix.recipe.schema import Data, MemberRecipe, Recipe
 from edgemix.runtime import Mixture
@@ -223,7 +224,7 @@ class Clock:
         self.calls += 1
         assert len(prompt) > 8
         alone = {name: weight_seconds(graph.path) for name, graph in graphs.items()}
-        mixed = any(graph.path.parent.name not in candidates.CANDIDATE_FORMATS for graph in graphs.values())
+        mixed = any(graph.path.parent.name not in candidate_formats("cpu") for graph in graphs.values())
         together = sum(alone.values())
         return planner.DecodingTimes(alone, self._real(together) if mixed else together)
 

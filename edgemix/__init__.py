@@ -1,4 +1,4 @@
-"""edgemix: several language models, one small mixture that runs anywhere."""
+"""edgemix: several models, one small mixture that runs anywhere."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class Edgemix(click.Group):
 @click.version_option(__version__, prog_name="edgemix", message="%(prog)s %(version)s")
 @click.pass_context
 def edgemix(ctx: click.Context) -> None:
-    """Turn several language models into one small mixture that runs anywhere.
+    """Turn several models into one small mixture that runs anywhere.
 
     `export` builds a bundle of ONNX graphs from a recipe; most other commands run, measure or describe a bundle.
     """

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from edgemix.cli.console import megabytes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from edgemix.bundle.label_bundle.manifest import LabelManifest, LabelMember
+    from edgemix.bundle.label_bundle.manifest import EncoderMember, LabelManifest, LabelMember
     from edgemix.cli.console import Console
 
 _MOST_LABELS = 20
@@ -26,7 +27,26 @@ def show_label_manifest(console: Console, bundle: Path, manifest: LabelManifest)
         [_member_row(manifest, member) for member in manifest.members],
         left=3,
     )
-    encoders = [member for member in manifest.members if isinstance(member, EncoderMember)]
+    if encoders := [member for member in manifest.members if isinstance(member, EncoderMember)]:
+        _show_encoders(console, encoders)
+    labels = ", ".join(manifest.labels[:_MOST_LABELS])
+    more = f", and {len(manifest.labels) - _MOST_LABELS} more" if len(manifest.labels) > _MOST_LABELS else ""
+    several = "; an example may have several" if manifest.multi_label else ""
+    console.line(f"Labels: {labels or 'the tokens of the vocabulary'}{more}{several}.")
+    for member in manifest.members:
+        if unknown := [label for label in manifest.labels if label not in member.labels]:
+            console.line(f"{member.name} does not know {', '.join(unknown[:_MOST_LABELS])}.")
+    names, weights = [member.name for member in manifest.members], manifest.weights
+    shares = {"default": weights.default, **weights.domains}
+    console.table(
+        f"Weights ({weights.method}), {manifest.combine}",
+        ("Weights", *names),
+        [(name, *(f"{row[member]:.3f}" for member in names)) for name, row in shares.items()],
+    )
+
+
+def _show_encoders(console: Console, encoders: Sequence[EncoderMember]) -> None:
+    """Print where the members that are models come from, and how close they stayed."""
     console.table(
         "Sources",
         ("Member", "Model", "Type", "License"),
@@ -48,20 +68,6 @@ def show_label_manifest(console: Console, bundle: Path, manifest: LabelManifest)
         "Parity (largest difference from PyTorch; then the stored graph against fp32)",
         ("Member", "Torch\n(nats)", "KL\n(nats)", "Changed\n(%)", "Accuracy\nfp32 (%)", "Stored\n(%)", "Forced"),
         rows,
-    )
-    labels = ", ".join(manifest.labels[:_MOST_LABELS])
-    more = f", and {len(manifest.labels) - _MOST_LABELS} more" if len(manifest.labels) > _MOST_LABELS else ""
-    several = "; an example may have several" if manifest.multi_label else ""
-    console.line(f"Labels: {labels or 'the tokens of the vocabulary'}{more}{several}.")
-    for member in manifest.members:
-        if unknown := [label for label in manifest.labels if label not in member.labels]:
-            console.line(f"{member.name} does not know {', '.join(unknown[:_MOST_LABELS])}.")
-    names, weights = [member.name for member in manifest.members], manifest.weights
-    shares = {"default": weights.default, **weights.domains}
-    console.table(
-        f"Weights ({weights.method}), {manifest.combine}",
-        ("Weights", *names),
-        [(name, *(f"{row[member]:.3f}" for member in names)) for name, row in shares.items()],
     )
 
 

@@ -184,3 +184,21 @@ def test_taggers_and_masked_models_of_two_tokenizers_mix(tagged: Path, tmp_path:
             found = mixture.predict("Ada Lovelace lived in London")
             assert len(found.labels) == 5
             assert all(label in ("O", "B-PER", "I-PER") for label in found.labels)
+
+
+def test_rules_abstain_on_words_without_a_name(tmp_path: Path) -> None:
+    """A gazetteer beside a model: where it does not fire, the model decides alone."""
+    (tmp_path / "rules.yaml").write_text("labels: [PER, LOC]\ngazetteers: [{label: PER, names: [Ada Lovelace]}]\n")
+    recipe = LabelRecipe(
+        "token-classification",
+        (LabelMemberRecipe("names", rules="rules.yaml"),),
+        labels=("O", "B-PER", "I-PER", "B-LOC", "I-LOC"),
+        folder=tmp_path,
+    )
+    export_label_bundle(recipe, tmp_path / "bundle")
+    with edgemix.load(tmp_path / "bundle", provider="cpu") as tagger:
+        scores, counts = tagger.score_texts(["Ada Lovelace met Bo"])
+        assert counts == [4]
+        assert scores[0].present.tolist() == [True, True, False, False]
+        labels = tagger.predict("Ada Lovelace met Bo").labels
+        assert labels[:2] == ("B-PER", "I-PER")

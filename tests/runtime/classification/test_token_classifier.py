@@ -10,7 +10,6 @@ from helpers.label_members import LabelBundle, random_classifier
 
 import edgemix
 from edgemix.errors import InputError
-from edgemix.runtime.classification.token_classifier import TokenClassifier
 
 LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 TEXTS = ["Ada met Bo in York.", "a", "", "word " * 3000, "Grüße aus Köln!"]
@@ -79,24 +78,3 @@ def test_options_out_of_bounds_are_refused(pair, options):
         pair.predict_batch("a")
     with pytest.raises(InputError, match="at most 1,048,576"):
         pair.predict("word " * 1_000_000)
-
-
-def test_rules_abstain_on_words_without_a_name(tmp_path):
-    """A gazetteer beside a model: where it does not fire, the model decides alone."""
-    from edgemix.export.labels.pipeline import export_label_bundle
-    from edgemix.recipe.labels import LabelMemberRecipe, LabelRecipe
-
-    (tmp_path / "rules.yaml").write_text("labels: [PER, LOC]\ngazetteers: [{label: PER, names: [Ada Lovelace]}]\n")
-    recipe = LabelRecipe(
-        "token-classification",
-        (LabelMemberRecipe("names", rules="rules.yaml"),),
-        labels=("O", "B-PER", "I-PER", "B-LOC", "I-LOC"),
-        folder=tmp_path,
-    )
-    export_label_bundle(recipe, tmp_path / "bundle")
-    with TokenClassifier.load(tmp_path / "bundle", "cpu") as tagger:
-        scores, counts = tagger.score_texts(["Ada Lovelace met Bo"])
-        assert counts == [4]
-        assert scores[0].present.tolist() == [True, True, False, False]
-        labels = tagger.predict("Ada Lovelace met Bo").labels
-        assert labels[:2] == ("B-PER", "I-PER")

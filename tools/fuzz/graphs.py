@@ -229,9 +229,9 @@ def _values(rng: Random, model: onnx.ModelProto) -> None:
     """Put numbers that are no finite ones, or token ids beyond the vocabulary, into constants."""
     for tensor in model.graph.initializer:
         if tensor.data_type == onnx.TensorProto.FLOAT and rng.random() < 0.5:
-            tensor.raw_data = np.full(
-                tensor.dims, rng.choice((np.nan, np.inf, -np.inf, 3e38, 1e-45)), np.float32
-            ).tobytes()
+            # As many as there are: an earlier mutation may have changed the shape.
+            value = np.float32(rng.choice((np.nan, np.inf, -np.inf, 3e38, 1e-45)))
+            tensor.raw_data = value.tobytes() * (len(tensor.raw_data) // 4)
 
 
 def _many(rng: Random, model: onnx.ModelProto) -> None:

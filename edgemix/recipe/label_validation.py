@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from edgemix.bundle.label_bundle.validation import LONGEST_LABEL
 from edgemix.errors import InputError
 from edgemix.formats import FORMAT_SPECS
 from edgemix.recipe.bounds import bound_problems
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
 
     from edgemix.recipe.labels import LabelMemberRecipe, LabelRecipe
     from edgemix.recipe.problems import Where
-
-MAX_LABELS = 1 << 16
-LONGEST_LABEL = 256
 
 
 def label_problems_of(recipe: LabelRecipe) -> Iterator[Problem]:

@@ -21,7 +21,7 @@ from edgemix.export.quantization import quantize
 from edgemix.formats import FORMAT_SPECS
 from edgemix.progress import NO_PROGRESS, PrefixedProgress, Progress
 from edgemix.recipe.rules_file import RuleSet, entries_of
-from edgemix.runtime.classification.encoding import TextEncoder
+from edgemix.runtime.classification.members import open_encoder
 from edgemix.runtime.classification.rules import RuleMatcher
 from edgemix.runtime.graphs.encoder import EncoderGraph
 from edgemix.runtime.graphs.providers import PROVIDERS
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from edgemix.bundle.label_bundle.manifest import LabelMember, LabelQuantizationParity, MemberTokenizer
+    from edgemix.bundle.label_bundle.manifest import LabelMember, LabelQuantizationParity
     from edgemix.bundle.writer import BundleWriter
     from edgemix.export.labels.examples import RecipeExamples
     from edgemix.export.labels.loading import LoadedClassifier
     from edgemix.export.labels.parity import Logits
     from edgemix.recipe.labeled import Example
     from edgemix.recipe.labels import LabelMemberRecipe, LabelRecipe
-    from edgemix.runtime.classification.encoding import EncodedText
+    from edgemix.runtime.classification.encoding import EncodedText, TextEncoder
 
 MODEL_FILE = "model.onnx"
 _PROBES = ("a", "Hello, world.", "one two three four five six seven eight nine ten " * 3)
@@ -132,7 +132,7 @@ class LabelMemberExporter:
         with progress.stage(f"load {locate(spec.model or '', recipe.folder).name}"):
             member = load_classifier(spec, recipe)
         tokenizer = save_tokenizer(member, writer.folder, recipe.max_length)
-        encoder = _text_encoder(writer.folder, tokenizer)
+        encoder = open_encoder(writer.folder, tokenizer)
         source = writer.scratch / f"{spec.name}.graph" / MODEL_FILE
         with progress.stage("graph"), storage_errors(f"writing {source}"):
             save_encoder(build_encoder(member.model), source)
@@ -205,17 +205,6 @@ class LabelMemberExporter:
     def _encode(self, encoder: TextEncoder, examples: Sequence[Example]) -> list[EncodedText]:
         texts, pairs = texts_of(examples)
         return encoder.encode_batch(texts, pairs) if texts else []
-
-
-def _text_encoder(bundle: Path, tokenizer: MemberTokenizer) -> TextEncoder:
-    return TextEncoder.load(
-        bundle / tokenizer.path,
-        max_length=tokenizer.max_length,
-        special_tokens=tokenizer.special_tokens,
-        pad_type_id=tokenizer.pad_type_id,
-        padding_side=tokenizer.padding_side,
-        vocabulary=tokenizer.vocabulary,
-    )
 
 
 def _body_parameters(member: LoadedClassifier) -> int:

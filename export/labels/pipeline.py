@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import edgemix
 from edgemix.bundle.label_bundle.manifest import LabelManifest
-from edgemix.bundle.manifest import SCHEMA, Weights
+from edgemix.bundle.manifest import SCHEMA
 from edgemix.bundle.writer import BundleWriter
 from edgemix.errors import InputError, RecipeError
 from edgemix.export.labels.examples import RecipeExamples
@@ -14,9 +14,9 @@ from edgemix.export.labels.fitting import fit_label_mixture
 from edgemix.export.labels.members import LabelMemberExporter
 from edgemix.export.library_warnings import library_warnings
 from edgemix.export.models.loading import versions
+from edgemix.export.stages.weights import given_weights
 from edgemix.progress import NO_PROGRESS, Progress
 from edgemix.recipe.load import check
-from edgemix.runtime.mixing.arithmetic import normalize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,7 +64,7 @@ def export_label_bundle(
             members=members,
             labels=mixture_labels(recipe, members),
             multi_label=recipe.multi_label,
-            weights=_given_weights(recipe),
+            weights=given_weights(recipe),
             combine=recipe.combine,
             files={},
             versions=versions(),
@@ -90,13 +90,6 @@ def mixture_labels(recipe: LabelRecipe, members: Sequence[LabelMember]) -> tuple
                 "Map their names to common ones under labels: of a member.",
             )
     return found
-
-
-def _given_weights(recipe: LabelRecipe) -> Weights:
-    names = [member.name for member in recipe.members]
-    if isinstance(recipe.weights, dict):
-        return Weights("given", dict(zip(names, normalize(recipe.weights, names).tolist(), strict=True)))
-    return Weights("uniform", dict.fromkeys(names, 1 / len(names)))
 
 
 def _check_labels(manifest: LabelManifest, examples: RecipeExamples) -> None:

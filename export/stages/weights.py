@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgemix.recipe.labels import LabelRecipe
     from edgemix.recipe.schema import Recipe
     from edgemix.runtime import Mixture
 
@@ -86,7 +87,7 @@ def _mean_log(mixed: NDArray[np.float64], top: NDArray[np.float64]) -> float:
     return float(np.mean(np.log(mixed) + top))
 
 
-def given_weights(recipe: Recipe) -> Weights:
+def given_weights(recipe: Recipe | LabelRecipe) -> Weights:
     """Return the weights before any fitting: the recipe's own, normalized, or uniform ones."""
     names = [member.name for member in recipe.members]
     if isinstance(recipe.weights, dict):

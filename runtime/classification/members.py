@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemix.bundle.label_bundle.manifest import LabelMember
+    from edgemix.bundle.label_bundle.manifest import LabelMember, MemberTokenizer
     from edgemix.runtime.classification.encoding import EncodedText, Text
     from edgemix.runtime.classification.rules import RuleMatcher
     from edgemix.runtime.graphs.providers import Provider
@@ -64,6 +64,22 @@ class LabelModel(Protocol):
         ...
 
 
+def open_encoder(bundle: Path, tokenizer: MemberTokenizer) -> TextEncoder:
+    """Open a member's tokenizer.
+
+    Raises:
+        BundleError: It is damaged.
+    """
+    return TextEncoder.load(
+        resolve(bundle, tokenizer.path),
+        max_length=tokenizer.max_length,
+        special_tokens=tokenizer.special_tokens,
+        pad_type_id=tokenizer.pad_type_id,
+        padding_side=tokenizer.padding_side,
+        vocabulary=tokenizer.vocabulary,
+    )
+
+
 class EncoderModel:
     """A member that is a model, with its own tokenizer."""
 
@@ -90,16 +106,7 @@ class EncoderModel:
                 f"{bundle}: {entry.name} has {graph.labels} logits for {len(entry.labels)} labels",
                 "Export the bundle again.",
             )
-        tokenizer = entry.tokenizer
-        encoder = TextEncoder.load(
-            resolve(bundle, tokenizer.path),
-            max_length=tokenizer.max_length,
-            special_tokens=tokenizer.special_tokens,
-            pad_type_id=tokenizer.pad_type_id,
-            padding_side=tokenizer.padding_side,
-            vocabulary=tokenizer.vocabulary,
-        )
-        return cls(entry, graph, encoder)
+        return cls(entry, graph, open_encoder(bundle, entry.tokenizer))
 
     def score(self, texts: Sequence[Text], pairs: Sequence[Text] | None = None) -> Scores:
         encoded = self.encoder.encode_batch(texts, pairs)

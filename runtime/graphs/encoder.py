@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemix.runtime.graphs.prepacked_weights import PrepackedWeights
     from edgemix.runtime.graphs.providers import Provider
 
 _FLOATS = ("tensor(float)", "tensor(float16)")
@@ -64,17 +63,14 @@ class EncoderGraph:
         provider: Provider,
         *,
         threads: int | None = None,
-        packed: tuple[PrepackedWeights, str] | None = None,
         name: str = "",
-        profile: Path | None = None,
     ) -> EncoderGraph:
         """Open a graph; see `providers.open_session`.
 
         Raises:
             BundleError: It does not load, or is no encoder's.
         """
-        session = open_session(path, provider, threads=threads, packed=packed, profile=profile)
-        return cls(session, provider, name or path.parent.name)
+        return cls(open_session(path, provider, threads=threads), provider, name or path.parent.name)
 
     def run(
         self, ids: NDArray[np.int64], attention_mask: NDArray[np.int64], type_ids: NDArray[np.int64]
@@ -106,9 +102,3 @@ class EncoderGraph:
         if np.isnan(own).any():
             raise EdgemixError(f"{self.name}: its logits are not numbers", "Export it in another format.")
         return found
-
-    def profile_end(self) -> Path:
-        """End ONNX Runtime's profiling, and return the path of its trace."""
-        from pathlib import Path
-
-        return Path(self._session.end_profiling())
